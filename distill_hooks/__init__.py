@@ -1,0 +1,23 @@
+"""Distillation of CNN feature maps and logits into vision transformers, as timm training tasks."""
+from .aligner import Aligner
+from .capture import FeatureCapture, find_module
+from .losses import dearkd_loss, hard_label_loss, hidden_loss
+from .schedule import StageWeights, TwoStageSchedule
+from .task import DearKDTask, has_content_tokens
+from .teacher import Teacher, create_teacher, resolve_layer
+
+__all__ = [
+    'Aligner',
+    'DearKDTask',
+    'FeatureCapture',
+    'StageWeights',
+    'Teacher',
+    'TwoStageSchedule',
+    'create_teacher',
+    'dearkd_loss',
+    'find_module',
+    'hard_label_loss',
+    'has_content_tokens',
+    'hidden_loss',
+    'resolve_layer',
+]

@@ -1,0 +1,37 @@
+"""The aligner between transformer tokens and CNN feature maps (figure 3)."""
+from typing import Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import LayerNorm2d
+
+__all__ = ['Aligner']
+
+
+class Aligner(nn.Module):
+    """Brings content tokens to the shape of a CNN's feature map (section 3.1, figure 3).
+
+    Bilinear interpolation, depth-wise 3x3 convolution, LayerNorm, ReLU. Our choices: a 1x1 convolution after the
+    depth-wise one changes the channels, LayerNorm is over channels, and the ReLU is left out where the feature map has
+    negative values. It is trained with the student and thrown away afterwards.
+
+    Args:
+        in_chs: Channels of the tokens.
+        out_chs: Channels of the feature map.
+        relu: End with a ReLU.
+    """
+
+    def __init__(self, in_chs: int, out_chs: int, relu: bool = True, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.conv_dw = nn.Conv2d(in_chs, in_chs, 3, padding=1, groups=in_chs, bias=False, **dd)
+        self.conv_pw = nn.Conv2d(in_chs, out_chs, 1, **dd)
+        self.norm = LayerNorm2d(out_chs, **dd)
+        self.act = nn.ReLU() if relu else nn.Identity()
+
+    def forward(self, tokens: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
+        """Align tokens on their grid (B, D, H, W) with a feature map of `size` (h, w): (B, C, h, w)."""
+        if tuple(tokens.shape[-2:]) != tuple(size):
+            tokens = F.interpolate(tokens, size=size, mode='bilinear')
+        return self.act(self.norm(self.conv_pw(self.conv_dw(tokens))))

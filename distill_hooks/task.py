@@ -1,0 +1,398 @@
+"""DearKD as a timm training task."""
+import logging
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from timm.models import VisionTransformer, get_model_input_config, group_parameters
+from timm.task import TrainingTask
+from timm.task.classification import resolve_classification_loss
+from timm.utils import unwrap_model
+
+from .aligner import Aligner
+from .losses import dearkd_loss, hard_label_loss, hidden_loss
+from .schedule import TwoStageSchedule
+from .teacher import FeatureSpec, Teacher, TeacherLike, create_teacher, resolve_layer
+
+__all__ = ['DearKDTask', 'DearKDTrainable', 'has_content_tokens']
+
+DEFAULT_HOOKS = ('4',)
+
+
+class Hook(NamedTuple):
+    """A student block, counted from 1, and the teacher layer it learns from (None: the default stage)."""
+    block: int
+    layer: Optional[str]
+
+
+def parse_hook(spec: str) -> Hook:
+    """Parse 'BLOCK', 'BLOCK:STAGE' or 'BLOCK:MODULE'.
+
+    Raises:
+        ValueError: Not of this form.
+    """
+    block, _, layer = spec.partition(':')
+    if not block.isdigit() or int(block) < 1 or spec.endswith(':'):
+        raise ValueError(
+            f'Hook {spec!r} is not BLOCK, BLOCK:STAGE or BLOCK:MODULE, such as 4, 4:2 or 4:s2.b4'
+            ' (student blocks and teacher stages are counted from 1).')
+    return Hook(int(block), layer or None)
+
+
+def has_content_tokens(model: nn.Module) -> bool:
+    """Whether a model is a timm transformer of (B, T, D) tokens, as the task's students have to be."""
+    return (
+        hasattr(model, 'forward_intermediates') and hasattr(model, 'num_prefix_tokens')
+        and isinstance(getattr(model, 'blocks', None), (nn.Sequential, nn.ModuleList)) and hasattr(model, 'patch_embed')
+    )
+
+
+class DearKDTrainable(nn.Module):
+    """All that stage I trains in one module, as DDP wants it: the student, `head_dist` and the aligners.
+
+    `head_dist` gives logits from the mean of the content tokens after the final norm. It belongs to the task and not
+    to the model, so that the exported model is a plain ViT (our choice).
+
+    Args:
+        student: A timm ViT.
+        hooks: Student blocks counted from 1, one per feature map.
+        specs: The teacher's feature maps.
+    """
+
+    def __init__(
+            self,
+            student: VisionTransformer,
+            blocks: Sequence[int] = (),
+            specs: Sequence[FeatureSpec] = (),
+            device=None,
+            dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.student = student
+        self.indices = sorted({block - 1 for block in blocks})
+        self.sources = [self.indices.index(block - 1) for block in blocks]  # per aligner
+        self.aligners = nn.ModuleList(
+            Aligner(student.embed_dim, spec.num_chs, relu=spec.non_negative, **dd) for spec in specs)
+        self.head_dist = nn.Linear(student.embed_dim, student.num_classes, **dd)
+        self.uses_head_dist = True
+        self.uses_aligners = bool(specs)
+
+    def set_branches(self, head_dist: bool, aligners: bool) -> bool:
+        """Switch the branches on or off; what is off takes no gradient. Returns whether anything changed."""
+        aligners = aligners and len(self.aligners) > 0
+        changed = (head_dist, aligners) != (self.uses_head_dist, self.uses_aligners)
+        self.uses_head_dist, self.uses_aligners = head_dist, aligners
+        self.head_dist.requires_grad_(head_dist)
+        self.aligners.requires_grad_(aligners)
+        return changed
+
+    def no_weight_decay(self):
+        names = self.student.no_weight_decay() if hasattr(self.student, 'no_weight_decay') else ()
+        return {f'student.{name}' for name in names}
+
+    def group_matcher(self, coarse: bool = False):
+        """Layer groups for layer decay: the student's own, and the branches with its last one."""
+        groups = group_parameters(self.student, self.student.group_matcher(coarse=coarse), reverse=True)
+        last = max(groups.values(), default=0)
+        return lambda name: groups.get(name[len('student.'):], last) if name.startswith('student.') else last
+
+    def forward(
+            self,
+            x: torch.Tensor,
+            sizes: Sequence[Tuple[int, int]] = (),
+    ) -> Tuple[torch.Tensor, Optional[torch.Tensor], List[torch.Tensor]]:
+        """Forward the student and the branches that are on.
+
+        Args:
+            x: Images (B, C, H, W).
+            sizes: Height and width of the teacher's feature maps.
+
+        Returns:
+            Logits (B, classes), logits of `head_dist` or None, and aligned feature maps (B, C, h, w).
+        """
+        if not self.uses_head_dist and not self.uses_aligners:
+            return self.student(x), None, []
+        maps: List[torch.Tensor] = []
+        tokens: Any
+        if self.uses_aligners:
+            intermediates: Any = self.student.forward_intermediates(x, indices=self.indices, output_fmt='NCHW')
+            tokens, maps = intermediates
+        else:
+            tokens = self.student.forward_features(x)
+        logits = self.student.forward_head(tokens)
+        dist_logits = None
+        if self.uses_head_dist:
+            content = tokens[:, self.student.num_prefix_tokens:].mean(dim=1)
+            if hasattr(self.student, 'fc_norm'):
+                content = self.student.fc_norm(content)
+            dist_logits = self.head_dist(content)
+        aligned = []
+        if self.uses_aligners:
+            aligned = [aligner(maps[i], size) for aligner, i, size in zip(self.aligners, self.sources, sizes)]
+        return logits, dist_logits, aligned
+
+
+class DearKDTask(TrainingTask):
+    """Early knowledge distillation in two stages (Eq. 4 to 7) of a CNN into any timm ViT.
+
+    Call `set_epoch` at the start of every epoch; nothing else is asked of the training loop.
+
+    Our choices, where the paper is silent: block 4 of the student learns from the teacher stage with the largest stride
+    not above half the patch size; alpha, beta and the stage lengths as in `TwoStageSchedule`.
+
+    Args:
+        student_model: The timm ViT to train.
+        teacher_model: A timm model name, a module, or a `Teacher`. A `Teacher` keeps its own layers, in the order of
+            `hooks`.
+        schedule: The stages, see `TwoStageSchedule`.
+        criterion: Loss on `head`. Made from `criterion_kwargs` (timm's `create_classification_loss`) when None.
+        criterion_kwargs: See `criterion`.
+        teacher_checkpoint: Weights for a teacher given by name.
+        teacher_img_size: Side length at which the teacher sees the images; None is the student's.
+        hooks: 'BLOCK', 'BLOCK:STAGE' or 'BLOCK:MODULE', several side by side; see `parse_hook`.
+        normalize_features: Divide the teacher's maps by their standard deviation per channel, which is taken from the
+            first batch and then fixed. Our option, off by default.
+        mean: Normalisation of the input; None is the student's `pretrained_cfg`.
+        std: See `mean`.
+        input_size: The student's (C, H, W); None is what the model says.
+        device: Device of the task.
+        dtype: Dtype of the task's own layers.
+        verbose: Log what teaches what.
+
+    Raises:
+        ValueError: A student without content tokens, class counts that differ, a hook that does not exist, or a
+            teacher layer that is not a 4-D map. The message names the remedy.
+
+    Examples:
+
+        ```python
+        task = DearKDTask(student, 'regnety_160.deit_in1k', TwoStageSchedule(epochs=300), device=device)
+        optimizer = create_optimizer_v2(task.get_trainable_module(), 'adamw', lr=5e-4, weight_decay=0.05)
+        for epoch in range(300):
+            task.set_epoch(epoch)
+            for images, labels in loader:
+                task(images, labels)['loss'].backward()
+                ...
+        ```
+    """
+
+    def __init__(
+            self,
+            student_model: nn.Module,
+            teacher_model: TeacherLike,
+            schedule: TwoStageSchedule,
+            criterion: Optional[nn.Module] = None,
+            criterion_kwargs: Optional[Dict[str, Any]] = None,
+            teacher_checkpoint: Optional[str] = None,
+            teacher_img_size: Optional[int] = None,
+            hooks: Sequence[str] = DEFAULT_HOOKS,
+            normalize_features: bool = False,
+            mean: Optional[Sequence[float]] = None,
+            std: Optional[Sequence[float]] = None,
+            input_size: Optional[Tuple[int, int, int]] = None,
+            device: Optional[torch.device] = None,
+            dtype: Optional[torch.dtype] = None,
+            verbose: bool = True,
+    ) -> None:
+        super().__init__(device=device, dtype=dtype, verbose=verbose)
+        student = cast(VisionTransformer, unwrap_model(student_model))
+        self.schedule = schedule
+        self.criterion = resolve_classification_loss(criterion, self.device, criterion_kwargs=criterion_kwargs)
+        input_size = tuple(input_size or get_model_input_config(student)['input_size'])
+        cfg = cast(Dict[str, Any], student.pretrained_cfg)
+        parsed = self._check_student(student, hooks) if schedule.beta > 0. else []
+        self.teacher = self._build_teacher(
+            teacher_model, student, [hook.layer for hook in parsed],
+            checkpoint=teacher_checkpoint,
+            in_chans=input_size[0],
+            mean=mean if mean is not None else cfg['mean'],
+            std=std if std is not None else cfg['std'],
+            img_size=teacher_img_size,
+        )
+        specs = self.teacher.probe(input_size) if parsed else []
+        self.trainable_module: nn.Module = DearKDTrainable(
+            cast(VisionTransformer, student_model),
+            [hook.block for hook in parsed],
+            specs,
+            device=self.device,
+            dtype=self.dtype,
+        )
+        self.feature_std: Optional[List[torch.Tensor]] = None
+        self.normalize_features = normalize_features
+        self._ddp_kwargs: Optional[Dict[str, Any]] = None
+        self.set_epoch(0)
+        if verbose:
+            _log_set_up(student, parsed, specs, schedule)
+
+    @property
+    def loss_names(self) -> List[str]:
+        """Names of the losses that some stage has, in the order of `forward`."""
+        stage1 = self.schedule.stage1_epochs > 0
+        names = ['loss', 'ce_loss']
+        if self.schedule.alpha < 1. and (stage1 or self.schedule.stage2 == 'anneal'):
+            names.append('logit_loss')
+        if self.schedule.beta > 0. and stage1:
+            names.append('hidden_loss')
+        return names
+
+    @staticmethod
+    def _check_student(student: VisionTransformer, hooks: Sequence[str]) -> List[Hook]:
+        parsed = [parse_hook(spec) for spec in hooks]
+        for hook, spec in zip(parsed, hooks):
+            if has_content_tokens(student) and hook.block > len(student.blocks):
+                raise ValueError(
+                    f'Hook {spec!r} asks for student block {hook.block}, but {type(student).__name__} has'
+                    f' {len(student.blocks)}. Choose a block from 1 to {len(student.blocks)}.')
+        return parsed
+
+    def _build_teacher(
+            self,
+            teacher: TeacherLike,
+            student: VisionTransformer,
+            layers: Sequence[Optional[str]],
+            checkpoint: Optional[str],
+            **kwargs: Any,
+    ) -> Teacher:
+        if not has_content_tokens(student):
+            raise ValueError(
+                f'Student {type(student).__name__} has no content tokens (B, T, D) to distill into.'
+                ' Choose a ViT (dearkd_*, vit_*, deit*), or distill its logits with --kd-distill-type logit.')
+        if isinstance(teacher, str):
+            teacher = create_teacher(teacher, checkpoint)
+        if not isinstance(teacher, Teacher):
+            patch_size = student.patch_embed.patch_size
+            names = [resolve_layer(teacher, layer, max_stride=min(patch_size) / 2) for layer in layers]
+            teacher = Teacher(teacher, names, **kwargs)
+        elif len(teacher.layers) != len(layers):
+            raise ValueError(
+                f'The Teacher gives {len(teacher.layers)} layer(s) for {len(layers)} hook(s). Pass as many of each.')
+        if teacher.num_classes is not None and teacher.num_classes != student.num_classes:
+            raise ValueError(
+                f'The teacher knows {teacher.num_classes} classes, the student {student.num_classes}.'
+                ' Take a teacher trained on the same classes (--kd-teacher-checkpoint), or set --num-classes'
+                f' {teacher.num_classes}.')
+        return teacher.to(self.device)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Enter an epoch, counted from 0: its stage decides the losses, the branches and the teacher's work."""
+        self.weights = self.schedule(epoch)
+        trainable = unwrap_model(self.trainable_module)
+        changed = trainable.set_branches(head_dist=self.weights.alpha < 1., aligners=self.weights.uses_features)
+        if changed and self._ddp_kwargs is not None:
+            # DDP waits for the gradient of every parameter it was built with
+            self.trainable_module = self._wrap_distributed(cast(nn.Module, self.trainable_module.module))
+
+    def _wrap_distributed(self, module: nn.Module) -> nn.Module:
+        return nn.parallel.DistributedDataParallel(module, **(self._ddp_kwargs or {}))
+
+    def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs: Any) -> 'DearKDTask':
+        """Wrap the trainable module in DDP; the teacher stays outside. Takes DDP's arguments."""
+        self._ddp_kwargs = dict(device_ids=device_ids, **ddp_kwargs)
+        self.trainable_module = self._wrap_distributed(self.trainable_module)
+        return self
+
+    def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs: Any) -> nn.Module:
+        """Compile the student (also alone, for evaluation), its branches and the teacher."""
+        kwargs = dict(backend=backend, mode=mode, **compile_kwargs)
+        self.eval_model = cast(nn.Module, torch.compile(unwrap_model(self.trainable_module).student, **kwargs))
+        self.trainable_module = cast(nn.Module, torch.compile(self.trainable_module, **kwargs))
+        self.teacher.compile(**kwargs)
+        return self.eval_model
+
+    def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
+        """The student alone."""
+        resolved = super().get_eval_model(module=module, ema=ema)
+        unwrapped = unwrap_model(resolved) if resolved is not None else None
+        return unwrapped.student if isinstance(unwrapped, DearKDTrainable) else resolved
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> List[nn.Parameter]:
+        """Parameters to clip; `exclude_head` leaves out the classifiers, as adaptive clipping wants it."""
+        trainable = unwrap_model(self.trainable_module)
+        heads = {id(p) for head in (trainable.student.get_classifier(), trainable.head_dist) for p in head.parameters()}
+        return [p for p in trainable.parameters() if not (exclude_head and id(p) in heads)]
+
+    def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
+        """State beside the student's weights: aligners, `head_dist`, fixed feature deviations."""
+        trainable = unwrap_model(module if module is not None else self.get_trainable_module(ema=ema))
+        state = {'aligners': trainable.aligners.state_dict(), 'head_dist': trainable.head_dist.state_dict()}
+        if self.feature_std is not None:
+            state['feature_std'] = list(self.feature_std)
+        return state
+
+    def load_task_state(
+            self,
+            state: Optional[Dict[str, Any]],
+            strict: bool = True,
+            module: Optional[nn.Module] = None,
+            ema: bool = False,
+    ) -> None:
+        """Restore `get_task_state`."""
+        if not state:
+            return
+        trainable = unwrap_model(module if module is not None else self.get_trainable_module(ema=ema))
+        try:
+            trainable.aligners.load_state_dict(state['aligners'], strict=strict)
+            trainable.head_dist.load_state_dict(state['head_dist'], strict=strict)
+        except (KeyError, RuntimeError) as e:
+            raise ValueError(
+                'The checkpoint was trained with another teacher or other hooks, so its aligner does not fit.'
+                ' Resume with the same --kd-model-name and --dearkd-hooks.') from e
+        if 'feature_std' in state:
+            self.feature_std = [std.to(self.device) for std in state['feature_std']]
+
+    def _fix_feature_std(self, features: List[torch.Tensor]) -> None:
+        """Take the deviation per channel (C,) from this batch, the mean of it over all processes."""
+        self.feature_std = [f.float().std(dim=(0, 2, 3)).clamp(min=1e-3) for f in features]
+        if dist.is_available() and dist.is_initialized():
+            for std in self.feature_std:
+                dist.all_reduce(std)
+                std /= dist.get_world_size()
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """Forward and losses of one batch.
+
+        Args:
+            input: Images (B, C, H, W), normalised for the student.
+            target: What the criterion takes: class indices (B,) or soft labels (B, classes).
+
+        Returns:
+            'loss' (Eq. 6 or 7), 'output' (logits of `head`), and those of 'ce_loss', 'logit_loss' and 'hidden_loss'
+            that the stage has.
+        """
+        alpha, beta = self.weights.alpha, self.weights.beta
+        features: List[torch.Tensor] = []
+        if self.weights.uses_teacher:
+            teacher_logits, features = self.teacher(input, with_features=self.weights.uses_features)
+        logits, dist_logits, aligned = self.trainable_module(input, [f.shape[-2:] for f in features])
+
+        losses = {'ce_loss': self.criterion(logits, target)}
+        if dist_logits is not None:
+            losses['logit_loss'] = hard_label_loss(dist_logits, teacher_logits)
+        if features:
+            if self.normalize_features and self.feature_std is None:
+                self._fix_feature_std(features)
+            stds: Sequence[Optional[torch.Tensor]] = self.feature_std or [None] * len(features)
+            losses['hidden_loss'] = sum(
+                hidden_loss(a, f, std) for a, f, std in zip(aligned, features, stds)) / len(features)
+        loss = dearkd_loss(
+            losses['ce_loss'], losses.get('logit_loss', 0.), losses.get('hidden_loss', 0.), alpha, beta)
+        return {'loss': loss, 'output': logits, **losses}
+
+
+_logger = logging.getLogger(__name__)
+
+
+def _log_set_up(
+        student: nn.Module,
+        hooks: Sequence[Hook],
+        specs: Sequence[FeatureSpec],
+        schedule: TwoStageSchedule,
+) -> None:
+    for hook, spec in zip(hooks, specs):
+        height, width = spec.size
+        _logger.info(
+            f'DearKD: block {hook.block} of {type(student).__name__} learns from teacher layer {spec.layer}'
+            f' ({spec.num_chs} x {height} x {width})')
+    _logger.info(f'DearKD: {schedule}')

@@ -1,0 +1,305 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention
+
+from timm_dearkd.attention import AdaptiveRelPos, ConvAttention, append_positions
+
+FLOAT64 = torch.float64
+
+
+def eq2_slowly(alpha, delta, grid_size, num_prefix_tokens):
+    """Eq. 2 word by word: v = -alpha (1, -2 delta_1, -2 delta_2), r = (|d|^2, d_1, d_2), prefix tokens padded with 0."""
+    height, width = grid_size
+    num_tokens = num_prefix_tokens + height * width
+    alpha, delta = alpha.detach(), delta.detach()
+    scores = torch.zeros(len(alpha), num_tokens, num_tokens, dtype=FLOAT64)
+    for h in range(len(alpha)):
+        v = [-float(alpha[h]), 2 * float(alpha[h]) * float(delta[h, 0]), 2 * float(alpha[h]) * float(delta[h, 1])]
+        for i in range(height * width):
+            for j in range(height * width):
+                d1, d2 = j // width - i // width, j % width - i % width
+                scores[h, num_prefix_tokens + i, num_prefix_tokens + j] = (
+                    v[0] * (d1 * d1 + d2 * d2) + v[1] * d1 + v[2] * d2)
+    return scores
+
+
+def eq3_slowly(attn, x):
+    """Eq. 3 in float64, a head and a query at a time."""
+    attn = copy.deepcopy(attn).double()
+    scores = eq2_slowly(attn.rpe.alpha, attn.rpe.delta, attn.rpe.grid_size, attn.rpe.num_prefix_tokens)
+    outputs = []
+    for tokens in x.double():
+        q, k, v = attn.qkv(tokens).chunk(3, dim=-1)
+        heads = []
+        for h in range(attn.num_heads):
+            part = slice(h * attn.head_dim, (h + 1) * attn.head_dim)
+            rows = [
+                F.softmax((k[:, part] @ q[t, part]) / attn.head_dim ** 0.5 + scores[h, t], dim=0) @ v[:, part]
+                for t in range(len(tokens))]
+            heads.append(torch.stack(rows))
+        outputs.append(attn.proj(torch.cat(heads, dim=-1)))
+    return torch.stack(outputs)
+
+
+def randomize(rpe):
+    with torch.no_grad():
+        rpe.alpha.uniform_(0, 2)
+        rpe.delta.uniform_(-3, 3)
+
+
+@pytest.mark.parametrize('grid_size', [(3, 3), (2, 5), (1, 4)])
+@pytest.mark.parametrize('num_prefix_tokens', [0, 1, 3])
+@pytest.mark.parametrize('form', ['factorised', 'bias', 'unfused'])
+def test_all_forms_are_equation_3(grid_size, num_prefix_tokens, form):
+    attn = ConvAttention(24, 4, grid_size=grid_size, num_prefix_tokens=num_prefix_tokens, qkv_bias=True)
+    randomize(attn.rpe)
+    attn.fused_attn = form != 'unfused'
+    attn.train(form == 'factorised')
+    x = torch.randn(2, num_prefix_tokens + grid_size[0] * grid_size[1], 24)
+    with torch.no_grad():
+        expected = eq3_slowly(attn, x)
+        torch.testing.assert_close(attn(x).double(), expected, atol=2e-6, rtol=0)
+        assert (attn.rpe._scores_cache is not None) == (form != 'factorised')
+
+
+def test_scores_of_prefix_tokens_are_exactly_zero():
+    rpe = AdaptiveRelPos(4, (3, 4), num_prefix_tokens=2)
+    randomize(rpe)
+    scores = rpe()
+    assert scores[:, :2].eq(0).all() and scores[:, :, :2].eq(0).all()
+    torch.testing.assert_close(scores.double(), eq2_slowly(rpe.alpha, rpe.delta, (3, 4), 2), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize('num_heads,rows,cols', [(12, 3, 4), (16, 4, 4), (2, 1, 2), (1, 1, 1), (5, 2, 3)])
+def test_initial_offsets_are_a_centred_grid(num_heads, rows, cols):
+    rpe = AdaptiveRelPos(num_heads, (4, 4))
+    expected = [
+        (r - (rows - 1) / 2, c - (cols - 1) / 2) for r in range(rows) for c in range(cols)][:num_heads]
+    assert rpe.delta.tolist() == [list(offset) for offset in expected]
+    assert rpe.alpha.eq(1).all()
+
+
+def attend(form, q, k, v, alpha, delta, rpe, weight, dtype):
+    """Output and gradients of one form of the attention core."""
+    parameter_dtype = FLOAT64 if dtype == FLOAT64 else torch.float32
+    inputs = [t.to(dtype).clone().requires_grad_() for t in (q, k, v)]
+    inputs += [t.to(parameter_dtype).clone().requires_grad_() for t in (alpha, delta)]
+    q, k, v, alpha, delta = inputs
+    scale = q.shape[-1] ** -0.5
+    if form == 'slow':
+        mask = rpe.offset_scores(alpha, delta).to(dtype).unsqueeze(0)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    else:
+        appended = append_positions(q, k, v, alpha, delta, rpe.query_basis, rpe.key_basis, scale, rpe.sq_steps)
+        out = F.scaled_dot_product_attention(*appended, scale=scale)[..., :v.shape[-1]]
+    (out.double() * weight).sum().backward()
+    return [out.detach().double()] + [t.grad.double() for t in inputs]
+
+
+@pytest.mark.parametrize('grid_size', [(14, 14), (24, 24)])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_factorised_form_is_as_precise_as_the_slow_one(grid_size, dtype):
+    heads, dim, num_tokens = 6, 16, grid_size[0] * grid_size[1] + 1
+    rpe = AdaptiveRelPos(heads, grid_size)
+    q, k, v = (torch.randn(2, heads, num_tokens, dim).to(dtype).double() for _ in range(3))
+    alpha, delta = torch.rand(heads) * 2, torch.rand(heads, 2) * 6 - 3
+    weight = torch.randn(2, heads, num_tokens, dim, dtype=FLOAT64)
+    common = (q, k, v, alpha.double(), delta.double(), rpe, weight)
+    expected = attend('slow', *common, FLOAT64)
+    fast, slow = attend('factorised', *common, dtype), attend('slow', *common, dtype)
+    for name, e, f, s in zip(('output', 'q', 'k', 'v', 'alpha', 'delta'), expected, fast, slow):
+        error, slow_error = ((t - e).norm() / e.norm() for t in (f, s))
+        if dtype == torch.float32:
+            assert error < 1e-4, f'{name}: {error}'
+            if name == 'output':
+                assert (f - e).abs().max() < 1e-4
+        elif name in ('alpha', 'delta'):
+            # the kernel rounds the gradient of the positional channels, which sums of moments then amplify
+            assert error < 0.15, f'{name}: {error}, slow form {slow_error}'
+        else:
+            assert error <= slow_error, f'{name}: {error}, slow form {slow_error}'
+            if name == 'output':
+                assert (f - e).abs().max() <= (s - e).abs().max()
+
+
+def test_training_makes_no_score_matrix():
+    """The largest tensor of the forward and of the backward is far below one (heads, T, T)."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(t, torch.Tensor):
+                    self.numel = max(self.numel, t.numel())
+            return out
+
+    x = torch.randn(1, 401, 24)
+    sizes = {}
+    for drop_mode in ('query', 'element'):
+        attn = ConvAttention(24, 4, grid_size=(20, 20), rpe_drop_rate=0.1, rpe_drop_mode=drop_mode)
+        with Largest() as largest:
+            attn(x).sum().backward()
+        sizes[drop_mode] = largest.numel
+    assert sizes['query'] < 0.1 * 4 * 401 * 401
+    assert sizes['element'] >= 4 * 401 * 401
+
+
+@pytest.mark.parametrize('drop_mode', ['element', 'query'])
+def test_rpe_dropout(drop_mode):
+    attn = ConvAttention(24, 4, grid_size=(4, 4), rpe_drop_rate=0.5, rpe_drop_mode=drop_mode)
+    scores = attn.rpe()
+    full = attn.rpe.offset_scores(attn.rpe.alpha, attn.rpe.delta)
+    kept = scores != 0
+    torch.testing.assert_close(scores[kept], 2 * full[kept])
+    share = kept.sum() / (full != 0).sum()
+    assert 0.25 < share < 0.75
+    if drop_mode == 'query':
+        rows = kept[:, 1:, 1:].any(-1)
+        assert (kept[:, 1:, 1:].sum(-1)[rows] == (full[:, 1:, 1:] != 0).sum(-1)[rows]).all()
+
+    # the same mask in the factorised and in the plain form gives the same attention
+    x = torch.randn(2, 17, 24)
+    outputs = []
+    for fused in (True, False):
+        attn.fused_attn = fused
+        torch.manual_seed(1)
+        outputs.append(attn(x))
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+    attn.eval()
+    torch.testing.assert_close(attn.rpe(), full)
+
+
+@pytest.mark.parametrize('fused', [True, False])
+@pytest.mark.parametrize('training', [True, False])
+def test_masks(fused, training):
+    """Boolean, additive and causal masks do what they do in timm's attention, on top of the positional scores."""
+    attn = ConvAttention(24, 4, grid_size=(3, 3), num_prefix_tokens=1).train(training)
+    attn.fused_attn = fused
+    x = torch.randn(2, 10, 24)
+    causal = torch.ones(10, 10, dtype=torch.bool).tril()
+    additive = torch.zeros(10, 10).masked_fill(~causal, float('-inf'))
+    with torch.no_grad():
+        outputs = [attn(x, attn_mask=causal), attn(x, attn_mask=additive), attn(x, is_causal=True)]
+        for out in outputs:
+            torch.testing.assert_close(out, outputs[0])
+        changed = x.clone()
+        changed[:, 5:] += 1
+        torch.testing.assert_close(attn(changed, is_causal=True)[:, :5], outputs[0][:, :5])
+        assert not torch.allclose(attn(x), outputs[0])
+
+
+@pytest.mark.parametrize('kernel_size', [3, 4])
+def test_expresses_any_convolution(kernel_size):
+    """Cordonnier et al. 2020, theorem 1: K^2 heads at the integer offsets are a K x K convolution."""
+    heads, in_chs, out_chs, size = kernel_size ** 2, 5, 7, 9
+    head_dim = out_chs
+    kernel = torch.randn(out_chs, in_chs, kernel_size, kernel_size)
+    low = -1
+    attn = ConvAttention(in_chs, heads, attn_head_dim=head_dim, dim_out=out_chs, grid_size=(size, size),
+                         num_prefix_tokens=0)
+    with torch.no_grad():
+        attn.qkv.weight.zero_()
+        attn.proj.weight.zero_()
+        attn.proj.bias.zero_()
+        attn.rpe.alpha.fill_(50.)
+        for h in range(heads):
+            row, col = h // kernel_size, h % kernel_size
+            attn.rpe.delta[h] = torch.tensor([row + low, col + low])
+            values = slice((2 * heads + h) * head_dim, (2 * heads + h + 1) * head_dim)
+            attn.qkv.weight[values] = kernel[:, :, row, col]
+            attn.proj.weight[:, h * head_dim:(h + 1) * head_dim] = torch.eye(out_chs)
+    image = torch.randn(2, in_chs, size, size)
+    expected = F.conv2d(image, kernel)  # position (0, 0) is the window at rows 0 to K - 1: the query at (-low, -low)
+    tokens = image.flatten(2).transpose(1, 2)
+    for training in (True, False):
+        with torch.no_grad():
+            out = attn.train(training)(tokens).transpose(1, 2).reshape(2, out_chs, size, size)
+        inner = out[:, :, -low:-low + expected.shape[2], -low:-low + expected.shape[3]]
+        torch.testing.assert_close(inner, expected, atol=1e-5, rtol=0)
+
+
+def test_cache_follows_every_change():
+    attn = ConvAttention(24, 4, grid_size=(3, 3)).eval()
+    x = torch.randn(2, 10, 24)
+
+    def expect():
+        with torch.no_grad():
+            torch.testing.assert_close(attn(x.to(attn.qkv.weight.dtype)).double(), eq3_slowly(attn, x), atol=1e-5, rtol=0)
+
+    expect()
+    with torch.no_grad():
+        attn.rpe.alpha.mul_(0.5)
+    expect()
+    attn.rpe.delta.data += 1.  # moves no version counter
+    expect()
+    attn.load_state_dict({k: v + 0.1 for k, v in attn.state_dict().items()})
+    expect()
+    attn.rpe.set_grid_size(9, 1)
+    expect()
+    attn.double()
+    expect()
+    first = attn.rpe._scores_cache[0]
+    expect()
+    assert attn.rpe._scores_cache[0] is first
+    assert set(attn.state_dict()) == {'qkv.weight', 'proj.weight', 'proj.bias', 'rpe.alpha', 'rpe.delta'}
+
+
+def test_scores_cached_in_inference_mode_serve_a_backward():
+    attn = ConvAttention(24, 4, grid_size=(3, 3)).eval()
+    x = torch.randn(2, 10, 24)
+    with torch.inference_mode():
+        expected = attn(x)
+    attn.rpe.requires_grad_(False)
+    x.requires_grad_()
+    out = attn(x)
+    out.sum().backward()
+    torch.testing.assert_close(out, expected.clone())
+    assert x.grad.abs().sum() > 0
+
+
+def test_attention_scores_are_those_of_the_forward():
+    attn = ConvAttention(24, 4, grid_size=(2, 3), qkv_bias=True)
+    x = torch.randn(2, 7, 24)
+    content, position, total = attn.attention_scores(x)
+    torch.testing.assert_close(position.double(), eq2_slowly(attn.rpe.alpha, attn.rpe.delta, (2, 3), 1))
+    torch.testing.assert_close(total, content + position)
+    v = attn.qkv(x).chunk(3, dim=-1)[2].reshape(2, 7, 4, 6).transpose(1, 2)
+    out = attn.proj((total.softmax(-1) @ v).transpose(1, 2).reshape(2, 7, 24))
+    torch.testing.assert_close(attn(x), out, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize('kwargs', [dict(qk_norm=True), dict(scale_norm=True), dict(gated=True), dict(proj_bias=False)])
+def test_without_positions_it_is_timm_attention(kwargs):
+    """alpha = 0 gives timm's own attention, with all its options."""
+    plain = Attention(24, 4, qkv_bias=True, norm_layer=torch.nn.LayerNorm, **kwargs)
+    attn = ConvAttention.from_attention(plain, (3, 3))
+    with torch.no_grad():
+        attn.rpe.alpha.zero_()
+    x = torch.randn(2, 10, 24)
+    torch.testing.assert_close(attn(x), plain(x), atol=1e-6, rtol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(attn.eval()(x), plain.eval()(x), atol=1e-6, rtol=1e-5)
+
+
+def test_half_precision_module_keeps_its_grid_exact():
+    attn = ConvAttention(24, 4, grid_size=(24, 24)).bfloat16()
+    assert attn.rpe.alpha.dtype == torch.bfloat16
+    assert attn.rpe.key_basis.dtype == torch.float32
+    pos = torch.arange(24) - 11.5
+    expected = (pos[:, None] ** 2 + pos ** 2).flatten()
+    assert attn.rpe.key_basis[1:, 2].equal(expected)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match='element, query'):
+        AdaptiveRelPos(4, (2, 2), drop_mode='row')
+    with pytest.raises(ValueError, match=r'\[0, 1\)'):
+        AdaptiveRelPos(4, (2, 2), drop_rate=1.)
+    with pytest.raises(AssertionError, match='set_input_size'):
+        ConvAttention(24, 4, grid_size=(3, 3))(torch.randn(1, 9, 24))

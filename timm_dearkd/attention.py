@@ -1,0 +1,427 @@
+"""Multi-head convolutional attention (MHCA) with an adaptive relative position encoding.
+
+Paper: `DearKD: Data-Efficient Early Knowledge Distillation for Vision Transformers` (CVPR 2022),
+https://arxiv.org/abs/2204.12997, equations 2 and 3.
+"""
+import math
+from typing import Optional, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import Attention, maybe_add_mask, register_notrace_function, resolve_self_attn_mask
+from torch import _assert
+
+__all__ = ['AdaptiveRelPos', 'ConvAttention']
+
+# torch.fx wraps functions by the module that calls them
+torch.fx.wrap('maybe_add_mask')
+torch.fx.wrap('resolve_self_attn_mask')
+
+RPE_DROP_MODES = ('element', 'query')
+
+
+class AdaptiveRelPos(nn.Module):
+    r"""Adaptive relative position encoding (Eq. 2).
+
+    For the query patch i and the key patch j, with the shift :math:`\delta = p_j - p_i` in patches, head h scores
+
+    .. math:: v^{(h)} r_{ij} = -\alpha^{(h)} (|\delta|^2 - 2 \Delta^{(h)} \cdot \delta)
+
+    so it looks at the patch at offset :math:`\Delta` (row, column) with sharpness :math:`\alpha`. Both are learned.
+    Every pair with a prefix token ([CLS], registers) scores exactly 0.
+
+    The score is a dot product of four query and four key channels (`query_features`, `key_features`), which lets any
+    fused attention kernel compute it; `forward` is the plain (heads, T, T) form of the same thing.
+
+    Our choices, where the paper is silent: alpha is raw (no softplus) and starts at 1, delta starts on a centred
+    grid; dropout is off by default and its kind is selectable.
+
+    Args:
+        num_heads: Number of attention heads.
+        grid_size: Token grid (rows, columns).
+        num_prefix_tokens: Tokens in front of the patches, which have no position.
+        drop_rate: Dropout rate of the positional scores (the paper's dropout layer after the adaptive RPE). One mask
+            serves the whole batch.
+        drop_mode: 'element' drops single scores, and needs the (heads, T, T) form to do it; 'query' drops all
+            positional scores of a query token at once and keeps the factorised form.
+
+    Raises:
+        ValueError: Unknown `drop_mode`, or a `drop_rate` outside [0, 1).
+    """
+
+    grid_size: Tuple[int, int]
+    sq_steps: int
+    key_basis: torch.Tensor
+    query_basis: torch.Tensor
+    _scores_cache: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+    def __init__(
+            self,
+            num_heads: int,
+            grid_size: Tuple[int, int],
+            num_prefix_tokens: int = 1,
+            drop_rate: float = 0.,
+            drop_mode: str = 'element',
+            device=None,
+            dtype=None,
+    ) -> None:
+        super().__init__()
+        if drop_mode not in RPE_DROP_MODES:
+            raise ValueError(f'Unknown rpe drop_mode {drop_mode!r}, expected one of {", ".join(RPE_DROP_MODES)}.')
+        if not 0. <= drop_rate < 1.:
+            raise ValueError(f'rpe drop_rate is {drop_rate}, expected a rate in [0, 1).')
+        dd = {'device': device, 'dtype': dtype}
+        self.num_heads = num_heads
+        self.num_prefix_tokens = num_prefix_tokens
+        self.drop_rate = drop_rate
+        self.drop_mode = drop_mode
+        self.alpha = nn.Parameter(torch.empty(num_heads, **dd))
+        self.delta = nn.Parameter(torch.empty(num_heads, 2, **dd))
+        # Constants of the token grid, in float32 whatever the model's dtype
+        self.register_buffer('key_basis', torch.empty(0, device=device), persistent=False)
+        self.register_buffer('query_basis', torch.empty(0, device=device), persistent=False)
+        self.set_grid_size(int(grid_size[0]), int(grid_size[1]))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set alpha to 1 and delta to the offsets of a centred floor(sqrt(h)) x ceil(h / floor(sqrt(h))) grid."""
+        rows = math.isqrt(self.num_heads)
+        cols = -(-self.num_heads // rows)
+        with torch.no_grad():
+            index = torch.arange(self.num_heads, device=self.delta.device)
+            offsets = torch.stack([index // cols - (rows - 1) / 2, index % cols - (cols - 1) / 2], dim=1)
+            self.alpha.fill_(1.)
+            self.delta.copy_(offsets)
+
+    def set_grid_size(self, height: int, width: int) -> None:
+        """Set the token grid the scores are for.
+
+        With the centred patch position p, a key has the channels (p_row, p_col, |p|^2, 1), and the query channels are
+        ``alpha * (basis[0] + delta_row * basis[1] + delta_col * basis[2])``. Rows of prefix tokens are 0.
+        """
+        device = self.key_basis.device
+        rows = torch.arange(height, device=device, dtype=torch.float32) - (height - 1) / 2
+        cols = torch.arange(width, device=device, dtype=torch.float32) - (width - 1) / 2
+        y = rows.unsqueeze(1).expand(height, width).reshape(-1)
+        x = cols.unsqueeze(0).expand(height, width).reshape(-1)
+        sq, one, zero = y * y + x * x, torch.ones_like(y), torch.zeros_like(y)
+        key = torch.stack([y, x, sq, one], dim=-1)  # (H*W, 4)
+        query = torch.stack([
+            torch.stack([2 * y, 2 * x, -one, -sq], dim=-1),
+            torch.stack([2 * one, zero, zero, -2 * y], dim=-1),
+            torch.stack([zero, 2 * one, zero, -2 * x], dim=-1),
+        ])  # (3, H*W, 4)
+        self.key_basis = F.pad(key, [0, 0, self.num_prefix_tokens, 0])  # (T, 4)
+        self.query_basis = F.pad(query, [0, 0, self.num_prefix_tokens, 0])  # (3, T, 4)
+        # |p|^2 is a multiple of 1 where both sides are odd, of 1/2 where both are even, of 1/4 otherwise
+        sq_per_step = 1 if height % 2 != width % 2 else (2 if height % 2 == 0 else 4)
+        self.sq_steps = ((height - 1) * (height - 1) + (width - 1) * (width - 1)) // sq_per_step
+        self.grid_size = (height, width)
+        self._scores_cache = None
+
+    def _apply(self, fn, *args, **kwargs):
+        """Follow device moves, but keep the grid constants in float32 (half precision could not hold |p|^2)."""
+        result = super()._apply(fn, *args, **kwargs)
+        self.set_grid_size(*self.grid_size)
+        return result
+
+    def __getstate__(self):
+        return {**self.__dict__, '_scores_cache': None}  # copies and pickles start without the cache
+
+    def extra_repr(self) -> str:
+        return f'num_heads={self.num_heads}, grid_size={self.grid_size}, drop_rate={self.drop_rate}'
+
+    def _dropout_active(self) -> bool:
+        return self.training and self.drop_rate > 0.
+
+    def needs_scores(self) -> bool:
+        """Whether the current mode asks for the (heads, T, T) form: elementwise dropout has no factorised one."""
+        return self._dropout_active() and self.drop_mode == 'element'
+
+    def offset_scores(self, alpha: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        """Eq. 2 pair by pair, without dropout: (heads, T, T) for alpha (heads,) and delta (heads, 2)."""
+        prefix = self.num_prefix_tokens
+        pos = self.key_basis[prefix:, :2]  # (H*W, 2)
+        shift = pos.unsqueeze(0) - pos.unsqueeze(1)  # (H*W, H*W, 2), key minus query
+        sq = (shift * shift).sum(-1)
+        along = delta[:, 0, None, None] * shift[..., 0] + delta[:, 1, None, None] * shift[..., 1]
+        scores = -alpha[:, None, None] * (sq - 2 * along)
+        return F.pad(scores, [prefix, 0, prefix, 0])
+
+    def forward(self) -> torch.Tensor:
+        """Positional scores of all pairs, in the slow form that the factorised one is checked against.
+
+        Returns:
+            (heads, T, T) in float32 or the parameters' dtype, whichever is wider. Dropout applies when training.
+        """
+        scores = self.offset_scores(self.alpha, self.delta)
+        if self._dropout_active():
+            if self.drop_mode == 'element':
+                scores = F.dropout(scores, self.drop_rate)
+            else:
+                scores = scores * self.query_dropout().unsqueeze(-1)
+        return scores
+
+    def query_dropout(self) -> torch.Tensor:
+        """Dropout mask of the query tokens (heads, T), 0 or 1 / (1 - rate)."""
+        return F.dropout(self.key_basis.new_ones(self.num_heads, self.key_basis.shape[0]), self.drop_rate)
+
+    @torch.jit.unused
+    def cached_scores(self, dtype: torch.dtype) -> torch.Tensor:
+        """`forward()` without dropout or gradient, computed anew only when alpha, delta, grid, dtype or device change.
+
+        It compares the values of alpha and delta, which costs a synchronisation on an accelerator: for the CPU only.
+        """
+        alpha, delta = self.alpha.detach(), self.delta.detach()
+        if self._scores_cache is not None:
+            scores, cached_alpha, cached_delta = self._scores_cache
+            if scores.dtype == dtype and torch.equal(cached_alpha, alpha) and torch.equal(cached_delta, delta):
+                return scores
+        with torch.inference_mode(False), torch.no_grad():
+            # A query's own score is 0, so e^-75 adds nothing; further down, the CPU would crawl through denormals
+            scores = self.offset_scores(alpha, delta).clamp(min=-75.).to(dtype)
+            self._scores_cache = (scores, alpha.clone(), delta.clone())
+        return scores
+
+
+class _AppendChannels(torch.autograd.Function):
+    """Concatenate channels that all images share, (heads, T, C), to tokens (B, heads, T, D).
+
+    `torch.cat` would do, but it sums the gradient of the channels over the images in the tokens' precision.
+    """
+
+    @staticmethod
+    def forward(ctx, tokens: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
+        ctx.dim, ctx.dtype = tokens.shape[-1], channels.dtype
+        return torch.cat([tokens, channels.to(tokens.dtype).expand(tokens.shape[0], -1, -1, -1)], dim=-1)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        return grad[..., :ctx.dim], grad[..., ctx.dim:].sum(dim=0, dtype=ctx.dtype)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def append_positions(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        alpha: torch.Tensor,
+        delta: torch.Tensor,
+        query_basis: torch.Tensor,
+        key_basis: torch.Tensor,
+        scale: float,
+        sq_steps: int,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Append channels to q, k and v (B, heads, T, D) so that ``scale * q @ k.T`` holds the positional scores too.
+
+    float32 and wider take four channels. In half precision the query part is split into a rounded value and its
+    remainder, eight channels in all; v is padded with zeros, for fused kernels want one head dimension.
+
+    Args:
+        alpha: Sharpness (heads,), already multiplied by the query dropout mask (heads, T) if there is one.
+        sq_steps: The grid's largest |p|^2, counted in its smallest step. Where the dtype's significand can't hold it,
+            alpha is rounded, and the remainder channel that becomes free carries the remainder of |p|^2.
+
+    Returns:
+        q, k and v of shape (B, heads, T, D + 4 or 8).
+    """
+    half = q.dtype == torch.float16 or q.dtype == torch.bfloat16
+    key_is_exact = sq_steps <= (256 if q.dtype == torch.bfloat16 else 2048)
+    alpha = alpha / scale
+    if half and not key_is_exact:
+        alpha = alpha + (alpha.to(q.dtype).to(alpha.dtype) - alpha).detach()  # straight-through
+    offset = delta.unsqueeze(-1).unsqueeze(-1)  # (heads, 2, 1, 1)
+    query = query_basis[0] + offset[:, 0] * query_basis[1] + offset[:, 1] * query_basis[2]
+    query = query * alpha.view(alpha.shape[0], -1, 1)  # (heads, T, 4)
+    key = key_basis  # (T, 4)
+    if half:
+        rounded, key_hi = query.to(q.dtype).to(query.dtype), key.to(k.dtype).to(key.dtype)
+        query_lo, key_lo = (query - rounded).detach(), key_hi
+        query_hi = query - query_lo  # the rounded value, with the gradient of the exact one
+        if not key_is_exact:
+            query_lo = torch.cat([query_lo[..., :2], query_hi[..., 2:3], query_lo[..., 3:]], dim=-1)
+            key_lo = torch.cat([key_hi[:, :2], key[:, 2:3] - key_hi[:, 2:3], key_hi[:, 3:]], dim=-1)
+        query, key = torch.cat([query_hi, query_lo], dim=-1), torch.cat([key_hi, key_lo], dim=-1)
+    B, H, T, _ = q.shape
+    k = torch.cat([k, key.to(k.dtype).expand(B, H, T, key.shape[-1])], dim=-1)
+    if torch.jit.is_scripting():
+        q = torch.cat([q, query.to(q.dtype).expand(B, H, T, query.shape[-1])], dim=-1)
+    else:
+        q = _AppendChannels.apply(q, query)
+    v = F.pad(v, [0, key.shape[-1]])
+    return q, k, v
+
+
+class ConvAttention(Attention):
+    r"""Multi-head convolutional attention, MHCA (Eq. 3): :math:`softmax(q k^T / \sqrt{d} + v^{(h)} r_{ij})`.
+
+    timm's `Attention` with an `AdaptiveRelPos` on its scores; the arguments not listed are timm's. Which form computes
+    the scores is decided per call. Wherever alpha and delta take a gradient the factorised one does, with no
+    (T, T) tensor; where they take none, the CPU adds a cached bias, which is faster there. Elementwise dropout of the
+    positional scores needs the plain form.
+
+    Args:
+        grid_size: Token grid (rows, columns). `set_grid_size` changes it.
+        num_prefix_tokens: Tokens in front of the patches, which have no position.
+        rpe_drop_rate: Dropout rate of the positional scores, see `AdaptiveRelPos`.
+        rpe_drop_mode: 'element' or 'query', see `AdaptiveRelPos`.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            num_heads: int = 8,
+            grid_size: Tuple[int, int] = (14, 14),
+            num_prefix_tokens: int = 1,
+            rpe_drop_rate: float = 0.,
+            rpe_drop_mode: str = 'element',
+            device=None,
+            dtype=None,
+            **kwargs,
+    ) -> None:
+        super().__init__(dim, num_heads, device=device, dtype=dtype, **kwargs)
+        self.rpe = AdaptiveRelPos(
+            num_heads,
+            grid_size,
+            num_prefix_tokens=num_prefix_tokens,
+            drop_rate=rpe_drop_rate,
+            drop_mode=rpe_drop_mode,
+            device=device,
+            dtype=dtype,
+        )
+
+    @classmethod
+    def from_attention(
+            cls,
+            attn: Attention,
+            grid_size: Tuple[int, int],
+            num_prefix_tokens: int = 1,
+            rpe_drop_rate: float = 0.,
+            rpe_drop_mode: str = 'element',
+    ) -> 'ConvAttention':
+        """Make MHCA out of a timm `Attention`, keeping its submodules (so its weights) and settings."""
+        mhca = cls(
+            attn.qkv.in_features,
+            attn.num_heads,
+            attn_head_dim=attn.head_dim,
+            dim_out=attn.proj.out_features,
+            device='meta',  # a shell, filled below
+        )
+        for name, module in attn.named_children():
+            setattr(mhca, name, module)
+        mhca.scale = attn.scale
+        mhca.fused_attn = attn.fused_attn  # type: ignore[misc]
+        mhca.rpe = AdaptiveRelPos(
+            attn.num_heads,
+            grid_size,
+            num_prefix_tokens=num_prefix_tokens,
+            drop_rate=rpe_drop_rate,
+            drop_mode=rpe_drop_mode,
+            device=attn.qkv.weight.device,
+            dtype=attn.qkv.weight.dtype,
+        )
+        return mhca.train(attn.training)
+
+    def _qkv(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values of the tokens (B, T, dim), each (B, heads, T, head_dim)."""
+        B, T, _ = x.shape
+        _assert(
+            self.rpe.key_basis.shape[0] == T,
+            'The number of tokens does not match the token grid of MHCA. Call set_input_size() on the model, or'
+            ' rpe.set_grid_size(rows, columns) on a ConvAttention used alone.',
+        )
+        qkv = self.qkv(x).reshape(B, T, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def _scores_are_constant(self) -> bool:
+        """Whether this call is inference on the CPU, where a bias computed once is the cheapest form."""
+        if torch.jit.is_scripting() or self.training:
+            return False
+        parameters = [p for p in self.rpe._parameters.values() if p is not None]  # no proxies under torch.fx
+        takes_gradient = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+        return not takes_gradient and parameters[0].device.type == 'cpu'
+
+    def _scores(self, dtype: torch.dtype) -> torch.Tensor:
+        """Positional scores as a bias (heads, T, T), from the cache where that is sound."""
+        if not torch.jit.is_scripting():
+            traced = (
+                torch.jit.is_tracing() or torch.compiler.is_compiling() or isinstance(self.rpe.alpha, torch.fx.Proxy)
+            )
+            if self._scores_are_constant() and not traced:
+                return self.rpe.cached_scores(dtype)
+        return self.rpe().to(dtype)
+
+    def forward(
+            self,
+            x: torch.Tensor,
+            attn_mask: Optional[torch.Tensor] = None,
+            is_causal: bool = False,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            x: Tokens (B, T, dim), prefix tokens first, then the patches of the grid row by row.
+            attn_mask: Boolean (True attends) or additive mask that broadcasts to (B, heads, T, T).
+            is_causal: Mask out later tokens; excludes `attn_mask`.
+
+        Returns:
+            (B, T, dim_out).
+        """
+        B, T, _ = x.shape
+        gate = self.gate(x).sigmoid() if self.gate is not None else None
+        q, k, v = self._qkv(x)
+        rpe = self.rpe
+
+        if self.fused_attn and not (rpe.needs_scores() or self._scores_are_constant()):
+            alpha = rpe.alpha.unsqueeze(1)
+            if rpe.training and rpe.drop_rate > 0.:
+                alpha = alpha * rpe.query_dropout()
+            q, k, v = append_positions(
+                q, k, v, alpha, rpe.delta, rpe.query_basis, rpe.key_basis, self.scale, rpe.sq_steps)
+            x = F.scaled_dot_product_attention(
+                q, k, v,
+                attn_mask=attn_mask,
+                dropout_p=self.attn_drop.p if self.training else 0.,
+                is_causal=is_causal,
+                scale=self.scale,
+            )[..., :self.head_dim]
+        elif self.fused_attn:
+            scores = self._scores(q.dtype)
+            mask = resolve_self_attn_mask(T, scores, attn_mask, is_causal)
+            x = F.scaled_dot_product_attention(
+                q, k, v,
+                attn_mask=maybe_add_mask(scores.unsqueeze(0), mask),
+                dropout_p=self.attn_drop.p if self.training else 0.,
+                scale=self.scale,
+            )
+        else:
+            attn = (q * self.scale) @ k.transpose(-2, -1) + self._scores(q.dtype)
+            attn = maybe_add_mask(attn, resolve_self_attn_mask(T, attn, attn_mask, is_causal))
+            attn = attn.softmax(dim=-1)
+            attn = self.attn_drop(attn)
+            x = attn @ v
+
+        x = x.transpose(1, 2).reshape(B, T, self.attn_dim)
+        x = self.norm(x)
+        if gate is not None:
+            x = x * gate
+        x = self.proj(x)
+        return self.proj_drop(x)
+
+    @torch.jit.ignore
+    def attention_scores(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Scores before the softmax, in their parts, for analysis (fused kernels show nothing).
+
+        Args:
+            x: Tokens (B, T, dim), as `forward` takes them (in a block: after its first norm).
+
+        Returns:
+            Content scores (B, heads, T, T), positional scores (heads, T, T) without dropout, and their sum.
+        """
+        q, k, _ = self._qkv(x)
+        content = (q * self.scale) @ k.transpose(-2, -1)
+        position = self.rpe.offset_scores(self.rpe.alpha, self.rpe.delta).to(content.dtype)
+        return content, position, content + position

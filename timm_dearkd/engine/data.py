@@ -1,0 +1,199 @@
+"""Data sets and loaders of train.py, made of timm's."""
+import logging
+import os
+from functools import partial
+from typing import Any, Callable, Dict, List, Optional
+
+import torch
+from PIL import Image
+from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
+from torchvision.transforms import Compose
+
+__all__ = [
+    'DeviceLoader', 'check_labels', 'class_names', 'create_eval_loader', 'create_mixup', 'create_train_loader',
+    'open_dataset',
+]
+
+_logger = logging.getLogger(__name__)
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    return image.convert(mode)
+
+
+def open_dataset(name: str, root: Optional[str], split: str, **kwargs: Any):
+    """Open a split of a data set by timm's `create_dataset`.
+
+    Raises:
+        FileNotFoundError: No such folder.
+        ValueError: timm can't open it, or it is empty.
+    """
+    if not name and not root:
+        raise ValueError('No data set given. Name an image folder (train.py DIR) or a --dataset.')
+    if not name and root and not os.path.exists(root):
+        raise FileNotFoundError(f'No data set at {root!r}. Expected an image folder {root}/{split}/CLASS/IMAGE.')
+    try:
+        dataset = create_dataset(name, root=root, split=split, **kwargs)
+    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as e:
+        what = f'data set {name!r} in {root!r}' if name else f'image folder {root!r}'
+        raise ValueError(
+            f'Could not open split {split!r} of {what}: {" ".join(str(e).split())}'
+            ' Image folders look like DIR/train/CLASS/IMAGE and DIR/validation/CLASS/IMAGE.') from e
+    return dataset
+
+
+def class_names(dataset) -> Optional[List[str]]:
+    """Class names in the order of their indices, where the data set knows them."""
+    class_to_idx = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
+    if not class_to_idx:
+        return None
+    if sorted(class_to_idx.values()) != list(range(len(class_to_idx))):
+        return None  # a class map with gaps or with several names for a class
+    return [str(name) for name in sorted(class_to_idx, key=class_to_idx.get)]
+
+
+def create_mixup(
+        num_classes: int,
+        prefetcher: bool,
+        mixup: float = 0.,
+        cutmix: float = 0.,
+        cutmix_minmax: Optional[List[float]] = None,
+        prob: float = 1.,
+        switch_prob: float = 0.5,
+        mode: str = 'batch',
+        smoothing: float = 0.1,
+) -> Optional[Callable]:
+    """timm's Mixup/CutMix, as the collate function of the prefetcher or a function of a batch; None when off."""
+    if not (mixup > 0. or cutmix > 0. or cutmix_minmax):
+        return None
+    mixup_cls = FastCollateMixup if prefetcher else Mixup
+    return mixup_cls(
+        mixup_alpha=mixup,
+        cutmix_alpha=cutmix,
+        cutmix_minmax=cutmix_minmax,
+        prob=prob,
+        switch_prob=switch_prob,
+        mode=mode,
+        label_smoothing=smoothing,
+        num_classes=num_classes,
+    )
+
+
+def _create_loader(dataset, data_config: Dict[str, Any], device: torch.device, use_prefetcher: bool, **kwargs: Any):
+    loader = create_loader(
+        dataset,
+        input_size=data_config['input_size'],
+        mean=data_config['mean'],
+        std=data_config['std'],
+        device=device,
+        use_prefetcher=use_prefetcher,
+        **kwargs,
+    )
+    if not hasattr(dataset, 'reader') and hasattr(dataset, 'transform'):
+        # torchvision's data sets hand out images in the mode they have; timm's own convert them
+        mode = 'RGB' if data_config['input_size'][0] == 3 else 'L'
+        dataset.transform = Compose([partial(_convert, mode=mode), dataset.transform])
+    return loader
+
+
+def create_train_loader(
+        dataset,
+        data_config: Dict[str, Any],
+        batch_size: int,
+        device: torch.device,
+        use_prefetcher: bool = True,
+        mixup: Optional[Callable] = None,
+        **kwargs: Any,
+):
+    """Training loader of batches on the device.
+
+    Args:
+        dataset: What `open_dataset` gives.
+        data_config: timm's, for size and normalisation.
+        batch_size: Images per batch; a smaller last one is dropped.
+        device: Where the batches go.
+        use_prefetcher: timm's prefetcher, which normalises and erases on the device.
+        mixup: What `create_mixup` gives.
+        **kwargs: Augmentation and worker arguments of timm's `create_loader`.
+
+    Raises:
+        ValueError: Less than one batch of images.
+    """
+    if hasattr(dataset, '__len__') and len(dataset) < batch_size:
+        raise ValueError(
+            f'The training set has {len(dataset)} images, less than one batch of {batch_size}.'
+            f' Set --batch-size to {len(dataset)} or less.')
+    loader = _create_loader(
+        dataset,
+        data_config,
+        device,
+        use_prefetcher,
+        batch_size=batch_size,
+        is_training=True,
+        collate_fn=mixup if use_prefetcher else None,
+        **kwargs,
+    )
+    return loader if use_prefetcher else DeviceLoader(loader, device, mixup)
+
+
+def create_eval_loader(
+        dataset,
+        data_config: Dict[str, Any],
+        batch_size: int,
+        device: torch.device,
+        use_prefetcher: bool = True,
+        **kwargs: Any,
+):
+    """Evaluation loader of batches on the device: every image once, in order, with the crop of `data_config`."""
+    loader = _create_loader(
+        dataset,
+        data_config,
+        device,
+        use_prefetcher,
+        batch_size=batch_size,
+        is_training=False,
+        interpolation=data_config['interpolation'],
+        crop_pct=data_config['crop_pct'],
+        crop_mode=data_config['crop_mode'],
+        **kwargs,
+    )
+    return loader if use_prefetcher else DeviceLoader(loader, device)
+
+
+def check_labels(dataset, num_classes: int) -> None:
+    """Refuse a folder with more classes than the model has.
+
+    Raises:
+        ValueError: More classes than `num_classes`.
+    """
+    names = class_names(dataset)
+    if names is not None and len(names) > num_classes:
+        raise ValueError(
+            f'The data set has {len(names)} classes, the model {num_classes}. Set --num-classes {len(names)}.')
+
+
+class DeviceLoader:
+    """A plain loader that moves its batches to the device and mixes them, as timm's prefetcher does by itself."""
+
+    def __init__(self, loader, device: torch.device, mixup_fn: Optional[Any] = None) -> None:
+        self.loader = loader
+        self.device = device
+        self.mixup_fn = mixup_fn
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self):
+        for images, target in self.loader:
+            images = images.to(self.device, non_blocking=True)
+            target = target.to(self.device, non_blocking=True)
+            yield self.mixup_fn(images, target) if self.mixup_fn is not None else (images, target)
+
+    @property
+    def mixup_enabled(self) -> bool:
+        return self.mixup_fn is not None and self.mixup_fn.mixup_enabled
+
+    @mixup_enabled.setter
+    def mixup_enabled(self, enabled: bool) -> None:
+        if self.mixup_fn is not None:
+            self.mixup_fn.mixup_enabled = enabled

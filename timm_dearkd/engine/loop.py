@@ -1,0 +1,219 @@
+"""One epoch of training and one of evaluation."""
+import contextlib
+import logging
+import sys
+import time
+from typing import Any, Callable, Dict, Iterable, Iterator, NamedTuple, Optional
+
+import torch
+import torch.nn as nn
+from timm.task import TrainingTask
+from timm.utils import NativeScaler, dispatch_clip_grad
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+__all__ = ['LossMeter', 'Precision', 'Stepper', 'train_one_epoch', 'validate']
+
+_logger = logging.getLogger(__name__)
+
+
+class Precision:
+    """Autocast and loss scaling of a run.
+
+    Args:
+        device: Where it runs.
+        amp_dtype: Autocast type; None trains in the model's own.
+    """
+
+    def __init__(self, device: torch.device, amp_dtype: Optional[torch.dtype] = None) -> None:
+        self.device = device
+        self.amp_dtype = amp_dtype
+        self.scaler = NativeScaler(device.type) if amp_dtype == torch.float16 and device.type != 'cpu' else None
+
+    def autocast(self):
+        if self.amp_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.amp_dtype)
+
+
+class LossMeter:
+    """Sample-weighted means of named losses, kept on the device until somebody asks."""
+
+    def __init__(self) -> None:
+        self.sums: Dict[str, torch.Tensor] = {}
+        self.counts: Dict[str, int] = {}
+
+    @torch.no_grad()
+    def update(self, losses: Dict[str, torch.Tensor], num_samples: int) -> None:
+        for name, loss in losses.items():
+            weighted = loss.detach().float() * num_samples
+            self.sums[name] = self.sums[name] + weighted if name in self.sums else weighted
+            self.counts[name] = self.counts.get(name, 0) + num_samples
+
+    def means(self) -> Dict[str, float]:
+        """One synchronisation for all of them."""
+        if not self.sums:
+            return {}
+        values = torch.stack(list(self.sums.values())).tolist()
+        return {name: value / self.counts[name] for name, value in zip(self.sums, values)}
+
+
+class Stepper(NamedTuple):
+    """Backward, clipping and the optimiser's step."""
+    task: TrainingTask
+    optimizer: torch.optim.Optimizer
+    scaler: Optional[NativeScaler] = None
+    clip_grad: Optional[float] = None
+    clip_mode: str = 'norm'
+
+    def __call__(self, loss: torch.Tensor, update: bool) -> None:
+        """Backward `loss`; update the weights if it is the last of its accumulation."""
+        parameters: Iterable[nn.Parameter] = ()
+        if self.clip_grad is not None:
+            parameters = self.task.get_clip_parameters(exclude_head='agc' in self.clip_mode)
+        if self.scaler is not None:
+            self.scaler(
+                loss, self.optimizer, clip_grad=self.clip_grad, clip_mode=self.clip_mode,
+                parameters=parameters, need_update=update)
+        else:
+            loss.backward()
+            if update:
+                if self.clip_grad is not None:
+                    dispatch_clip_grad(parameters, value=self.clip_grad, mode=self.clip_mode)
+                self.optimizer.step()
+        if update:
+            self.optimizer.zero_grad()
+
+
+@contextlib.contextmanager
+def _progress(loader, label: str) -> Iterator[Iterable]:
+    """The batches behind a progress bar on a terminal, as they are elsewhere."""
+    if not sys.stderr.isatty():
+        yield loader
+        return
+    with logging_redirect_tqdm(), tqdm(loader, desc=label, leave=False, dynamic_ncols=True) as bar:
+        yield bar
+
+
+def _format_losses(losses: Dict[str, float]) -> str:
+    return '  '.join(f'{name}: {value:#.4g}' for name, value in losses.items())
+
+
+def mean_lr(optimizer: torch.optim.Optimizer) -> float:
+    """Mean learning rate over the parameter groups."""
+    return sum(group['lr'] for group in optimizer.param_groups) / len(optimizer.param_groups)
+
+
+def _split_losses(result: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    return {name: value for name, value in result.items() if name != 'output'}
+
+
+def train_one_epoch(
+        epoch: int,
+        task: TrainingTask,
+        loader,
+        step: Stepper,
+        precision: Precision,
+        lr_scheduler=None,
+        grad_accum_steps: int = 1,
+        channels_last: bool = False,
+        log_interval: int = 50,
+        on_log: Optional[Callable[[int, torch.Tensor], Any]] = None,
+        on_batch: Optional[Callable[[int, bool], Any]] = None,
+) -> Dict[str, float]:
+    """Train for an epoch.
+
+    Args:
+        epoch: Counted from 0.
+        task: Gives the losses of a batch.
+        loader: Batches on the device.
+        step: See `Stepper`.
+        precision: See `Precision`.
+        lr_scheduler: Stepped at every update.
+        grad_accum_steps: Batches per update.
+        channels_last: Memory format of the images.
+        log_interval: Batches between log lines.
+        on_log: Called with the batch number and the images of each log line.
+        on_batch: Called with the batch number, and whether it is the last, after every update.
+
+    Returns:
+        The mean of every loss by name, over the samples that had it.
+    """
+    task.train()
+    stage = getattr(getattr(task, 'weights', None), 'stage', None)
+    prefix = f'Train: {epoch}' + (f'  Stage: {stage}' if stage else '')
+    meter, num_batches = LossMeter(), len(loader)
+    updates_per_epoch = -(-num_batches // grad_accum_steps)
+    last_accum = num_batches % grad_accum_steps or grad_accum_steps
+    start, samples, update = time.perf_counter(), 0, 0
+    step.optimizer.zero_grad()
+    with _progress(loader, prefix) as batches:
+        for i, (images, target) in enumerate(batches):
+            if channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            with precision.autocast():
+                result = task(images, target)
+            in_last = i >= num_batches - last_accum
+            update_now = (i + 1) % grad_accum_steps == 0 or i + 1 == num_batches
+            step(result['loss'] / (last_accum if in_last else grad_accum_steps), update_now)
+            meter.update(_split_losses(result), images.shape[0])
+            samples += images.shape[0]
+            if update_now:
+                update += 1
+                num_updates = epoch * updates_per_epoch + update
+                task.update_ema(step=num_updates)
+                if lr_scheduler is not None:
+                    lr_scheduler.step_update(num_updates=num_updates, metric=None)
+                if on_batch is not None:
+                    on_batch(i, i + 1 == num_batches)
+            if (i + 1) % log_interval == 0 or i + 1 == num_batches:
+                losses = meter.means()
+                rate = samples / (time.perf_counter() - start)
+                _logger.info(
+                    f'{prefix} [{i + 1:>4d}/{num_batches} ({100. * (i + 1) / num_batches:>3.0f}%)]  '
+                    f'{_format_losses(losses)}  LR: {mean_lr(step.optimizer):.3e}  {rate:.1f} img/s')
+                if on_log is not None:
+                    on_log(i, images)
+    return meter.means()
+
+
+@torch.no_grad()
+def validate(
+        model: nn.Module,
+        loader,
+        evaluator,
+        precision: Precision,
+        channels_last: bool = False,
+        log_interval: int = 50,
+        label: str = 'Test',
+) -> Dict[str, float]:
+    """Evaluate a model.
+
+    Args:
+        model: Gives logits; used as it is, in eval mode.
+        loader: Batches on the device.
+        evaluator: timm's, see `TrainingTask.create_evaluator`.
+        precision: See `Precision`.
+        channels_last: Memory format of the images.
+        log_interval: Batches between log lines.
+        label: Head of the log lines.
+
+    Returns:
+        The evaluator's metrics: loss, top1, top5.
+    """
+    was_training = model.training
+    model.eval()
+    num_batches = len(loader)
+    with _progress(loader, label) as batches:
+        for i, (images, target) in enumerate(batches):
+            if channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            with precision.autocast():
+                output = model(images)
+            evaluator.update(output[0] if isinstance(output, (tuple, list)) else output, target)
+            if (i + 1) % log_interval == 0 and i + 1 < num_batches:
+                _logger.info(f'{label}: [{i + 1:>4d}/{num_batches}]  {_format_losses(evaluator.summary())}')
+    model.train(was_training)
+    metrics = evaluator.compute()
+    _logger.info(f'{label}: [{num_batches:>4d}/{num_batches}]  {_format_losses(metrics)}')
+    return dict(metrics)

@@ -1,0 +1,295 @@
+"""The command line of train.py: timm's flags with timm's defaults, DearKD's own, and YAML files of either."""
+import argparse
+import logging
+from typing import Any, Dict, List, NoReturn, Optional, Sequence, Tuple
+
+import yaml
+from timm.utils import ParseKwargs
+
+__all__ = ['build_config_parser', 'build_parser', 'parse_args']
+
+_logger = logging.getLogger(__name__)
+
+
+class _Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` whose errors are one line, for the usage of 150 flags would hide it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f'{self.prog}: error: {message}\n')
+
+
+def build_config_parser() -> argparse.ArgumentParser:
+    """Parser of `--config` alone, which is read before everything else."""
+    parser = argparse.ArgumentParser(description='Training configuration', add_help=False)
+    parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; the command line wins over it')
+    return parser
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Parser of everything but `--config`."""
+    parser = _Parser(
+        prog='train.py', description='Train a timm model, alone or taught by a CNN with DearKD')
+    _add_dearkd(parser.add_argument_group('DearKD'))
+    _add_distillation(parser.add_argument_group("timm's distillation"))
+    _add_data(parser.add_argument_group('Data'))
+    _add_model(parser.add_argument_group('Model'))
+    _add_input(parser.add_argument_group('Input'))
+    _add_device(parser.add_argument_group('Device and precision'))
+    _add_optimizer(parser.add_argument_group('Optimizer'))
+    _add_schedule(parser.add_argument_group('Learning rate schedule'))
+    _add_augmentation(parser.add_argument_group('Augmentation'))
+    _add_loss(parser.add_argument_group('Loss and mixing'))
+    _add_regularization(parser.add_argument_group('Regularization and weight averaging'))
+    _add_run(parser.add_argument_group('Run and output'))
+    return parser
+
+
+def _add_dearkd(group) -> None:
+    add = group.add_argument
+    add('--kd-model-name', metavar='NAME', help='teacher, any timm name, local-dir: and hf-hub: included')
+    add('--kd-teacher-checkpoint', metavar='FILE', help="weights of the teacher; without it, timm's pretrained ones")
+    add('--kd-teacher-img-size', type=int, metavar='N', help="size at which the teacher sees the images (student's)")
+    add('--kd-distill-type', choices=('dearkd', 'logit', 'feature', 'token'),
+        help="kind of distillation; dearkd where the student has tokens, timm's logit elsewhere")
+    add('--dearkd-stage1-epochs', type=int, metavar='N', help='epochs of stage I (5/6 of the epochs)')
+    add('--dearkd-stage2', default='anneal', choices=('anneal', 'ce'),
+        help='stage II: fade the teacher out, or go on without it')
+    add('--dearkd-alpha', type=float, default=0.5, help='weight of the label loss in Eq. 6')
+    add('--dearkd-beta', type=float, default=1.0, help='weight of the hidden loss in Eq. 6; 0 is logits alone')
+    add('--dearkd-hooks', nargs='+', default=['4'], metavar='BLOCK[:LAYER]',
+        help='student block and teacher stage number or module name, e.g. 4 or 4:2 or 4:s2.b4')
+    add('--dearkd-normalize-features', action='store_true',
+        help="divide the teacher's feature maps by their standard deviation per channel")
+    add('--dearkd-rpe-drop', type=float, metavar='RATE', help='dropout rate of the positional scores of MHCA')
+
+
+def _add_distillation(group) -> None:
+    add = group.add_argument
+    add('--kd-loss-type', default='kl', help="loss of 'logit'")
+    add('--distill-loss-weight', type=float)
+    add('--task-loss-weight', type=float)
+    add('--kd-temperature', type=float, default=4.0)
+    add('--kd-student-feature-dim', type=int)
+    add('--kd-teacher-feature-dim', type=int)
+    add('--kd-token-distill-type', default='soft', choices=('soft', 'hard'))
+
+
+def _add_data(group) -> None:
+    add = group.add_argument
+    add('data', nargs='?', metavar='DIR', help='data set folder')
+    add('--data-dir', metavar='DIR', help='data set folder')
+    add('--dataset', default='', help="type and name ('' is an image folder)")
+    add('--train-split', default='train')
+    add('--val-split', default='validation')
+    add('--train-num-samples', type=int)
+    add('--val-num-samples', type=int)
+    add('--dataset-download', action='store_true')
+    add('--class-map', default='', metavar='FILE')
+    add('--input-img-mode', help='image mode, RGB or L (by the number of channels)')
+    add('--input-key')
+    add('--target-key')
+    add('--dataset-trust-remote-code', action='store_true')
+    add('-j', '--workers', type=int, default=4, help='data loading processes')
+    add('--pin-mem', action='store_true')
+    add('--no-prefetcher', action='store_true')
+    add('--use-multi-epochs-loader', action='store_true')
+    add('--worker-seeding', default='all')
+
+
+def _add_model(group) -> None:
+    add = group.add_argument
+    add('--model', default='resnet50', metavar='NAME')
+    add('--pretrained', action='store_true', help='start from pretrained weights')
+    add('--pretrained-path', metavar='FILE', help='start from this file as if it were the pretrained weights')
+    add('--initial-checkpoint', default='', metavar='FILE', help='load into the model after it is made')
+    add('--resume', default='', metavar='FILE', help='continue a run from its checkpoint')
+    add('--no-resume-opt', action='store_true', help='but with a fresh optimizer')
+    add('--num-classes', type=int, help="number of classes (those of the image folder, else the model's)")
+    add('--gp', help='global pooling')
+    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
+    add('--head-init-scale', type=float)
+    add('--head-init-bias', type=float)
+    add('--grad-checkpointing', action='store_true')
+    add('--fast-norm', action='store_true')
+
+
+def _add_input(group) -> None:
+    add = group.add_argument
+    add('--img-size', type=int)
+    add('--in-chans', type=int)
+    add('--input-size', type=int, nargs=3, metavar=('C', 'H', 'W'))
+    add('--crop-pct', type=float)
+    add('--mean', type=float, nargs='+')
+    add('--std', type=float, nargs='+')
+    add('--interpolation', default='')
+    add('-b', '--batch-size', type=int, default=128)
+    add('-vb', '--validation-batch-size', type=int)
+
+
+def _add_device(group) -> None:
+    add = group.add_argument
+    add('--device', help='cuda, cpu, ... (the accelerator there is, else the CPU)')
+    add('--amp', action='store_true', help='automatic mixed precision')
+    add('--amp-dtype', default='float16')
+    add('--model-dtype')
+    add('--channels-last', action='store_true')
+    add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile student and teacher')
+    add('--torchcompile-mode')
+
+
+def _add_optimizer(group) -> None:
+    add = group.add_argument
+    add('--opt', default='sgd')
+    add('--opt-eps', type=float)
+    add('--opt-betas', type=float, nargs='+')
+    add('--momentum', type=float, default=0.9)
+    add('--weight-decay', type=float, default=2e-5)
+    add('--clip-grad', type=float)
+    add('--clip-mode', default='norm', help='norm, value or agc')
+    add('--layer-decay', type=float)
+    add('--layer-decay-min-scale', type=float, default=0)
+    add('--layer-decay-no-opt-scale', type=float)
+    add('--opt-kwargs', nargs='*', default={}, action=ParseKwargs)
+    add('--grad-accum-steps', type=int, default=1)
+
+
+def _add_schedule(group) -> None:
+    add = group.add_argument
+    add('--sched', default='cosine')
+    add('--sched-on-updates', action='store_true')
+    add('--lr', type=float, help='learning rate; without it, lr-base scaled by the batch size')
+    add('--lr-base', type=float, default=0.1)
+    add('--lr-base-size', type=int, default=256)
+    add('--lr-base-scale', default='', help='linear or sqrt (by the optimizer)')
+    add('--lr-noise', type=float, nargs='+')
+    add('--lr-noise-pct', type=float, default=0.67)
+    add('--lr-noise-std', type=float, default=1.0)
+    add('--lr-cycle-mul', type=float, default=1.0)
+    add('--lr-cycle-decay', type=float, default=0.5)
+    add('--lr-cycle-limit', type=int, default=1)
+    add('--lr-k-decay', type=float, default=1.0)
+    add('--warmup-lr', type=float, default=1e-5)
+    add('--min-lr', type=float, default=0)
+    add('--epochs', type=int, default=300)
+    add('--epoch-repeats', type=float, default=0.)
+    add('--start-epoch', type=int)
+    add('--decay-milestones', type=int, nargs='+', default=[90, 180, 270])
+    add('--decay-epochs', type=float, default=90)
+    add('--warmup-epochs', type=int, default=5)
+    add('--warmup-prefix', action='store_true')
+    add('--cooldown-epochs', type=int, default=0)
+    add('--patience-epochs', type=int, default=10)
+    add('--decay-rate', '--dr', type=float, default=0.1)
+
+
+def _add_augmentation(group) -> None:
+    add = group.add_argument
+    add('--no-aug', action='store_true')
+    add('--train-crop-mode')
+    add('--scale', type=float, nargs='+', default=[0.08, 1.0])
+    add('--ratio', type=float, nargs='+', default=[3. / 4., 4. / 3.])
+    add('--hflip', type=float, default=0.5)
+    add('--vflip', type=float, default=0.)
+    add('--color-jitter', type=float, default=0.4)
+    add('--color-jitter-prob', type=float)
+    add('--grayscale-prob', type=float)
+    add('--gaussian-blur-prob', type=float)
+    add('--aa', metavar='NAME', help='AutoAugment policy, e.g. rand-m9-mstd0.5-inc1')
+    add('--reprob', type=float, default=0., help='random erasing probability')
+    add('--remode', default='pixel')
+    add('--recount', type=int, default=1)
+    add('--resplit', action='store_true')
+    add('--train-interpolation', default='random')
+
+
+def _add_loss(group) -> None:
+    add = group.add_argument
+    add('--bce-loss', action='store_true')
+    add('--bce-sum', action='store_true')
+    add('--bce-target-thresh', type=float)
+    add('--bce-pos-weight', type=float)
+    add('--smoothing', type=float, default=0.1)
+    add('--mixup', type=float, default=0.)
+    add('--cutmix', type=float, default=0.)
+    add('--cutmix-minmax', type=float, nargs='+')
+    add('--mixup-prob', type=float, default=1.)
+    add('--mixup-switch-prob', type=float, default=0.5)
+    add('--mixup-mode', default='batch')
+    add('--mixup-off-epoch', type=int, default=0, metavar='N')
+
+
+def _add_regularization(group) -> None:
+    add = group.add_argument
+    add('--drop', type=float, default=0.)
+    add('--drop-path', type=float)
+    add('--drop-block', type=float)
+    add('--bn-momentum', type=float)
+    add('--bn-eps', type=float)
+    add('--model-ema', action='store_true', help='evaluate and export an exponential moving average of the weights')
+    add('--model-ema-force-cpu', action='store_true')
+    add('--model-ema-decay', type=float, default=0.9998)
+    add('--model-ema-warmup', action='store_true')
+
+
+def _add_run(group) -> None:
+    add = group.add_argument
+    add('--seed', type=int, default=42)
+    add('--output', default='', metavar='DIR', help='parent of the output folder (./output/train)')
+    add('--experiment', default='', metavar='NAME', help='name of the output folder (date, model and size)')
+    add('--log-interval', type=int, default=50, metavar='N')
+    add('--val-interval', type=int, default=1, metavar='N')
+    add('--recovery-interval', type=int, default=0, metavar='N')
+    add('--checkpoint-hist', type=int, default=10, metavar='N')
+    add('--eval-metric', default='top1')
+    add('--save-images', action='store_true', help='write the training batches of the log lines')
+
+
+def _config_argv(config: Dict[str, Any], parser: argparse.ArgumentParser) -> List[str]:
+    """A YAML mapping as the command line that says the same, so that types and choices are checked alike."""
+    actions = {action.dest: action for action in parser._actions}
+    argv = []
+    for key, value in config.items():
+        action = actions.get(str(key).replace('-', '_'))
+        if action is None or action.dest == 'help':
+            _logger.warning(f'Unknown option {key!r} in the configuration file, ignored.')
+            continue
+        if value is None or value is False and action.nargs == 0:
+            continue
+        flag = action.option_strings[-1] if action.option_strings else '--data-dir'
+        if action.nargs == 0:
+            if value is not True:
+                parser.error(f'configuration file: {key} is {value!r}, expected true or false')
+            argv.append(flag)
+        elif isinstance(value, dict):
+            argv += [flag, *(f'{k}={v}' for k, v in value.items())]
+        elif isinstance(value, (list, tuple)):
+            argv += [flag, *map(str, value)]
+        else:
+            argv += [flag, str(value)] if action.nargs in ('+', '*', 3) else [f'{flag}={value}']
+    return argv
+
+
+def parse_args(
+        parser: argparse.ArgumentParser,
+        config_parser: argparse.ArgumentParser,
+        argv: Optional[Sequence[str]] = None,
+) -> Tuple[argparse.Namespace, str]:
+    """Parse the command line over the configuration file, if there is one.
+
+    Returns:
+        The options, and all of them as YAML text that `--config` reads again.
+    """
+    config_args, rest = config_parser.parse_known_args(argv)
+    config_argv = []
+    if config_args.config:
+        try:
+            with open(config_args.config) as f:
+                config = yaml.safe_load(f) or {}
+        except (OSError, yaml.YAMLError) as e:
+            parser.error(f'configuration file {config_args.config}: {" ".join(str(e).split())}')
+        if not isinstance(config, dict):
+            parser.error(f'configuration file {config_args.config}: expected "option: value" lines')
+        config_argv = _config_argv(config, parser)
+    args = parser.parse_args(config_argv + rest)
+    args_text = yaml.safe_dump(vars(args), default_flow_style=False)
+    return args, args_text

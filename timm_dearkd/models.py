@@ -1,0 +1,291 @@
+"""DearKD vision transformers.
+
+Paper: `DearKD: Data-Efficient Early Knowledge Distillation for Vision Transformers` (CVPR 2022),
+https://arxiv.org/abs/2204.12997. The geometry is DeiT's with more heads, and MHCA in the first blocks.
+"""
+import types
+from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Set, Tuple, Type, Union, cast
+
+import timm
+import torch
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import Attention
+from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+
+from .attention import ConvAttention
+
+__all__ = ['DearKD', 'add_mhca']
+
+
+def _parent_pos_embed(vit_cls: Type[VisionTransformer]) -> Callable[..., torch.Tensor]:
+    """`_pos_embed` of the parent class under another name: TorchScript knows neither super() nor two of one name."""
+    fn = vit_cls._pos_embed
+    copy = types.FunctionType(fn.__code__, fn.__globals__, '_parent_pos_embed', fn.__defaults__, fn.__closure__)
+    copy.__annotations__ = fn.__annotations__
+    return copy
+
+
+class MhcaMixin(VisionTransformer if TYPE_CHECKING else object):  # type: ignore[misc]
+    """What a `VisionTransformer` with MHCA blocks does on top of its parent: it tells them the token grid."""
+
+    def _set_mhca_grid(self, height: int, width: int) -> None:
+        for block in self.blocks:
+            if hasattr(block.attn, 'rpe'):  # noqa: SIM102  TorchScript wants the two apart
+                if block.attn.rpe.grid_size != (height, width):
+                    block.attn.rpe.set_grid_size(height, width)
+
+    def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
+        # timm's blocks pass attention no grid, and every forward path comes through here
+        if self.dynamic_img_size:
+            self._set_mhca_grid(x.shape[1], x.shape[2])  # (B, H, W, C)
+        return self._parent_pos_embed(x)
+
+    def set_input_size(
+            self,
+            img_size: Optional[Union[int, Tuple[int, int]]] = None,
+            patch_size: Optional[Union[int, Tuple[int, int]]] = None,
+    ) -> None:
+        """Change the image or patch size: the position embedding is resampled, the adaptive RPE simply extended."""
+        super().set_input_size(img_size=img_size, patch_size=patch_size)
+        height, width = self.patch_embed.grid_size
+        self._set_mhca_grid(height, width)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Parameters without weight decay: timm's, and alpha and delta of every MHCA block."""
+        rpe = {name for name, _ in self.named_parameters() if name.endswith(('.rpe.alpha', '.rpe.delta'))}
+        return super().no_weight_decay() | rpe
+
+
+def _with_mhca(vit_cls: Type[VisionTransformer]) -> type:
+    """Subclass of a `VisionTransformer` class that feeds its MHCA blocks."""
+    name = f'{vit_cls.__name__}Mhca'
+    return type(name, (MhcaMixin, vit_cls), {'_parent_pos_embed': _parent_pos_embed(vit_cls), '__module__': __name__})
+
+
+def _convert_blocks(model: VisionTransformer, num_blocks: int, rpe_drop_rate: float, rpe_drop_mode: str) -> None:
+    """Turn the attention of the first blocks into MHCA, in place."""
+    if not 0 <= num_blocks <= len(model.blocks):
+        raise ValueError(
+            f'num_mhca_blocks is {num_blocks}, but the model has {len(model.blocks)} blocks.'
+            f' Choose a number from 0 (a plain ViT) to {len(model.blocks)}.')
+    if not isinstance(model.patch_drop, nn.Identity):
+        raise ValueError('MHCA needs all patches in their place, but patch_drop_rate drops some. Set it to 0.')
+    for index, block in enumerate(model.blocks[:num_blocks]):
+        attn = getattr(block, 'attn', None)
+        if type(attn) is not Attention:
+            found = type(attn or block).__name__
+            raise ValueError(
+                f"blocks.{index} has no plain attention to convert, but a {found}."
+                " MHCA can be added to timm VisionTransformers whose blocks have timm's Attention, as DeiT's have.")
+        block.attn = ConvAttention.from_attention(
+            attn,
+            model.patch_embed.grid_size,
+            num_prefix_tokens=model.num_prefix_tokens,
+            rpe_drop_rate=rpe_drop_rate,
+            rpe_drop_mode=rpe_drop_mode,
+        )
+
+
+class DearKD(MhcaMixin, VisionTransformer):
+    """Vision transformer whose first blocks use multi-head convolutional attention (MHCA, Eq. 2 and 3).
+
+    Takes all arguments of timm's `VisionTransformer`, except `patch_drop_rate` (it loses the positions).
+
+    Args:
+        num_mhca_blocks: How many of the first blocks use MHCA; 0 gives the plain ViT. The paper has 8 of 12.
+        rpe_drop_rate: Dropout rate of the positional scores when training.
+        rpe_drop_mode: 'element' (single scores) or 'query' (all scores of a token, cheaper). Our choice.
+
+    Raises:
+        ValueError: `num_mhca_blocks` beyond the depth, a `patch_drop_rate`, or an attention that can't be MHCA.
+    """
+    _parent_pos_embed = _parent_pos_embed(VisionTransformer)
+
+    def __init__(
+            self,
+            *args,
+            num_mhca_blocks: int = 8,
+            rpe_drop_rate: float = 0.,
+            rpe_drop_mode: str = 'element',
+            **kwargs,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        _convert_blocks(self, num_mhca_blocks, rpe_drop_rate, rpe_drop_mode)
+
+
+def add_mhca(
+        model: VisionTransformer,
+        num_blocks: int = 8,
+        rpe_drop_rate: float = 0.,
+        rpe_drop_mode: str = 'element',
+        alpha: Optional[float] = None,
+) -> VisionTransformer:
+    """Turn the first blocks of a timm `VisionTransformer` into MHCA blocks, in place, keeping its weights.
+
+    With alpha = 0 the positional scores vanish and the outputs are the original's.
+
+    Args:
+        model: A timm VisionTransformer (or DeiT), pretrained or not, with registers or without [CLS].
+        num_blocks: How many of the first blocks to convert.
+        rpe_drop_rate: Dropout rate of the positional scores when training.
+        rpe_drop_mode: 'element' or 'query', see `DearKD`.
+        alpha: Initial sharpness of all heads; None keeps the default, 1.
+
+    Returns:
+        The same model, its class now a subclass of what it was.
+
+    Raises:
+        ValueError: Not a `VisionTransformer`, already converted, or one that can't be (see `DearKD`).
+    """
+    if not isinstance(model, VisionTransformer):
+        raise ValueError(
+            f'MHCA can be added to timm VisionTransformers, not to a {type(model).__name__}.'
+            ' Use a vit_*, deit_* or deit3_* architecture.')
+    if isinstance(model, MhcaMixin):
+        raise ValueError(f'{type(model).__name__} has MHCA blocks already. Pass num_mhca_blocks when creating it.')
+    _convert_blocks(model, num_blocks, rpe_drop_rate, rpe_drop_mode)
+    model.__class__ = DearKD if type(model) is VisionTransformer else _with_mhca(type(model))
+    if alpha is not None:
+        for name, parameter in model.named_parameters():
+            if name.endswith('.rpe.alpha'):
+                nn.init.constant_(parameter, alpha)
+    return model
+
+
+def _cfg(**kwargs) -> Dict[str, Any]:
+    return {
+        'url': '',
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': None,
+        'crop_pct': .9, 'interpolation': 'bicubic', 'fixed_input_size': True,
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'patch_embed.proj', 'classifier': 'head',
+        'license': 'apache-2.0', 'origin_url': 'https://arxiv.org/abs/2204.12997', 'paper_ids': 'arXiv:2204.12997',
+        **kwargs,
+    }
+
+
+# No weights are published yet
+default_cfgs = generate_default_cfgs({
+    'dearkd_tiny_patch16_224.untrained': _cfg(),
+    'dearkd_small_patch16_224.untrained': _cfg(),
+    'dearkd_base_patch16_224.untrained': _cfg(),
+    'dearkd_tiny_patch16_384.untrained': _cfg(input_size=(3, 384, 384), crop_pct=1.0),
+    'dearkd_small_patch16_384.untrained': _cfg(input_size=(3, 384, 384), crop_pct=1.0),
+    'dearkd_base_patch16_384.untrained': _cfg(input_size=(3, 384, 384), crop_pct=1.0),
+    'dearkd_tiny_patch4_32.untrained': _cfg(input_size=(3, 32, 32), crop_pct=1.0),
+    'dearkd_nano_patch4_32.untrained': _cfg(input_size=(3, 32, 32), crop_pct=1.0),
+    'test_dearkd.untrained': _cfg(input_size=(3, 160, 160), crop_pct=0.95, fixed_input_size=False),
+    'dearkd_from.untrained': _cfg(),
+})
+
+
+def _create_dearkd(variant: str, pretrained: bool = False, model_cls=DearKD, **kwargs) -> DearKD:
+    out_indices = kwargs.pop('out_indices', 3)
+    return build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+        **kwargs,
+    )
+
+
+@register_model
+def dearkd_tiny_patch16_224(pretrained: bool = False, **kwargs) -> DearKD:
+    """DearKD-Ti: 5 M parameters."""
+    model_args = dict(patch_size=16, embed_dim=192, depth=12, num_heads=12)
+    return _create_dearkd('dearkd_tiny_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dearkd_small_patch16_224(pretrained: bool = False, **kwargs) -> DearKD:
+    """DearKD-S: 22 M parameters."""
+    model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=12)
+    return _create_dearkd('dearkd_small_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dearkd_base_patch16_224(pretrained: bool = False, **kwargs) -> DearKD:
+    """DearKD-B: 86 M parameters."""
+    model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=16)
+    return _create_dearkd('dearkd_base_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dearkd_tiny_patch16_384(pretrained: bool = False, **kwargs) -> DearKD:
+    """DearKD-Ti for 384x384 images."""
+    model_args = dict(patch_size=16, embed_dim=192, depth=12, num_heads=12)
+    return _create_dearkd('dearkd_tiny_patch16_384', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dearkd_small_patch16_384(pretrained: bool = False, **kwargs) -> DearKD:
+    """DearKD-S for 384x384 images."""
+    model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=12)
+    return _create_dearkd('dearkd_small_patch16_384', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dearkd_base_patch16_384(pretrained: bool = False, **kwargs) -> DearKD:
+    """DearKD-B for 384x384 images."""
+    model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=16)
+    return _create_dearkd('dearkd_base_patch16_384', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dearkd_tiny_patch4_32(pretrained: bool = False, **kwargs) -> DearKD:
+    """DearKD-Ti for CIFAR-sized images, 8x8 patches. Not in the paper."""
+    model_args = dict(patch_size=4, embed_dim=192, depth=12, num_heads=12)
+    return _create_dearkd('dearkd_tiny_patch4_32', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dearkd_nano_patch4_32(pretrained: bool = False, **kwargs) -> DearKD:
+    """A DearKD for experiments on a CPU, 8x8 patches. Not in the paper."""
+    model_args = dict(patch_size=4, embed_dim=96, depth=6, num_heads=12, num_mhca_blocks=4)
+    return _create_dearkd('dearkd_nano_patch4_32', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def test_dearkd(pretrained: bool = False, **kwargs) -> DearKD:
+    """DearKD for tests, as small as timm's test_vit."""
+    model_args = dict(
+        patch_size=16, embed_dim=64, depth=6, num_heads=2, mlp_ratio=3, num_mhca_blocks=4, dynamic_img_size=True)
+    return _create_dearkd('test_dearkd', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dearkd_from(
+        pretrained: bool = False,
+        base: str = 'deit_tiny_patch16_224',
+        num_mhca_blocks: int = 8,
+        rpe_drop_rate: float = 0.,
+        rpe_drop_mode: str = 'element',
+        **kwargs,
+) -> VisionTransformer:
+    """Any timm `VisionTransformer` with MHCA in its first blocks, buildable by name.
+
+    `pretrained=True` loads the weights of the base, or, for a saved `dearkd_from` (`local-dir:`, `hf-hub:`), its own.
+
+    Args:
+        base: timm name of the architecture, with a pretrained tag if one is wanted.
+        num_mhca_blocks: How many of its first blocks to convert, see `add_mhca`.
+        rpe_drop_rate: Dropout rate of the positional scores when training.
+        rpe_drop_mode: 'element' or 'query', see `DearKD`.
+    """
+    has_own_weights = isinstance(kwargs.get('pretrained_cfg'), dict)
+    base_weights = pretrained and not has_own_weights
+
+    def build(**model_kwargs) -> VisionTransformer:
+        model = timm.create_model(base, pretrained=base_weights, **model_kwargs)
+        return add_mhca(cast(VisionTransformer, model), num_mhca_blocks, rpe_drop_rate, rpe_drop_mode)
+
+    if not has_own_weights:
+        base_cfg = get_pretrained_cfg(base)
+        if base_cfg is not None:
+            kwargs['pretrained_cfg'] = dict(base_cfg.to_dict(), architecture='dearkd_from')
+    return _create_dearkd('dearkd_from', pretrained=pretrained and has_own_weights, model_cls=build, **kwargs)
