@@ -16,13 +16,13 @@ from typing import Any, Dict, Optional, Sequence, Tuple
 import timm
 import torch
 import torch.nn as nn
-import torchvision
 from timm.data.model_config import resolve_input_data_config
 from timm.layers import set_fast_norm
 from timm.models import create_model, parse_model_name, resolve_model_input_args, safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import (
+    ClassificationEvaluator,
     ClassificationTask,
     FeatureDistillationTask,
     LogitDistillationTask,
@@ -37,6 +37,7 @@ import timm_dearkd  # noqa: F401  registers the architectures
 from distill_hooks import DearKDTask, TwoStageSchedule, has_content_tokens
 from timm_dearkd.attention import AdaptiveRelPos
 from timm_dearkd.engine.data import (
+    check_img_size,
     check_labels,
     class_names,
     create_eval_loader,
@@ -44,9 +45,10 @@ from timm_dearkd.engine.data import (
     create_train_loader,
     open_dataset,
 )
-from timm_dearkd.engine.loop import Precision, Stepper, mean_lr, train_one_epoch, validate
+from timm_dearkd.engine.device import Precision, select_device
+from timm_dearkd.engine.loop import Stepper, mean_lr, train_one_epoch, validate
 from timm_dearkd.engine.options import build_config_parser, build_parser, parse_args
-from timm_dearkd.engine.output import AtomicCheckpointSaver, export_model, write_text
+from timm_dearkd.engine.output import AtomicCheckpointSaver, export_model, save_images, save_recovery, write_text
 
 _logger = logging.getLogger('train')
 
@@ -124,12 +126,10 @@ def fit(args, task, optimizer, lr_scheduler, precision, loader_train, loader_eva
                     log_interval=args.log_interval,
                     label=f'Test: {epoch}' + (' (EMA)' if ema else ''),
                 )
-            if args.eval_metric not in metrics:
-                raise ValueError(f'Unknown --eval-metric {args.eval_metric!r}, expected {", ".join(metrics)}.')
         metric = metrics.get(args.eval_metric)
         lr_scheduler.step(epoch + 1, metric)
         update_summary(
-            epoch, summary_row(task, losses), metrics or dict.fromkeys(('loss', 'top1', 'top5'), ''),
+            epoch, summary_row(task, losses), metrics or dict.fromkeys(ClassificationEvaluator.metric_names, ''),
             os.path.join(output_dir, 'summary.csv'), lr=lr)
         best_metric, best_epoch = saver.save_checkpoint(epoch, metric=metric)
         if best_epoch == epoch:
@@ -147,16 +147,6 @@ def summary_row(task: TrainingTask, losses: Dict[str, float]) -> Dict[str, Any]:
         stage=task.weights.stage, alpha=task.weights.alpha, **{name: losses.get(name, '') for name in task.loss_names})
 
 
-def save_images(output_dir: str, batch_idx: int, images: torch.Tensor) -> None:
-    path = os.path.join(output_dir, f'train-batch-{batch_idx}.jpg')
-    torchvision.utils.save_image(images, path, padding=0, normalize=True)
-
-
-def save_recovery(saver: AtomicCheckpointSaver, epoch: int, interval: int, batch_idx: int, last: bool) -> None:
-    if last or (batch_idx + 1) % interval == 0:
-        saver.save_recovery(epoch, batch_idx=batch_idx)
-
-
 def check_args(args) -> None:
     """Refuse what can't work before any long work begins."""
     source, name = parse_model_name(args.model)
@@ -166,33 +156,19 @@ def check_args(args) -> None:
     for flag in ('batch_size', 'epochs', 'grad_accum_steps', 'log_interval', 'val_interval', 'checkpoint_hist'):
         if getattr(args, flag) < 1:
             raise ValueError(f'--{flag.replace("_", "-")} is {getattr(args, flag)}, expected 1 or more.')
+    if args.eval_metric not in ClassificationEvaluator.metric_names:
+        names = ', '.join(ClassificationEvaluator.metric_names)
+        raise ValueError(f'--eval-metric is {args.eval_metric!r}, expected one of {names}.')
     if args.amp_dtype not in ('float16', 'bfloat16'):
         raise ValueError(f'--amp-dtype is {args.amp_dtype!r}, expected float16 or bfloat16.')
     for flag in ('resume', 'kd_teacher_checkpoint', 'initial_checkpoint', 'pretrained_path'):
         path = getattr(args, flag)
         if path and not os.path.isfile(path):
             raise FileNotFoundError(f'--{flag.replace("_", "-")}: no file {path!r}.')
+    if args.aug_splits == 1 or (args.jsd_loss and not args.aug_splits):
+        raise ValueError('--aug-splits has to be 2 or more, and --jsd-loss needs it. Set --aug-splits 3, say.')
     if args.kd_teacher_checkpoint and not args.kd_model_name:
         raise ValueError('--kd-teacher-checkpoint needs the architecture of the teacher: add --kd-model-name NAME.')
-
-
-def select_device(name: Optional[str]) -> torch.device:
-    """The device asked for, else the accelerator there is, else the CPU."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = torch.device(name) if name else accelerator or torch.device('cpu')
-    if device.type not in ('cpu', accelerator.type if accelerator else 'cpu'):
-        raise ValueError(
-            f'--device {name} is not available here'
-            f' ({accelerator.type if accelerator else "there is no accelerator"}).'
-            f' Use --device {accelerator.type if accelerator else "cpu"}, or leave it out.')
-    if device.type == 'cuda':
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-    elif device.type == 'cpu':
-        # far patches get denormal attention, which CPUs are many times slower at than at zeros
-        torch.set_flush_denormal(True)
-    _logger.info(f'Training on {device}.')
-    return device
 
 
 def open_datasets(args) -> Tuple[Any, Any]:
@@ -242,6 +218,7 @@ def create_student(args, train_set, device: torch.device) -> Tuple[nn.Module, Di
         **kwargs,
     )
     check_labels(train_set, model.num_classes)
+    check_img_size(model)
     if args.head_init_scale is not None or args.head_init_bias is not None:
         head = model.get_classifier()
         with torch.no_grad():
@@ -291,6 +268,7 @@ def create_loaders(args, train_set, eval_set, data_config: Dict[str, Any], num_c
         data_config,
         args.batch_size,
         mixup=mixup,
+        num_aug_splits=args.aug_splits,
         no_aug=args.no_aug,
         re_prob=args.reprob,
         re_mode=args.remode,
@@ -321,7 +299,8 @@ def create_task(args, model: nn.Module, data_config: Dict[str, Any], device: tor
     mixup_active = args.mixup > 0. or args.cutmix > 0. or bool(args.cutmix_minmax)
     common: Dict[str, Any] = dict(
         criterion_kwargs=dict(
-            loss_type='bce' if args.bce_loss else 'ce',
+            loss_type='jsd' if args.jsd_loss else 'bce' if args.bce_loss else 'ce',
+            jsd_splits=args.aug_splits,
             smoothing=args.smoothing,
             soft_targets=mixup_active,
             **(dict(

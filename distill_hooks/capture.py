@@ -14,8 +14,8 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
     Raises:
         ValueError: There is none; the message lists the names nearest to it.
     """
-    modules = dict(model.named_modules())
-    if name not in modules or not name:
+    modules = {n: m for n, m in model.named_modules() if n}
+    if name not in modules:
         near = difflib.get_close_matches(name, modules, n=5, cutoff=0.3) or [n for n, _ in model.named_children()]
         raise ValueError(f'{type(model).__name__} has no layer {name!r}. The nearest names: {", ".join(near)}.')
     return modules[name]

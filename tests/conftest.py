@@ -38,7 +38,8 @@ def run_python(*args, cwd=None, **env) -> subprocess.CompletedProcess:
     """Run a Python command in a process of its own, as a user would."""
     environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', **env}
     return subprocess.run(
-        [sys.executable, *map(str, args)], cwd=cwd or ROOT, env=environment, capture_output=True, text=True, timeout=500)
+        [sys.executable, *map(str, args)],
+        cwd=cwd or ROOT, env=environment, capture_output=True, text=True, timeout=500)
 
 
 @pytest.fixture(scope='session')

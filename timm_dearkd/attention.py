@@ -338,11 +338,15 @@ class ConvAttention(Attention):
 
     def _scores_are_constant(self) -> bool:
         """Whether this call is inference on the CPU, where a bias computed once is the cheapest form."""
-        if torch.jit.is_scripting() or self.training:
-            return False
+        return False if torch.jit.is_scripting() else self._is_cpu_inference()
+
+    @torch.jit.unused
+    def _is_cpu_inference(self) -> bool:
         parameters = [p for p in self.rpe._parameters.values() if p is not None]  # no proxies under torch.fx
+        if self.training or parameters[0].device.type != 'cpu':
+            return False
         takes_gradient = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-        return not takes_gradient and parameters[0].device.type == 'cpu'
+        return not takes_gradient or torch.jit.is_tracing()  # a trace is for inference, whatever the mode it is made in
 
     def _scores(self, dtype: torch.dtype) -> torch.Tensor:
         """Positional scores as a bias (heads, T, T), from the cache where that is sound."""

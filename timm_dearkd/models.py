@@ -39,7 +39,7 @@ class MhcaMixin(VisionTransformer if TYPE_CHECKING else object):  # type: ignore
     def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
         # timm's blocks pass attention no grid, and every forward path comes through here
         if self.dynamic_img_size:
-            self._set_mhca_grid(x.shape[1], x.shape[2])  # (B, H, W, C)
+            self._set_mhca_grid(int(x.shape[1]), int(x.shape[2]))  # (B, H, W, C)
         return self._parent_pos_embed(x)
 
     def set_input_size(
@@ -177,7 +177,7 @@ default_cfgs = generate_default_cfgs({
     'dearkd_base_patch16_384.untrained': _cfg(input_size=(3, 384, 384), crop_pct=1.0),
     'dearkd_tiny_patch4_32.untrained': _cfg(input_size=(3, 32, 32), crop_pct=1.0),
     'dearkd_nano_patch4_32.untrained': _cfg(input_size=(3, 32, 32), crop_pct=1.0),
-    'test_dearkd.untrained': _cfg(input_size=(3, 160, 160), crop_pct=0.95, fixed_input_size=False),
+    'test_dearkd.untrained': _cfg(input_size=(3, 160, 160), crop_pct=0.95),
     'dearkd_from.untrained': _cfg(),
 })
 
@@ -277,11 +277,19 @@ def dearkd_from(
         rpe_drop_rate: Dropout rate of the positional scores when training.
         rpe_drop_mode: 'element' or 'query', see `DearKD`.
     """
-    has_own_weights = isinstance(kwargs.get('pretrained_cfg'), dict)
-    base_weights = pretrained and not has_own_weights
+    own_cfg = kwargs.get('pretrained_cfg')
+    sources = ('file', 'hf_hub_id', 'url', 'state_dict')
+    has_own_weights = isinstance(own_cfg, dict) and any(own_cfg.get(source) for source in sources)
+    base_kwargs: Dict[str, Any] = {}
+    if pretrained and not has_own_weights:
+        base_kwargs = dict(
+            pretrained=True,
+            pretrained_cfg_overlay=kwargs.pop('pretrained_cfg_overlay', None),
+            cache_dir=kwargs.pop('cache_dir', None),
+        )
 
     def build(**model_kwargs) -> VisionTransformer:
-        model = timm.create_model(base, pretrained=base_weights, **model_kwargs)
+        model = timm.create_model(base, **base_kwargs, **model_kwargs)
         return add_mhca(cast(VisionTransformer, model), num_mhca_blocks, rpe_drop_rate, rpe_drop_mode)
 
     if not has_own_weights:

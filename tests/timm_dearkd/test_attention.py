@@ -11,7 +11,7 @@ FLOAT64 = torch.float64
 
 
 def eq2_slowly(alpha, delta, grid_size, num_prefix_tokens):
-    """Eq. 2 word by word: v = -alpha (1, -2 delta_1, -2 delta_2), r = (|d|^2, d_1, d_2), prefix tokens padded with 0."""
+    """Eq. 2 word by word: v = -alpha (1, -2 delta_1, -2 delta_2), r = (|d|^2, d_1, d_2), 0 for prefix tokens."""
     height, width = grid_size
     num_tokens = num_prefix_tokens + height * width
     alpha, delta = alpha.detach(), delta.detach()
@@ -230,7 +230,8 @@ def test_cache_follows_every_change():
 
     def expect():
         with torch.no_grad():
-            torch.testing.assert_close(attn(x.to(attn.qkv.weight.dtype)).double(), eq3_slowly(attn, x), atol=1e-5, rtol=0)
+            out = attn(x.to(attn.qkv.weight.dtype)).double()
+            torch.testing.assert_close(out, eq3_slowly(attn, x), atol=1e-5, rtol=0)
 
     expect()
     with torch.no_grad():

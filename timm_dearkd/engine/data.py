@@ -5,13 +5,15 @@ from functools import partial
 from typing import Any, Callable, Dict, List, Optional
 
 import torch
+import torch.nn as nn
 from PIL import Image
-from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
+from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_dataset, create_loader
+from timm.models import get_model_input_config
 from torchvision.transforms import Compose
 
 __all__ = [
-    'DeviceLoader', 'check_labels', 'class_names', 'create_eval_loader', 'create_mixup', 'create_train_loader',
-    'open_dataset',
+    'DeviceLoader', 'check_img_size', 'check_labels', 'class_names', 'create_eval_loader', 'create_mixup',
+    'create_train_loader', 'open_dataset',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -39,6 +41,11 @@ def open_dataset(name: str, root: Optional[str], split: str, **kwargs: Any):
         raise ValueError(
             f'Could not open split {split!r} of {what}: {" ".join(str(e).split())}'
             ' Image folders look like DIR/train/CLASS/IMAGE and DIR/validation/CLASS/IMAGE.') from e
+    found = getattr(getattr(dataset, 'reader', None), 'root', None)
+    if not name and root and split and found is not None and os.path.abspath(found) == os.path.abspath(root):
+        splits = sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if os.path.isdir(root) else []
+        if {'train', 'val', 'validation'} & set(splits):  # timm would take the splits for classes
+            raise ValueError(f'No split {split!r} in image folder {root!r}. There are: {", ".join(splits)}.')
     return dataset
 
 
@@ -89,10 +96,11 @@ def _create_loader(dataset, data_config: Dict[str, Any], device: torch.device, u
         use_prefetcher=use_prefetcher,
         **kwargs,
     )
-    if not hasattr(dataset, 'reader') and hasattr(dataset, 'transform'):
+    source = dataset.dataset if isinstance(dataset, AugMixDataset) else dataset
+    if not hasattr(source, 'reader') and hasattr(source, 'transform'):
         # torchvision's data sets hand out images in the mode they have; timm's own convert them
         mode = 'RGB' if data_config['input_size'][0] == 3 else 'L'
-        dataset.transform = Compose([partial(_convert, mode=mode), dataset.transform])
+        source.transform = Compose([partial(_convert, mode=mode), source.transform])
     return loader
 
 
@@ -103,6 +111,7 @@ def create_train_loader(
         device: torch.device,
         use_prefetcher: bool = True,
         mixup: Optional[Callable] = None,
+        num_aug_splits: int = 0,
         **kwargs: Any,
 ):
     """Training loader of batches on the device.
@@ -114,15 +123,20 @@ def create_train_loader(
         device: Where the batches go.
         use_prefetcher: timm's prefetcher, which normalises and erases on the device.
         mixup: What `create_mixup` gives.
+        num_aug_splits: Augmentations per image (AugMix), 0 or more than 1.
         **kwargs: Augmentation and worker arguments of timm's `create_loader`.
 
     Raises:
         ValueError: Less than one batch of images.
     """
+    if num_aug_splits and mixup is not None:
+        raise ValueError('--aug-splits does not go with --mixup or --cutmix. Leave one of them out.')
     if hasattr(dataset, '__len__') and len(dataset) < batch_size:
         raise ValueError(
             f'The training set has {len(dataset)} images, less than one batch of {batch_size}.'
             f' Set --batch-size to {len(dataset)} or less.')
+    if num_aug_splits > 1:
+        dataset = AugMixDataset(dataset, num_splits=num_aug_splits)
     loader = _create_loader(
         dataset,
         data_config,
@@ -130,6 +144,7 @@ def create_train_loader(
         use_prefetcher,
         batch_size=batch_size,
         is_training=True,
+        num_aug_splits=num_aug_splits,
         collate_fn=mixup if use_prefetcher else None,
         **kwargs,
     )
@@ -170,6 +185,20 @@ def check_labels(dataset, num_classes: int) -> None:
     if names is not None and len(names) > num_classes:
         raise ValueError(
             f'The data set has {len(names)} classes, the model {num_classes}. Set --num-classes {len(names)}.')
+
+
+def check_img_size(model: nn.Module) -> None:
+    """Refuse a size that the patches of a ViT do not divide, where the model would only find out when training.
+
+    Raises:
+        ValueError: The size is no multiple of the patch size.
+    """
+    patch_size = getattr(getattr(model, 'patch_embed', None), 'patch_size', None)
+    size = get_model_input_config(model)['input_size'][1:]
+    if patch_size and getattr(model, 'dynamic_img_size', False) and any(s % p for s, p in zip(size, patch_size)):
+        raise ValueError(
+            f'The image size {size[0]}x{size[1]} is no multiple of the patch size {patch_size[0]}x{patch_size[1]}.'
+            f' Set --img-size {max(patch_size[0], size[0] // patch_size[0] * patch_size[0])}, say.')
 
 
 class DeviceLoader:

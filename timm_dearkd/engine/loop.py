@@ -12,28 +12,11 @@ from timm.utils import NativeScaler, dispatch_clip_grad
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-__all__ = ['LossMeter', 'Precision', 'Stepper', 'train_one_epoch', 'validate']
+from .device import Precision
+
+__all__ = ['LossMeter', 'Stepper', 'mean_lr', 'train_one_epoch', 'validate']
 
 _logger = logging.getLogger(__name__)
-
-
-class Precision:
-    """Autocast and loss scaling of a run.
-
-    Args:
-        device: Where it runs.
-        amp_dtype: Autocast type; None trains in the model's own.
-    """
-
-    def __init__(self, device: torch.device, amp_dtype: Optional[torch.dtype] = None) -> None:
-        self.device = device
-        self.amp_dtype = amp_dtype
-        self.scaler = NativeScaler(device.type) if amp_dtype == torch.float16 and device.type != 'cpu' else None
-
-    def autocast(self):
-        if self.amp_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.amp_dtype)
 
 
 class LossMeter:

@@ -195,6 +195,7 @@ def _add_augmentation(group) -> None:
     add('--grayscale-prob', type=float)
     add('--gaussian-blur-prob', type=float)
     add('--aa', metavar='NAME', help='AutoAugment policy, e.g. rand-m9-mstd0.5-inc1')
+    add('--aug-splits', type=int, default=0, metavar='N', help='augment every image N times, first time lightly')
     add('--reprob', type=float, default=0., help='random erasing probability')
     add('--remode', default='pixel')
     add('--recount', type=int, default=1)
@@ -204,6 +205,7 @@ def _add_augmentation(group) -> None:
 
 def _add_loss(group) -> None:
     add = group.add_argument
+    add('--jsd-loss', action='store_true', help='Jensen-Shannon divergence over the --aug-splits')
     add('--bce-loss', action='store_true')
     add('--bce-sum', action='store_true')
     add('--bce-target-thresh', type=float)

@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import safetensors.torch
+import torch
 import torch.nn as nn
+import torchvision
 from timm.models._hub import save_config_for_hf
 from timm.utils import CheckpointSaver, unwrap_model
 
-__all__ = ['AtomicCheckpointSaver', 'export_model', 'write_text']
+__all__ = ['AtomicCheckpointSaver', 'export_model', 'save_images', 'save_recovery', 'write_text']
 
 EXPORT_NAME = 'model_best.safetensors'
 
@@ -65,3 +67,15 @@ def export_model(
     model_config = {'label_names': label_names} if label_names else {}
     save_config_for_hf(model, str(temporary), model_config=model_config, data_config=data_config)
     os.replace(temporary, path / 'config.json')
+
+
+def save_images(output_dir: str, batch_idx: int, images: torch.Tensor) -> None:
+    """Write a batch (B, C, H, W) as one picture."""
+    path = os.path.join(output_dir, f'train-batch-{batch_idx}.jpg')
+    torchvision.utils.save_image(images, path, padding=0, normalize=True)
+
+
+def save_recovery(saver: AtomicCheckpointSaver, epoch: int, interval: int, batch_idx: int, last: bool) -> None:
+    """Write a recovery checkpoint where one is due."""
+    if last or (batch_idx + 1) % interval == 0:
+        saver.save_recovery(epoch, batch_idx=batch_idx)

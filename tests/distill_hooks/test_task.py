@@ -1,0 +1,267 @@
+import copy
+import os
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
+from timm.task import resume_task_checkpoint
+
+import timm_dearkd  # noqa: F401
+from distill_hooks import DearKDTask, Teacher, TwoStageSchedule
+from distill_hooks.task import parse_hook
+
+EPOCHS = dict(stage1=0, anneal=8, last=9)
+
+
+def make(student='test_dearkd', teacher='test_resnet', schedule=None, student_kwargs=None, **kwargs):
+    torch.manual_seed(0)
+    model = timm.create_model(student, num_classes=5, **{'img_size': 32, **(student_kwargs or {})})
+    if isinstance(teacher, str):
+        teacher = timm.create_model(teacher, num_classes=5)
+    return DearKDTask(model, teacher, schedule or TwoStageSchedule(10, 8), **kwargs)
+
+
+def batch(size=4, in_chans=3):
+    return torch.randn(size, in_chans, 32, 32), torch.arange(size) % 5
+
+
+@pytest.mark.parametrize('epoch', EPOCHS.values())
+@pytest.mark.parametrize('student', ['test_dearkd', 'test_vit2'])
+def test_losses_are_those_of_the_equations(epoch, student):
+    """Every loss from forwards made apart: timm's own features, and the branches by hand. test_vit2 has no [CLS]."""
+    hooks = ['2:1', '4:layer2']
+    task = make(student, hooks=hooks).eval()
+    task.set_epoch(epoch)
+    model, trainable, cnn = task.trainable_module.student, task.trainable_module, task.teacher.model
+    images, labels = batch()
+    result = task(images, labels)
+
+    taken = {}
+    for name in ('layer1', 'layer2'):
+        getattr(cnn, name).register_forward_hook(lambda m, a, out, name=name: taken.__setitem__(name, out))
+    teacher_logits = cnn(task.teacher.prepare_input(images))
+    ce = F.cross_entropy(model(images), labels)
+    tokens, maps = model.forward_intermediates(images, indices=[1, 3])
+    pooled = model.fc_norm(tokens[:, model.num_prefix_tokens:].mean(1))
+    logit = F.cross_entropy(trainable.head_dist(pooled), teacher_logits.argmax(-1))
+    hidden = sum(
+        F.mse_loss(aligner(m, taken[name].shape[-2:]), taken[name])
+        for aligner, m, name in zip(trainable.aligners, maps, ('layer1', 'layer2'))) / 2
+
+    expected = {0: 0.5 * ce + 0.5 * logit + hidden, 8: 0.75 * ce + 0.25 * logit, 9: ce}[epoch]
+    torch.testing.assert_close(result['loss'], expected)
+    torch.testing.assert_close(result['output'], model(images))
+    torch.testing.assert_close(result['ce_loss'], ce)
+    assert ('hidden_loss' in result) == (epoch == 0) and ('logit_loss' in result) == (epoch < 9)
+    assert set(result) - {'output'} <= set(task.loss_names)
+
+
+@pytest.mark.parametrize('stage2', ['anneal', 'ce'])
+def test_the_teacher_costs_one_forward_and_no_more(stage2):
+    task = make(schedule=TwoStageSchedule(10, 5, stage2))
+    calls, features = [], []
+    task.teacher.model.register_forward_hook(lambda *a: calls.append(torch.is_grad_enabled()))
+    task.teacher.model.layer1.register_forward_hook(
+        lambda *a: features.append(len(task.teacher.capture._features)))
+    for epoch in (0, 5, 9):
+        task.set_epoch(epoch)
+        task(*batch())
+        assert not task.teacher.capture._features
+    assert calls == [False] * (1 if stage2 == 'ce' else 2)
+    assert task.teacher.capture.enabled == (stage2 == 'ce')  # in 'anneal' the last forward kept none
+
+
+def test_the_teacher_is_left_alone():
+    """No gradient, no BatchNorm update, not in the optimiser, the EMA, the checkpoint or the exported weights."""
+    task = make()
+    teacher = task.teacher
+    before = copy.deepcopy(teacher.state_dict())
+    trainable = task.get_trainable_module()
+    optimizer = create_optimizer_v2(trainable, 'adamw', lr=1e-2, weight_decay=0.1)
+    task.setup_ema(decay=0.5)
+    task.train()
+    for epoch in (0, 8, 9):
+        task.set_epoch(epoch)
+        task(*batch())['loss'].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        task.update_ema()
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert all(v.equal(before[k]) for k, v in teacher.state_dict().items())
+    of_teacher = {id(p) for p in teacher.parameters()}
+    assert not of_teacher & {id(p) for group in optimizer.param_groups for p in group['params']}
+    state = {**task.get_checkpoint_state(), **task.get_checkpoint_state(ema=True)}
+    assert set(state) == {'state_dict', 'task_state', 'state_dict_ema', 'task_state_ema'}
+    assert set(state['state_dict']) == set(state['state_dict_ema']) == set(trainable.student.state_dict())
+    assert set(state['task_state']) == {'aligners', 'head_dist'}
+    assert not any('layer1' in k or 'aligner' in k or 'head_dist' in k for k in state['state_dict'])
+    assert not any('teacher' in n or 'layer1' in n for n, _ in task.get_trainable_module(ema=True).named_parameters())
+
+
+def test_branches_take_gradients_only_in_their_stage():
+    task = make().train()
+    trainable = task.trainable_module
+    for epoch, head_dist, aligners in ((0, True, True), (8, True, False), (9, False, False), (0, True, True)):
+        task.set_epoch(epoch)
+        task.zero_grad()
+        task(*batch())['loss'].backward()
+        assert all((p.grad is not None) == head_dist for p in trainable.head_dist.parameters())
+        assert all((p.grad is not None) == aligners for p in trainable.aligners.parameters())
+        assert all(p.grad is not None for p in trainable.student.parameters())
+
+
+def test_resume(tmp_path):
+    """A checkpoint brings back student, aligner and head_dist; the next step is the same to the bit."""
+    task = make(normalize_features=True)
+    optimizer = create_optimizer_v2(task.get_trainable_module(), 'adamw', lr=1e-3)
+
+    def step(task, optimizer, seed):
+        torch.manual_seed(seed)
+        result = task(*batch())
+        result['loss'].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return result['loss'].item()
+
+    step(task, optimizer, 1)
+    path = os.path.join(tmp_path, 'last.pth.tar')
+    torch.save({**task.get_checkpoint_state(), 'optimizer': optimizer.state_dict(), 'epoch': 0, 'version': 2}, path)
+    expected = step(task, optimizer, 2)
+
+    other = make(normalize_features=True)
+    other_optimizer = create_optimizer_v2(other.get_trainable_module(), 'adamw', lr=1e-3)
+    assert resume_task_checkpoint(other, path, other_optimizer) == 1
+    assert step(other, other_optimizer, 2) == expected
+    for p, q in zip(task.trainable_module.parameters(), other.trainable_module.parameters()):
+        assert p.equal(q)
+
+    wrong = make(teacher='test_convnext')
+    with pytest.raises(ValueError, match='--dearkd-hooks'):
+        wrong.load_task_state(task.get_task_state())
+
+
+def test_feature_std_is_fixed_by_the_first_batch():
+    task = make(normalize_features=True)
+    images, labels = batch(8)
+    feature = task.teacher(images)[1][0]
+    task(images, labels)
+    torch.testing.assert_close(
+        task.feature_std[0], feature.transpose(0, 1).flatten(1).std(1).clamp(min=1e-3))
+    first = task.feature_std[0].clone()
+    task(*batch())
+    assert task.feature_std[0].equal(first)
+    aligned = task.trainable_module.eval()(images, [feature.shape[-2:]])[2][0]
+    expected = F.mse_loss(aligned, feature / first.view(1, -1, 1, 1))
+    torch.testing.assert_close(task(images, labels)['hidden_loss'], expected)
+
+
+def test_optimizer_groups_reach_through_the_trainable_module():
+    task = make()
+    module = task.get_trainable_module()
+    names = {id(p): n for n, p in module.named_parameters()}
+    optimizer = create_optimizer_v2(module, 'adamw', lr=1., weight_decay=0.1)
+    decayed = {names[id(p)] for g in optimizer.param_groups if g['weight_decay'] for p in g['params']}
+    assert 'student.blocks.0.attn.qkv.weight' in decayed and 'aligners.0.conv_pw.weight' in decayed
+    assert not {n for n in decayed if 'rpe' in n or 'pos_embed' in n}
+    groups = param_groups_layer_decay(module, layer_decay=0.5)
+    scales = {names[id(p)]: group['lr_scale'] for group in groups for p in group['params']}
+    assert scales['student.head.weight'] == scales['head_dist.weight'] == scales['aligners.0.conv_dw.weight'] == 1
+    assert scales['student.blocks.0.attn.rpe.alpha'] == 0.5 ** 6
+
+
+def test_clip_parameters():
+    task = make()
+    names = {id(p): n for n, p in task.trainable_module.named_parameters()}
+    every, without = ({names[id(p)] for p in task.get_clip_parameters(exclude_head=e)} for e in (False, True))
+    assert every == set(names.values())
+    assert every - without == {'student.head.weight', 'student.head.bias', 'head_dist.weight', 'head_dist.bias'}
+
+
+def test_no_hidden_loss_takes_any_teacher_and_has_no_aligner():
+    """beta = 0 is hard-label distillation alone, and asks nothing of the teacher's layers."""
+    teacher = timm.create_model('test_vit', num_classes=5, img_size=32)
+    task = make(teacher=teacher, schedule=TwoStageSchedule(10, beta=0.))
+    result = task(*batch())
+    assert 'hidden_loss' not in result and not task.trainable_module.aligners
+    assert task.loss_names == ['loss', 'ce_loss', 'logit_loss']
+
+
+@pytest.mark.parametrize('stage2', ['anneal', 'ce'])
+def test_compiled_steps_give_the_same_losses(stage2):
+    """torch.compile with no graph break, over the change of stages."""
+    task = make(schedule=TwoStageSchedule(10, 8, stage2))
+    images, labels = batch()
+    expected = {}
+    for epoch in (0, 8, 9):
+        task.set_epoch(epoch)
+        expected[epoch] = {k: v.detach() for k, v in task(images, labels).items()}
+    task.compile(backend='aot_eager', fullgraph=True)
+    for epoch in (0, 8, 9):
+        task.set_epoch(epoch)
+        result = task(images, labels)
+        for name, value in expected[epoch].items():
+            torch.testing.assert_close(result[name], value, atol=1e-5, rtol=1e-4)
+        result['loss'].backward()
+    torch.testing.assert_close(task.get_eval_model()(images), expected[9]['output'], atol=1e-5, rtol=1e-4)
+    assert set(task.get_checkpoint_state()['state_dict']) == set(task.trainable_module._orig_mod.student.state_dict())
+
+
+def test_mixed_precision():
+    task = make()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        result = task(*batch())
+        teacher_logits, _ = task.teacher(batch()[0])
+    assert teacher_logits.dtype == torch.bfloat16 and result['loss'].dtype == torch.float32
+    result['loss'].backward()
+    assert all(p.grad is not None for p in task.trainable_module.parameters())
+
+
+def test_soft_labels():
+    task = make(criterion_kwargs=dict(soft_targets=True))
+    images, labels = batch()
+    soft = F.one_hot(labels, 5).float()
+    hard = make().eval()
+    torch.testing.assert_close(task.eval()(images, soft)['loss'], hard(images, labels)['loss'])
+
+
+def test_grey_student_and_ready_teacher():
+    cnn = timm.create_model('test_resnet', num_classes=5)
+    task = make(teacher=cnn, student_kwargs=dict(in_chans=1))
+    assert task(*batch(in_chans=1))['loss'].isfinite()
+    task = make(teacher=Teacher(cnn, ['layer3']))
+    assert task.trainable_module.aligners[0].conv_pw.out_channels == 192
+
+
+def test_gradient_checkpointing_is_compatible():
+    task = make().train()
+    images, labels = batch()
+    task(images, labels)['loss'].backward()
+    expected = {n: p.grad.clone() for n, p in task.trainable_module.named_parameters()}
+    task.zero_grad()
+    task.trainable_module.student.set_grad_checkpointing()
+    task(images, labels)['loss'].backward()
+    for name, parameter in task.trainable_module.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize('spec,hook', [('4', (4, None)), ('4:2', (4, '2')), ('12:s2.b4', (12, 's2.b4'))])
+def test_hooks_are_parsed(spec, hook):
+    assert parse_hook(spec) == hook
+
+
+@pytest.mark.parametrize('kwargs,message', [
+    (dict(hooks=['0']), 'BLOCK:STAGE'),
+    (dict(hooks=['x:2']), 'BLOCK:STAGE'),
+    (dict(hooks=['4:']), 'BLOCK:STAGE'),
+    (dict(hooks=['7']), 'Choose a block from 1 to 6'),
+    (dict(hooks=['4:layer22']), 'layer2'),
+    (dict(hooks=['4:fc']), 'not a 4-D feature map'),
+    (dict(teacher=timm.create_model('test_resnet', num_classes=7)), 'knows 7 classes, the student 5'),
+    (dict(student='test_resnet', student_kwargs=dict(img_size=None)), '--kd-distill-type logit'),
+    (dict(teacher=Teacher(timm.create_model('test_resnet', num_classes=5))), r'gives 0 layer\(s\) for 1 hook'),
+])
+def test_errors_name_the_remedy(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        make(**kwargs)

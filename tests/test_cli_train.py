@@ -1,0 +1,288 @@
+"""train.py as users run it: in a process of its own, on a small image folder."""
+import csv
+import importlib
+import json
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from timm.data import create_dataset, create_loader, resolve_model_data_config
+from timm.task import ClassificationEvaluator
+
+import timm_dearkd  # noqa: F401
+
+
+def rows(folder):
+    with open(folder / 'summary.csv', newline='') as f:
+        return list(csv.DictReader(f))
+
+
+def evaluate(model, data, split='validation'):
+    config = resolve_model_data_config(model)
+    mode = 'RGB' if config['input_size'][0] == 3 else 'L'
+    loader = create_loader(
+        create_dataset('', str(data), split=split, input_img_mode=mode), config['input_size'], 8, mean=config['mean'],
+        std=config['std'], interpolation=config['interpolation'], crop_pct=config['crop_pct'], num_workers=0,
+        device=torch.device('cpu'))
+    evaluator = ClassificationEvaluator()
+    model.eval()
+    for images, labels in loader:
+        evaluator.update(model(images), labels)
+    return evaluator.compute()
+
+
+@pytest.fixture(scope='module')
+def teacher(train_cli, tmp_path_factory):
+    """A small CNN that train.py trained on the folder."""
+    out = tmp_path_factory.mktemp('teacher')
+    result = train_cli('--model', 'test_resnet', '--output', out, '--experiment', 'cnn', '--epochs', '1')
+    assert result.returncode == 0, result.stderr
+    return out / 'cnn'
+
+
+@pytest.fixture(scope='module')
+def run(train_cli, teacher, tmp_path_factory):
+    """A DearKD run of 6 epochs, 4 of them stage I."""
+    out = tmp_path_factory.mktemp('run')
+    result = train_cli(
+        '--kd-model-name', f'local-dir:{teacher}', '--epochs', '6', '--dearkd-stage1-epochs', '4', '--model-ema',
+        '--model-ema-decay', '0.8', '--dearkd-rpe-drop', '0.1', '--mixup', '0.2', '--mixup-off-epoch', '5',
+        '--drop-path', '0.1', '--log-interval', '3', '--output', out, '--experiment', 'dearkd')
+    assert result.returncode == 0, result.stderr
+    return out / 'dearkd', result.stderr
+
+
+def test_output_folder(run):
+    folder, _ = run
+    names = {path.name for path in folder.iterdir()}
+    assert {'args.yaml', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar', 'model_best.safetensors',
+            'config.json'} <= names
+    assert not [name for name in names if 'tmp' in name or name.endswith('.link')]
+    args = yaml.safe_load((folder / 'args.yaml').read_text())
+    assert args['dearkd_stage1_epochs'] == 4 and args['model'] == 'test_dearkd'
+
+
+def test_summary_has_the_stage_and_each_loss(run):
+    table = rows(run[0])
+    assert list(table[0]) == [
+        'epoch', 'train_stage', 'train_alpha', 'train_loss', 'train_ce_loss', 'train_logit_loss', 'train_hidden_loss',
+        'eval_loss', 'eval_top1', 'eval_top5', 'lr']
+    assert [row['train_stage'] for row in table] == ['1'] * 4 + ['2'] * 2
+    assert [float(row['train_alpha']) for row in table] == [0.5] * 4 + [0.75, 1.]
+    assert [bool(row['train_hidden_loss']) for row in table] == [True] * 4 + [False] * 2
+    assert [bool(row['train_logit_loss']) for row in table] == [True] * 5 + [False]
+    for row in table:
+        alpha = float(row['train_alpha'])
+        parts = alpha * float(row['train_ce_loss']) + (1 - alpha) * float(row['train_logit_loss'] or 0) + float(
+            row['train_hidden_loss'] or 0)
+        assert float(row['train_loss']) == pytest.approx(parts, rel=1e-4)
+
+
+def test_every_log_line_has_the_stage_and_each_loss(run):
+    lines = [line for line in run[1].splitlines() if line.startswith('Train:')]
+    assert len(lines) == 6 * 2  # 6 batches an epoch, a line for every 3
+    for line in lines:
+        stage = 1 if int(line.split()[1]) < 4 else 2
+        assert f'Stage: {stage}' in line and ' loss: ' in line and 'ce_loss: ' in line and 'LR: ' in line
+        assert ('hidden_loss: ' in line) == (stage == 1)
+
+
+def test_the_exported_student_is_the_best_one(run, image_folder):
+    """It loads by timm with its classes and its size, holds nothing of the task, and scores what the summary says."""
+    folder, _ = run
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    assert model.num_classes == 3 and model.pretrained_cfg['label_names'] == ['blue sky', 'grass', 'rust']
+    assert resolve_model_data_config(model)['input_size'] == (3, 32, 32)
+    assert set(model.state_dict()) == set(timm.create_model('test_dearkd', num_classes=3).state_dict())
+    best = max(rows(folder), key=lambda row: float(row['eval_top1']))
+    metrics = evaluate(model, image_folder)
+    assert metrics['top1'] == pytest.approx(float(best['eval_top1']), abs=1e-3)
+    assert metrics['loss'] == pytest.approx(float(best['eval_loss']), rel=1e-3)
+    checkpoint = torch.load(folder / 'model_best.pth.tar', weights_only=False)
+    exported = model.state_dict()
+    assert all(v.equal(exported[k]) for k, v in checkpoint['state_dict_ema'].items())
+    assert set(checkpoint['task_state']) == {'aligners', 'head_dist'}
+
+
+def test_resume_continues_the_run(run, train_cli, teacher, tmp_path):
+    """From epoch 3 of a copy on: the epochs, stages and losses of the rest are in the summary, the first ones kept."""
+    folder = tmp_path / 'dearkd'
+    shutil.copytree(run[0], folder)
+    before = rows(folder)
+    result = train_cli(
+        '-c', folder / 'args.yaml', '--resume', folder / 'last.pth.tar', '--epochs', '8', '--dearkd-stage1-epochs', '6',
+        '--output', tmp_path, small=False)
+    assert result.returncode == 0, result.stderr
+    table = rows(folder)
+    assert [row['epoch'] for row in table] == [str(e) for e in range(8)] and table[:6] == before
+    assert [row['train_stage'] for row in table[6:]] == ['2', '2']
+    optimizer = torch.load(folder / 'last.pth.tar', weights_only=False)['optimizer']
+    assert {int(state['step']) for state in optimizer['state'].values()} >= {8 * 6}
+
+
+@pytest.mark.parametrize('args', [
+    ['--kd-distill-type', 'logit'],
+    ['--kd-distill-type', 'feature'],
+    ['--model', 'deit_tiny_distilled_patch16_224', '--model-kwargs', 'depth=1', 'embed_dim=24', '--kd-distill-type',
+     'token', '--kd-token-distill-type', 'hard'],
+    ['--model', 'test_convnext'],  # no tokens: logit is the default
+], ids=['logit', 'feature', 'token', 'cnn'])
+def test_timms_own_distillation(args, train_cli, teacher, tmp_path):
+    result = train_cli(
+        *args, '--kd-model-name', f'local-dir:{teacher}', '--epochs', '1', '--output', tmp_path, '--experiment', 'x')
+    assert result.returncode == 0, result.stderr
+    assert float(rows(tmp_path / 'x')[0]['train_kd_loss' if 'token' not in args else 'train_distill_loss']) > 0
+
+
+@pytest.mark.parametrize('args', [
+    ['--batch-size', '1', '--epochs', '1'],
+    ['--img-size', '48', '--no-prefetcher', '--grad-accum-steps', '4'],
+    ['--in-chans', '1', '--channels-last', '--opt', 'sgd'],
+    ['--amp', '--amp-dtype', 'bfloat16', '--clip-grad', '1', '--layer-decay', '0.7', '--cutmix', '1'],
+    ['--kd-teacher-img-size', '64', '--dearkd-hooks', '2:1', '4:layer2', '--dearkd-normalize-features'],
+    ['--dearkd-beta', '0', '--dearkd-stage2', 'ce', '--dearkd-stage1-epochs', '1', '--sched-on-updates'],
+    ['--workers', '2', '--aug-splits', '2', '--jsd-loss', '--reprob', '0.5', '--aa', 'rand-m9-mstd0.5-inc1'],
+    ['--model', 'dearkd_from', '--model-kwargs', 'base=test_vit', 'num_mhca_blocks=2', '--torchcompile', 'eager'],
+    ['--recovery-interval', '2', '--save-images', '--val-interval', '2', '--checkpoint-hist', '1'],
+], ids=['batch 1', 'odd size', 'grey', 'amp', 'hooks', 'logits', 'augmix', 'from', 'intervals'])
+def test_settings(args, train_cli, teacher, tmp_path):
+    """Each runs through, and what it exports scores what the summary says."""
+    result = train_cli(
+        '--kd-model-name', f'local-dir:{teacher}', *args, '--output', tmp_path, '--experiment', 'x')
+    if '--in-chans' in args:  # a grey student of a colour teacher
+        assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.stderr
+    last = rows(tmp_path / 'x')[-1]
+    assert np.isfinite(float(last['train_loss'])) and float(last['eval_top1']) >= 0
+    assert timm.create_model(f'local-dir:{tmp_path / "x"}', pretrained=True).num_classes == 3
+
+
+def test_teacher_checkpoint(train_cli, teacher, tmp_path):
+    """The same run from the teacher's folder, its safetensors and its training checkpoint."""
+    losses = []
+    for i, args in enumerate((
+        ['--kd-model-name', f'local-dir:{teacher}'],
+        ['--kd-model-name', 'test_resnet', '--kd-teacher-checkpoint', teacher / 'model_best.safetensors'],
+        ['--kd-model-name', 'test_resnet', '--kd-teacher-checkpoint', teacher / 'model_best.pth.tar'],
+    )):
+        result = train_cli(*args, '--epochs', '1', '--output', tmp_path, '--experiment', str(i))
+        assert result.returncode == 0, result.stderr
+        losses.append(rows(tmp_path / str(i))[0]['train_hidden_loss'])
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_a_class_without_validation_images(train_cli, image_folder, tmp_path):
+    """The labels of the other classes stay what they are in training."""
+    data = tmp_path / 'data'
+    shutil.copytree(image_folder, data)
+    shutil.rmtree(data / 'validation' / 'blue sky')
+    result = train_cli('--epochs', '1', '--output', tmp_path, '--experiment', 'x', data=data)
+    assert result.returncode == 0, result.stderr
+    model = timm.create_model(f'local-dir:{tmp_path / "x"}', pretrained=True)
+    assert model.num_classes == 3
+    dataset = create_dataset('', str(data), split='validation', class_map={'blue sky': 0, 'grass': 1, 'rust': 2})
+    assert {label for _, label in dataset} == {1, 2}
+    right = sum(
+        int(model.eval()(_tensor(image)).argmax() == label) for image, label in dataset)
+    assert float(rows(tmp_path / 'x')[0]['eval_top1']) == pytest.approx(100 * right / 8, abs=13)
+
+
+def _tensor(image):
+    cfg = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    transform = timm.data.create_transform((3, 32, 32), crop_pct=0.95, interpolation='bicubic', **cfg)
+    return transform(image).unsqueeze(0)
+
+
+ERRORS = {
+    'model': (['--model', 'dearkd_tny_patch16_224'], 'dearkd_tiny_patch16_224'),
+    'batch size': (['--batch-size', '64'], 'Set --batch-size to 48 or less'),
+    'classes': (['--num-classes', '2'], 'Set --num-classes 3'),
+    'split': (['--train-split', 'trian'], "'trian'"),
+    'device': (['--device', 'xpu'], '--device xpu is not available here'),
+    'stage': (['--dearkd-stage1-epochs', '9', '--kd-model-name', 'TEACHER'], 'from 0 to 2'),
+    'layer': (['--dearkd-hooks', '4:layer9', '--kd-model-name', 'TEACHER'], "no layer 'layer9'"),
+    'block': (['--dearkd-hooks', '9', '--kd-model-name', 'TEACHER'], 'Choose a block from 1 to 6'),
+    'teacher classes': (['--kd-model-name', 'TEACHER', '--num-classes', '4'], 'knows 3 classes, the student 4'),
+    'no tokens': (['--model', 'test_convnext', '--kd-model-name', 'TEACHER', '--kd-distill-type', 'dearkd'],
+                  '--kd-distill-type logit'),
+    'no teacher': (['--kd-teacher-checkpoint', 'FILE'], '--kd-model-name NAME'),
+    'checkpoint': (
+        ['--kd-model-name', 'test_resnet', '--kd-teacher-checkpoint', 'nothing.pth'], "no file 'nothing.pth'"),
+    'resume': (['--resume', 'nothing.pth'], "no file 'nothing.pth'"),
+    'rpe': (['--model', 'test_vit', '--dearkd-rpe-drop', '0.1'], 'no MHCA blocks'),
+    'size': (['--model', 'dearkd_nano_patch4_32', '--input-size', '3', '64', '64'], 'Conflicting input image sizes'),
+    'patches': (['--img-size', '40'], 'Set --img-size 32'),
+    'number': (['--epochs', 'x'], 'invalid int value'),
+    'metric': (['--eval-metric', 'top2', '--epochs', '1'], 'expected one of loss, top1, top5'),
+    'augmix': (['--jsd-loss'], '--aug-splits'),
+}
+
+
+@pytest.mark.parametrize('case', ERRORS)
+def test_errors_are_one_line_and_status_2(case, train_cli, teacher, tmp_path):
+    args, message = ERRORS[case]
+    args = [{'TEACHER': f'local-dir:{teacher}', 'FILE': teacher / 'model_best.pth.tar'}.get(a, a) for a in args]
+    result = train_cli(*args, '--output', tmp_path, '--experiment', 'x')
+    assert result.returncode == 2 and 'Traceback' not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith('train.py: error: ') and message in last
+    assert not (tmp_path / 'x').exists()
+
+
+def test_no_data_and_no_folder(train_cli, tmp_path):
+    for data, message in ((tmp_path / 'nowhere', 'No data set at'), ('--workers=0', 'No data set given')):
+        result = train_cli(data=data)
+        assert result.returncode == 2 and message in result.stderr.strip().splitlines()[-1]
+
+
+def test_the_module_can_be_driven(image_folder, teacher, tmp_path, monkeypatch):
+    """As timm's script can: parser, _parse_args(), a create_model of one's own, and main(), which raises."""
+    train = importlib.import_module('train')
+    made = []
+
+    def create_model(name, **kwargs):
+        made.append(name)
+        return timm.create_model(name, **kwargs, qk_norm=True)
+
+    monkeypatch.setattr(train, 'create_model', create_model)
+    monkeypatch.setattr('sys.argv', [
+        'train.py', str(image_folder), '--model', 'test_dearkd', '--img-size', '32', '-b', '8', '--epochs', '1',
+        '-j', '0', '--kd-model-name', f'local-dir:{teacher}', '--output', str(tmp_path), '--experiment', 'x',
+        '--device', 'cpu'])
+    handlers = list(logging.root.handlers)
+    assert train._parse_args()[0].batch_size == 8 and train.parser.get_default('model') == 'resnet50'
+    train.main()
+    logging.root.handlers = handlers
+    assert made == ['test_dearkd']
+    assert 'blocks.0.attn.q_norm.weight' in torch.load(
+        tmp_path / 'x' / 'last.pth.tar', weights_only=False)['state_dict']
+    with pytest.raises(ValueError, match='Unknown --model'):
+        train.main([str(image_folder), '--model', 'nothing'])
+    logging.root.handlers = handlers
+
+
+def test_grey_images_in_a_folder(train_cli, tmp_path):
+    """One-channel files train a three-channel model as they are."""
+    rng = np.random.default_rng(0)
+    for split in ('train', 'validation'):
+        for name in 'ab':
+            folder = tmp_path / 'data' / split / name
+            folder.mkdir(parents=True)
+            for i in range(8):
+                Image.fromarray(rng.integers(0, 255, (33, 21), dtype=np.uint8)).save(folder / f'{i}.png')
+    result = train_cli('--epochs', '1', '--output', tmp_path, '--experiment', 'x', data=tmp_path / 'data')
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / 'x' / 'config.json').read_text())['num_classes'] == 2
+
+
+def test_recipes_parse(train_cli):
+    train = importlib.import_module('train')
+    for name, epochs, stage1, stage2 in (('dearkd_300e', 300, 250, 'anneal'), ('dearkd_1000e', 1000, 800, 'ce')):
+        args, _ = train._parse_args(['-c', f'recipes/{name}.yaml', '--model', 'dearkd_tiny_patch16_224'])
+        assert (args.epochs, args.dearkd_stage1_epochs, args.dearkd_stage2) == (epochs, stage1, stage2)
+        assert args.batch_size * args.grad_accum_steps == 2048 and args.lr == 5e-4 and args.opt == 'adamw'

@@ -1,0 +1,74 @@
+import pytest
+import yaml
+
+from timm_dearkd.engine.options import build_config_parser, build_parser, parse_args
+
+
+def parse(*argv):
+    return parse_args(build_parser(), build_config_parser(), argv)
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(**options):
+        path = tmp_path / 'config.yaml'
+        path.write_text(yaml.safe_dump(options))
+        return '-c', str(path)
+    return write
+
+
+def test_defaults_are_timms():
+    args, _ = parse('DIR')
+    assert (args.data, args.model, args.batch_size, args.opt, args.epochs) == ('DIR', 'resnet50', 128, 'sgd', 300)
+    assert (args.smoothing, args.warmup_epochs, args.sched, args.seed) == (0.1, 5, 'cosine', 42)
+
+
+def test_the_command_line_wins_over_the_file(config):
+    file = config(lr=1e-3, **{'weight-decay': 0.05}, mean=[0.5, 0.4], amp=True, model_kwargs=dict(depth=3), resume=None)
+    args, _ = parse(*file, '--lr', '2', 'DIR')
+    assert (args.lr, args.weight_decay, args.mean, args.amp, args.data) == (2., 0.05, [0.5, 0.4], True, 'DIR')
+    assert args.model_kwargs == dict(depth=3) and args.resume == ''
+
+
+def test_arguments_are_written_as_a_file_that_reads_back(tmp_path):
+    args, text = parse(
+        'DIR', '--model-kwargs', 'depth=3', 'x=a', '--mean', '0.5', '--opt-betas', '0.9', '0.95', '--amp',
+        '--lr', '3e-4', '--dearkd-hooks', '2:1', '4:s2.b1', '--input-size', '1', '28', '28')
+    path = tmp_path / 'args.yaml'
+    path.write_text(text)
+    again, _ = parse('-c', str(path))
+    assert vars(again) == {**vars(args), 'data': None, 'data_dir': 'DIR'}
+
+
+def test_numbers_written_as_text(config):
+    args, _ = parse(*config(lr='3e-4', epochs='7'))
+    assert args.lr == 3e-4 and args.epochs == 7
+
+
+def test_unknown_keys_are_warned_about(config, caplog):
+    parse(*config(learning_rate=1.))
+    assert 'learning_rate' in caplog.text
+
+
+@pytest.mark.parametrize('options,message', [
+    (dict(epochs='many'), 'epochs: invalid int value'),
+    (dict(dearkd_stage2='other'), 'invalid choice'),
+    (dict(amp='maybe'), 'amp is'),
+    (dict(input_size=[1, 2]), 'expected 3 arguments'),
+])
+def test_wrong_values_are_one_line_and_status_2(config, capsys, options, message):
+    with pytest.raises(SystemExit) as e:
+        parse(*config(**options))
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.count('\n') == 1 and message in err
+
+
+@pytest.mark.parametrize('text', ['lr: [', '- just\n- a list'])
+def test_broken_files(tmp_path, capsys, text):
+    path = tmp_path / 'broken.yaml'
+    path.write_text(text)
+    for file in (path, tmp_path / 'missing.yaml'):
+        with pytest.raises(SystemExit) as e:
+            parse('-c', str(file))
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and err.count('\n') == 1 and file.name in err

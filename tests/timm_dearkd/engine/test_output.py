@@ -1,0 +1,79 @@
+import os
+import threading
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from timm_dearkd.engine.output import AtomicCheckpointSaver, export_model
+
+
+def make_saver(folder, **kwargs):
+    model = timm.create_model('test_resnet', num_classes=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return AtomicCheckpointSaver(model, optimizer, checkpoint_dir=str(folder), recovery_dir=str(folder), **kwargs)
+
+
+@pytest.mark.parametrize('hardlinks', [True, False])
+def test_every_name_is_a_whole_file_at_any_moment(tmp_path, hardlinks):
+    """A reader beside the writer never finds `last` or `model_best` missing or broken."""
+    saver = make_saver(tmp_path, max_history=2)
+    saver.can_hardlink = hardlinks
+    saver.save_checkpoint(0, 0.)
+    stop, problems, reads = threading.Event(), [], [0]
+
+    def read():
+        while not stop.is_set():
+            for name in ('last', 'model_best'):
+                try:
+                    torch.load(tmp_path / f'{name}.pth.tar', weights_only=True)
+                    reads[0] += 1
+                except Exception as e:
+                    problems.append(e)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for epoch in range(1, 15):
+        saver.save_checkpoint(epoch, float(epoch))
+    stop.set()
+    reader.join()
+    assert not problems and reads[0] > 5
+    assert torch.load(tmp_path / 'last.pth.tar', weights_only=True)['epoch'] == 14
+    assert sorted(os.listdir(tmp_path)) == [
+        'checkpoint-13.pth.tar', 'checkpoint-14.pth.tar', 'last.pth.tar', 'model_best.pth.tar']
+
+
+def test_a_failed_write_leaves_the_files_that_were_there(tmp_path, monkeypatch):
+    saver = make_saver(tmp_path)
+    saver.save_checkpoint(0, 1.)
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(torch, 'save', full_disk)
+    with pytest.raises(OSError):
+        saver.save_checkpoint(1, 2.)
+    monkeypatch.undo()
+    for name in ('last', 'model_best'):
+        assert torch.load(tmp_path / f'{name}.pth.tar', weights_only=True)['epoch'] == 0
+
+
+def test_export_loads_as_it_is(tmp_path):
+    model = timm.create_model('test_dearkd', num_classes=3, in_chans=1, img_size=48).eval()
+    config = dict(
+        input_size=(1, 48, 48), mean=(0.3,), std=(0.2,), interpolation='bilinear', crop_pct=0.8, crop_mode='center')
+    export_model(model, str(tmp_path), config, ['a', 'b', 'c'])
+    assert sorted(os.listdir(tmp_path)) == ['config.json', 'model_best.safetensors']
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / 'model_best.safetensors').stat().st_mode & 0o777 == 0o666 & ~umask
+    tensors = safetensors.torch.load_file(tmp_path / 'model_best.safetensors')
+    assert all(v.equal(tensors[k]) for k, v in model.state_dict().items()) and len(tensors) == len(model.state_dict())
+
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    x = torch.randn(2, 1, 48, 48)
+    torch.testing.assert_close(loaded(x), model(x))
+    cfg = loaded.pretrained_cfg
+    assert cfg['label_names'] == ['a', 'b', 'c'] and cfg['mean'] == [0.3] and cfg['crop_pct'] == 0.8
+    assert timm.data.resolve_model_data_config(loaded)['input_size'] == (1, 48, 48)

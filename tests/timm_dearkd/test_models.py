@@ -1,0 +1,473 @@
+"""The models, and timm's contract: whatever a timm ViT does, a DearKD model does."""
+import copy
+import io
+
+import pytest
+import timm
+import torch
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
+from torch import nn
+
+from timm_dearkd import ConvAttention, DearKD, add_mhca
+
+NAMES = [
+    'dearkd_tiny_patch16_224', 'dearkd_small_patch16_224', 'dearkd_base_patch16_224', 'dearkd_tiny_patch16_384',
+    'dearkd_small_patch16_384', 'dearkd_base_patch16_384', 'dearkd_tiny_patch4_32', 'dearkd_nano_patch4_32',
+    'test_dearkd', 'dearkd_from']
+SMALL = ['dearkd_nano_patch4_32', 'test_dearkd']
+
+
+def create(name='test_dearkd', **kwargs):
+    """A small model whose positional scores differ between heads and blocks."""
+    model = timm.create_model(name, **kwargs).eval()
+    with torch.no_grad():
+        for block in getattr(model, 'model', model).blocks:
+            if isinstance(block.attn, ConvAttention):
+                block.attn.rpe.alpha.uniform_(0, 1)
+                block.attn.rpe.delta.uniform_(-2, 2)
+    return model
+
+
+def images(model, batch_size=2):
+    size = timm.models.get_model_input_config(model)['input_size']
+    return torch.randn(batch_size, *size)
+
+
+def test_names_are_registered():
+    assert sorted(timm.list_models('*dearkd*')) == sorted(NAMES)
+    assert timm.list_pretrained('*dearkd*') == []
+
+
+@pytest.mark.parametrize('name,like,heads,mhca', [
+    ('dearkd_tiny_patch16_224', 'deit_tiny_patch16_224', 12, 8),
+    ('dearkd_small_patch16_224', 'deit_small_patch16_224', 12, 8),
+    ('dearkd_base_patch16_224', 'deit_base_patch16_224', 16, 8),
+    ('dearkd_base_patch16_384', 'deit_base_patch16_384', 16, 8),
+])
+def test_parameters_are_deit_plus_three_per_head(name, like, heads, mhca):
+    with torch.device('meta'):
+        model, plain = timm.create_model(name), timm.create_model(like)
+    count, expected = (sum(p.numel() for p in m.parameters()) for m in (model, plain))
+    assert count == expected + 3 * heads * mhca
+    assert all(block.attn.num_heads == heads for block in model.blocks)
+    assert [isinstance(block.attn, ConvAttention) for block in model.blocks] == [True] * mhca + [False] * (12 - mhca)
+    added = set(dict(model.named_parameters())) - set(dict(plain.named_parameters()))
+    assert added == {f'blocks.{i}.attn.rpe.{p}' for i in range(mhca) for p in ('alpha', 'delta')}
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_no_mhca_blocks_is_the_plain_vit(name):
+    model = create(name, num_mhca_blocks=0, num_classes=5)
+    args = dict(img_size=32, patch_size=4, embed_dim=96, depth=6, num_heads=12) if 'nano' in name else dict(
+        img_size=160, patch_size=16, embed_dim=64, depth=6, num_heads=2, mlp_ratio=3)
+    plain = timm.models.VisionTransformer(num_classes=5, **args).eval()
+    plain.load_state_dict(model.state_dict())
+    x = images(model)
+    torch.testing.assert_close(model(x), plain(x))
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_training_and_inference_forms_agree(name):
+    model = create(name)
+    x = images(model)
+    with torch.no_grad():
+        cached = model(x)
+    torch.testing.assert_close(model(x), cached, atol=1e-5, rtol=1e-5)
+
+
+def test_every_parameter_takes_a_gradient():
+    model = create(num_classes=42).train()
+    out = model(images(model))
+    out.square().mean().backward()
+    assert out.shape == (2, 42)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert model.blocks[0].attn.rpe.alpha.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize('name', NAMES[:8])
+def test_pretrained_cfg(name):
+    with torch.device('meta'):
+        model = timm.create_model(name)
+    cfg, state_dict = model.pretrained_cfg, model.state_dict()
+    size = int(name.rsplit('_', 1)[1])
+    assert cfg['input_size'] == (3, size, size) and cfg['fixed_input_size'] and cfg['architecture'] == name
+    assert f'{cfg["classifier"]}.weight' in state_dict and f'{cfg["first_conv"]}.weight' in state_dict
+    assert model.patch_embed.grid_size == model.blocks[0].attn.rpe.grid_size
+
+
+def test_pretrained_without_weights_says_so():
+    with pytest.raises(RuntimeError, match='No pretrained weights'):
+        timm.create_model('test_dearkd', pretrained=True)
+
+
+def test_features_only():
+    model = create(features_only=True, out_indices=(1, 3, 5))
+    features = model(torch.randn(2, 3, 160, 160))
+    assert [f.shape for f in features] == [(2, 64, 10, 10)] * 3
+    assert model.feature_info.channels() == [64] * 3 and model.feature_info.reduction() == [16] * 3
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_forward_intermediates(name):
+    model = create(name)
+    x = images(model)
+    taken = {}
+    for i, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda m, a, out, i=i: taken.__setitem__(i, out))
+    final, maps = model.forward_intermediates(x, indices=[1, 4])
+    torch.testing.assert_close(final, model.forward_features(x))
+    height, width = model.patch_embed.grid_size
+    for i, feature in zip((1, 4), maps):
+        torch.testing.assert_close(feature, taken[i][:, 1:].transpose(1, 2).reshape(2, -1, height, width))
+    tokens = model.forward_intermediates(x, indices=2, output_fmt='NLC', intermediates_only=True, norm=True)
+    torch.testing.assert_close(tokens[-1], model.norm(taken[5])[:, 1:])
+    early = model.forward_intermediates(x, [1], stop_early=True, intermediates_only=True, return_prefix_tokens=True)
+    torch.testing.assert_close(early[0][1], taken[1][:, :1])
+    as_dict = model.forward_intermediates(x, [1], output_dict=True)
+    torch.testing.assert_close(as_dict['image_intermediates'][0], maps[0])
+    mask = torch.ones(height * width + 1, height * width + 1, dtype=torch.bool)
+    torch.testing.assert_close(model.forward_intermediates(x, [4], attn_mask=mask)[1][0], maps[1])
+    layers = model.get_intermediate_layers(x, n=[4], reshape=True)
+    torch.testing.assert_close(layers[0], maps[1])
+
+
+def test_prune_intermediate_layers():
+    model = create()
+    x = images(model)
+    expected = model.forward_intermediates(x, [2], intermediates_only=True)
+    assert model.prune_intermediate_layers([2], prune_norm=True) == [2]
+    assert len(model.blocks) == 3
+    torch.testing.assert_close(model.forward_intermediates(x, [2], intermediates_only=True)[0], expected[0])
+
+
+def test_classifier():
+    model = create(num_classes=7)
+    x = images(model)
+    features = model.forward_features(x)
+    pooled = model.forward_head(features, pre_logits=True)
+    torch.testing.assert_close(pooled, features[:, 0])
+    torch.testing.assert_close(model.get_classifier()(pooled), model(x))
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3)
+    model.reset_classifier(0, 'avg')
+    torch.testing.assert_close(model(x), model.forward_features(x)[:, 1:].mean(1))
+    assert create(num_classes=0, global_pool='')(x).shape == (2, 101, 64)
+
+
+def test_weight_decay_and_layer_decay():
+    model = create()
+    rpe = {f'blocks.{i}.attn.rpe.{p}' for i in range(4) for p in ('alpha', 'delta')}
+    assert rpe <= model.no_weight_decay() and 'pos_embed' in model.no_weight_decay()
+    names = {id(p): n for n, p in model.named_parameters()}
+    optimizer = create_optimizer_v2(model, 'adamw', lr=1., weight_decay=0.1)
+    decayed = {names[id(p)] for g in optimizer.param_groups if g['weight_decay'] for p in g['params']}
+    assert not decayed & rpe and 'blocks.0.attn.qkv.weight' in decayed
+
+    scales = {
+        names[id(p)]: g['lr_scale'] for g in param_groups_layer_decay(model, layer_decay=0.5) for p in g['params']}
+    assert scales['head.weight'] == 1 and scales['pos_embed'] == 0.5 ** 7
+    for i in range(4):
+        assert scales[f'blocks.{i}.attn.rpe.delta'] == scales[f'blocks.{i}.attn.qkv.weight'] == 0.5 ** (6 - i)
+
+
+def test_gradient_checkpointing():
+    model = create().train()
+    x = images(model)
+    model(x).square().mean().backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    model.set_grad_checkpointing()
+    model(x).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_meta_device(name):
+    with torch.device('meta'):
+        model = timm.create_model(name)
+    assert all(p.is_meta for p in model.parameters())
+    model = model.to_empty(device='cpu')
+    model.init_weights()
+    reference = timm.create_model(name)
+    for block, expected in zip(model.blocks[:4], reference.blocks):
+        for name in ('alpha', 'delta', 'key_basis', 'query_basis'):
+            assert getattr(block.attn.rpe, name).equal(getattr(expected.attn.rpe, name))
+    model.load_state_dict(reference.state_dict())
+    x = images(model)
+    torch.testing.assert_close(model.eval()(x), reference.eval()(x))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize('training', [True, False])
+def test_dtypes(dtype, training):
+    model = create(dtype=dtype, num_classes=10).train(training)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    x = images(model).to(dtype)
+    with torch.set_grad_enabled(training):
+        out = model(x)
+    assert out.dtype == dtype
+    reference = copy.deepcopy(model).float()(x.float())
+    assert (out.float() - reference).norm() < 0.1 * reference.norm()
+    if training:
+        out.float().square().mean().backward()
+        assert model.blocks[0].attn.rpe.delta.grad.isfinite().all()
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    model = create(num_classes=10).train()
+    x = images(model)
+    with torch.autocast('cpu', dtype=dtype):
+        out = model(x)
+    assert out.dtype == dtype
+    out.float().square().mean().backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    reference = model(x)
+    assert (out.float() - reference).norm() < 0.1 * reference.norm()
+
+
+@pytest.mark.parametrize('in_chans,batch_size', [(1, 1), (5, 3)])
+def test_in_chans_and_batch_sizes(in_chans, batch_size):
+    model = create(in_chans=in_chans)
+    assert model(torch.randn(batch_size, in_chans, 160, 160)).shape == (batch_size, 1000)
+
+
+@pytest.mark.parametrize('size', [(96, 128), (160, 160), (16, 240)])
+def test_dynamic_img_size(size):
+    """Any grid gives what a model made for it gives; a size in between changes nothing."""
+    model = create()
+    x = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        out = model(x)
+        fixed = timm.create_model('test_dearkd', img_size=size, dynamic_img_size=False).eval()
+        fixed.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(model.state_dict(), fixed))
+        torch.testing.assert_close(fixed(x), out)
+        model(torch.randn(1, 3, 48, 80))
+        torch.testing.assert_close(model(x), out)
+    torch.testing.assert_close(model(x), out, atol=1e-5, rtol=1e-5)
+
+
+def test_set_input_size():
+    model = create('dearkd_nano_patch4_32')
+    before = [block.attn.rpe.alpha.clone() for block in model.blocks[:4]]
+    model.set_input_size(img_size=(24, 40))
+    assert all(block.attn.rpe.grid_size == (6, 10) for block in model.blocks[:4])
+    assert all(block.attn.rpe.alpha.equal(alpha) for block, alpha in zip(model.blocks, before))
+    x = torch.randn(2, 3, 24, 40)
+    with torch.no_grad():
+        out = model(x)
+    assert out.shape == (2, 1000)
+    torch.testing.assert_close(model(x), out, atol=1e-5, rtol=1e-5)
+
+
+def test_loads_at_another_size(tmp_path):
+    """The position embedding is resampled, the adaptive RPE extended as it is."""
+    model = create('dearkd_nano_patch4_32', num_classes=5)
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
+    larger = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, img_size=48)
+    assert larger.pos_embed.shape == (1, 145, 96) and larger.blocks[3].attn.rpe.grid_size == (12, 12)
+    for ours, theirs in zip(larger.blocks[:4], model.blocks):
+        assert ours.attn.rpe.delta.equal(theirs.attn.rpe.delta)
+    same = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    x = images(model)
+    torch.testing.assert_close(same(x), model(x))
+
+
+@pytest.mark.parametrize('name', SMALL)
+@pytest.mark.parametrize('training', [True, False])
+def test_torchscript(name, training):
+    model = create(name).train(training)
+    scripted = torch.jit.script(model)
+    x = images(model)
+    torch.testing.assert_close(scripted(x), model(x), atol=1e-5, rtol=1e-5)
+    buffer = io.BytesIO()
+    torch.jit.save(scripted, buffer)
+    buffer.seek(0)
+    torch.testing.assert_close(torch.jit.load(buffer)(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+def test_torchscript_at_another_size():
+    model = create()
+    scripted = torch.jit.script(model)
+    for size in ((96, 64), (160, 160)):
+        x = torch.randn(1, 3, *size)
+        torch.testing.assert_close(scripted(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('name', SMALL)
+@pytest.mark.parametrize('grad', [True, False])
+def test_trace(name, grad):
+    model = create(name)
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(model, images(model))
+        x = images(model, batch_size=3)
+        torch.testing.assert_close(traced(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('grad', [True, False])
+def test_fx(grad):
+    from timm.layers import create_feature_extractor
+    model = create('dearkd_nano_patch4_32')
+    x = images(model)
+    with torch.set_grad_enabled(grad):
+        expected = model(x)
+        torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected, atol=1e-5, rtol=1e-5)
+        extractor = create_feature_extractor(model, return_nodes=['blocks.2.mlp.fc2', 'head'])
+        torch.testing.assert_close(extractor(x)['head'], expected, atol=1e-5, rtol=1e-5)
+        # a traced graph follows the parameters
+        graph = torch.fx.symbolic_trace(model)
+        model.blocks[0].attn.rpe.alpha.data.add_(1)
+        torch.testing.assert_close(graph(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+def test_fx_backward():
+    model = create('dearkd_nano_patch4_32').train()
+    graph = torch.fx.symbolic_trace(model)
+    graph(images(model)).square().mean().backward()
+    assert all(p.grad is not None for p in graph.parameters())
+
+
+@pytest.mark.parametrize('name', SMALL)
+@pytest.mark.parametrize('grad', [True, False])
+def test_export(name, grad):
+    model = create(name)
+    batch = torch.export.Dim('batch', min=2, max=64)
+    with torch.set_grad_enabled(grad):
+        program = torch.export.export(model, (images(model),), dynamic_shapes=({0: batch},))
+        x = images(model, batch_size=5)
+        torch.testing.assert_close(program.module()(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_onnx(name, tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnxscript')
+    model = create(name)
+    path = tmp_path / 'model.onnx'
+    with torch.no_grad():
+        torch.onnx.export(
+            model, (images(model),), path, dynamo=True, verbose=False,
+            dynamic_shapes=({0: torch.export.Dim('batch', min=2, max=64)},))
+    x = images(model, batch_size=3)
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    out = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(out), model(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_compile(training):
+    """No graph break in training and in inference, and the same numbers."""
+    model = create('dearkd_nano_patch4_32').train(training)
+    x = images(model)
+    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
+    with torch.set_grad_enabled(training):
+        expected, out = model(x), compiled(x)
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+        if training:
+            grads = [torch.autograd.grad(o.square().mean(), model.blocks[0].attn.rpe.delta)[0] for o in (expected, out)]
+            torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-4)
+
+
+def test_compile_with_dynamic_img_size():
+    model = create()
+    compiled = torch.compile(model, backend='eager')
+    for size in ((160, 160), (96, 128), (160, 160)):
+        x = torch.randn(1, 3, *size)
+        torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+def test_copies_and_pickles():
+    model = create()
+    x = images(model)
+    with torch.no_grad():
+        expected = model(x)
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+            assert other.blocks[0].attn.rpe._scores_cache is None
+            torch.testing.assert_close(other(x), expected)
+
+
+def test_attention_maps_are_found_by_timm():
+    """timm's AttentionExtract sees the maps of an unfused model."""
+    from timm.utils.attention_extract import AttentionExtract
+    model = create('dearkd_nano_patch4_32')
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    maps = AttentionExtract(model, method='hook')(images(model))
+    assert len(maps) == 6 and all(m.shape == (2, 12, 65, 65) for m in maps.values())
+
+
+@pytest.mark.parametrize('kwargs,message', [
+    (dict(num_mhca_blocks=7), 'has 6 blocks'),
+    (dict(patch_drop_rate=0.1), 'patch_drop_rate'),
+    (dict(attn_layer='diff'), 'DiffAttention'),
+    (dict(rpe_drop_rate=2.), 'expected a rate'),
+])
+def test_errors(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model('dearkd_nano_patch4_32', **kwargs)
+
+
+ANY_VIT = [
+    'vit_tiny_patch16_224', 'deit3_small_patch16_224', 'deit_tiny_distilled_patch16_224',
+    'vit_small_patch14_reg4_dinov2', 'vit_base_patch16_siglip_224', 'test_vit2', 'test_vit3']
+
+
+@pytest.mark.parametrize('name', ANY_VIT)
+def test_add_mhca_keeps_any_vit(name):
+    """With alpha = 0 the outputs are the original's, in training form and in inference form."""
+    original = timm.create_model(name, img_size=56 if '14' in name else 64).eval()
+    model = add_mhca(copy.deepcopy(original), num_blocks=4, alpha=0.)
+    assert type(model) is not type(original) and isinstance(model, type(original))
+    x = torch.randn(2, 3, *original.patch_embed.img_size)
+    expected = original(x)
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
+        for block in model.blocks[:4]:
+            block.attn.rpe.alpha.fill_(1.)
+        assert not torch.equal(model(x), expected)
+    assert copy.deepcopy(model)(x).isfinite().all()
+    added = set(model.state_dict()) - set(original.state_dict())
+    assert added == {f'blocks.{i}.attn.rpe.{p}' for i in range(4) for p in ('alpha', 'delta')}
+
+
+def test_add_mhca_refuses_what_it_cannot_convert():
+    with pytest.raises(ValueError, match='not to a ResNet'):
+        add_mhca(timm.create_model('test_resnet'))
+    with pytest.raises(ValueError, match='already'):
+        add_mhca(create())
+    with pytest.raises(ValueError, match='blocks.0'):
+        add_mhca(timm.models.VisionTransformer(
+            img_size=32, patch_size=16, embed_dim=24, depth=2, num_heads=2,
+            block_fn=timm.models.vision_transformer.ParallelThingsBlock), num_blocks=1)
+
+
+def test_dearkd_from_is_built_saved_and_built_again(tmp_path):
+    model = timm.create_model(
+        'dearkd_from', base='deit3_small_patch16_224', num_mhca_blocks=3, img_size=64, num_classes=5).eval()
+    assert isinstance(model, DearKD) and isinstance(model.blocks[2].attn, ConvAttention)
+    assert not isinstance(model.blocks[3].attn, ConvAttention)
+    assert model.pretrained_cfg['mean'] == timm.models.get_pretrained_cfg('deit3_small_patch16_224').mean
+    with torch.no_grad():
+        model.blocks[1].attn.rpe.alpha.uniform_(0, 1)
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(again(x), model(x))
+    assert len([b for b in again.blocks if isinstance(b.attn, ConvAttention)]) == 3
+
+
+def test_dearkd_from_starts_from_the_weights_of_its_base(tmp_path):
+    base = timm.create_model('test_vit', num_classes=4)
+    path = tmp_path / 'base.pth'
+    torch.save(base.state_dict(), path)
+    model = timm.create_model(
+        'dearkd_from', base='test_vit', num_mhca_blocks=2, num_classes=4, pretrained=True,
+        pretrained_cfg_overlay=dict(file=str(path), num_classes=4))
+    assert model.blocks[0].attn.qkv.weight.equal(base.blocks[0].attn.qkv.weight)
+    assert isinstance(model.norm, nn.LayerNorm) and model.norm.weight.equal(base.norm.weight)
