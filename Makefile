@@ -1,4 +1,4 @@
-# Each target sets up .venv when it is missing, and uses it as it is when it is there.
+# Each target makes .venv when it is missing, and installs the project and its tools into it once.
 PYTHON ?= python3
 VENV ?= .venv
 INSTALLED = $(VENV)/.installed
@@ -10,22 +10,22 @@ demo: $(INSTALLED)
 	sh examples/digits.sh
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -m "not slow"
 
 test-slow: $(INSTALLED)
-	python -m pytest -m slow
+	$(VENV)/bin/python -m pytest -m slow
 
 lint: $(INSTALLED)
-	ruff check .
-	mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
 
 bench: $(INSTALLED)
-	python benchmarks/attention.py
+	$(VENV)/bin/python benchmarks/attention.py
 
 install: $(INSTALLED)
 
 $(INSTALLED): setup.cfg pyproject.toml
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet -e '.[demo,test]'
 	touch $@
 

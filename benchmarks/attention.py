@@ -77,13 +77,16 @@ def layers(size: str, device: torch.device) -> Dict[str, torch.nn.Module]:
 
 def models(size: str, device: torch.device) -> Dict[str, torch.nn.Module]:
     heads = SIZES[size][1]
-    biased = timm.create_model(f'dearkd_{size}_patch16_224')
+    name = f'dearkd_{size}_patch16_224'
+    biased = timm.create_model(name)
     for block in biased.blocks:
         if isinstance(block.attn, ConvAttention):
             block.attn.__class__ = BiasAttention
     modules = {
         f'deit_{size}, {heads} heads': timm.create_model(f'deit_{size}_patch16_224', num_heads=heads),
-        f'dearkd_{size}': timm.create_model(f'dearkd_{size}_patch16_224'),
+        f'dearkd_{size}': timm.create_model(name),
+        f'dearkd_{size}, rpe dropout by query': timm.create_model(name, rpe_drop_rate=0.1, rpe_drop_mode='query'),
+        f'dearkd_{size}, rpe dropout by element': timm.create_model(name, rpe_drop_rate=0.1),
         f'dearkd_{size}, learned bias': biased,
         f'convit_{size}': timm.create_model(f'convit_{size}'),
     }

@@ -1,5 +1,6 @@
 """Feature maps of a model's modules, taken by forward hooks."""
 import difflib
+from functools import partial
 from typing import Dict, List, Sequence
 
 import torch
@@ -47,13 +48,12 @@ class FeatureCapture:
         self.enabled = True
         self._features: Dict[str, torch.Tensor] = {}
         modules = {name: find_module(model, name) for name in self.names}
-        self._handles = [m.register_forward_hook(self._hook(name)) for name, m in modules.items()]
+        # bound methods, which go along when the model is copied together with this object
+        self._handles = [m.register_forward_hook(partial(self._keep, name)) for name, m in modules.items()]
 
-    def _hook(self, name: str):
-        def keep(module, args, output):
-            if self.enabled:
-                self._features[name] = output
-        return keep
+    def _keep(self, name: str, module: nn.Module, args, output) -> None:
+        if self.enabled:
+            self._features[name] = output
 
     def take(self) -> List[torch.Tensor]:
         """Outputs of the latest forward in the order of `names`; they are not kept after this."""

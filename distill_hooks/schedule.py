@@ -65,6 +65,11 @@ class TwoStageSchedule:
         self.alpha = alpha
         self.beta = beta
 
+    @property
+    def uses_features(self) -> bool:
+        """Whether some epoch has a hidden loss."""
+        return self.beta > 0. and self.stage1_epochs > 0
+
     def __call__(self, epoch: int) -> StageWeights:
         """Weights of an epoch, counted from 0."""
         if epoch < self.stage1_epochs:

@@ -5,6 +5,8 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, cast
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import to_2tuple
 from timm.models import VisionTransformer, get_model_input_config, group_parameters
 from timm.task import TrainingTask
 from timm.task.classification import resolve_classification_loss
@@ -48,6 +50,22 @@ def has_content_tokens(model: nn.Module) -> bool:
     )
 
 
+def _check_student(student: nn.Module, hooks: Sequence[Hook]) -> None:
+    name = type(student).__name__
+    if not has_content_tokens(student):
+        raise ValueError(
+            f'Student {name} has no content tokens (B, T, D) to distill into.'
+            ' Choose a ViT (dearkd_*, vit_*, deit*), or distill its logits with --kd-distill-type logit.')
+    depth = len(cast(VisionTransformer, student).blocks)
+    for hook in hooks:
+        if hook.block > depth:
+            raise ValueError(
+                f'Hook {hook.block} is beyond the {depth} blocks of {name}. Choose a block from 1 to {depth}.')
+    if hooks and not isinstance(getattr(student, 'patch_drop', None) or nn.Identity(), nn.Identity):
+        raise ValueError(
+            f'Student {name} drops patches (patch_drop_rate), so its tokens are no map to align. Set it to 0.')
+
+
 class DearKDTrainable(nn.Module):
     """All that stage I trains in one module, as DDP wants it: the student, `head_dist` and the aligners.
 
@@ -56,7 +74,7 @@ class DearKDTrainable(nn.Module):
 
     Args:
         student: A timm ViT.
-        hooks: Student blocks counted from 1, one per feature map.
+        blocks: Student blocks counted from 1, one per feature map.
         specs: The teacher's feature maps.
     """
 
@@ -144,8 +162,8 @@ class DearKDTask(TrainingTask):
 
     Args:
         student_model: The timm ViT to train.
-        teacher_model: A timm model name, a module, or a `Teacher`. A `Teacher` keeps its own layers, in the order of
-            `hooks`.
+        teacher_model: A timm model name, a module (it is frozen and brought to `device` and `dtype` in place), or a
+            `Teacher`, which keeps its own layers, in the order of `hooks`, and its own normalisation and size.
         schedule: The stages, see `TwoStageSchedule`.
         criterion: Loss on `head`. Made from `criterion_kwargs` (timm's `create_classification_loss`) when None.
         criterion_kwargs: See `criterion`.
@@ -200,15 +218,18 @@ class DearKDTask(TrainingTask):
         student = cast(VisionTransformer, unwrap_model(student_model))
         self.schedule = schedule
         self.criterion = resolve_classification_loss(criterion, self.device, criterion_kwargs=criterion_kwargs)
+        cfg = cast(Dict[str, Any], getattr(student, 'pretrained_cfg', None) or {})
+        parsed = [parse_hook(spec) for spec in ([hooks] if isinstance(hooks, str) else hooks)]
+        _check_student(student, parsed)
+        if not schedule.uses_features:
+            parsed = []
         input_size = tuple(input_size or get_model_input_config(student)['input_size'])
-        cfg = cast(Dict[str, Any], student.pretrained_cfg)
-        parsed = self._check_student(student, hooks) if schedule.beta > 0. else []
         self.teacher = self._build_teacher(
             teacher_model, student, [hook.layer for hook in parsed],
             checkpoint=teacher_checkpoint,
             in_chans=input_size[0],
-            mean=mean if mean is not None else cfg['mean'],
-            std=std if std is not None else cfg['std'],
+            mean=mean if mean is not None else cfg.get('mean', IMAGENET_DEFAULT_MEAN),
+            std=std if std is not None else cfg.get('std', IMAGENET_DEFAULT_STD),
             img_size=teacher_img_size,
         )
         specs = self.teacher.probe(input_size) if parsed else []
@@ -233,19 +254,9 @@ class DearKDTask(TrainingTask):
         names = ['loss', 'ce_loss']
         if self.schedule.alpha < 1. and (stage1 or self.schedule.stage2 == 'anneal'):
             names.append('logit_loss')
-        if self.schedule.beta > 0. and stage1:
+        if self.schedule.uses_features:
             names.append('hidden_loss')
         return names
-
-    @staticmethod
-    def _check_student(student: VisionTransformer, hooks: Sequence[str]) -> List[Hook]:
-        parsed = [parse_hook(spec) for spec in hooks]
-        for hook, spec in zip(parsed, hooks):
-            if has_content_tokens(student) and hook.block > len(student.blocks):
-                raise ValueError(
-                    f'Hook {spec!r} asks for student block {hook.block}, but {type(student).__name__} has'
-                    f' {len(student.blocks)}. Choose a block from 1 to {len(student.blocks)}.')
-        return parsed
 
     def _build_teacher(
             self,
@@ -255,17 +266,13 @@ class DearKDTask(TrainingTask):
             checkpoint: Optional[str],
             **kwargs: Any,
     ) -> Teacher:
-        if not has_content_tokens(student):
-            raise ValueError(
-                f'Student {type(student).__name__} has no content tokens (B, T, D) to distill into.'
-                ' Choose a ViT (dearkd_*, vit_*, deit*), or distill its logits with --kd-distill-type logit.')
         if isinstance(teacher, str):
             teacher = create_teacher(teacher, checkpoint)
         if not isinstance(teacher, Teacher):
-            patch_size = student.patch_embed.patch_size
-            names = [resolve_layer(teacher, layer, max_stride=min(patch_size) / 2) for layer in layers]
+            max_stride = min(to_2tuple(student.patch_embed.patch_size)) / 2
+            names = [resolve_layer(teacher, layer, max_stride=max_stride) for layer in layers]
             teacher = Teacher(teacher, names, **kwargs)
-        elif len(teacher.layers) != len(layers):
+        elif layers and len(teacher.layers) != len(layers):
             raise ValueError(
                 f'The Teacher gives {len(teacher.layers)} layer(s) for {len(layers)} hook(s). Pass as many of each.')
         if teacher.num_classes is not None and teacher.num_classes != student.num_classes:
@@ -273,10 +280,14 @@ class DearKDTask(TrainingTask):
                 f'The teacher knows {teacher.num_classes} classes, the student {student.num_classes}.'
                 ' Take a teacher trained on the same classes (--kd-teacher-checkpoint), or set --num-classes'
                 f' {teacher.num_classes}.')
+        teacher.model.to(self.dtype)
         return teacher.to(self.device)
 
     def set_epoch(self, epoch: int) -> None:
-        """Enter an epoch, counted from 0: its stage decides the losses, the branches and the teacher's work."""
+        """Enter an epoch, counted from 0: its stage decides the losses, the branches and the teacher's work.
+
+        What a stage does not train is frozen: make the optimizer before, so that its groups hold all there is.
+        """
         self.weights = self.schedule(epoch)
         trainable = unwrap_model(self.trainable_module)
         changed = trainable.set_branches(head_dist=self.weights.alpha < 1., aligners=self.weights.uses_features)
@@ -310,8 +321,10 @@ class DearKDTask(TrainingTask):
     def get_clip_parameters(self, exclude_head: bool = False) -> List[nn.Parameter]:
         """Parameters to clip; `exclude_head` leaves out the classifiers, as adaptive clipping wants it."""
         trainable = unwrap_model(self.trainable_module)
-        heads = {id(p) for head in (trainable.student.get_classifier(), trainable.head_dist) for p in head.parameters()}
-        return [p for p in trainable.parameters() if not (exclude_head and id(p) in heads)]
+        classifier = trainable.student.get_classifier()
+        heads = [*(classifier if isinstance(classifier, tuple) else (classifier,)), trainable.head_dist]
+        excluded = {id(p) for head in heads for p in head.parameters()} if exclude_head else set()
+        return [p for p in trainable.parameters() if id(p) not in excluded]
 
     def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
         """State beside the student's weights: aligners, `head_dist`, fixed feature deviations."""

@@ -1,4 +1,5 @@
 """The frozen CNN that teaches."""
+import difflib
 import logging
 import re
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
@@ -8,7 +9,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import get_pretrained_cfg, load_checkpoint, load_state_dict
+from timm.models import (
+    get_pretrained_cfg,
+    is_model,
+    list_models,
+    load_checkpoint,
+    load_state_dict,
+    parse_model_name,
+)
 
 from .capture import FeatureCapture, find_module
 
@@ -16,8 +24,8 @@ __all__ = ['FeatureSpec', 'Teacher', 'create_teacher', 'resolve_layer']
 
 _logger = logging.getLogger(__name__)
 
-# First entries of timm's feature_info that come before the stages
-_STEM = re.compile(r'^(stem|act1|bn1|conv1|conv_stem|layer0|features\.norm0)\b')
+# Containers of stages. timm's feature_info may begin with a stem, of stride 2 at most, that is in none of them
+_STAGES = re.compile(r'^(blocks|stages?|layers?[1-9]?|level[1-9]|s[1-9]|features\.(?!norm0|conv1))')
 
 
 class FeatureSpec(NamedTuple):
@@ -44,8 +52,9 @@ def resolve_layer(model: nn.Module, layer: Optional[str] = None, max_stride: Opt
         find_module(model, layer)
         return layer
     name = type(model).__name__
-    stages = list(getattr(model, 'feature_info', None) or [])
-    if stages and _STEM.match(stages[0]['module']):
+    modules = {name for name, _ in model.named_modules() if name}
+    stages = [info for info in getattr(model, 'feature_info', None) or [] if info['module'] in modules]
+    if stages and stages[0]['reduction'] <= 2 and not _STAGES.match(stages[0]['module']):
         stages = stages[1:]
     if not stages:
         children = ', '.join(child for child, _ in model.named_children())
@@ -89,8 +98,12 @@ def create_teacher(
 
     Raises:
         FileNotFoundError: No such checkpoint.
-        ValueError: No weights to be had, or a checkpoint that does not fit.
+        ValueError: An unknown name, no weights to be had, or a checkpoint that does not fit.
     """
+    source, architecture = parse_model_name(name)
+    if source is None and not is_model(architecture.split('.')[0]):
+        near = ', '.join(difflib.get_close_matches(architecture, list_models(), n=4, cutoff=0.4)) or 'none'
+        raise ValueError(f'Unknown teacher {name!r}. The nearest timm names: {near}.')
     if not checkpoint:
         try:
             model = timm.create_model(name, pretrained=True, **kwargs)
@@ -224,7 +237,8 @@ class Teacher(nn.Module):
             ValueError: A layer whose output is not a 4-D map.
         """
         generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(1, *input_size, generator=generator).to(self.scale)
+        dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
+        noise = torch.randn(1, *input_size, generator=generator).to(self.scale.device, dtype)
         _, features = self._forward(noise, True)
         specs = []
         for layer, feature in zip(self.layers, features):

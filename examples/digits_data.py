@@ -39,10 +39,13 @@ def main() -> None:
         np.arange(len(labels)), test_size=args.validation, random_state=args.seed, stratify=labels)
     few, _ = train_test_split(train, train_size=0.1, random_state=args.seed, stratify=labels[train])
 
+    splits = ('train', 'train_10pct', 'validation')
+    if args.folder.exists() and any(path.name not in splits for path in args.folder.iterdir()):
+        parser.error(f'{args.folder} holds something else than digits. Name a new folder.')
     temporary = args.folder.with_name(f'.{args.folder.name}.tmp')
     for folder in (temporary, args.folder):
         shutil.rmtree(folder, ignore_errors=True)
-    for name, indices in (('train', train), ('train_10pct', few), ('validation', validation)):
+    for name, indices in zip(splits, (train, few, validation)):
         write_split(temporary / name, digits.images, labels, indices, args.size)
         print(f'{args.folder / name}: {len(indices)} images')
     os.replace(temporary, args.folder)

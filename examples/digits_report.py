@@ -71,7 +71,7 @@ def draw(out: Path) -> Path:
                 points = [(e, float(row[f'train_{name}'])) for e, row in zip(epochs, rows) if row[f'train_{name}']]
                 loss_axes.plot(*zip(*points), style, color=color, label=f'{RUNS[run]}, {name.replace("_loss", "")}')
             stage2 = [e for e, row in zip(epochs, rows) if row['train_stage'] == '2']
-            for axes in (loss_axes, top1_axes):
+            for axes in (loss_axes, top1_axes) if stage2 else ():
                 axes.axvspan(stage2[0] - 0.5, stage2[-1] + 0.5, color='tab:orange', alpha=0.15, label='stage II')
         points = [(e, float(row['eval_top1'])) for e, row in zip(epochs, rows) if row['eval_top1']]
         top1_axes.plot(*zip(*points), color=color, marker='.', label=RUNS[run])

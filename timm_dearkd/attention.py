@@ -31,8 +31,8 @@ class AdaptiveRelPos(nn.Module):
     so it looks at the patch at offset :math:`\Delta` (row, column) with sharpness :math:`\alpha`. Both are learned.
     Every pair with a prefix token ([CLS], registers) scores exactly 0.
 
-    The score is a dot product of four query and four key channels (`query_features`, `key_features`), which lets any
-    fused attention kernel compute it; `forward` is the plain (heads, T, T) form of the same thing.
+    The score is a dot product of four query and four key channels (`query_basis`, `key_basis`, `append_positions`),
+    which lets any fused attention kernel compute it; `forward` is the plain (heads, T, T) form of the same thing.
 
     Our choices, where the paper is silent: alpha is raw (no softplus) and starts at 1, delta starts on a centred
     grid; dropout is off by default and its kind is selectable.
@@ -94,11 +94,30 @@ class AdaptiveRelPos(nn.Module):
             self.alpha.fill_(1.)
             self.delta.copy_(offsets)
 
-    def set_grid_size(self, height: int, width: int) -> None:
-        """Set the token grid the scores are for.
+    def train(self, mode: bool = True) -> 'AdaptiveRelPos':
+        """Set the mode; what inference cached goes when training begins."""
+        if mode:
+            self._scores_cache = None
+        return super().train(mode)
 
-        With the centred patch position p, a key has the channels (p_row, p_col, |p|^2, 1), and the query channels are
-        ``alpha * (basis[0] + delta_row * basis[1] + delta_col * basis[2])``. Rows of prefix tokens are 0.
+    def set_grid_size(self, height: int, width: int) -> None:
+        """Set the token grid (rows, columns) that the scores are for."""
+        if torch.jit.is_scripting() or torch.compiler.is_compiling():
+            self._build_grid(height, width)
+        else:
+            self._build_grid_for_training(height, width)
+
+    @torch.jit.unused
+    def _build_grid_for_training(self, height: int, width: int) -> None:
+        with torch.inference_mode(False):  # a later training step must be able to use the constants
+            self._build_grid(height, width)
+
+    def _build_grid(self, height: int, width: int) -> None:
+        """Compute the constants of a grid.
+
+        With the centred patch position p, a key has the channels (p_row, p_col, |p|^2, 64), and the query channels are
+        ``alpha * (basis[0] + delta_row * basis[1] + delta_col * basis[2])``. Rows of prefix tokens are 0. The last
+        channel would be 1 but for float16, which the query's part of it, about alpha |p|^2, could overflow.
         """
         device = self.key_basis.device
         rows = torch.arange(height, device=device, dtype=torch.float32) - (height - 1) / 2
@@ -106,11 +125,11 @@ class AdaptiveRelPos(nn.Module):
         y = rows.unsqueeze(1).expand(height, width).reshape(-1)
         x = cols.unsqueeze(0).expand(height, width).reshape(-1)
         sq, one, zero = y * y + x * x, torch.ones_like(y), torch.zeros_like(y)
-        key = torch.stack([y, x, sq, one], dim=-1)  # (H*W, 4)
+        key = torch.stack([y, x, sq, 64 * one], dim=-1)  # (H*W, 4)
         query = torch.stack([
-            torch.stack([2 * y, 2 * x, -one, -sq], dim=-1),
-            torch.stack([2 * one, zero, zero, -2 * y], dim=-1),
-            torch.stack([zero, 2 * one, zero, -2 * x], dim=-1),
+            torch.stack([2 * y, 2 * x, -one, -sq / 64], dim=-1),
+            torch.stack([2 * one, zero, zero, -2 * y / 64], dim=-1),
+            torch.stack([zero, 2 * one, zero, -2 * x / 64], dim=-1),
         ])  # (3, H*W, 4)
         self.key_basis = F.pad(key, [0, 0, self.num_prefix_tokens, 0])  # (T, 4)
         self.query_basis = F.pad(query, [0, 0, self.num_prefix_tokens, 0])  # (3, T, 4)
@@ -132,12 +151,13 @@ class AdaptiveRelPos(nn.Module):
     def extra_repr(self) -> str:
         return f'num_heads={self.num_heads}, grid_size={self.grid_size}, drop_rate={self.drop_rate}'
 
-    def _dropout_active(self) -> bool:
+    def dropout_active(self) -> bool:
+        """Whether scores are dropped in the current mode."""
         return self.training and self.drop_rate > 0.
 
     def needs_scores(self) -> bool:
         """Whether the current mode asks for the (heads, T, T) form: elementwise dropout has no factorised one."""
-        return self._dropout_active() and self.drop_mode == 'element'
+        return self.dropout_active() and self.drop_mode == 'element'
 
     def offset_scores(self, alpha: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
         """Eq. 2 pair by pair, without dropout: (heads, T, T) for alpha (heads,) and delta (heads, 2)."""
@@ -156,7 +176,7 @@ class AdaptiveRelPos(nn.Module):
             (heads, T, T) in float32 or the parameters' dtype, whichever is wider. Dropout applies when training.
         """
         scores = self.offset_scores(self.alpha, self.delta)
-        if self._dropout_active():
+        if self.dropout_active():
             if self.drop_mode == 'element':
                 scores = F.dropout(scores, self.drop_rate)
             else:
@@ -191,14 +211,29 @@ class _AppendChannels(torch.autograd.Function):
     `torch.cat` would do, but it sums the gradient of the channels over the images in the tokens' precision.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, tokens: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
-        ctx.dim, ctx.dtype = tokens.shape[-1], channels.dtype
+    def forward(tokens: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
         return torch.cat([tokens, channels.to(tokens.dtype).expand(tokens.shape[0], -1, -1, -1)], dim=-1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        tokens, channels = inputs
+        ctx.dim, ctx.dtype = tokens.shape[-1], channels.dtype
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         return grad[..., :ctx.dim], grad[..., ctx.dim:].sum(dim=0, dtype=ctx.dtype)
+
+
+def _truncate(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float32 values cut to the significand of a half precision dtype.
+
+    By a bit mask, for compilers take a cast there and back for no change at all.
+    """
+    mask = -65536 if dtype == torch.bfloat16 else -8192
+    return (x.contiguous().view(torch.int32) & mask).view(torch.float32)
 
 
 @torch.fx.wrap
@@ -216,13 +251,15 @@ def append_positions(
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Append channels to q, k and v (B, heads, T, D) so that ``scale * q @ k.T`` holds the positional scores too.
 
-    float32 and wider take four channels. In half precision the query part is split into a rounded value and its
-    remainder, eight channels in all; v is padded with zeros, for fused kernels want one head dimension.
+    float32 and wider take four channels. In half precision the query part is split into a truncated value and its
+    remainder, eight channels in all; v is padded with zeros, for fused kernels want one head dimension. The kernel
+    rounds the gradient of the channels to the dtype of q, so the gradients of alpha and delta carry several times the
+    rounding noise that a bias of that dtype gives them; those of q, k and v, and the output, carry less.
 
     Args:
         alpha: Sharpness (heads,), already multiplied by the query dropout mask (heads, T) if there is one.
         sq_steps: The grid's largest |p|^2, counted in its smallest step. Where the dtype's significand can't hold it,
-            alpha is rounded, and the remainder channel that becomes free carries the remainder of |p|^2.
+            alpha is truncated, and the remainder channel that becomes free carries the remainder of |p|^2.
 
     Returns:
         q, k and v of shape (B, heads, T, D + 4 or 8).
@@ -230,23 +267,26 @@ def append_positions(
     half = q.dtype == torch.float16 or q.dtype == torch.bfloat16
     key_is_exact = sq_steps <= (256 if q.dtype == torch.bfloat16 else 2048)
     alpha = alpha / scale
-    if half and not key_is_exact:
-        alpha = alpha + (alpha.to(q.dtype).to(alpha.dtype) - alpha).detach()  # straight-through
+    if half:
+        alpha, delta = alpha.float(), delta.float()
+        if not key_is_exact:
+            alpha = alpha - (alpha - _truncate(alpha.detach(), q.dtype)).detach()  # straight-through
     offset = delta.unsqueeze(-1).unsqueeze(-1)  # (heads, 2, 1, 1)
     query = query_basis[0] + offset[:, 0] * query_basis[1] + offset[:, 1] * query_basis[2]
     query = query * alpha.view(alpha.shape[0], -1, 1)  # (heads, T, 4)
     key = key_basis  # (T, 4)
     if half:
-        rounded, key_hi = query.to(q.dtype).to(query.dtype), key.to(k.dtype).to(key.dtype)
-        query_lo, key_lo = (query - rounded).detach(), key_hi
-        query_hi = query - query_lo  # the rounded value, with the gradient of the exact one
+        query_lo = query.detach() - _truncate(query.detach(), q.dtype)
+        query_hi = query - query_lo  # the truncated value, with the gradient of the exact one
+        key_hi = key_lo = key
         if not key_is_exact:
+            key_hi = _truncate(key, q.dtype)
             query_lo = torch.cat([query_lo[..., :2], query_hi[..., 2:3], query_lo[..., 3:]], dim=-1)
-            key_lo = torch.cat([key_hi[:, :2], key[:, 2:3] - key_hi[:, 2:3], key_hi[:, 3:]], dim=-1)
+            key_lo = torch.cat([key[:, :2], key[:, 2:3] - key_hi[:, 2:3], key[:, 3:]], dim=-1)
         query, key = torch.cat([query_hi, query_lo], dim=-1), torch.cat([key_hi, key_lo], dim=-1)
     B, H, T, _ = q.shape
     k = torch.cat([k, key.to(k.dtype).expand(B, H, T, key.shape[-1])], dim=-1)
-    if torch.jit.is_scripting():
+    if torch.jit.is_scripting() or torch.jit.is_tracing():
         q = torch.cat([q, query.to(q.dtype).expand(B, H, T, query.shape[-1])], dim=-1)
     else:
         q = _AppendChannels.apply(q, query)
@@ -380,8 +420,9 @@ class ConvAttention(Attention):
         rpe = self.rpe
 
         if self.fused_attn and not (rpe.needs_scores() or self._scores_are_constant()):
+            q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves the output of a q_norm in float32
             alpha = rpe.alpha.unsqueeze(1)
-            if rpe.training and rpe.drop_rate > 0.:
+            if rpe.dropout_active():
                 alpha = alpha * rpe.query_dropout()
             q, k, v = append_positions(
                 q, k, v, alpha, rpe.delta, rpe.query_basis, rpe.key_basis, self.scale, rpe.sq_steps)

@@ -11,7 +11,13 @@ import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Attention
-from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.models import (
+    VisionTransformerDistilled,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    register_model,
+)
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 from .attention import ConvAttention
@@ -59,12 +65,6 @@ class MhcaMixin(VisionTransformer if TYPE_CHECKING else object):  # type: ignore
         return super().no_weight_decay() | rpe
 
 
-def _with_mhca(vit_cls: Type[VisionTransformer]) -> type:
-    """Subclass of a `VisionTransformer` class that feeds its MHCA blocks."""
-    name = f'{vit_cls.__name__}Mhca'
-    return type(name, (MhcaMixin, vit_cls), {'_parent_pos_embed': _parent_pos_embed(vit_cls), '__module__': __name__})
-
-
 def _convert_blocks(model: VisionTransformer, num_blocks: int, rpe_drop_rate: float, rpe_drop_mode: str) -> None:
     """Turn the attention of the first blocks into MHCA, in place."""
     if not 0 <= num_blocks <= len(model.blocks):
@@ -73,15 +73,17 @@ def _convert_blocks(model: VisionTransformer, num_blocks: int, rpe_drop_rate: fl
             f' Choose a number from 0 (a plain ViT) to {len(model.blocks)}.')
     if not isinstance(model.patch_drop, nn.Identity):
         raise ValueError('MHCA needs all patches in their place, but patch_drop_rate drops some. Set it to 0.')
-    for index, block in enumerate(model.blocks[:num_blocks]):
+    blocks = model.blocks[:num_blocks]
+    for index, block in enumerate(blocks):
         attn = getattr(block, 'attn', None)
         if type(attn) is not Attention:
             found = type(attn or block).__name__
             raise ValueError(
                 f"blocks.{index} has no plain attention to convert, but a {found}."
                 " MHCA can be added to timm VisionTransformers whose blocks have timm's Attention, as DeiT's have.")
+    for block in blocks:
         block.attn = ConvAttention.from_attention(
-            attn,
+            cast(Attention, block.attn),
             model.patch_embed.grid_size,
             num_prefix_tokens=model.num_prefix_tokens,
             rpe_drop_rate=rpe_drop_rate,
@@ -116,6 +118,14 @@ class DearKD(MhcaMixin, VisionTransformer):
         _convert_blocks(self, num_mhca_blocks, rpe_drop_rate, rpe_drop_mode)
 
 
+class DearKDDistilled(MhcaMixin, VisionTransformerDistilled):
+    """What `add_mhca` makes of a DeiT with a distillation token."""
+    _parent_pos_embed = _parent_pos_embed(VisionTransformerDistilled)
+
+
+_MHCA_CLASSES: Dict[type, type] = {VisionTransformer: DearKD, VisionTransformerDistilled: DearKDDistilled}
+
+
 def add_mhca(
         model: VisionTransformer,
         num_blocks: int = 8,
@@ -135,19 +145,19 @@ def add_mhca(
         alpha: Initial sharpness of all heads; None keeps the default, 1.
 
     Returns:
-        The same model, its class now a subclass of what it was.
+        The same model, its class now the subclass of what it was that tells MHCA the token grid.
 
     Raises:
         ValueError: Not a `VisionTransformer`, already converted, or one that can't be (see `DearKD`).
     """
-    if not isinstance(model, VisionTransformer):
+    if isinstance(model, MhcaMixin):
+        raise ValueError(f'{type(model).__name__} has MHCA blocks already. Pass num_mhca_blocks when creating it.')
+    if type(model) not in _MHCA_CLASSES:
         raise ValueError(
             f'MHCA can be added to timm VisionTransformers, not to a {type(model).__name__}.'
             ' Use a vit_*, deit_* or deit3_* architecture.')
-    if isinstance(model, MhcaMixin):
-        raise ValueError(f'{type(model).__name__} has MHCA blocks already. Pass num_mhca_blocks when creating it.')
     _convert_blocks(model, num_blocks, rpe_drop_rate, rpe_drop_mode)
-    model.__class__ = DearKD if type(model) is VisionTransformer else _with_mhca(type(model))
+    model.__class__ = _MHCA_CLASSES[type(model)]
     if alpha is not None:
         for name, parameter in model.named_parameters():
             if name.endswith('.rpe.alpha'):
@@ -265,6 +275,7 @@ def dearkd_from(
         num_mhca_blocks: int = 8,
         rpe_drop_rate: float = 0.,
         rpe_drop_mode: str = 'element',
+        alpha: Optional[float] = None,
         **kwargs,
 ) -> VisionTransformer:
     """Any timm `VisionTransformer` with MHCA in its first blocks, buildable by name.
@@ -276,6 +287,7 @@ def dearkd_from(
         num_mhca_blocks: How many of its first blocks to convert, see `add_mhca`.
         rpe_drop_rate: Dropout rate of the positional scores when training.
         rpe_drop_mode: 'element' or 'query', see `DearKD`.
+        alpha: Initial sharpness of all heads; None is 1, and 0 starts as the base.
     """
     own_cfg = kwargs.get('pretrained_cfg')
     sources = ('file', 'hf_hub_id', 'url', 'state_dict')
@@ -290,7 +302,7 @@ def dearkd_from(
 
     def build(**model_kwargs) -> VisionTransformer:
         model = timm.create_model(base, **base_kwargs, **model_kwargs)
-        return add_mhca(cast(VisionTransformer, model), num_mhca_blocks, rpe_drop_rate, rpe_drop_mode)
+        return add_mhca(cast(VisionTransformer, model), num_mhca_blocks, rpe_drop_rate, rpe_drop_mode, alpha)
 
     if not has_own_weights:
         base_cfg = get_pretrained_cfg(base)

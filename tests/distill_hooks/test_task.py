@@ -16,10 +16,16 @@ EPOCHS = dict(stage1=0, anneal=8, last=9)
 
 
 def make(student='test_dearkd', teacher='test_resnet', schedule=None, student_kwargs=None, **kwargs):
+    """A task with 5 classes; `teacher` is a model, a name to create, or a number of classes."""
     torch.manual_seed(0)
     model = timm.create_model(student, num_classes=5, **{'img_size': 32, **(student_kwargs or {})})
-    if isinstance(teacher, str):
+    if teacher == 'no layers':
+        teacher = Teacher(timm.create_model('test_resnet', num_classes=5))
+    elif isinstance(teacher, int):
+        teacher = timm.create_model('test_resnet', num_classes=teacher)
+    elif isinstance(teacher, str):
         teacher = timm.create_model(teacher, num_classes=5)
+    teacher = kwargs.pop('teacher_model', teacher)
     return DearKDTask(model, teacher, schedule or TwoStageSchedule(10, 8), **kwargs)
 
 
@@ -63,12 +69,13 @@ def test_the_teacher_costs_one_forward_and_no_more(stage2):
     task = make(schedule=TwoStageSchedule(10, 5, stage2))
     calls, features = [], []
     task.teacher.model.register_forward_hook(lambda *a: calls.append(torch.is_grad_enabled()))
-    task.teacher.model.layer1.register_forward_hook(
+    task.teacher.model.layer3.register_forward_hook(  # runs after layer2, which teaches
         lambda *a: features.append(len(task.teacher.capture._features)))
     for epoch in (0, 5, 9):
         task.set_epoch(epoch)
         task(*batch())
         assert not task.teacher.capture._features
+    assert features == [1] + [0] * (len(calls) - 1)  # kept while the forward ran, in stage I only
     assert calls == [False] * (1 if stage2 == 'ce' else 2)
     assert task.teacher.capture.enabled == (stage2 == 'ce')  # in 'anneal' the last forward kept none
 
@@ -174,6 +181,8 @@ def test_optimizer_groups_reach_through_the_trainable_module():
 def test_clip_parameters():
     task = make()
     names = {id(p): n for n, p in task.trainable_module.named_parameters()}
+    distilled = make('deit_tiny_distilled_patch16_224', student_kwargs=dict(depth=4, embed_dim=24, patch_size=16))
+    assert len(distilled.get_clip_parameters(exclude_head=True)) == len(distilled.get_clip_parameters()) - 6
     every, without = ({names[id(p)] for p in task.get_clip_parameters(exclude_head=e)} for e in (False, True))
     assert every == set(names.values())
     assert every - without == {'student.head.weight', 'student.head.bias', 'head_dist.weight', 'head_dist.bias'}
@@ -209,10 +218,14 @@ def test_compiled_steps_give_the_same_losses(stage2):
 
 
 def test_mixed_precision():
-    task = make()
+    task = make().eval()
+    images, labels = batch()
+    expected = task(images, labels)
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        result = task(*batch())
-        teacher_logits, _ = task.teacher(batch()[0])
+        result = task(images, labels)
+        teacher_logits, _ = task.teacher(images)
+    for name in ('ce_loss', 'logit_loss', 'hidden_loss'):
+        torch.testing.assert_close(result[name], expected[name], rtol=0.03, atol=0)
     assert teacher_logits.dtype == torch.bfloat16 and result['loss'].dtype == torch.float32
     result['loss'].backward()
     assert all(p.grad is not None for p in task.trainable_module.parameters())
@@ -246,6 +259,49 @@ def test_gradient_checkpointing_is_compatible():
         torch.testing.assert_close(parameter.grad, expected[name], atol=1e-6, rtol=1e-4, msg=name)
 
 
+def test_half_precision_students_get_a_teacher_of_their_dtype():
+    task = make(student_kwargs=dict(dtype=torch.bfloat16), dtype=torch.bfloat16)
+    images, labels = batch()
+    task(images.bfloat16(), labels)['loss'].backward()
+    assert all(p.grad is not None for p in task.trainable_module.parameters())
+
+
+def test_a_vit_that_no_factory_made():
+    student = timm.models.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=24, depth=4, num_heads=2, num_classes=5)
+    teacher = timm.create_model('test_resnet', num_classes=5)
+    task = DearKDTask(student, teacher, TwoStageSchedule(4), hooks='2:layer1', input_size=(3, 32, 32))
+    assert task(*batch())['loss'].isfinite()
+
+
+def test_distributed_over_the_stages(tmp_path):
+    """DDP accepts every stage: what takes no gradient is frozen and the module wrapped again."""
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        task, plain = make(normalize_features=True), make(normalize_features=True)
+        task.prepare_distributed()
+        for epoch in (0, 8, 9, 0):
+            for t in (task, plain):
+                t.set_epoch(epoch)
+            for _ in range(2):  # DDP complains in the step after the one that left a parameter out
+                data = batch()
+                losses = [t(*data)['loss'] for t in (task, plain)]
+                for loss in losses:
+                    loss.backward()
+                torch.testing.assert_close(*losses)
+        assert set(task.get_checkpoint_state()['state_dict']) == set(plain.get_checkpoint_state()['state_dict'])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_teacher_is_copied_whole():
+    teacher = Teacher(timm.create_model('test_resnet'), ['layer1'])
+    other = copy.deepcopy(teacher)
+    x = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(other(x)[1][0], teacher(x)[1][0])
+    assert other.capture is not teacher.capture
+
+
 @pytest.mark.parametrize('spec,hook', [('4', (4, None)), ('4:2', (4, '2')), ('12:s2.b4', (12, 's2.b4'))])
 def test_hooks_are_parsed(spec, hook):
     assert parse_hook(spec) == hook
@@ -253,14 +309,16 @@ def test_hooks_are_parsed(spec, hook):
 
 @pytest.mark.parametrize('kwargs,message', [
     (dict(hooks=['0']), 'BLOCK:STAGE'),
-    (dict(hooks=['x:2']), 'BLOCK:STAGE'),
+    (dict(hooks='x:2'), "'x:2' is not BLOCK"),
     (dict(hooks=['4:']), 'BLOCK:STAGE'),
     (dict(hooks=['7']), 'Choose a block from 1 to 6'),
     (dict(hooks=['4:layer22']), 'layer2'),
     (dict(hooks=['4:fc']), 'not a 4-D feature map'),
-    (dict(teacher=timm.create_model('test_resnet', num_classes=7)), 'knows 7 classes, the student 5'),
+    (dict(teacher=7), 'knows 7 classes, the student 5'),
+    (dict(teacher_model='test_resnt'), "Unknown teacher 'test_resnt'.*test_resnet"),
+    (dict(student='test_vit', student_kwargs=dict(patch_drop_rate=0.5)), 'patch_drop_rate'),
     (dict(student='test_resnet', student_kwargs=dict(img_size=None)), '--kd-distill-type logit'),
-    (dict(teacher=Teacher(timm.create_model('test_resnet', num_classes=5))), r'gives 0 layer\(s\) for 1 hook'),
+    (dict(teacher='no layers'), r'gives 0 layer\(s\) for 1 hook'),
 ])
 def test_errors_name_the_remedy(kwargs, message):
     with pytest.raises(ValueError, match=message):

@@ -14,6 +14,8 @@ from distill_hooks import Teacher, create_teacher, resolve_layer
     ('convnext_atto', 'stages.1', 'stages.0'),
     ('efficientnet_lite0', 'blocks.2', 'blocks.0'),
     ('nf_resnet26', 'stages.1', 'stages.0'),  # no BatchNorm
+    ('dpn68', 'features.conv3_4', 'features.conv2_3'),
+    ('densenet121', 'features.denseblock2', 'features.denseblock1'),
     ('swin_tiny_patch4_window7_224', 'layers.1', 'layers.0'),  # no CNN, but maps
 ])
 def test_default_stage(name, stride8, first):
@@ -141,5 +143,7 @@ def test_teachers_that_cannot_be_had(tmp_path):
     torch.save(timm.create_model('test_convnext').state_dict(), path)
     with pytest.raises(ValueError, match="does not fit architecture 'test_resnet'"):
         create_teacher('test_resnet', str(path))
+    with pytest.raises(ValueError, match="Unknown teacher 'regnety_161'.*regnety_160"):
+        create_teacher('regnety_161')
     with pytest.raises(ValueError, match='--kd-teacher-checkpoint'):
         create_teacher('test_dearkd')  # has no weights to download

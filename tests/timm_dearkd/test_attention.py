@@ -1,4 +1,5 @@
 import copy
+import shutil
 
 import pytest
 import torch
@@ -123,6 +124,70 @@ def test_factorised_form_is_as_precise_as_the_slow_one(grid_size, dtype):
             assert error <= slow_error, f'{name}: {error}, slow form {slow_error}'
             if name == 'output':
                 assert (f - e).abs().max() <= (s - e).abs().max()
+
+
+@pytest.mark.skipif(not shutil.which('g++'), reason='inductor needs a C++ compiler')
+@pytest.mark.parametrize('grid_size', [(14, 14), (24, 24)])
+def test_compiler_keeps_the_remainders(grid_size):
+    """inductor elides casts to half precision and back; the split into value and remainder must survive that."""
+    rpe = AdaptiveRelPos(2, grid_size)
+    randomize(rpe)
+    num_tokens = grid_size[0] * grid_size[1] + 1
+    q = torch.zeros(1, 2, num_tokens, 8, dtype=torch.bfloat16)
+
+    def scores(q, alpha, delta):
+        q, k, _ = append_positions(q, q, q, alpha, delta, rpe.query_basis, rpe.key_basis, 1., rpe.sq_steps)
+        return q.float() @ k.float().transpose(-2, -1)
+
+    with torch.no_grad():
+        expected = scores(q, rpe.alpha, rpe.delta)
+        out = torch.compile(scores, backend='inductor')(q, rpe.alpha, rpe.delta)
+    torch.testing.assert_close(out, expected, atol=1e-3, rtol=1e-5)
+    near = eq2_error(expected[0], rpe)
+    assert near < 0.02
+
+
+def eq2_error(scores, rpe):
+    """Largest error of scores up to 4 patches away, apart from what rounding alpha to bfloat16 does to them."""
+    exact = rpe.offset_scores(rpe.alpha.detach().double(), rpe.delta.detach().double())
+    pos = rpe.key_basis[1:, :2]
+    close = F.pad((pos[:, None] - pos).abs().amax(-1) <= 4, [1, 0, 1, 0], value=True)
+    return ((scores.double() - exact).abs() - exact.abs() * 2 ** -7)[:, close].max()
+
+
+def test_float16_does_not_overflow():
+    rpe = AdaptiveRelPos(1, (64, 64))
+    with torch.no_grad():
+        rpe.alpha.fill_(20.)
+    q = torch.zeros(1, 1, 4097, 64, dtype=torch.float16)
+    q, k, v = append_positions(q, q, q, rpe.alpha, rpe.delta, rpe.query_basis, rpe.key_basis, 0.125, rpe.sq_steps)
+    assert q.isfinite().all() and k.isfinite().all()
+
+
+@pytest.mark.parametrize('grid_size', [(4, 4), (20, 20)])
+def test_norms_that_autocast_leaves_in_float32(grid_size):
+    """On an accelerator autocast's layer_norm gives float32; the positions have to be split for the values' dtype."""
+    class Norm(torch.nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x.float())
+
+    attn = ConvAttention(32, 4, grid_size=grid_size, qk_norm=True, norm_layer=Norm)
+    randomize(attn.rpe)
+    x = torch.randn(1, grid_size[0] * grid_size[1] + 1, 32)
+    expected = attn(x)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        out = attn(x)
+    assert (out - expected).norm() < 0.01 * expected.norm()
+
+
+def test_functional_gradients():
+    attn = ConvAttention(24, 4, grid_size=(3, 3))
+    x = torch.randn(2, 10, 24)
+    parameters = dict(attn.named_parameters())
+    grads = torch.func.grad(lambda p: torch.func.functional_call(attn, p, x).square().mean())(parameters)
+    attn(x).square().mean().backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(grads[name], parameter.grad)
 
 
 def test_training_makes_no_score_matrix():

@@ -7,13 +7,13 @@ from typing import Any, Callable, Dict, List, Optional
 import torch
 import torch.nn as nn
 from PIL import Image
-from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_dataset, create_loader
+from timm.data import AugMixDataset, create_dataset, create_loader
 from timm.models import get_model_input_config
 from torchvision.transforms import Compose
 
 __all__ = [
-    'DeviceLoader', 'check_img_size', 'check_labels', 'class_names', 'create_eval_loader', 'create_mixup',
-    'create_train_loader', 'open_dataset',
+    'DeviceLoader', 'check_img_size', 'check_labels', 'class_names', 'create_eval_loader',
+    'create_train_loader', 'open_dataset', 'open_eval_dataset', 'set_image_mode',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -49,53 +49,59 @@ def open_dataset(name: str, root: Optional[str], split: str, **kwargs: Any):
     return dataset
 
 
+def _class_to_idx(dataset) -> Dict[str, int]:
+    return getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None) or {}
+
+
+def open_eval_dataset(train_set, name: str, root: Optional[str], split: str, class_map: str = '', **kwargs: Any):
+    """Open the validation split with the labels of the training set.
+
+    A class without validation images must not shift the labels of the others, so the classes of a training folder
+    serve as the class map.
+
+    Raises:
+        ValueError: A validation folder with a class that training does not know.
+    """
+    dataset = open_dataset(name, root, split, class_map=class_map, **kwargs)
+    known, found = _class_to_idx(train_set), _class_to_idx(dataset)
+    if not class_map and known and found and known != found:
+        unknown = sorted(set(found) - set(known))
+        if unknown:
+            raise ValueError(
+                f'Split {split!r} has classes that the training set has not: {", ".join(unknown[:5])}.'
+                ' Rename or remove their folders, or name the labels with --class-map.')
+        dataset = open_dataset(name, root, split, class_map=known, **kwargs)
+    return dataset
+
+
+def set_image_mode(dataset, mode: str) -> None:
+    """Let a timm data set hand out images in this PIL mode."""
+    for source in (dataset, getattr(dataset, 'reader', dataset)):
+        if hasattr(source, 'input_img_mode'):
+            source.input_img_mode = mode
+
+
 def class_names(dataset) -> Optional[List[str]]:
     """Class names in the order of their indices, where the data set knows them."""
-    class_to_idx = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
-    if not class_to_idx:
-        return None
-    if sorted(class_to_idx.values()) != list(range(len(class_to_idx))):
-        return None  # a class map with gaps or with several names for a class
-    return [str(name) for name in sorted(class_to_idx, key=class_to_idx.get)]
+    class_to_idx = _class_to_idx(dataset)
+    if not class_to_idx or sorted(class_to_idx.values()) != list(range(len(class_to_idx))):
+        return None  # unknown, or a class map with gaps or with several names for a class
+    return [str(name) for name in sorted(class_to_idx, key=lambda name: class_to_idx[name])]
 
 
-def create_mixup(
-        num_classes: int,
-        prefetcher: bool,
-        mixup: float = 0.,
-        cutmix: float = 0.,
-        cutmix_minmax: Optional[List[float]] = None,
-        prob: float = 1.,
-        switch_prob: float = 0.5,
-        mode: str = 'batch',
-        smoothing: float = 0.1,
-) -> Optional[Callable]:
-    """timm's Mixup/CutMix, as the collate function of the prefetcher or a function of a batch; None when off."""
-    if not (mixup > 0. or cutmix > 0. or cutmix_minmax):
-        return None
-    mixup_cls = FastCollateMixup if prefetcher else Mixup
-    return mixup_cls(
-        mixup_alpha=mixup,
-        cutmix_alpha=cutmix,
-        cutmix_minmax=cutmix_minmax,
-        prob=prob,
-        switch_prob=switch_prob,
-        mode=mode,
-        label_smoothing=smoothing,
-        num_classes=num_classes,
-    )
-
-
-def _create_loader(dataset, data_config: Dict[str, Any], device: torch.device, use_prefetcher: bool, **kwargs: Any):
-    loader = create_loader(
-        dataset,
-        input_size=data_config['input_size'],
-        mean=data_config['mean'],
-        std=data_config['std'],
-        device=device,
-        use_prefetcher=use_prefetcher,
-        **kwargs,
-    )
+def _create_loader(dataset, data_config: Dict[str, Any], **kwargs: Any):
+    try:
+        loader = create_loader(
+            dataset,
+            input_size=data_config['input_size'],
+            mean=data_config['mean'],
+            std=data_config['std'],
+            **kwargs,
+        )
+    except (AssertionError, KeyError, RuntimeError, TypeError) as e:
+        raise ValueError(
+            f'timm does not take these augmentation or loader options ({type(e).__name__}: {e}).'
+            ' Check --aa, --remode, --train-interpolation, --train-crop-mode, --scale and --ratio.') from e
     source = dataset.dataset if isinstance(dataset, AugMixDataset) else dataset
     if not hasattr(source, 'reader') and hasattr(source, 'transform'):
         # torchvision's data sets hand out images in the mode they have; timm's own convert them
@@ -110,6 +116,7 @@ def create_train_loader(
         batch_size: int,
         device: torch.device,
         use_prefetcher: bool = True,
+        img_dtype: torch.dtype = torch.float32,
         mixup: Optional[Callable] = None,
         num_aug_splits: int = 0,
         **kwargs: Any,
@@ -122,7 +129,8 @@ def create_train_loader(
         batch_size: Images per batch; a smaller last one is dropped.
         device: Where the batches go.
         use_prefetcher: timm's prefetcher, which normalises and erases on the device.
-        mixup: What `create_mixup` gives.
+        img_dtype: Type of the images.
+        mixup: timm's `FastCollateMixup` for the prefetcher, its `Mixup` for a plain loader.
         num_aug_splits: Augmentations per image (AugMix), 0 or more than 1.
         **kwargs: Augmentation and worker arguments of timm's `create_loader`.
 
@@ -140,15 +148,16 @@ def create_train_loader(
     loader = _create_loader(
         dataset,
         data_config,
-        device,
-        use_prefetcher,
+        device=device,
+        use_prefetcher=use_prefetcher,
+        img_dtype=img_dtype,
         batch_size=batch_size,
         is_training=True,
         num_aug_splits=num_aug_splits,
         collate_fn=mixup if use_prefetcher else None,
         **kwargs,
     )
-    return loader if use_prefetcher else DeviceLoader(loader, device, mixup)
+    return loader if use_prefetcher else DeviceLoader(loader, device, img_dtype, mixup)
 
 
 def create_eval_loader(
@@ -157,14 +166,16 @@ def create_eval_loader(
         batch_size: int,
         device: torch.device,
         use_prefetcher: bool = True,
+        img_dtype: torch.dtype = torch.float32,
         **kwargs: Any,
 ):
     """Evaluation loader of batches on the device: every image once, in order, with the crop of `data_config`."""
     loader = _create_loader(
         dataset,
         data_config,
-        device,
-        use_prefetcher,
+        device=device,
+        use_prefetcher=use_prefetcher,
+        img_dtype=img_dtype,
         batch_size=batch_size,
         is_training=False,
         interpolation=data_config['interpolation'],
@@ -172,7 +183,7 @@ def create_eval_loader(
         crop_mode=data_config['crop_mode'],
         **kwargs,
     )
-    return loader if use_prefetcher else DeviceLoader(loader, device)
+    return loader if use_prefetcher else DeviceLoader(loader, device, img_dtype)
 
 
 def check_labels(dataset, num_classes: int) -> None:
@@ -181,10 +192,10 @@ def check_labels(dataset, num_classes: int) -> None:
     Raises:
         ValueError: More classes than `num_classes`.
     """
-    names = class_names(dataset)
-    if names is not None and len(names) > num_classes:
-        raise ValueError(
-            f'The data set has {len(names)} classes, the model {num_classes}. Set --num-classes {len(names)}.')
+    class_to_idx = _class_to_idx(dataset)
+    count = max(class_to_idx.values(), default=-1) + 1
+    if count > num_classes:
+        raise ValueError(f'The data set has {count} classes, the model {num_classes}. Set --num-classes {count}.')
 
 
 def check_img_size(model: nn.Module) -> None:
@@ -204,17 +215,28 @@ def check_img_size(model: nn.Module) -> None:
 class DeviceLoader:
     """A plain loader that moves its batches to the device and mixes them, as timm's prefetcher does by itself."""
 
-    def __init__(self, loader, device: torch.device, mixup_fn: Optional[Any] = None) -> None:
+    def __init__(
+            self,
+            loader,
+            device: torch.device,
+            img_dtype: torch.dtype = torch.float32,
+            mixup_fn: Optional[Any] = None,
+    ) -> None:
         self.loader = loader
         self.device = device
+        self.img_dtype = img_dtype
         self.mixup_fn = mixup_fn
 
     def __len__(self) -> int:
         return len(self.loader)
 
+    @property
+    def dataset(self):
+        return self.loader.dataset
+
     def __iter__(self):
         for images, target in self.loader:
-            images = images.to(self.device, non_blocking=True)
+            images = images.to(self.device, self.img_dtype, non_blocking=True)
             target = target.to(self.device, non_blocking=True)
             yield self.mixup_fn(images, target) if self.mixup_fn is not None else (images, target)
 

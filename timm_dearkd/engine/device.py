@@ -1,5 +1,4 @@
 """Where a run computes, and in which precision."""
-import contextlib
 import logging
 from typing import Optional
 
@@ -18,7 +17,13 @@ def select_device(name: Optional[str]) -> torch.device:
         ValueError: An accelerator that is not here.
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = torch.device(name) if name else accelerator or torch.device('cpu')
+    try:
+        device = torch.device(name) if name else accelerator or torch.device('cpu')
+    except RuntimeError:
+        raise ValueError(f'--device is {name!r}, expected cpu, cuda, cuda:1 or the like.') from None
+    count = torch.accelerator.device_count() if accelerator else 0
+    if device.type != 'cpu' and accelerator and (device.index or 0) >= count:
+        raise ValueError(f'--device {name} is not available here: there are {count} of its kind, counted from 0.')
     if device.type not in ('cpu', accelerator.type if accelerator else 'cpu'):
         raise ValueError(
             f'--device {name} is not available here'
@@ -48,6 +53,4 @@ class Precision:
         self.scaler = NativeScaler(device.type) if amp_dtype == torch.float16 and device.type != 'cpu' else None
 
     def autocast(self):
-        if self.amp_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.amp_dtype)
+        return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)

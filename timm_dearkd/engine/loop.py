@@ -51,15 +51,16 @@ class Stepper(NamedTuple):
 
     def __call__(self, loss: torch.Tensor, update: bool) -> None:
         """Backward `loss`; update the weights if it is the last of its accumulation."""
+        second_order = getattr(self.optimizer, 'is_second_order', False)
         parameters: Iterable[nn.Parameter] = ()
-        if self.clip_grad is not None:
+        if update and self.clip_grad is not None:
             parameters = self.task.get_clip_parameters(exclude_head='agc' in self.clip_mode)
         if self.scaler is not None:
             self.scaler(
                 loss, self.optimizer, clip_grad=self.clip_grad, clip_mode=self.clip_mode,
-                parameters=parameters, need_update=update)
+                parameters=parameters, create_graph=second_order, need_update=update)
         else:
-            loss.backward()
+            loss.backward(create_graph=second_order)
             if update:
                 if self.clip_grad is not None:
                     dispatch_clip_grad(parameters, value=self.clip_grad, mode=self.clip_mode)
@@ -101,8 +102,9 @@ def train_one_epoch(
         grad_accum_steps: int = 1,
         channels_last: bool = False,
         log_interval: int = 50,
+        label: str = 'Train',
         on_log: Optional[Callable[[int, torch.Tensor], Any]] = None,
-        on_batch: Optional[Callable[[int, bool], Any]] = None,
+        on_update: Optional[Callable[[int, bool], Any]] = None,
 ) -> Dict[str, float]:
     """Train for an epoch.
 
@@ -115,49 +117,53 @@ def train_one_epoch(
         lr_scheduler: Stepped at every update.
         grad_accum_steps: Batches per update.
         channels_last: Memory format of the images.
-        log_interval: Batches between log lines.
-        on_log: Called with the batch number and the images of each log line.
-        on_batch: Called with the batch number, and whether it is the last, after every update.
+        log_interval: Updates between log lines.
+        label: Head of the log lines.
+        on_log: Called with the number of the update and the images of each log line.
+        on_update: Called with the number of every update, counted from 1, and whether it is the epoch's last.
 
     Returns:
         The mean of every loss by name, over the samples that had it.
     """
     task.train()
-    stage = getattr(getattr(task, 'weights', None), 'stage', None)
-    prefix = f'Train: {epoch}' + (f'  Stage: {stage}' if stage else '')
     meter, num_batches = LossMeter(), len(loader)
-    updates_per_epoch = -(-num_batches // grad_accum_steps)
+    num_updates = -(-num_batches // grad_accum_steps)
     last_accum = num_batches % grad_accum_steps or grad_accum_steps
-    start, samples, update = time.perf_counter(), 0, 0
+    start = end = time.perf_counter()
+    samples, data_time, losses = 0, 0., {}
     step.optimizer.zero_grad()
-    with _progress(loader, prefix) as batches:
+    with _progress(loader, label) as batches:
         for i, (images, target) in enumerate(batches):
+            data_time += time.perf_counter() - end
             if channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             with precision.autocast():
                 result = task(images, target)
-            in_last = i >= num_batches - last_accum
-            update_now = (i + 1) % grad_accum_steps == 0 or i + 1 == num_batches
-            step(result['loss'] / (last_accum if in_last else grad_accum_steps), update_now)
-            meter.update(_split_losses(result), images.shape[0])
+            update, last = i // grad_accum_steps + 1, i + 1 == num_batches
+            is_update = last or (i + 1) % grad_accum_steps == 0
+            step(result['loss'] / (last_accum if update == num_updates else grad_accum_steps), is_update)
+            meter.update({name: value for name, value in result.items() if name != 'output'}, images.shape[0])
             samples += images.shape[0]
-            if update_now:
-                update += 1
-                num_updates = epoch * updates_per_epoch + update
-                task.update_ema(step=num_updates)
+            if is_update:
+                done = epoch * num_updates + update
+                task.update_ema(step=done)
                 if lr_scheduler is not None:
-                    lr_scheduler.step_update(num_updates=num_updates, metric=None)
-                if on_batch is not None:
-                    on_batch(i, i + 1 == num_batches)
-            if (i + 1) % log_interval == 0 or i + 1 == num_batches:
-                losses = meter.means()
-                rate = samples / (time.perf_counter() - start)
-                _logger.info(
-                    f'{prefix} [{i + 1:>4d}/{num_batches} ({100. * (i + 1) / num_batches:>3.0f}%)]  '
-                    f'{_format_losses(losses)}  LR: {mean_lr(step.optimizer):.3e}  {rate:.1f} img/s')
-                if on_log is not None:
-                    on_log(i, images)
-    return meter.means()
+                    lr_scheduler.step_update(num_updates=done, metric=None)
+                if on_update is not None:
+                    on_update(update, last)
+                if last or update % log_interval == 0 or done == 1:
+                    losses = meter.means()
+                    seconds = time.perf_counter() - start
+                    _logger.info(
+                        f'{label} [{update:>4d}/{num_updates} ({100. * update / num_updates:>3.0f}%)]  '
+                        f'{_format_losses(losses)}  LR: {mean_lr(step.optimizer):.3e}  '
+                        f'{samples / seconds:.1f} img/s  Data: {100. * data_time / seconds:.0f}%')
+                    if on_log is not None:
+                        on_log(update, images)
+            end = time.perf_counter()
+    if hasattr(step.optimizer, 'sync_lookahead'):
+        step.optimizer.sync_lookahead()
+    return losses
 
 
 @torch.no_grad()

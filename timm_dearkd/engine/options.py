@@ -1,14 +1,29 @@
 """The command line of train.py: timm's flags with timm's defaults, DearKD's own, and YAML files of either."""
 import argparse
+import difflib
 import logging
+import os
 from typing import Any, Dict, List, NoReturn, Optional, Sequence, Tuple
 
+import torch
 import yaml
+from timm.models import is_model, list_models, parse_model_name
+from timm.task import ClassificationEvaluator
 from timm.utils import ParseKwargs
 
-__all__ = ['build_config_parser', 'build_parser', 'parse_args']
+__all__ = ['build_config_parser', 'build_parser', 'check_args', 'parse_args']
 
 _logger = logging.getLogger(__name__)
+
+
+class _ParseKwargs(ParseKwargs):
+    """timm's KEY=VALUE pairs, with a message for what is none."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for value in values:
+            if value and '=' not in value:
+                parser.error(f'argument {option_string}: {value!r} is not of the form KEY=VALUE')
+        super().__call__(parser, namespace, values, option_string)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,7 +43,10 @@ def build_config_parser() -> argparse.ArgumentParser:
 def build_parser() -> argparse.ArgumentParser:
     """Parser of everything but `--config`."""
     parser = _Parser(
-        prog='train.py', description='Train a timm model, alone or taught by a CNN with DearKD')
+        prog='train.py',
+        description='Train a timm model, alone or taught by a CNN with DearKD',
+        epilog='-c FILE, --config FILE reads options from a YAML file; the command line wins over it.',
+    )
     _add_dearkd(parser.add_argument_group('DearKD'))
     _add_distillation(parser.add_argument_group("timm's distillation"))
     _add_data(parser.add_argument_group('Data'))
@@ -106,7 +124,7 @@ def _add_model(group) -> None:
     add('--no-resume-opt', action='store_true', help='but with a fresh optimizer')
     add('--num-classes', type=int, help="number of classes (those of the image folder, else the model's)")
     add('--gp', help='global pooling')
-    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
+    add('--model-kwargs', nargs='*', default={}, action=_ParseKwargs)
     add('--head-init-scale', type=float)
     add('--head-init-bias', type=float)
     add('--grad-checkpointing', action='store_true')
@@ -149,7 +167,7 @@ def _add_optimizer(group) -> None:
     add('--layer-decay', type=float)
     add('--layer-decay-min-scale', type=float, default=0)
     add('--layer-decay-no-opt-scale', type=float)
-    add('--opt-kwargs', nargs='*', default={}, action=ParseKwargs)
+    add('--opt-kwargs', nargs='*', default={}, action=_ParseKwargs)
     add('--grad-accum-steps', type=int, default=1)
 
 
@@ -253,7 +271,8 @@ def _config_argv(config: Dict[str, Any], parser: argparse.ArgumentParser) -> Lis
     for key, value in config.items():
         action = actions.get(str(key).replace('-', '_'))
         if action is None or action.dest == 'help':
-            _logger.warning(f'Unknown option {key!r} in the configuration file, ignored.')
+            if value:  # timm's own args.yaml lists every flag it has, mostly unset
+                _logger.warning(f'Unknown option {key!r} in the configuration file, ignored.')
             continue
         if value is None or value is False and action.nargs == 0:
             continue
@@ -292,6 +311,57 @@ def parse_args(
         if not isinstance(config, dict):
             parser.error(f'configuration file {config_args.config}: expected "option: value" lines')
         config_argv = _config_argv(config, parser)
-    args = parser.parse_args(config_argv + rest)
+    args = parser.parse_args(rest, parser.parse_args(config_argv))
     args_text = yaml.safe_dump(vars(args), default_flow_style=False)
     return args, args_text
+
+
+_CHOICES = {
+    'amp_dtype': ('float16', 'bfloat16'),
+    'clip_mode': ('norm', 'value', 'agc'),
+    'eval_metric': ClassificationEvaluator.metric_names,
+    'lr_base_scale': ('', 'linear', 'sqrt'),
+    'mixup_mode': ('batch', 'pair', 'elem'),
+    'model_dtype': (None, 'float32', 'float16', 'bfloat16'),
+    'remode': ('const', 'rand', 'pixel'),
+    'worker_seeding': ('all', 'part'),
+}
+_AT_LEAST_ONE = ('batch_size', 'epochs', 'grad_accum_steps', 'log_interval', 'val_interval', 'checkpoint_hist')
+_FILES = ('resume', 'kd_teacher_checkpoint', 'initial_checkpoint', 'pretrained_path')
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuse what can't work, as far as the options alone tell.
+
+    Raises:
+        ValueError: A value out of its range, or options that do not go together.
+        FileNotFoundError: A checkpoint that is not there.
+    """
+    def flag(name: str) -> str:
+        return f'--{name.replace("_", "-")}'
+
+    source, name = parse_model_name(args.model)
+    if source is None and not is_model(name.split('.')[0]):
+        near = difflib.get_close_matches(name, list_models(), n=4, cutoff=0.4)
+        raise ValueError(f'Unknown --model {args.model!r}. The nearest names: {", ".join(near) or "none"}.')
+    for key, choices in _CHOICES.items():
+        if getattr(args, key) not in choices:
+            expected = ', '.join(str(choice) for choice in choices if choice)
+            raise ValueError(f'{flag(key)} is {getattr(args, key)!r}, expected one of {expected}.')
+    for key in _AT_LEAST_ONE:
+        if getattr(args, key) < 1:
+            raise ValueError(f'{flag(key)} is {getattr(args, key)}, expected 1 or more.')
+    for key in _FILES:
+        if getattr(args, key) and not os.path.isfile(getattr(args, key)):
+            raise FileNotFoundError(f'{flag(key)}: no file {getattr(args, key)!r}.')
+    if args.amp and args.model_dtype not in (None, 'float32'):
+        raise ValueError('--amp keeps the weights in float32. Leave out --model-dtype, or --amp.')
+    if args.batch_size % 2 and (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
+        raise ValueError(f'--batch-size is {args.batch_size}, but Mixup and CutMix pair the images up. Make it even.')
+    if args.aug_splits == 1 or (args.jsd_loss and not args.aug_splits):
+        raise ValueError('--aug-splits has to be 2 or more, and --jsd-loss needs it. Set --aug-splits 3, say.')
+    if args.torchcompile and args.torchcompile not in torch.compiler.list_backends(exclude_tags=()):
+        backends = ', '.join(torch.compiler.list_backends())
+        raise ValueError(f'--torchcompile is {args.torchcompile!r}, expected one of {backends}.')
+    if args.kd_teacher_checkpoint and not args.kd_model_name:
+        raise ValueError('--kd-teacher-checkpoint needs the architecture of the teacher: add --kd-model-name NAME.')

@@ -69,13 +69,13 @@ def export_model(
     os.replace(temporary, path / 'config.json')
 
 
-def save_images(output_dir: str, batch_idx: int, images: torch.Tensor) -> None:
+def save_images(output_dir: str, update: int, images: torch.Tensor) -> None:
     """Write a batch (B, C, H, W) as one picture."""
-    path = os.path.join(output_dir, f'train-batch-{batch_idx}.jpg')
+    path = os.path.join(output_dir, f'train-batch-{update}.jpg')
     torchvision.utils.save_image(images, path, padding=0, normalize=True)
 
 
-def save_recovery(saver: AtomicCheckpointSaver, epoch: int, interval: int, batch_idx: int, last: bool) -> None:
+def save_recovery(saver: AtomicCheckpointSaver, epoch: int, interval: int, update: int, last: bool) -> None:
     """Write a recovery checkpoint where one is due."""
-    if last or (batch_idx + 1) % interval == 0:
-        saver.save_recovery(epoch, batch_idx=batch_idx)
+    if last or update % interval == 0:
+        saver.save_recovery(epoch, batch_idx=update)

@@ -1,5 +1,8 @@
+import shutil
+
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from torchvision.datasets import FakeData
@@ -8,9 +11,10 @@ from timm_dearkd.engine.data import (
     check_labels,
     class_names,
     create_eval_loader,
-    create_mixup,
     create_train_loader,
     open_dataset,
+    open_eval_dataset,
+    set_image_mode,
 )
 
 CPU = torch.device('cpu')
@@ -46,7 +50,8 @@ def test_eval_batches_are_the_images(image_folder, prefetcher):
 @pytest.mark.parametrize('prefetcher', [True, False])
 def test_mixup(image_folder, prefetcher):
     dataset = open_dataset('', str(image_folder), 'train')
-    mixup = create_mixup(3, prefetcher, mixup=1., smoothing=0.)
+    mixup_cls = timm.data.FastCollateMixup if prefetcher else timm.data.Mixup
+    mixup = mixup_cls(mixup_alpha=1., label_smoothing=0., num_classes=3)
     loader = create_train_loader(
         dataset, config(), 6, CPU, use_prefetcher=prefetcher, mixup=mixup, num_workers=0, persistent_workers=False)
     images, target = next(iter(loader))
@@ -55,7 +60,6 @@ def test_mixup(image_folder, prefetcher):
     loader.mixup_enabled = False
     _, target = next(iter(loader))
     assert target.unique().tolist() == [0., 1.]
-    assert create_mixup(3, prefetcher) is None
 
 
 @pytest.mark.parametrize('in_chans,mode', [(1, 'RGB'), (3, 'L')])
@@ -75,6 +79,25 @@ def test_torchvision_sets_are_converted_to_the_channels_asked_for(in_chans, mode
     torch.testing.assert_close(images, torch.full_like(images, (128 / 255 - 0.5) / 0.25))
 
 
+def test_image_mode(image_folder):
+    dataset = open_dataset('', str(image_folder), 'train')
+    for mode in ('L', 'RGB'):
+        set_image_mode(dataset, mode)
+        assert dataset[0][0].mode == mode
+
+
+def test_validation_takes_the_labels_of_training(image_folder, tmp_path):
+    root = tmp_path / 'data'
+    shutil.copytree(image_folder, root)
+    train_set = open_dataset('', str(root), 'train')
+    shutil.rmtree(root / 'validation' / 'blue sky')
+    dataset = open_eval_dataset(train_set, '', str(root), 'validation')
+    assert [label for _, label in dataset] == [1] * 4 + [2] * 4
+    (root / 'validation' / 'grass').rename(root / 'validation' / 'Grass')
+    with pytest.raises(ValueError, match='has not: Grass'):
+        open_eval_dataset(train_set, '', str(root), 'validation')
+
+
 def test_errors(image_folder, tmp_path):
     with pytest.raises(ValueError, match='No data set given'):
         open_dataset('', None, 'train')
@@ -83,6 +106,10 @@ def test_errors(image_folder, tmp_path):
     (tmp_path / 'train').mkdir()
     with pytest.raises(ValueError, match="split 'train'.*DIR/train/CLASS/IMAGE"):
         open_dataset('', str(tmp_path), 'train')
+    with pytest.raises(ValueError, match="No split 'trian'.*train, validation"):
+        open_dataset('', str(image_folder), 'trian')
     dataset = open_dataset('', str(image_folder), 'train')
+    with pytest.raises(ValueError, match='--aa'):
+        create_train_loader(dataset, config(), 8, CPU, auto_augment='nothing', num_workers=0)
     with pytest.raises(ValueError, match='48 images, less than one batch of 64'):
         create_train_loader(dataset, config(), 64, CPU)

@@ -3,6 +3,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.task import ClassificationTask
+from timm.utils import NativeScaler
 
 from timm_dearkd.engine.device import Precision
 from timm_dearkd.engine.loop import LossMeter, Stepper, train_one_epoch, validate
@@ -20,17 +21,18 @@ def make():
     return timm.create_model('test_vit', num_classes=3, img_size=32, dynamic_img_size=False)
 
 
+@pytest.mark.parametrize('scaled', [False, True])
 @pytest.mark.parametrize('clip_grad', [None, 0.01])
-def test_gradient_accumulation_is_the_bigger_batch(clip_grad):
-    """Two steps of 8, the last one of two batches only, beside plain PyTorch on the concatenated batches."""
+def test_gradient_accumulation_is_the_bigger_batch(clip_grad, scaled):
+    """Two steps, the last one of two batches only, beside plain PyTorch on the concatenated batches."""
     parts = batches([4, 4, 4, 4, 4])
     model = make()
     task = ClassificationTask(model, criterion_kwargs=dict(smoothing=0.))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    updates = []
+    updates, scaler = [], NativeScaler('cpu') if scaled else None
     losses = train_one_epoch(
-        0, task, parts, Stepper(task, optimizer, clip_grad=clip_grad), Precision(CPU), grad_accum_steps=3,
-        on_batch=lambda i, last: updates.append((i, last)))
+        0, task, parts, Stepper(task, optimizer, scaler, clip_grad), Precision(CPU), grad_accum_steps=3,
+        on_update=lambda update, last: updates.append((update, last)))
 
     plain = make().train()
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.5)
@@ -44,7 +46,7 @@ def test_gradient_accumulation_is_the_bigger_batch(clip_grad):
             torch.nn.utils.clip_grad_norm_(plain.parameters(), clip_grad)
         optimizer.step()
         total += loss.item() * len(images)
-    assert updates == [(2, False), (4, True)]
+    assert updates == [(1, False), (2, True)]
     assert losses['loss'] == pytest.approx(total / 20, rel=1e-5)
     for p, q in zip(model.parameters(), plain.parameters()):
         torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-4)
@@ -65,20 +67,20 @@ def test_no_synchronisation_between_log_lines():
     class Watched(torch.Tensor):
         @classmethod
         def __torch_function__(cls, func, types, args=(), kwargs=None):
-            if func in (torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__float__, torch.Tensor.__bool__):
+            if func.__name__ in ('item', 'tolist', '__float__', '__bool__', '__int__', 'cpu', 'numpy'):
                 counts.append(func)
             return super().__torch_function__(func, types, args, kwargs or {})
 
     class Task(ClassificationTask):
         def forward(self, input, target):
             result = super().forward(input, target)
-            return {**result, 'loss': result['loss'].as_subclass(Watched)}
+            return {name: value.as_subclass(Watched) for name, value in result.items()}
 
     model = make()
     task = Task(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     train_one_epoch(0, task, batches([2] * 6), Stepper(task, optimizer), Precision(CPU), log_interval=3)
-    assert len(counts) == 3  # twice in the epoch, and its means
+    assert len(counts) == 3  # the run's first update, and one for every three
 
 
 def test_validate_is_the_accuracy_over_all_samples():
@@ -93,6 +95,26 @@ def test_validate_is_the_accuracy_over_all_samples():
     assert metrics['top1'] == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item(), rel=1e-5)
     assert metrics['top5'] == 100.
     assert metrics['loss'] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+
+
+def test_lookahead_is_synchronised_at_the_end_of_an_epoch():
+    from timm.optim import create_optimizer_v2
+    task = ClassificationTask(make())
+    optimizer = create_optimizer_v2(task.get_trainable_module(), 'lookahead_sgd', lr=0.1)
+    slow = {}
+    sync = optimizer.sync_lookahead
+    optimizer.sync_lookahead = lambda: (sync(), slow.update(done=True))
+    train_one_epoch(0, task, batches([2] * 2), Stepper(task, optimizer), Precision(CPU))
+    assert slow
+
+
+def test_second_order_optimizers():
+    from timm.optim import create_optimizer_v2
+    task = ClassificationTask(timm.create_model('test_resnet', num_classes=3))
+    optimizer = create_optimizer_v2(task.get_trainable_module(), 'adahessian', lr=0.1)
+    before = [p.clone() for p in task.trainable_module.parameters()]
+    train_one_epoch(0, task, batches([2]), Stepper(task, optimizer), Precision(CPU))
+    assert not all(p.equal(q) for p, q in zip(task.trainable_module.parameters(), before))
 
 
 def test_precision():
