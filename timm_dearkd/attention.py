@@ -227,13 +227,13 @@ class _AppendChannels(torch.autograd.Function):
         return grad[..., :ctx.dim], grad[..., ctx.dim:].sum(dim=0, dtype=ctx.dtype)
 
 
-def _truncate(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """float32 values cut to the significand of a half precision dtype.
+def _round(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float32 values rounded to the significand of a half precision dtype.
 
-    By a bit mask, for compilers take a cast there and back for no change at all.
+    On the bits, for compilers take a cast there and back for no change at all.
     """
-    mask = -65536 if dtype == torch.bfloat16 else -8192
-    return (x.contiguous().view(torch.int32) & mask).view(torch.float32)
+    bits = 16 if dtype == torch.bfloat16 else 13
+    return ((x.contiguous().view(torch.int32) + (1 << (bits - 1))) & -(1 << bits)).view(torch.float32)
 
 
 @torch.fx.wrap
@@ -251,7 +251,7 @@ def append_positions(
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Append channels to q, k and v (B, heads, T, D) so that ``scale * q @ k.T`` holds the positional scores too.
 
-    float32 and wider take four channels. In half precision the query part is split into a truncated value and its
+    float32 and wider take four channels. In half precision the query part is split into a rounded value and its
     remainder, eight channels in all; v is padded with zeros, for fused kernels want one head dimension. The kernel
     rounds the gradient of the channels to the dtype of q, so the gradients of alpha and delta carry several times the
     rounding noise that a bias of that dtype gives them; those of q, k and v, and the output, carry less.
@@ -259,7 +259,7 @@ def append_positions(
     Args:
         alpha: Sharpness (heads,), already multiplied by the query dropout mask (heads, T) if there is one.
         sq_steps: The grid's largest |p|^2, counted in its smallest step. Where the dtype's significand can't hold it,
-            alpha is truncated, and the remainder channel that becomes free carries the remainder of |p|^2.
+            alpha is rounded, and the remainder channel that becomes free carries the remainder of |p|^2.
 
     Returns:
         q, k and v of shape (B, heads, T, D + 4 or 8).
@@ -270,17 +270,17 @@ def append_positions(
     if half:
         alpha, delta = alpha.float(), delta.float()
         if not key_is_exact:
-            alpha = alpha - (alpha - _truncate(alpha.detach(), q.dtype)).detach()  # straight-through
+            alpha = alpha - (alpha - _round(alpha.detach(), q.dtype)).detach()  # straight-through
     offset = delta.unsqueeze(-1).unsqueeze(-1)  # (heads, 2, 1, 1)
     query = query_basis[0] + offset[:, 0] * query_basis[1] + offset[:, 1] * query_basis[2]
     query = query * alpha.view(alpha.shape[0], -1, 1)  # (heads, T, 4)
     key = key_basis  # (T, 4)
     if half:
-        query_lo = query.detach() - _truncate(query.detach(), q.dtype)
-        query_hi = query - query_lo  # the truncated value, with the gradient of the exact one
+        query_lo = query.detach() - _round(query.detach(), q.dtype)
+        query_hi = query - query_lo  # the rounded value, with the gradient of the exact one
         key_hi = key_lo = key
         if not key_is_exact:
-            key_hi = _truncate(key, q.dtype)
+            key_hi = _round(key, q.dtype)
             query_lo = torch.cat([query_lo[..., :2], query_hi[..., 2:3], query_lo[..., 3:]], dim=-1)
             key_lo = torch.cat([key[:, :2], key[:, 2:3] - key_hi[:, 2:3], key[:, 3:]], dim=-1)
         query, key = torch.cat([query_hi, query_lo], dim=-1), torch.cat([key_hi, key_lo], dim=-1)
