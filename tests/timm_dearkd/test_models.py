@@ -6,9 +6,8 @@ import pytest
 import timm
 import torch
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
-from torch import nn
 
-from timm_dearkd import ConvAttention, DearKD, add_mhca
+from timm_dearkd import ConvAttention
 
 NAMES = [
     'dearkd_tiny_patch16_224', 'dearkd_small_patch16_224', 'dearkd_base_patch16_224', 'dearkd_tiny_patch16_384',
@@ -430,74 +429,3 @@ def test_attention_maps_are_found_by_timm():
 def test_errors(kwargs, message):
     with pytest.raises(ValueError, match=message):
         timm.create_model('dearkd_nano_patch4_32', **kwargs)
-
-
-ANY_VIT = [
-    'vit_tiny_patch16_224', 'deit3_small_patch16_224', 'deit_tiny_distilled_patch16_224',
-    'vit_small_patch14_reg4_dinov2', 'vit_base_patch16_siglip_224', 'test_vit2', 'test_vit3']
-
-
-@pytest.mark.parametrize('name', ANY_VIT)
-def test_add_mhca_keeps_any_vit(name):
-    """With alpha = 0 the outputs are the original's, in training form and in inference form."""
-    original = timm.create_model(name, img_size=56 if '14' in name else 64).eval()
-    model = add_mhca(copy.deepcopy(original), num_blocks=4, alpha=0.)
-    assert type(model) is not type(original) and isinstance(model, type(original))
-    x = torch.randn(2, 3, *original.patch_embed.img_size)
-    expected = original(x)
-    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
-    with torch.no_grad():
-        torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
-        for block in model.blocks[:4]:
-            block.attn.rpe.alpha.fill_(1.)
-        assert not torch.equal(model(x), expected)
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
-        torch.testing.assert_close(other(x), model(x))
-    added = set(model.state_dict()) - set(original.state_dict())
-    assert added == {f'blocks.{i}.attn.rpe.{p}' for i in range(4) for p in ('alpha', 'delta')}
-
-
-def test_add_mhca_refuses_what_it_cannot_convert():
-    with pytest.raises(ValueError, match='not to a ResNet'):
-        add_mhca(timm.create_model('test_resnet'))
-    with pytest.raises(ValueError, match='already'):
-        add_mhca(create())
-    with pytest.raises(ValueError, match='blocks.0'):
-        add_mhca(timm.models.VisionTransformer(
-            img_size=32, patch_size=16, embed_dim=24, depth=2, num_heads=2,
-            block_fn=timm.models.vision_transformer.ParallelThingsBlock), num_blocks=1)
-    mixed = timm.create_model('test_vit')
-    mixed.blocks[1].attn = nn.Identity()
-    with pytest.raises(ValueError, match='blocks.1'):
-        add_mhca(mixed, num_blocks=3)
-    assert not isinstance(mixed.blocks[0].attn, ConvAttention)  # nothing was converted
-
-
-def test_dearkd_from_is_built_saved_and_built_again(tmp_path):
-    model = timm.create_model(
-        'dearkd_from', base='deit3_small_patch16_224', num_mhca_blocks=3, img_size=64, num_classes=5).eval()
-    assert isinstance(model, DearKD) and isinstance(model.blocks[2].attn, ConvAttention)
-    assert not isinstance(model.blocks[3].attn, ConvAttention)
-    assert model.pretrained_cfg['mean'] == timm.models.get_pretrained_cfg('deit3_small_patch16_224').mean
-    with torch.no_grad():
-        model.blocks[1].attn.rpe.alpha.uniform_(0, 1)
-    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
-    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
-    x = torch.randn(1, 3, 64, 64)
-    torch.testing.assert_close(again(x), model(x))
-    assert len([b for b in again.blocks if isinstance(b.attn, ConvAttention)]) == 3
-
-
-def test_dearkd_from_starts_from_the_weights_of_its_base(tmp_path):
-    base = timm.create_model('test_vit', num_classes=4)
-    path = tmp_path / 'base.pth'
-    torch.save(base.state_dict(), path)
-    model = timm.create_model(
-        'dearkd_from', base='test_vit', num_mhca_blocks=2, num_classes=4, alpha=0., pretrained=True,
-        pretrained_cfg_overlay=dict(file=str(path), num_classes=4))
-    assert model.blocks[0].attn.qkv.weight.equal(base.blocks[0].attn.qkv.weight)
-    x = torch.randn(1, 3, 160, 160)
-    torch.testing.assert_close(model.eval()(x), base.eval()(x), atol=1e-5, rtol=1e-4)

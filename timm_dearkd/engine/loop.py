@@ -92,6 +92,19 @@ def _split_losses(result: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     return {name: value for name, value in result.items() if name != 'output'}
 
 
+def _log_progress(
+        head: str,
+        losses: Dict[str, float],
+        lr: float,
+        samples: int,
+        seconds: float,
+        data_time: float,
+) -> None:
+    _logger.info(
+        f'{head}  {_format_losses(losses)}  LR: {lr:.3e}  {samples / seconds:.1f} img/s  '
+        f'Data: {100. * data_time / seconds:.0f}%')
+
+
 def train_one_epoch(
         epoch: int,
         task: TrainingTask,
@@ -153,11 +166,9 @@ def train_one_epoch(
                     on_update(update, last)
                 if last or update % log_interval == 0 or done == 1:
                     losses = meter.means()
-                    seconds = time.perf_counter() - start
-                    _logger.info(
-                        f'{label} [{update:>4d}/{num_updates} ({100. * update / num_updates:>3.0f}%)]  '
-                        f'{_format_losses(losses)}  LR: {mean_lr(step.optimizer):.3e}  '
-                        f'{samples / seconds:.1f} img/s  Data: {100. * data_time / seconds:.0f}%')
+                    _log_progress(
+                        f'{label} [{update:>4d}/{num_updates} ({100. * update / num_updates:>3.0f}%)]', losses,
+                        mean_lr(step.optimizer), samples, time.perf_counter() - start, data_time)
                     if on_log is not None:
                         on_log(update, images)
             end = time.perf_counter()
