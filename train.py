@@ -36,6 +36,7 @@ from timm.utils import get_outdir, random_seed, setup_default_logging, trim_summ
 import timm_dearkd  # noqa: F401  registers the architectures
 from distill_hooks import DearKDTask, TwoStageSchedule, has_content_tokens
 from timm_dearkd.engine.data import (
+    ClassFraction,
     check_img_size,
     check_labels,
     class_names,
@@ -51,6 +52,8 @@ from timm_dearkd.engine.options import build_config_parser, build_parser, check_
 from timm_dearkd.engine.output import AtomicCheckpointSaver, export_model, save_images, save_recovery, write_text
 
 _logger = logging.getLogger('train')
+
+DEFAULT_OUTPUT = os.path.join('.', 'output', 'train')
 
 config_parser = build_config_parser()
 parser = build_parser()
@@ -69,6 +72,10 @@ def prepare(argv: Optional[Sequence[str]] = None) -> Callable[[], None]:
     setup_default_logging()
     args, args_text = _parse_args(argv)
     check_args(args)
+    auto_resume = args.resume == 'auto'
+    if auto_resume:
+        last = os.path.join(args.output or DEFAULT_OUTPUT, args.experiment, 'last.pth.tar')
+        args.resume = last if os.path.isfile(last) else ''
     device = select_device(args.device)
     random_seed(args.seed)
     if args.fast_norm:
@@ -91,17 +98,24 @@ def prepare(argv: Optional[Sequence[str]] = None) -> Callable[[], None]:
     lr_scheduler, num_epochs = create_scheduler(args, optimizer, len(loader_train), start_epoch)
     if isinstance(task, DearKDTask):
         task.schedule = create_schedule(args, num_epochs)
-    if start_epoch >= num_epochs:
-        raise ValueError(f'Nothing to train: the run has {num_epochs} epochs, and {start_epoch} are done.')
+    stop_epoch = num_epochs if args.stop_epoch is None else args.stop_epoch
+    for name, epochs in (('stop-epoch', [stop_epoch]), ('save-epochs', args.save_epochs)):
+        if not all(1 <= epoch <= num_epochs for epoch in epochs):
+            raise ValueError(f'--{name} is {epochs[0]}, expected 1 to {num_epochs}, the epochs of the run.')
+    if start_epoch >= stop_epoch and auto_resume:
+        _logger.info(f'{args.experiment} has its {start_epoch} epochs already. It is left as it is.')
+        return lambda: None
+    if start_epoch >= stop_epoch:
+        raise ValueError(f'Nothing to train: the run ends after epoch {stop_epoch}, and {start_epoch} are done.')
 
     saver = create_output(args, args_text, model, data_config, task, optimizer, precision)
     trim_summary(os.path.join(saver.checkpoint_dir, 'summary.csv'), start_epoch)
-    _logger.info(f'Training for {num_epochs - start_epoch} epochs of {num_epochs}. Output: {saver.checkpoint_dir}')
+    _logger.info(f'Training for {stop_epoch - start_epoch} epochs of {num_epochs}. Output: {saver.checkpoint_dir}')
     export = partial(
         export_model, folder=saver.checkpoint_dir, data_config=data_config, label_names=class_names(train_set))
     return partial(
         fit, args, task, optimizer, lr_scheduler, precision, loader_train, loader_eval, saver, export,
-        range(start_epoch, num_epochs))
+        range(start_epoch, stop_epoch))
 
 
 def fit(args, task, optimizer, lr_scheduler, precision, loader_train, loader_eval, saver, export, epochs) -> None:
@@ -134,7 +148,8 @@ def fit(args, task, optimizer, lr_scheduler, precision, loader_train, loader_eva
             lr = mean_lr(optimizer)  # the epoch's own, before the scheduler moves on
 
             metrics: Dict[str, Any] = {}
-            if loader_eval is not None and ((epoch + 1) % args.val_interval == 0 or epoch + 1 == epochs.stop):
+            is_due = (epoch + 1) % args.val_interval == 0 or epoch + 1 == epochs.stop or epoch + 1 in args.save_epochs
+            if loader_eval is not None and is_due:
                 for ema in (False, True) if use_ema else (False,):
                     metrics = validate(
                         task.get_eval_model(ema=ema), loader_eval, task.create_evaluator(), precision,
@@ -151,6 +166,8 @@ def fit(args, task, optimizer, lr_scheduler, precision, loader_train, loader_eva
                 os.path.join(output_dir, 'summary.csv'), lr=lr)
             results.append({'epoch': epoch, 'train': row, **({'validation': metrics} if metrics else {})})
             _, best_epoch = saver.save_checkpoint(epoch, metric=metric)
+            if epoch + 1 in args.save_epochs:
+                saver.save_milestone(epoch + 1)
             if best_epoch == epoch:
                 export(task.get_eval_model(ema=use_ema))
     except KeyboardInterrupt:
@@ -195,6 +212,10 @@ def open_datasets(args) -> Tuple[Any, Any]:
     train_set = open_dataset(
         args.dataset, root, args.train_split, is_training=True,
         repeats=args.epoch_repeats, num_samples=args.train_num_samples, **common)
+    if args.train_fraction < 1.:
+        train_set = ClassFraction(
+            train_set, args.train_fraction, args.fraction_seed, keep_length=args.fraction_keep == 'steps')
+        _logger.info(f'Training on {len(train_set.indices)} images, {100 * args.train_fraction:g} % of every class.')
     if not args.val_split:
         args.eval_metric = 'loss'
         return train_set, None
@@ -210,6 +231,8 @@ def create_student(args, train_set, device: torch.device) -> Tuple[nn.Module, Di
     if args.num_classes is None and names:
         args.num_classes = len(names)
         _logger.info(f'--num-classes not given: {args.num_classes}, as the data set has.')
+    overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else {}
+    overlay.update(args.pretrained_cfg_overlay)
     overrides = dict(
         num_classes=args.num_classes,
         drop_rate=args.drop,
@@ -219,14 +242,14 @@ def create_student(args, train_set, device: torch.device) -> Tuple[nn.Module, Di
         bn_momentum=args.bn_momentum,
         bn_eps=args.bn_eps,
         rpe_drop_rate=args.dearkd_rpe_drop,
-        pretrained_cfg_overlay=dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else None,
+        pretrained_cfg_overlay=overlay or None,
     )
     try:
         kwargs = resolve_model_input_args(args.model, vars(args), **{**overrides, **args.model_kwargs})
         if args.dearkd_rpe_drop is not None and 'dearkd' not in kwargs['model_name']:
             raise ValueError('--dearkd-rpe-drop needs MHCA blocks. Use a dearkd_* model.')
-        if args.pretrained_path:
-            kwargs['pretrained_cfg_overlay'] = overrides['pretrained_cfg_overlay']
+        if overlay:
+            kwargs['pretrained_cfg_overlay'] = overlay
         model = create_model(
             kwargs.pop('model_name'),
             pretrained=args.pretrained or bool(args.pretrained_path),
@@ -448,7 +471,7 @@ def create_output(args, args_text: str, model, data_config, task, optimizer, pre
     """The output folder with `args.yaml`, and the saver that writes into it."""
     name = args.experiment or '-'.join([
         datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(data_config['input_size'][-1])])
-    output_dir = get_outdir(args.output or os.path.join('.', 'output', 'train'), name)
+    output_dir = get_outdir(args.output or DEFAULT_OUTPUT, name)
     write_text(output_dir, 'args.yaml', args_text)
     saver = AtomicCheckpointSaver(
         model=model,

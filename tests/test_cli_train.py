@@ -125,6 +125,34 @@ def test_resume_continues_the_run(run, train_cli, teacher, tmp_path):
     assert {int(state['step']) for state in optimizer['state'].values()} >= {8 * 6}
 
 
+def test_stop_milestones_and_automatic_resuming(train_cli, teacher, tmp_path):
+    """A run that stops, goes on by itself, and is left as it is when it is done, is the run that never stopped."""
+    common = ['--kd-model-name', f'local-dir:{teacher}', '--epochs', '4', '--val-interval', '3', '--save-epochs', '2',
+              '--output', tmp_path, '--resume', 'auto', '--experiment']
+    for _ in range(2):
+        result = train_cli(*common, 'stopped', '--stop-epoch', '2')
+        assert result.returncode == 0, result.stderr
+    assert 'left as it is' in result.stderr
+    assert [row['epoch'] for row in rows(tmp_path / 'stopped')] == ['0', '1']
+    assert torch.load(tmp_path / 'stopped' / 'milestone-2.pth.tar', weights_only=False)['epoch'] == 1
+    for name in ('stopped', 'whole'):
+        result = train_cli(*common, name)
+        assert result.returncode == 0, result.stderr
+    stopped, whole = rows(tmp_path / 'stopped'), rows(tmp_path / 'whole')
+    assert [row['lr'] for row in stopped] == [row['lr'] for row in whole]
+    assert [row['train_stage'] for row in stopped] == [row['train_stage'] for row in whole]
+    assert [bool(row['eval_top1']) for row in whole] == [False, True, True, True]
+
+
+def test_train_fraction(train_cli, tmp_path):
+    for keep, batches in (('epochs', 1), ('steps', 6)):
+        result = train_cli(
+            '--train-fraction', '0.25', '--fraction-keep', keep, '--epochs', '1', '--output', tmp_path,
+            '--experiment', keep)
+        assert result.returncode == 0, result.stderr
+        assert 'Training on 12 images' in result.stderr and f'/{batches} (100%)]' in result.stderr
+
+
 @pytest.mark.parametrize('args', [
     ['--kd-distill-type', 'logit'],
     ['--kd-distill-type', 'feature'],
@@ -246,6 +274,9 @@ ERRORS = {
     'mixup': (['--mixup', '0.5', '--batch-size', '7'], 'Make it even'),
     'compiler': (['--torchcompile', 'x'], 'expected one of'),
     'other run': (['--resume', 'FILE'], 'does not fit this run'),
+    'stop': (['--stop-epoch', '3'], 'expected 1 to 2'),
+    'auto': (['--resume', 'auto', '--experiment', ''], 'needs --experiment'),
+    'fraction': (['--train-fraction', '0'], 'expected a share above 0'),
     'no epochs': (['--start-epoch', '2'], 'Nothing to train'),
     'output': (['--output', '/proc/x'], '/proc'),
     'size': (['--model', 'dearkd_nano_patch4_32', '--input-size', '3', '64', '64'], 'Conflicting input image sizes'),

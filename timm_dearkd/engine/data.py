@@ -4,6 +4,7 @@ import os
 from functools import partial
 from typing import Any, Callable, Dict, List, Optional
 
+import numpy as np
 import torch
 import torch.nn as nn
 from PIL import Image
@@ -12,7 +13,7 @@ from timm.models import get_model_input_config
 from torchvision.transforms import Compose
 
 __all__ = [
-    'DeviceLoader', 'check_img_size', 'check_labels', 'class_names', 'create_eval_loader',
+    'ClassFraction', 'DeviceLoader', 'check_img_size', 'check_labels', 'class_names', 'create_eval_loader',
     'create_train_loader', 'open_dataset', 'open_eval_dataset', 'set_image_mode',
 ]
 
@@ -74,8 +75,59 @@ def open_eval_dataset(train_set, name: str, root: Optional[str], split: str, cla
     return dataset
 
 
+class ClassFraction(torch.utils.data.Dataset):
+    """The same share of every class of a data set, for training on little data.
+
+    The images are the first ones of a permutation per class, so that a smaller share is part of a larger one.
+
+    Args:
+        dataset: A map-style data set that knows its labels without opening the images.
+        fraction: Share of each class, rounded, at least one image.
+        seed: Seed of the permutations.
+        keep_length: Repeat the images until there are as many as before, so that an epoch has as many steps.
+
+    Raises:
+        ValueError: A data set that does not list its labels.
+    """
+
+    def __init__(self, dataset, fraction: float, seed: int = 0, keep_length: bool = False) -> None:
+        samples = getattr(getattr(dataset, 'reader', None), 'samples', None)
+        labels = [label for _, label in samples] if samples is not None else getattr(dataset, 'targets', None)
+        if labels is None:
+            raise ValueError(
+                '--train-fraction needs a data set that lists its labels: an image folder, or one of torchvision.')
+        labels = np.asarray(labels)
+        kept = []
+        for label in np.unique(labels):
+            members = np.random.default_rng((seed, int(label))).permutation(np.flatnonzero(labels == label))
+            kept.append(members[:max(1, round(fraction * len(members)))])
+        self.indices = np.sort(np.concatenate(kept))
+        self.dataset = dataset
+        self.length = len(labels) if keep_length else len(self.indices)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int):
+        return self.dataset[int(self.indices[index % len(self.indices)])]
+
+    @property
+    def transform(self):
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform) -> None:
+        self.dataset.transform = transform
+
+    def __getattr__(self, name: str):
+        if name.startswith('__') or name == 'dataset':
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
 def set_image_mode(dataset, mode: str) -> None:
     """Let a timm data set hand out images in this PIL mode."""
+    dataset = dataset.dataset if isinstance(dataset, ClassFraction) else dataset
     for source in (dataset, getattr(dataset, 'reader', dataset)):
         if hasattr(source, 'input_img_mode'):
             source.input_img_mode = mode

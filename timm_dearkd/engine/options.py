@@ -101,6 +101,10 @@ def _add_data(group) -> None:
     add('--val-split', default='validation')
     add('--train-num-samples', type=int)
     add('--val-num-samples', type=int)
+    add('--train-fraction', type=float, default=1., help='train on this share of every class, always the same images')
+    add('--fraction-seed', type=int, default=0, help='which images those are')
+    add('--fraction-keep', default='epochs', choices=('epochs', 'steps'),
+        help='with fewer images, train for as many epochs, or for as many steps as with all of them')
     add('--dataset-download', action='store_true')
     add('--class-map', default='', metavar='FILE')
     add('--input-img-mode', help='image mode, RGB or L (by the number of channels)')
@@ -119,8 +123,11 @@ def _add_model(group) -> None:
     add('--model', default='resnet50', metavar='NAME')
     add('--pretrained', action='store_true', help='start from pretrained weights')
     add('--pretrained-path', metavar='FILE', help='start from this file as if it were the pretrained weights')
+    add('--pretrained-cfg-overlay', nargs='*', default={}, action=_ParseKwargs,
+        help='change entries of the pretrained configuration')
     add('--initial-checkpoint', default='', metavar='FILE', help='load into the model after it is made')
-    add('--resume', default='', metavar='FILE', help='continue a run from its checkpoint')
+    add('--resume', default='', metavar='FILE',
+        help="continue a run from its checkpoint; 'auto': go on in the folder of --experiment, or start there")
     add('--no-resume-opt', action='store_true', help='but with a fresh optimizer')
     add('--num-classes', type=int, help="number of classes (those of the image folder, else the model's)")
     add('--gp', help='global pooling')
@@ -191,6 +198,7 @@ def _add_schedule(group) -> None:
     add('--epochs', type=int, default=300)
     add('--epoch-repeats', type=float, default=0.)
     add('--start-epoch', type=int)
+    add('--stop-epoch', type=int, metavar='N', help='stop after N epochs; schedules stay those of the whole run')
     add('--decay-milestones', type=int, nargs='+', default=[90, 180, 270])
     add('--decay-epochs', type=float, default=90)
     add('--warmup-epochs', type=int, default=5)
@@ -259,6 +267,8 @@ def _add_run(group) -> None:
     add('--log-interval', type=int, default=50, metavar='N')
     add('--val-interval', type=int, default=1, metavar='N')
     add('--recovery-interval', type=int, default=0, metavar='N')
+    add('--save-epochs', type=int, nargs='+', default=[], metavar='N',
+        help='evaluate after N epochs, and keep that checkpoint as milestone-N')
     add('--checkpoint-hist', type=int, default=10, metavar='N')
     add('--eval-metric', default='top1')
     add('--save-images', action='store_true', help='write the training batches of the log lines')
@@ -351,9 +361,13 @@ def check_args(args: argparse.Namespace) -> None:
     for key in _AT_LEAST_ONE:
         if getattr(args, key) < 1:
             raise ValueError(f'{flag(key)} is {getattr(args, key)}, expected 1 or more.')
+    if args.resume == 'auto' and not args.experiment:
+        raise ValueError('--resume auto goes on in the folder of the run, so it needs --experiment NAME.')
     for key in _FILES:
-        if getattr(args, key) and not os.path.isfile(getattr(args, key)):
+        if getattr(args, key) and getattr(args, key) != 'auto' and not os.path.isfile(getattr(args, key)):
             raise FileNotFoundError(f'{flag(key)}: no file {getattr(args, key)!r}.')
+    if not 0. < args.train_fraction <= 1.:
+        raise ValueError(f'--train-fraction is {args.train_fraction}, expected a share above 0, 1 at the most.')
     if args.amp and args.model_dtype not in (None, 'float32'):
         raise ValueError('--amp keeps the weights in float32. Leave out --model-dtype, or --amp.')
     if args.batch_size % 2 and (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):

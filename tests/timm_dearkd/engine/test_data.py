@@ -8,6 +8,7 @@ from PIL import Image
 from torchvision.datasets import FakeData
 
 from timm_dearkd.engine.data import (
+    ClassFraction,
     check_labels,
     class_names,
     create_eval_loader,
@@ -77,6 +78,40 @@ def test_torchvision_sets_are_converted_to_the_channels_asked_for(in_chans, mode
     images, _ = next(iter(loader))
     assert images.shape == (4, in_chans, 32, 32)
     torch.testing.assert_close(images, torch.full_like(images, (128 / 255 - 0.5) / 0.25))
+
+
+def test_fractions_are_balanced_nested_and_always_the_same(image_folder):
+    def kept(fraction, **kwargs):
+        dataset = open_dataset('', str(image_folder), 'train')
+        return ClassFraction(dataset, fraction, **kwargs)
+
+    for fraction, per_class in ((0.01, 1), (0.25, 4), (0.5, 8), (1., 16)):
+        labels = [label for _, label in kept(fraction)]
+        assert labels == [0] * per_class + [1] * per_class + [2] * per_class
+    names = [{str(kept(f).reader.samples[i][0]) for i in kept(f).indices} for f in (0.25, 0.5)]
+    assert names[0] < names[1]
+    assert kept(0.25).indices.tolist() == kept(0.25).indices.tolist() != kept(0.25, seed=1).indices.tolist()
+    repeated = kept(0.25, keep_length=True)
+    assert len(repeated) == 48
+    assert sorted(label for _, label in repeated) == [0] * 16 + [1] * 16 + [2] * 16
+
+
+def test_fractions_behave_as_the_data_set_does(image_folder):
+    """Class names, image mode and transforms reach through; torchvision's sets have fractions too."""
+    dataset = ClassFraction(open_dataset('', str(image_folder), 'train'), 0.5)
+    assert class_names(dataset) == ['blue sky', 'grass', 'rust']
+    set_image_mode(dataset, 'L')
+    loader = create_train_loader(dataset, config(in_chans=1), 6, CPU, num_workers=1)
+    images, _ = next(iter(loader))
+    assert images.shape == (6, 1, 32, 32) and len(loader) == 4
+
+    class Labelled(FakeData):
+        targets = [0, 1] * 8
+
+    loader = create_train_loader(ClassFraction(Labelled(size=16), 0.25), config(), 4, CPU, num_workers=0)
+    assert next(iter(loader))[0].shape == (4, 3, 32, 32)
+    with pytest.raises(ValueError, match='lists its labels'):
+        ClassFraction(FakeData(size=4), 0.5)
 
 
 def test_image_mode(image_folder):
