@@ -30,7 +30,7 @@ class BiasAttention(ConvAttention):
 
     def forward(self, x, attn_mask=None, is_causal=False):
         B, T, _ = x.shape
-        q, k, v = self._qkv(x)
+        q, k, v = self._qkv(x).permute(2, 0, 3, 1, 4).unbind(0)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.rpe().to(q.dtype).unsqueeze(0), scale=self.scale)
         return self.proj(x.transpose(1, 2).reshape(B, T, self.attn_dim))
 

@@ -4,7 +4,7 @@ Paper: `DearKD: Data-Efficient Early Knowledge Distillation for Vision Transform
 https://arxiv.org/abs/2204.12997, equations 2 and 3.
 """
 import math
-from typing import Optional, Tuple
+from typing import Final, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -205,26 +205,45 @@ class AdaptiveRelPos(nn.Module):
         return scores
 
 
-class _AppendChannels(torch.autograd.Function):
-    """Concatenate channels that all images share, (heads, T, C), to tokens (B, heads, T, D).
+def _append(
+        qkv: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Append channels of queries (heads, T, C) and keys (T, C), the same for all images, to qkv (B, T, 3, heads, D).
 
-    `torch.cat` would do, but it sums the gradient of the channels over the images in the tokens' precision.
+    Values get zeros, for fused kernels want one head dimension. Returns q, k and v, (B, heads, T, D + C).
+    """
+    query = query.transpose(0, 1)  # (T, heads, C)
+    key = key.unsqueeze(1).expand_as(query)
+    channels = torch.stack([query, key, torch.zeros_like(query)], dim=1).to(qkv.dtype)  # (T, 3, heads, C)
+    qkv = torch.cat([qkv, channels.unsqueeze(0).expand(qkv.shape[0], -1, -1, -1, -1)], dim=-1)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+class _Append(torch.autograd.Function):
+    """`_append` with a better backward.
+
+    It sums the gradient of the channels over the images in float32 instead of the tokens' dtype, and hands back the
+    gradient of qkv with one copy where autograd makes two.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(tokens: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
-        return torch.cat([tokens, channels.to(tokens.dtype).expand(tokens.shape[0], -1, -1, -1)], dim=-1)
+    def forward(qkv: torch.Tensor, query: torch.Tensor, key: torch.Tensor):
+        return _append(qkv, query, key)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        tokens, channels = inputs
-        ctx.dim, ctx.dtype = tokens.shape[-1], channels.dtype
+        qkv, query, _ = inputs
+        ctx.dim, ctx.dtype = qkv.shape[-1], query.dtype
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        return grad[..., :ctx.dim], grad[..., ctx.dim:].sum(dim=0, dtype=ctx.dtype)
+    def backward(ctx, *grads: torch.Tensor):
+        grad_qkv = torch.stack([grad[..., :ctx.dim].transpose(1, 2) for grad in grads], dim=2)
+        return grad_qkv, grads[0][..., ctx.dim:].sum(dim=0, dtype=ctx.dtype), None
 
 
 def _round(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -239,9 +258,7 @@ def _round(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 @torch.fx.wrap
 @register_notrace_function
 def append_positions(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        qkv: torch.Tensor,
         alpha: torch.Tensor,
         delta: torch.Tensor,
         query_basis: torch.Tensor,
@@ -249,49 +266,45 @@ def append_positions(
         scale: float,
         sq_steps: int,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Append channels to q, k and v (B, heads, T, D) so that ``scale * q @ k.T`` holds the positional scores too.
+    """Split qkv (B, T, 3, heads, D), with channels appended so that ``scale * q @ k.T`` has the positional scores too.
 
     float32 and wider take four channels. In half precision the query part is split into a rounded value and its
-    remainder, eight channels in all; v is padded with zeros, for fused kernels want one head dimension. The kernel
-    rounds the gradient of the channels to the dtype of q, so the gradients of alpha and delta carry several times the
-    rounding noise that a bias of that dtype gives them; those of q, k and v, and the output, carry less.
+    remainder, eight channels in all. The kernel rounds the gradient of the channels to that precision, so the gradients
+    of alpha and delta carry several times the rounding noise that a bias of that dtype gives them; those of q, k and v,
+    and the output, carry less.
 
     Args:
-        alpha: Sharpness (heads,), already multiplied by the query dropout mask (heads, T) if there is one.
+        alpha: Sharpness (heads,), or (heads, T) with a dropout of query tokens in it.
         sq_steps: The grid's largest |p|^2, counted in its smallest step. Where the dtype's significand can't hold it,
             alpha is rounded, and the remainder channel that becomes free carries the remainder of |p|^2.
 
     Returns:
         q, k and v of shape (B, heads, T, D + 4 or 8).
     """
-    half = q.dtype == torch.float16 or q.dtype == torch.bfloat16
-    key_is_exact = sq_steps <= (256 if q.dtype == torch.bfloat16 else 2048)
+    dtype = qkv.dtype
+    half = dtype == torch.float16 or dtype == torch.bfloat16
+    key_is_exact = sq_steps <= (256 if dtype == torch.bfloat16 else 2048)
     alpha = alpha / scale
     if half:
         alpha, delta = alpha.float(), delta.float()
         if not key_is_exact:
-            alpha = alpha - (alpha - _round(alpha.detach(), q.dtype)).detach()  # straight-through
+            alpha = alpha - (alpha - _round(alpha.detach(), dtype)).detach()  # straight-through
     offset = delta.unsqueeze(-1).unsqueeze(-1)  # (heads, 2, 1, 1)
     query = query_basis[0] + offset[:, 0] * query_basis[1] + offset[:, 1] * query_basis[2]
     query = query * alpha.view(alpha.shape[0], -1, 1)  # (heads, T, 4)
     key = key_basis  # (T, 4)
     if half:
-        query_lo = query.detach() - _round(query.detach(), q.dtype)
+        query_lo = query.detach() - _round(query.detach(), dtype)
         query_hi = query - query_lo  # the rounded value, with the gradient of the exact one
         key_hi = key_lo = key
         if not key_is_exact:
-            key_hi = _round(key, q.dtype)
+            key_hi = _round(key, dtype)
             query_lo = torch.cat([query_lo[..., :2], query_hi[..., 2:3], query_lo[..., 3:]], dim=-1)
             key_lo = torch.cat([key[:, :2], key[:, 2:3] - key_hi[:, 2:3], key[:, 3:]], dim=-1)
         query, key = torch.cat([query_hi, query_lo], dim=-1), torch.cat([key_hi, key_lo], dim=-1)
-    B, H, T, _ = q.shape
-    k = torch.cat([k, key.to(k.dtype).expand(B, H, T, key.shape[-1])], dim=-1)
     if torch.jit.is_scripting() or torch.jit.is_tracing():
-        q = torch.cat([q, query.to(q.dtype).expand(B, H, T, query.shape[-1])], dim=-1)
-    else:
-        q = _AppendChannels.apply(q, query)
-    v = F.pad(v, [0, key.shape[-1]])
-    return q, k, v
+        return _append(qkv, query, key)
+    return _Append.apply(qkv, query, key)
 
 
 class ConvAttention(Attention):
@@ -309,6 +322,8 @@ class ConvAttention(Attention):
         rpe_drop_mode: 'element' or 'query', see `AdaptiveRelPos`.
     """
 
+    qk_norm: Final[bool]
+
     def __init__(
             self,
             dim: int,
@@ -322,6 +337,7 @@ class ConvAttention(Attention):
             **kwargs,
     ) -> None:
         super().__init__(dim, num_heads, device=device, dtype=dtype, **kwargs)
+        self.qk_norm = not isinstance(self.q_norm, nn.Identity)
         self.rpe = AdaptiveRelPos(
             num_heads,
             grid_size,
@@ -351,6 +367,7 @@ class ConvAttention(Attention):
         )
         for name, module in attn.named_children():
             setattr(mhca, name, module)
+        mhca.qk_norm = not isinstance(attn.q_norm, nn.Identity)  # type: ignore[misc]
         mhca.scale = attn.scale
         mhca.fused_attn = attn.fused_attn  # type: ignore[misc]
         mhca.rpe = AdaptiveRelPos(
@@ -364,17 +381,20 @@ class ConvAttention(Attention):
         )
         return mhca.train(attn.training)
 
-    def _qkv(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values of the tokens (B, T, dim), each (B, heads, T, head_dim)."""
+    def _qkv(self, x: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values of the tokens (B, T, dim): (B, T, 3, heads, head_dim)."""
         B, T, _ = x.shape
         _assert(
             self.rpe.key_basis.shape[0] == T,
             'The number of tokens does not match the token grid of MHCA. Call set_input_size() on the model, or'
             ' rpe.set_grid_size(rows, columns) on a ConvAttention used alone.',
         )
-        qkv = self.qkv(x).reshape(B, T, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        return self.q_norm(q), self.k_norm(k), v
+        qkv = self.qkv(x).reshape(B, T, 3, self.num_heads, self.head_dim)
+        if self.qk_norm:
+            q, k, v = qkv.unbind(2)
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast norms in float32
+            qkv = torch.stack([q, k, v], dim=2)
+        return qkv
 
     def _scores_are_constant(self) -> bool:
         """Whether this call is inference on the CPU, where a bias computed once is the cheapest form."""
@@ -416,16 +436,15 @@ class ConvAttention(Attention):
         """
         B, T, _ = x.shape
         gate = self.gate(x).sigmoid() if self.gate is not None else None
-        q, k, v = self._qkv(x)
+        qkv = self._qkv(x)
         rpe = self.rpe
 
         if self.fused_attn and not (rpe.needs_scores() or self._scores_are_constant()):
-            q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves the output of a q_norm in float32
             alpha = rpe.alpha.unsqueeze(1)
             if rpe.dropout_active():
                 alpha = alpha * rpe.query_dropout()
             q, k, v = append_positions(
-                q, k, v, alpha, rpe.delta, rpe.query_basis, rpe.key_basis, self.scale, rpe.sq_steps)
+                qkv, alpha, rpe.delta, rpe.query_basis, rpe.key_basis, self.scale, rpe.sq_steps)
             x = F.scaled_dot_product_attention(
                 q, k, v,
                 attn_mask=attn_mask,
@@ -434,6 +453,7 @@ class ConvAttention(Attention):
                 scale=self.scale,
             )[..., :self.head_dim]
         elif self.fused_attn:
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
             scores = self._scores(q.dtype)
             mask = resolve_self_attn_mask(T, scores, attn_mask, is_causal)
             x = F.scaled_dot_product_attention(
@@ -443,6 +463,7 @@ class ConvAttention(Attention):
                 scale=self.scale,
             )
         else:
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
             attn = (q * self.scale) @ k.transpose(-2, -1) + self._scores(q.dtype)
             attn = maybe_add_mask(attn, resolve_self_attn_mask(T, attn, attn_mask, is_causal))
             attn = attn.softmax(dim=-1)
@@ -466,7 +487,7 @@ class ConvAttention(Attention):
         Returns:
             Content scores (B, heads, T, T), positional scores (heads, T, T) without dropout, and their sum.
         """
-        q, k, _ = self._qkv(x)
+        q, k, _ = self._qkv(x).permute(2, 0, 3, 1, 4).unbind(0)
         content = (q * self.scale) @ k.transpose(-2, -1)
         position = self.rpe.offset_scores(self.rpe.alpha, self.rpe.delta).to(content.dtype)
         return content, position, content + position

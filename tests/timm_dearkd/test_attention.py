@@ -94,7 +94,8 @@ def attend(form, q, k, v, alpha, delta, rpe, weight, dtype):
         mask = rpe.offset_scores(alpha, delta).to(dtype).unsqueeze(0)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     else:
-        appended = append_positions(q, k, v, alpha, delta, rpe.query_basis, rpe.key_basis, scale, rpe.sq_steps)
+        qkv = torch.stack([t.transpose(1, 2) for t in (q, k, v)], dim=2)
+        appended = append_positions(qkv, alpha, delta, rpe.query_basis, rpe.key_basis, scale, rpe.sq_steps)
         out = F.scaled_dot_product_attention(*appended, scale=scale)[..., :v.shape[-1]]
     (out.double() * weight).sum().backward()
     return [out.detach().double()] + [t.grad.double() for t in inputs]
@@ -133,15 +134,15 @@ def test_compiler_keeps_the_remainders(grid_size):
     rpe = AdaptiveRelPos(2, grid_size)
     randomize(rpe)
     num_tokens = grid_size[0] * grid_size[1] + 1
-    q = torch.zeros(1, 2, num_tokens, 8, dtype=torch.bfloat16)
+    qkv = torch.zeros(1, num_tokens, 3, 2, 8, dtype=torch.bfloat16)
 
-    def scores(q, alpha, delta):
-        q, k, _ = append_positions(q, q, q, alpha, delta, rpe.query_basis, rpe.key_basis, 1., rpe.sq_steps)
+    def scores(qkv, alpha, delta):
+        q, k, _ = append_positions(qkv, alpha, delta, rpe.query_basis, rpe.key_basis, 1., rpe.sq_steps)
         return q.float() @ k.float().transpose(-2, -1)
 
     with torch.no_grad():
-        expected = scores(q, rpe.alpha, rpe.delta)
-        out = torch.compile(scores, backend='inductor')(q, rpe.alpha, rpe.delta)
+        expected = scores(qkv, rpe.alpha, rpe.delta)
+        out = torch.compile(scores, backend='inductor')(qkv, rpe.alpha, rpe.delta)
     torch.testing.assert_close(out, expected, atol=1e-3, rtol=1e-5)
     near = eq2_error(expected[0], rpe)
     assert near < 0.02
@@ -159,8 +160,8 @@ def test_float16_does_not_overflow():
     rpe = AdaptiveRelPos(1, (64, 64))
     with torch.no_grad():
         rpe.alpha.fill_(20.)
-    q = torch.zeros(1, 1, 4097, 64, dtype=torch.float16)
-    q, k, v = append_positions(q, q, q, rpe.alpha, rpe.delta, rpe.query_basis, rpe.key_basis, 0.125, rpe.sq_steps)
+    qkv = torch.zeros(1, 4097, 3, 1, 64, dtype=torch.float16)
+    q, k, v = append_positions(qkv, rpe.alpha, rpe.delta, rpe.query_basis, rpe.key_basis, 0.125, rpe.sq_steps)
     assert q.isfinite().all() and k.isfinite().all()
 
 

@@ -109,6 +109,8 @@ class ClassFraction(torch.utils.data.Dataset):
         return self.length
 
     def __getitem__(self, index: int):
+        if not 0 <= index < self.length:
+            raise IndexError(index)  # what ends an iteration
         return self.dataset[int(self.indices[index % len(self.indices)])]
 
     @property

@@ -284,7 +284,7 @@ def _config_argv(config: Dict[str, Any], parser: argparse.ArgumentParser) -> Lis
             if value:  # timm's own args.yaml lists every flag it has, mostly unset
                 _logger.warning(f'Unknown option {key!r} in the configuration file, ignored.')
             continue
-        if value is None or value is False and action.nargs == 0:
+        if value is None or value == [] or value is False and action.nargs == 0:
             continue
         flag = action.option_strings[-1] if action.option_strings else '--data-dir'
         if action.nargs == 0:
