@@ -4,16 +4,13 @@ VENV ?= .venv
 INSTALLED = $(VENV)/.installed
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: demo test test-slow lint bench install clean
+.PHONY: demo test lint bench install clean
 
 demo: $(INSTALLED)
 	sh examples/digits.sh
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -m "not slow"
-
-test-slow: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

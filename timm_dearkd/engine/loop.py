@@ -3,7 +3,7 @@ import contextlib
 import logging
 import sys
 import time
-from typing import Any, Callable, Dict, Iterable, Iterator, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterable, Iterator, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -92,6 +92,13 @@ def _split_losses(result: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     return {name: value for name, value in result.items() if name != 'output'}
 
 
+def _accumulation(batch: int, num_batches: int, steps: int) -> Tuple[int, int, bool]:
+    """Which update (from 1) a batch (from 0) belongs to, how many batches that adds up, and if this completes it."""
+    update = batch // steps + 1
+    size = min(steps, num_batches - (update - 1) * steps)
+    return update, size, batch + 1 == num_batches or (batch + 1) % steps == 0
+
+
 def _log_progress(
         head: str,
         losses: Dict[str, float],
@@ -141,7 +148,6 @@ def train_one_epoch(
     task.train()
     meter, num_batches = LossMeter(), len(loader)
     num_updates = -(-num_batches // grad_accum_steps)
-    last_accum = num_batches % grad_accum_steps or grad_accum_steps
     start = end = time.perf_counter()
     samples, data_time, losses = 0, 0., {}
     step.optimizer.zero_grad()
@@ -152,13 +158,12 @@ def train_one_epoch(
                 images = images.contiguous(memory_format=torch.channels_last)
             with precision.autocast():
                 result = task(images, target)
-            update, last = i // grad_accum_steps + 1, i + 1 == num_batches
-            is_update = last or (i + 1) % grad_accum_steps == 0
-            step(result['loss'] / (last_accum if update == num_updates else grad_accum_steps), is_update)
+            update, size, is_update = _accumulation(i, num_batches, grad_accum_steps)
+            step(result['loss'] / size, is_update)
             meter.update({name: value for name, value in result.items() if name != 'output'}, images.shape[0])
             samples += images.shape[0]
             if is_update:
-                done = epoch * num_updates + update
+                done, last = epoch * num_updates + update, update == num_updates
                 task.update_ema(step=done)
                 if lr_scheduler is not None:
                     lr_scheduler.step_update(num_updates=done, metric=None)
