@@ -248,8 +248,6 @@ def create_student(args, train_set, device: torch.device) -> Tuple[nn.Module, Di
         kwargs = resolve_model_input_args(args.model, vars(args), **{**overrides, **args.model_kwargs})
         if args.dearkd_rpe_drop is not None and 'dearkd' not in kwargs['model_name']:
             raise ValueError('--dearkd-rpe-drop needs MHCA blocks. Use a dearkd_* model.')
-        if overlay:
-            kwargs['pretrained_cfg_overlay'] = overlay
         model = create_model(
             kwargs.pop('model_name'),
             pretrained=args.pretrained or bool(args.pretrained_path),

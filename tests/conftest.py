@@ -34,21 +34,21 @@ def image_folder(tmp_path_factory) -> Path:
     return root
 
 
-def run_python(*args, cwd=None, **env) -> subprocess.CompletedProcess:
+def run_python(*args) -> subprocess.CompletedProcess:
     """Run a Python command in a process of its own, as a user would."""
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', **env}
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
     return subprocess.run(
         [sys.executable, *map(str, args)],
-        cwd=cwd or ROOT, env=environment, capture_output=True, text=True, timeout=500)
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
 
 
 @pytest.fixture(scope='session')
 def train_cli(image_folder):
     """train.py on the image folder with a small DearKD student, and further arguments."""
-    def run(*args, data=image_folder, small=True, **kwargs):
+    def run(*args, data=image_folder, small=True):
         defaults = [
             '--model', 'test_dearkd', '--img-size', '32', '--batch-size', '8', '--epochs', '2', '--opt', 'adamw',
             '--lr', '1e-3', '--warmup-epochs', '0', '--workers', '0', '--device', 'cpu',
         ] if small else []
-        return run_python(ROOT / 'train.py', data, *defaults, *args, **kwargs)
+        return run_python(ROOT / 'train.py', data, *defaults, *args)
     return run

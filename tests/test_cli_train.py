@@ -202,14 +202,16 @@ def test_recovery_checkpoints_are_counted_in_updates(train_cli, tmp_path):
 
 
 def test_starting_from_an_exported_model(run, train_cli, tmp_path):
-    """Its architecture, size and channels come from the folder; the weights with --pretrained."""
-    model = f'local-dir:{run[0]}'
-    result = train_cli(
-        '--model', model, '--pretrained', '--lr', '0', '--epochs', '1', '--output', tmp_path, '--experiment', 'x')
-    assert result.returncode == 0, result.stderr
+    """Its architecture, size and channels come from the folder; the weights with --pretrained, or from a file."""
+    model, file = f'local-dir:{run[0]}', run[0] / 'model_best.safetensors'
     before = timm.create_model(model, pretrained=True).state_dict()
-    after = timm.create_model(f'local-dir:{tmp_path / "x"}', pretrained=True).state_dict()
-    assert all(v.equal(after[k]) for k, v in before.items())
+    for name, args in (('folder', ['--model', model, '--pretrained']), ('file', ['--pretrained-path', file])):
+        result = train_cli(
+            *args, '--lr', '0', '--warmup-lr', '0', '--epochs', '1', '--output', tmp_path, '--experiment', name)
+        assert result.returncode == 0, result.stderr
+        after = timm.create_model(f'local-dir:{tmp_path / name}', pretrained=True).state_dict()
+        changed = {k for k, v in before.items() if not v.equal(after[k])}
+        assert changed == (set() if name == 'folder' else {'head.weight', 'head.bias'})  # timm's, for a new task
 
 
 def test_without_validation(train_cli, tmp_path):

@@ -270,8 +270,8 @@ def append_positions(
 
     float32 and wider take four channels. In half precision the query part is split into a rounded value and its
     remainder, eight channels in all. The kernel rounds the gradient of the channels to that precision, so the gradients
-    of alpha and delta carry several times the rounding noise that a bias of that dtype gives them; those of q, k and v,
-    and the output, carry less.
+    of alpha and delta carry more rounding noise than a bias of that dtype gives them (alpha's about ten times as much);
+    those of q, k and v, and the output, carry less.
 
     Args:
         alpha: Sharpness (heads,), or (heads, T) with a dropout of query tokens in it.
