@@ -4,7 +4,7 @@ from .capture import FeatureCapture, find_module
 from .losses import dearkd_loss, hard_label_loss, hidden_loss
 from .schedule import StageWeights, TwoStageSchedule
 from .task import DearKDTask, has_content_tokens
-from .teacher import Teacher, create_teacher, resolve_layer
+from .teacher import Teacher, create_teacher, load_class_map, resolve_layer
 
 __all__ = [
     'Aligner',
@@ -19,5 +19,6 @@ __all__ = [
     'hard_label_loss',
     'has_content_tokens',
     'hidden_loss',
+    'load_class_map',
     'resolve_layer',
 ]

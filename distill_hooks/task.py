@@ -169,6 +169,8 @@ class DearKDTask(TrainingTask):
         criterion_kwargs: See `criterion`.
         teacher_checkpoint: Weights for a teacher given by name.
         teacher_img_size: Side length at which the teacher sees the images; None is the student's.
+        teacher_class_map: Teacher class per student class, for a teacher that knows more; see `load_class_map`. A
+            ready `Teacher` has its own.
         hooks: 'BLOCK', 'BLOCK:STAGE' or 'BLOCK:MODULE', several side by side; see `parse_hook`.
         normalize_features: Divide the teacher's maps by their standard deviation per channel, which is taken from the
             first batch and then fixed. Our option, off by default.
@@ -205,6 +207,7 @@ class DearKDTask(TrainingTask):
             criterion_kwargs: Optional[Dict[str, Any]] = None,
             teacher_checkpoint: Optional[str] = None,
             teacher_img_size: Optional[int] = None,
+            teacher_class_map: Optional[Sequence[int]] = None,
             hooks: Sequence[str] = DEFAULT_HOOKS,
             normalize_features: bool = False,
             mean: Optional[Sequence[float]] = None,
@@ -231,6 +234,7 @@ class DearKDTask(TrainingTask):
             mean=mean if mean is not None else cfg.get('mean', IMAGENET_DEFAULT_MEAN),
             std=std if std is not None else cfg.get('std', IMAGENET_DEFAULT_STD),
             img_size=teacher_img_size,
+            class_map=teacher_class_map,
         )
         specs = self.teacher.probe(input_size) if parsed else []
         self.trainable_module: nn.Module = DearKDTrainable(
@@ -264,6 +268,7 @@ class DearKDTask(TrainingTask):
             student: VisionTransformer,
             layers: Sequence[Optional[str]],
             checkpoint: Optional[str],
+            class_map: Optional[Sequence[int]],
             **kwargs: Any,
     ) -> Teacher:
         if isinstance(teacher, str):
@@ -271,15 +276,22 @@ class DearKDTask(TrainingTask):
         if not isinstance(teacher, Teacher):
             max_stride = min(to_2tuple(student.patch_embed.patch_size)) / 2
             names = [resolve_layer(teacher, layer, max_stride=max_stride) for layer in layers]
-            teacher = Teacher(teacher, names, **kwargs)
+            teacher = Teacher(teacher, names, class_map=class_map, **kwargs)
+        elif class_map is not None:
+            raise ValueError('A ready Teacher has its own classes. Give the map to it instead: Teacher(class_map=...).')
         elif layers and len(teacher.layers) != len(layers):
             raise ValueError(
                 f'The Teacher gives {len(teacher.layers)} layer(s) for {len(layers)} hook(s). Pass as many of each.')
+        if class_map is not None and len(class_map) != student.num_classes:
+            raise ValueError(
+                f'The class map has {len(class_map)} entries, the student {student.num_classes} classes.'
+                ' Give one teacher class per student class in --kd-class-map.')
         if teacher.num_classes is not None and teacher.num_classes != student.num_classes:
             raise ValueError(
                 f'The teacher knows {teacher.num_classes} classes, the student {student.num_classes}.'
-                ' Take a teacher trained on the same classes (--kd-teacher-checkpoint), or set --num-classes'
-                f' {teacher.num_classes}.')
+                " Say which of the teacher's classes are the student's (--kd-class-map), take a teacher trained on the"
+                f' same ones (--kd-teacher-checkpoint), or set --num-classes {teacher.num_classes}.')
+        self._fingerprint = teacher.fingerprint()
         teacher.model.to(self.dtype)
         return teacher.to(self.device)
 
@@ -327,9 +339,13 @@ class DearKDTask(TrainingTask):
         return [p for p in trainable.parameters() if id(p) not in excluded]
 
     def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
-        """State beside the student's weights: aligners, `head_dist`, fixed feature deviations."""
+        """State beside the student's weights: aligners, `head_dist`, fixed feature deviations, and whose they are."""
         trainable = unwrap_model(module if module is not None else self.get_trainable_module(ema=ema))
-        state = {'aligners': trainable.aligners.state_dict(), 'head_dist': trainable.head_dist.state_dict()}
+        state: Dict[str, Any] = {
+            'aligners': trainable.aligners.state_dict(),
+            'head_dist': trainable.head_dist.state_dict(),
+            'teacher': self._fingerprint,
+        }
         if self.feature_std is not None:
             state['feature_std'] = list(self.feature_std)
         return state
@@ -341,18 +357,30 @@ class DearKDTask(TrainingTask):
             module: Optional[nn.Module] = None,
             ema: bool = False,
     ) -> None:
-        """Restore `get_task_state`."""
+        """Restore `get_task_state`.
+
+        Raises:
+            ValueError: State of another teacher or other hooks, or none (if `strict`) where the schedule needs it.
+        """
         if not state:
+            if strict and len(self.loss_names) > 2:
+                raise ValueError(
+                    'The checkpoint has no aligner and no head_dist: it was trained without DearKD.'
+                    ' To start from its weights, use --initial-checkpoint instead of --resume.')
             return
+        if state.get('teacher', self._fingerprint) != self._fingerprint:
+            raise ValueError(
+                'The checkpoint was trained with another teacher or other hooks. Resume with the same --kd-model-name,'
+                ' --kd-teacher-checkpoint and --dearkd-hooks, or start from its weights with --initial-checkpoint.')
         trainable = unwrap_model(module if module is not None else self.get_trainable_module(ema=ema))
         try:
             trainable.aligners.load_state_dict(state['aligners'], strict=strict)
             trainable.head_dist.load_state_dict(state['head_dist'], strict=strict)
         except (KeyError, RuntimeError) as e:
             raise ValueError(
-                'The checkpoint was trained with another teacher or other hooks, so its aligner does not fit.'
-                ' Resume with the same --kd-model-name and --dearkd-hooks.') from e
-        if 'feature_std' in state:
+                'The checkpoint was trained with other hooks, so its aligner does not fit.'
+                ' Resume with the same --dearkd-hooks.') from e
+        if self.normalize_features and 'feature_std' in state:
             self.feature_std = [std.to(self.device) for std in state['feature_std']]
 
     def _fix_feature_std(self, features: List[torch.Tensor]) -> None:

@@ -1,8 +1,10 @@
 """The frozen CNN that teaches."""
 import difflib
+import hashlib
 import logging
+import os
 import re
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
@@ -10,22 +12,24 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
+    clean_state_dict,
     get_pretrained_cfg,
     is_model,
     list_models,
-    load_checkpoint,
     load_state_dict,
     parse_model_name,
 )
 
 from .capture import FeatureCapture, find_module
 
-__all__ = ['FeatureSpec', 'Teacher', 'create_teacher', 'resolve_layer']
+__all__ = ['FeatureSpec', 'Teacher', 'create_teacher', 'load_class_map', 'resolve_layer']
 
 _logger = logging.getLogger(__name__)
 
 # Containers of stages. timm's feature_info may begin with a stem, of stride 2 at most, that is in none of them
 _STAGES = re.compile(r'^(blocks|stages?|layers?[1-9]?|level[1-9]|s[1-9]|features\.(?!norm0|conv1))')
+# What PyTorch's layers call their tensors, whoever wrote the model; a layer scale has any name
+_TORCH_NAMES = {'weight', 'bias', 'running_mean', 'running_var'}
 
 
 class FeatureSpec(NamedTuple):
@@ -70,16 +74,117 @@ def resolve_layer(model: nn.Module, layer: Optional[str] = None, max_stride: Opt
     return stages[int(layer) - 1]['module']
 
 
+def load_class_map(path: str) -> List[int]:
+    """Read a class map: one teacher class index per line, in the order of the student's classes.
+
+    What follows the index on its line is taken for a class name and ignored, as are empty lines and lines that start
+    with #.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: A line without an index, or none at all.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f'No class map at {path!r}.')
+    class_map = []
+    with open(path, encoding='utf-8-sig', errors='replace') as file:
+        for number, line in enumerate(file, 1):
+            words = line.split()
+            if not words or words[0].startswith('#'):
+                continue
+            if not words[0].isdecimal():
+                raise ValueError(
+                    f'Line {number} of class map {path!r} begins with {words[0][:40]!r}, not with a teacher class.'
+                    " Write one index, counted from 0, per line, in the order of the student's classes.")
+            class_map.append(int(words[0]))
+    if not class_map:
+        raise ValueError(f'Class map {path!r} is empty. Write one teacher class index per line.')
+    return class_map
+
+
+def _read_state_dict(checkpoint: str) -> Dict[str, torch.Tensor]:
+    """State dict in a checkpoint file, whatever mapping it lies in."""
+    if os.path.isdir(checkpoint):
+        raise ValueError(
+            f'Teacher checkpoint {checkpoint!r} is a folder. Name a file in it, or the folder as the teacher if it'
+            ' holds a config.json (--kd-model-name).')
+    try:
+        contents = load_state_dict(checkpoint)
+    except FileNotFoundError:
+        raise FileNotFoundError(f'No teacher checkpoint at {checkpoint!r}.') from None
+    except Exception as e:  # torch's unpickler alone raises half a dozen kinds
+        reason = re.split(r'\.\s', str(e))[0].replace('\n', ' ')
+        raise ValueError(
+            f'Teacher checkpoint {checkpoint!r} can not be read ({type(e).__name__}: {reason}). It may be cut'
+            ' short, or hold a whole model: write its tensors with torch.save(model.state_dict(), PATH).') from e
+    if not any(isinstance(value, torch.Tensor) for value in contents.values()):
+        inner = {
+            key: dict(value) for key, value in contents.items()
+            if isinstance(value, Mapping) and value and all(isinstance(v, torch.Tensor) for v in value.values())
+        }
+        if len(inner) != 1:
+            raise ValueError(
+                f'Teacher checkpoint {checkpoint!r} holds {" and ".join(map(repr, inner)) or "no state dict"}, expected'
+                ' one state dict. Write it alone, with torch.save(model.state_dict(), PATH).')
+        contents = clean_state_dict(*inner.values())
+    return {key: value for key, value in contents.items() if isinstance(value, torch.Tensor)}
+
+
 def _checkpoint_shapes(name: str, state_dict: Dict[str, torch.Tensor]) -> Dict[str, int]:
-    """Class and channel count of a checkpoint of a timm architecture, as far as its weights tell."""
+    """Class and channel count of a checkpoint, from the layers that timm names, else the last and the first one."""
     cfg = get_pretrained_cfg(name)
+    classifier, first_conv = (f'{getattr(cfg, field, None)}.weight' for field in ('classifier', 'first_conv'))
+    weights = {key: value for key, value in state_dict.items() if key.endswith('weight') and value.ndim > 1}
+    convs = {key: value for key, value in weights.items() if value.ndim == 4}
     shapes = {}
-    for key, field, dim in (('num_classes', 'classifier', 0), ('in_chans', 'first_conv', 1)):
-        module = getattr(cfg, field, None)
-        weight = state_dict.get(f'{module}.weight') if isinstance(module, str) else None
-        if weight is not None and weight.ndim > dim:
-            shapes[key] = weight.shape[dim]
+    if weights:
+        shapes['num_classes'] = weights.get(classifier, list(weights.values())[-1]).shape[0]
+    if convs:
+        shapes['in_chans'] = convs.get(first_conv, list(convs.values())[0]).shape[1]
     return shapes
+
+
+def _match_by_order(model: nn.Module, state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """A state dict under the model's names, matched by order.
+
+    The shapes have to agree, ones aside (torchvision's layer scales are (C, 1, 1)), and so does what PyTorch's layers
+    call their tensors. BatchNorm's counters do not matter.
+
+    Raises:
+        ValueError: What does not agree.
+    """
+    own, given = (
+        {key: value for key, value in tensors.items() if not key.endswith('num_batches_tracked')}
+        for tensors in (model.state_dict(), state_dict))
+    if len(own) != len(given):
+        raise ValueError(f'it holds {len(given)} tensors, the model {len(own)}')
+    for (key, value), (other, tensor) in zip(own.items(), given.items()):
+        kinds = {key.rpartition('.')[2], other.rpartition('.')[2]}
+        sizes, other_sizes = ([size for size in t.shape if size > 1] for t in (value, tensor))
+        if sizes != other_sizes or (len(kinds) > 1 and kinds & _TORCH_NAMES) or (other in own and other != key):
+            raise ValueError(f'{other} {tuple(tensor.shape)} is where {key} {tuple(value.shape)} belongs')
+    return {key: tensor.reshape(value.shape) for (key, value), tensor in zip(own.items(), given.values())}
+
+
+def _load_weights(model: nn.Module, state_dict: Dict[str, torch.Tensor], name: str, checkpoint: str) -> None:
+    """Load weights by name, or else by order."""
+    try:
+        model.load_state_dict(state_dict)
+        return
+    except RuntimeError as e:
+        lines = str(e).splitlines()
+        reason = ' '.join(line.strip() for line in lines[1:2] or lines)[:200]
+    try:
+        if os.path.splitext(checkpoint)[1] == '.safetensors':  # sorted by name: blocks.10 comes before blocks.2
+            raise ValueError(reason)
+        model.load_state_dict(_match_by_order(model, state_dict))
+    except ValueError as e:
+        raise ValueError(
+            f'Teacher checkpoint {checkpoint!r} does not fit architecture {name!r}: {e}.'
+            ' Name the architecture that it was trained with.') from e
+    _logger.info(
+        f'Teacher: {checkpoint} names its tensors otherwise than {name} does, so they were loaded by order, in which'
+        ' all shapes agree. That says nothing of activations, padding or the eps of BatchNorm: check the accuracy.')
 
 
 def create_teacher(
@@ -91,8 +196,10 @@ def create_teacher(
     """Create a timm model with trained weights, with the class count that they have.
 
     Args:
-        name: timm model name, `hf-hub:` and `local-dir:` included. Without a checkpoint, its pretrained weights load.
-        checkpoint: Weights of that architecture, as .safetensors or a (training) checkpoint.
+        name: timm model name, `hf-hub:` and `local-dir:` included, or a folder with a `config.json`, such as that of
+            an earlier run. Without a checkpoint, its pretrained weights load.
+        checkpoint: Weights of that architecture: .safetensors, a state dict, or a (training) checkpoint that holds
+            one. Under other names than timm's they are loaded by order, if every shape agrees (our choice).
         device: Where to put it.
         **kwargs: Further arguments of `timm.create_model`.
 
@@ -100,34 +207,24 @@ def create_teacher(
         FileNotFoundError: No such checkpoint.
         ValueError: An unknown name, no weights to be had, or a checkpoint that does not fit.
     """
+    if os.path.isdir(name) and not is_model(name.split('.')[0]):
+        name = f'local-dir:{name}'
     source, architecture = parse_model_name(name)
     if source is None and not is_model(architecture.split('.')[0]):
         near = ', '.join(difflib.get_close_matches(architecture, list_models(), n=4, cutoff=0.4)) or 'none'
         raise ValueError(f'Unknown teacher {name!r}. The nearest timm names: {near}.')
-    if not checkpoint:
-        try:
-            model = timm.create_model(name, pretrained=True, **kwargs)
-        except Exception as e:  # whatever the download raises, the remedy is the same
-            reason = (str(e).splitlines() or [''])[0]
-            raise ValueError(
-                f'Could not get weights of teacher {name!r} ({type(e).__name__}: {reason}).'
-                ' Pass a trained checkpoint with --kd-teacher-checkpoint.') from e
-        return model.to(device)
+    state_dict = _read_state_dict(checkpoint) if checkpoint else {}
     try:
-        state_dict = load_state_dict(checkpoint)
-    except FileNotFoundError:
-        raise FileNotFoundError(f'No teacher checkpoint at {checkpoint!r}.') from None
-    except Exception as e:
-        raise ValueError(f'Teacher checkpoint {checkpoint!r} can not be read ({type(e).__name__}: {e}).') from e
-    model = timm.create_model(name, **{**_checkpoint_shapes(name, state_dict), **kwargs})
-    try:
-        load_checkpoint(model, checkpoint)
-    except (RuntimeError, KeyError) as e:
-        lines = str(e).splitlines()
-        reason = ' '.join(line.strip() for line in lines[1:2] or lines)[:200]
+        kwargs = {**_checkpoint_shapes(name, state_dict), **kwargs}
+        model = timm.create_model(name, pretrained=not checkpoint, **kwargs)
+    except Exception as e:  # whatever the download raises, the remedy is the same
+        reason = (str(e).splitlines() or [''])[0]
+        remedy = 'Check its name.' if checkpoint else 'Pass a trained checkpoint with --kd-teacher-checkpoint.'
         raise ValueError(
-            f'Teacher checkpoint {checkpoint!r} does not fit architecture {name!r}: {reason}'
-            ' Name the architecture that it was trained with.') from e
+            f'Could not get {"" if checkpoint else "weights of "}teacher {name!r} ({type(e).__name__}: {reason}).'
+            f' {remedy}') from e
+    if checkpoint:
+        _load_weights(model, state_dict, name, checkpoint)
     return model.to(device)
 
 
@@ -151,13 +248,17 @@ class Teacher(nn.Module):
         mean: The student's normalisation; None means the teacher's own.
         std: See `mean`.
         img_size: Side length to resize the input to, bilinearly; None leaves it at the student's size.
+        class_map: Teacher class per student class, where the teacher knows more classes; see `load_class_map`. Of
+            student classes that share one, the first is the hard label.
 
     Raises:
-        ValueError: An unknown layer, or a colour student with a teacher of another channel count.
+        ValueError: An unknown layer, a colour student with a teacher of another channel count, or a class map beyond
+            the model's `num_classes` (if it has that attribute).
     """
 
     scale: torch.Tensor
     shift: torch.Tensor
+    class_map: Optional[torch.Tensor]
 
     def __init__(
             self,
@@ -167,11 +268,15 @@ class Teacher(nn.Module):
             mean: Optional[Sequence[float]] = None,
             std: Optional[Sequence[float]] = None,
             img_size: Optional[int] = None,
+            class_map: Optional[Sequence[int]] = None,
     ) -> None:
         super().__init__()
         self.model = model.requires_grad_(False)
         self.img_size = img_size
         self.num_classes: Optional[int] = getattr(model, 'num_classes', None)
+        self.register_buffer('class_map', None, persistent=False)
+        if class_map is not None:
+            self._set_class_map(class_map)
         self.layers = list(layers)
         self._channels_last = getattr(model, 'output_fmt', 'NCHW') == 'NHWC'
 
@@ -195,6 +300,17 @@ class Teacher(nn.Module):
         self._run = self._forward
         self.eval()
 
+    def _set_class_map(self, class_map: Sequence[int]) -> None:
+        count = self.num_classes
+        outside = [index for index in class_map if index < 0 or (count is not None and index >= count)]
+        if outside:
+            raise ValueError(
+                f'The class map names teacher class {outside[0]}, but the teacher has'
+                f' {"no negative ones" if count is None else f"classes 0 to {count - 1}"}.'
+                ' Count its classes from 0 in --kd-class-map.')
+        self.class_map = torch.tensor(class_map, dtype=torch.long)
+        self.num_classes = len(class_map)
+
     def train(self, mode: bool = True) -> 'Teacher':
         """Stay in eval mode, so that no BatchNorm statistic moves."""
         return super().train(False)
@@ -202,6 +318,23 @@ class Teacher(nn.Module):
     def compile(self, *args, **kwargs) -> None:
         """Compile the forward, hooks included. Takes the arguments of `torch.compile`."""
         self._run = torch.compile(self._forward, *args, **kwargs)
+
+    def store_weights(self, dtype: torch.dtype) -> None:
+        """Keep the weights of convolutions and linear layers in `dtype`, for calls under autocast of that type.
+
+        Autocast casts the weights of a frozen model anew in every forward. The results are the same.
+        """
+        for module in self.model.modules():
+            if type(module).forward in (nn.Conv2d.forward, nn.Linear.forward):
+                module.to(dtype)
+
+    @torch.no_grad()
+    def fingerprint(self) -> str:
+        """Tells teachers apart: a hash of some values of every tensor, the layers and the class map."""
+        tensors = [t.flatten()[:16].double() for t in self.model.state_dict().values()]
+        values = torch.cat(tensors).cpu().numpy().tobytes()
+        class_map = None if self.class_map is None else self.class_map.tolist()
+        return hashlib.sha256(values + repr((self.layers, class_map)).encode()).hexdigest()[:16]
 
     def prepare_input(self, x: torch.Tensor) -> torch.Tensor:
         """Student input (B, C, H, W) as the teacher wants it: its channels, its normalisation, its size."""
@@ -216,6 +349,8 @@ class Teacher(nn.Module):
     def _forward(self, x: torch.Tensor, with_features: bool) -> Tuple[torch.Tensor, List[torch.Tensor]]:
         self.capture.enabled = with_features
         logits = self.model(self.prepare_input(x))
+        if self.class_map is not None:
+            logits = logits.index_select(1, self.class_map)
         features = self.capture.take() if with_features else []
         if self._channels_last:
             features = [f.permute(0, 3, 1, 2) if f.ndim == 4 else f for f in features]

@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,21 +35,43 @@ def image_folder(tmp_path_factory) -> Path:
     return root
 
 
-def run_python(*args) -> subprocess.CompletedProcess:
-    """Run a Python command in a process of its own, as a user would."""
+def start_python(*args, **kwargs) -> subprocess.Popen:
+    """Start a Python command in a process, and a process group, of its own."""
     environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
-    return subprocess.run(
-        [sys.executable, *map(str, args)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    return subprocess.Popen(
+        [sys.executable, *map(str, args)], cwd=ROOT, env=environment, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+
+
+def run_python(*args, **kwargs) -> subprocess.CompletedProcess:
+    """Run a Python command, as a user would."""
+    process = start_python(*args, **kwargs)
+    try:
+        out, err = process.communicate(timeout=500)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+SMALL = (
+    '--model', 'test_dearkd', '--img-size', '32', '--batch-size', '8', '--epochs', '2', '--opt', 'adamw',
+    '--lr', '1e-3', '--warmup-epochs', '0', '--workers', '0', '--device', 'cpu',
+)
 
 
 @pytest.fixture(scope='session')
 def train_cli(image_folder):
     """train.py on the image folder with a small DearKD student, and further arguments."""
-    def run(*args, data=image_folder, small=True):
-        defaults = [
-            '--model', 'test_dearkd', '--img-size', '32', '--batch-size', '8', '--epochs', '2', '--opt', 'adamw',
-            '--lr', '1e-3', '--warmup-epochs', '0', '--workers', '0', '--device', 'cpu',
-        ] if small else []
-        return run_python(ROOT / 'train.py', data, *defaults, *args)
+    def run(*args, data=image_folder, small=True, start=run_python, launcher=(), **kwargs):
+        return start(*launcher, ROOT / 'train.py', data, *(SMALL if small else ()), *args, **kwargs)
     return run
+
+
+@pytest.fixture(scope='session')
+def cnn(train_cli, tmp_path_factory) -> Path:
+    """The folder of a small CNN that train.py trained on the images."""
+    out = tmp_path_factory.mktemp('teacher')
+    result = train_cli('--model', 'test_resnet', '--output', out, '--experiment', 'cnn', '--epochs', '1')
+    assert result.returncode == 0, result.stderr
+    return out / 'cnn'

@@ -37,12 +37,8 @@ def evaluate(model, data, split='validation'):
 
 
 @pytest.fixture(scope='module')
-def teacher(train_cli, tmp_path_factory):
-    """A small CNN that train.py trained on the folder."""
-    out = tmp_path_factory.mktemp('teacher')
-    result = train_cli('--model', 'test_resnet', '--output', out, '--experiment', 'cnn', '--epochs', '1')
-    assert result.returncode == 0, result.stderr
-    return out / 'cnn'
+def teacher(cnn):
+    return cnn
 
 
 @pytest.fixture(scope='module')
@@ -106,7 +102,7 @@ def test_the_exported_student_is_the_best_one(run, image_folder):
     checkpoint = torch.load(folder / 'model_best.pth.tar', weights_only=False)
     exported = model.state_dict()
     assert all(v.equal(exported[k]) for k, v in checkpoint['state_dict_ema'].items())
-    assert set(checkpoint['task_state']) == {'aligners', 'head_dist'}
+    assert set(checkpoint['task_state']) == {'aligners', 'head_dist', 'teacher'}
 
 
 def test_resume_continues_the_run(run, train_cli, teacher, tmp_path):
@@ -275,7 +271,7 @@ ERRORS = {
     'clip mode': (['--clip-mode', 'x'], 'norm, value, agc'),
     'mixup': (['--mixup', '0.5', '--batch-size', '7'], 'Make it even'),
     'compiler': (['--torchcompile', 'x'], 'expected one of'),
-    'other run': (['--resume', 'FILE'], 'does not fit this run'),
+    'other run': (['--resume', 'FILE'], 'is a run of test_resnet, this one is of test_dearkd'),
     'stop': (['--stop-epoch', '3'], 'expected 1 to 2'),
     'auto': (['--resume', 'auto', '--experiment', ''], 'needs --experiment'),
     'fraction': (['--train-fraction', '0'], 'expected a share above 0'),

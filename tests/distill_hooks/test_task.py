@@ -6,7 +6,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
-from timm.task import resume_task_checkpoint
+from timm.task import ClassificationTask, load_task_ema_checkpoint, resume_task_checkpoint
 
 import timm_dearkd  # noqa: F401
 from distill_hooks import DearKDTask, Teacher, TwoStageSchedule
@@ -102,7 +102,7 @@ def test_the_teacher_is_left_alone():
     state = {**task.get_checkpoint_state(), **task.get_checkpoint_state(ema=True)}
     assert set(state) == {'state_dict', 'task_state', 'state_dict_ema', 'task_state_ema'}
     assert set(state['state_dict']) == set(state['state_dict_ema']) == set(trainable.student.state_dict())
-    assert set(state['task_state']) == {'aligners', 'head_dist'}
+    assert set(state['task_state']) == {'aligners', 'head_dist', 'teacher'}
     assert not any('layer1' in k or 'aligner' in k or 'head_dist' in k for k in state['state_dict'])
     assert not any('teacher' in n or 'layer1' in n for n, _ in task.get_trainable_module(ema=True).named_parameters())
 
@@ -144,9 +144,41 @@ def test_resume(tmp_path):
     for p, q in zip(task.trainable_module.parameters(), other.trainable_module.parameters()):
         assert p.equal(q)
 
-    wrong = make(teacher='test_convnext')
-    with pytest.raises(ValueError, match='--dearkd-hooks'):
-        wrong.load_task_state(task.get_task_state())
+    for wrong in (make(teacher='test_convnext'), make(hooks='4:1'), make(hooks=['2', '4'])):
+        with pytest.raises(ValueError, match='another teacher or other hooks.*--dearkd-hooks'):
+            resume_task_checkpoint(wrong, path)
+    plain = make()
+    resume_task_checkpoint(plain, path)
+    assert plain.feature_std is None  # what --dearkd-normalize-features says now counts
+
+
+def test_resuming_what_was_trained_without_a_teacher(tmp_path):
+    student = make().trainable_module.student
+    path = str(tmp_path / 'last.pth.tar')
+    for contents in (ClassificationTask(student).get_checkpoint_state(), student.state_dict()):
+        torch.save(contents, path)
+        with pytest.raises(ValueError, match='trained without DearKD.*--initial-checkpoint'):
+            resume_task_checkpoint(make(), path)
+        needs_none = make(schedule=TwoStageSchedule(10, 0, 'ce'))
+        resume_task_checkpoint(needs_none, path)
+        assert needs_none.trainable_module.student.head.weight.equal(student.head.weight)
+
+
+def test_resuming_the_average(tmp_path):
+    """Student and branches of the EMA come back; of a run without EMA, it begins with the weights themselves."""
+    task, path = make(), str(tmp_path / 'last.pth.tar')
+    task.setup_ema(decay=0.5)
+    for p in task.trainable_module.parameters():
+        p.data.add_(1.)
+    task.update_ema()
+    for ema in (True, False):
+        torch.save({**task.get_checkpoint_state(), **(task.get_checkpoint_state(ema=True) if ema else {})}, path)
+        other = make()
+        other.setup_ema(decay=0.5)
+        load_task_ema_checkpoint(other, path)
+        expected = dict(task.get_trainable_module(ema=ema).named_parameters())
+        for name, p in other.get_trainable_module(ema=True).named_parameters():
+            assert p.equal(expected[name if ema else name.removeprefix('module.')]), name
 
 
 def test_feature_std_is_fixed_by_the_first_batch():
@@ -294,6 +326,48 @@ def test_distributed_over_the_stages(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def test_compiled_and_distributed_with_accumulation(tmp_path):
+    """compile, then prepare_distributed, as timm does: after each change of stage the wrapped module is still the
+    compiled one, and no_sync() gives the gradient of both batches. The teacher goes through a class map.
+    """
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        task, plain = (
+            make('test_vit', 7, teacher_class_map=[6, 0, 0, 3, 1], hooks='1', student_kwargs=dict(depth=1))
+            for _ in range(2))
+        task.compile(backend='eager')
+        compiled = task.trainable_module
+        task.prepare_distributed()
+        batches = batch(), batch()
+        for epoch in (0, 9, 0):
+            for t in (task, plain):
+                t.set_epoch(epoch)
+                t.zero_grad()
+                with t.no_sync():
+                    assert t is plain or not t.trainable_module.require_backward_grad_sync
+                    t(*batches[0])['loss'].backward()
+                t(*batches[1])['loss'].backward()
+            assert task.trainable_module.module is compiled
+            for p, q in zip(task.trainable_module.parameters(), plain.trainable_module.parameters()):
+                torch.testing.assert_close(p.grad, q.grad)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_teacher_with_more_classes():
+    """The hard label is the best one of the classes that the map names, whatever else the teacher knows."""
+    class_map = [6, 0, 2, 3, 1]
+    task = make(teacher=9, teacher_class_map=class_map).eval()
+    images, labels = batch(16)
+    cnn, x = task.teacher.model, task.teacher.prepare_input(images)
+    cnn.fc.bias.data -= cnn(x).mean(0)  # an untrained one finds the same class everywhere
+    logits = cnn(x).tolist()
+    hard = [max(range(5), key=lambda i, row=row: row[class_map[i]]) for row in logits]
+    assert len(set(hard)) > 1 and any(row.index(max(row)) not in class_map for row in logits)
+    dist_logits = task.trainable_module(images, [(4, 4)])[1]
+    torch.testing.assert_close(task(images, labels)['logit_loss'], F.cross_entropy(dist_logits, torch.tensor(hard)))
+
+
 def test_a_teacher_is_copied_whole():
     teacher = Teacher(timm.create_model('test_resnet'), ['layer1'])
     other = copy.deepcopy(teacher)
@@ -314,7 +388,10 @@ def test_hooks_are_parsed(spec, hook):
     (dict(hooks=['7']), 'Choose a block from 1 to 6'),
     (dict(hooks=['4:layer22']), 'layer2'),
     (dict(hooks=['4:fc']), 'not a 4-D feature map'),
-    (dict(teacher=7), 'knows 7 classes, the student 5'),
+    (dict(teacher=7), r'knows 7 classes, the student 5.*--kd-class-map.*--num-classes 7'),
+    (dict(teacher=7, teacher_class_map=[0, 1, 2]), 'has 3 entries, the student 5 classes.*--kd-class-map'),
+    (dict(teacher=3, teacher_class_map=[0, 1, 2, 3, 0]), 'teacher class 3, but the teacher has classes 0 to 2'),
+    (dict(teacher='no layers', teacher_class_map=[0, 1, 2, 3, 4]), r'Teacher\(class_map=...\)'),
     (dict(teacher_model='test_resnt'), "Unknown teacher 'test_resnt'.*test_resnet"),
     (dict(student='test_vit', student_kwargs=dict(patch_drop_rate=0.5)), 'patch_drop_rate'),
     (dict(student='test_resnet', student_kwargs=dict(img_size=None)), '--kd-distill-type logit'),

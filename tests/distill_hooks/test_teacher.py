@@ -1,10 +1,17 @@
+import argparse
+import copy
+import logging
+
 import pytest
 import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
+from timm.models import save_for_hf
 
 from distill_hooks import Teacher, create_teacher, resolve_layer
+from distill_hooks.teacher import load_class_map
 
 
 @pytest.mark.parametrize('name,stride8,first', [
@@ -114,8 +121,8 @@ def test_frozen_and_in_eval_mode():
     assert all(v.equal(before[k]) for k, v in model.state_dict().items())
 
 
-@pytest.mark.parametrize('kind', ['safetensors', 'state_dict', 'checkpoint', 'ema'])
-def test_checkpoints_bring_their_class_and_channel_count(tmp_path, kind):
+@pytest.mark.parametrize('kind', ['safetensors', 'state_dict', 'checkpoint', 'ema', 'net', 'model_state_dict'])
+def test_checkpoints_bring_their_class_and_channel_count(tmp_path, caplog, kind):
     model = timm.create_model('test_resnet', num_classes=5, in_chans=1)
     weights, path = model.state_dict(), str(tmp_path / f'teacher.{kind}')
     if kind == 'safetensors':
@@ -124,13 +131,131 @@ def test_checkpoints_bring_their_class_and_channel_count(tmp_path, kind):
         other = {k: v + 1 for k, v in weights.items()}
         contents = {
             'state_dict': weights,
-            'checkpoint': {'state_dict': weights, 'epoch': 3},
+            'checkpoint': {'state_dict': weights, 'epoch': 3, 'args': argparse.Namespace(lr=1.)},
             'ema': {'state_dict': other, 'state_dict_ema': weights},
+            'net': {'net': {f'module.{k}': v for k, v in weights.items()}, 'acc': 93.5},
+            'model_state_dict': {
+                'epoch': 3, 'model_state_dict': weights, 'optimizer_state_dict': torch.optim.SGD(
+                    model.parameters(), lr=1., momentum=0.9).state_dict(), 'scaler': {'scale': 65536., '_growth': 0}},
         }
         torch.save(contents[kind], path)
+    with caplog.at_level(logging.INFO):
+        teacher = create_teacher('test_resnet', path)
+    assert 'loaded by order' not in caplog.text
+    assert teacher.num_classes == 5 and teacher.in_chans == 1
+    assert all(v.equal(weights[k]) for k, v in teacher.state_dict().items())
+
+
+def lively(model, x):
+    """Fill in weights and BatchNorm statistics such that the logits depend on the images and on every tensor."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+        elif isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 1 or key == 'layer_scale':
+                torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    with torch.no_grad():
+        model.train()(x)
+        logits = model.eval()(x)
+    assert (logits[0] - logits[1]).abs().max() > 0.05
+    return logits
+
+
+@pytest.mark.parametrize('name,theirs,by_order', [
+    ('resnet18', 'resnet18', False),
+    ('densenet121', 'densenet121', False),
+    ('efficientnet_b0', 'efficientnet_b0', True),
+    ('mobilenetv2_100', 'mobilenet_v2', True),
+    ('mnasnet_100', 'mnasnet1_0', True),
+    ('convnext_tiny', 'convnext_tiny', True),
+])
+def test_torchvision_weights_give_torchvision_logits(tmp_path, caplog, name, theirs, by_order):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 64, 64)
+    model = getattr(torchvision.models, theirs)(num_classes=5)
+    logits, path = lively(model, x), str(tmp_path / 'torchvision.pth')
+    torch.save(model.state_dict(), path)
+    with caplog.at_level(logging.INFO):
+        teacher = create_teacher(name, path).eval()
+    assert ('loaded by order' in caplog.text) == by_order
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(x), logits, atol=1e-5, rtol=1e-5)
+
+
+def test_loading_by_order(tmp_path):
+    """Class and channel count come from the shapes; what names or file order contradict is refused."""
+    model = timm.create_model('test_resnet', num_classes=5, in_chans=1)
+    weights, path = model.state_dict(), str(tmp_path / 'foreign.pth')
+
+    def foreign(tensors):
+        return {f'n{i}.{k.rpartition(".")[2]}': v for i, (k, v) in enumerate(tensors.items())}
+
+    torch.save({k: v for k, v in foreign(weights).items() if 'num_batches' not in k}, path)  # as before PyTorch 0.4.1
     teacher = create_teacher('test_resnet', path)
     assert teacher.num_classes == 5 and teacher.in_chans == 1
     assert all(v.equal(weights[k]) for k, v in teacher.state_dict().items())
+
+    stem, *_ = keys = list(weights)
+    i, j = keys.index('bn1.weight'), keys.index('bn1.bias')
+    keys[i], keys[j] = keys[j], keys[i]
+    # one name of timm's is missing, two stand in each other's place
+    moved = {'fc.bias': 'b', 'layer1.0.bn1.bias': 'layer1.0.bn2.bias', 'layer1.0.bn2.bias': 'layer1.0.bn1.bias'}
+    for tensors, message in (
+            (foreign({k: weights[k] for k in keys}), r'bias \(32,\) is where bn1.weight \(32,\) belongs'),
+            (foreign({**weights, stem: weights[stem][..., :1]}), rf'n0.weight .*, 1\) is where {stem} .*, 3\) belongs'),
+            (foreign({k: weights[k] for k in keys[2:]}), 'holds [0-9]+ tensors, the model [0-9]+. Name the arch'),
+            ({moved.get(k, k): v for k, v in weights.items()}, 'layer1.0.bn2.bias .* is where layer1.0.bn1.bias')):
+        torch.save(tensors, path)
+        with pytest.raises(ValueError, match=message):
+            create_teacher('test_resnet', path)
+    path = str(tmp_path / 'foreign.safetensors')
+    safetensors.torch.save_file(foreign(weights), path)
+    with pytest.raises(ValueError, match='does not fit.*Missing key'):
+        create_teacher('test_resnet', path)
+
+
+def test_folder_of_a_run(tmp_path):
+    model, other = (timm.create_model('test_resnet', num_classes=5, in_chans=1) for _ in range(2))
+    folder, path = tmp_path / 'run', str(tmp_path / 'run' / 'last.pth.tar')
+    save_for_hf(model, str(folder), safe_serialization=True)
+    torch.save({'state_dict': other.state_dict(), 'epoch': 3}, path)
+    for name in (str(folder), f'local-dir:{folder}'):
+        for teacher, expected in ((create_teacher(name), model), (create_teacher(name, path), other)):
+            assert all(v.equal(expected.state_dict()[k]) for k, v in teacher.state_dict().items())
+    (folder / 'config.json').unlink()
+    with pytest.raises(ValueError, match='config.json'):
+        create_teacher(str(folder))
+
+
+def test_class_map():
+    model = timm.create_model('test_resnet', num_classes=7).eval()
+    x, class_map = torch.randn(3, 3, 32, 32), [6, 0, 0, 3]
+    teacher = Teacher(model, class_map=class_map)
+    expected = [[row[i] for i in class_map] for row in model(x).tolist()]
+    torch.testing.assert_close(teacher(x)[0], torch.tensor(expected))
+    assert teacher.num_classes == 4 and not [key for key in teacher.state_dict() if 'class_map' in key]
+    assert teacher.half().class_map.dtype == torch.int64
+    for wrong, message in (([0, 7], 'names teacher class 7.*0 to 6.*--kd-class-map'), ([-1], 'teacher class -1')):
+        with pytest.raises(ValueError, match=message):
+            Teacher(model, class_map=wrong)
+    with pytest.raises(ValueError, match='teacher class -2'):
+        Teacher(torch.nn.Flatten(), class_map=[1000, -2])  # does not say how many classes it knows
+
+
+def test_class_map_file(tmp_path):
+    path = tmp_path / 'classes.txt'
+    path.write_bytes(b'\xef\xbb\xbf# Imagenette\r\n0 tench\r\n\r\n  217\tEnglish springer\r\n # and\r\n0')
+    assert load_class_map(str(path)) == [0, 217, 0]
+    for text, message in (
+            ('0\ntench 0\n', "Line 2 of class map .* begins with 'tench'"), ('0\n\n-1', "Line 3 .*'-1'"),
+            ('1.0', "Line 1 .*'1.0'"), ('# nothing\n\n', 'is empty')):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_class_map(str(path))
+    with pytest.raises(FileNotFoundError, match='No class map at .*nothing.txt'):
+        load_class_map(str(tmp_path / 'nothing.txt'))
 
 
 def test_teachers_that_cannot_be_had(tmp_path):
@@ -140,10 +265,45 @@ def test_teachers_that_cannot_be_had(tmp_path):
     path.write_bytes(b'PK\x03\x04 not a checkpoint')
     with pytest.raises(ValueError, match='can not be read'):
         create_teacher('test_resnet', str(path))
-    torch.save(timm.create_model('test_convnext').state_dict(), path)
+    model = timm.create_model('test_convnext')
+    torch.save(model.state_dict(), path)
     with pytest.raises(ValueError, match="does not fit architecture 'test_resnet'"):
         create_teacher('test_resnet', str(path))
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r'can not be read \(.*cut short'):
+        create_teacher('test_resnet', str(path))
+    with pytest.raises(ValueError, match='is a folder. Name a file in it'):
+        create_teacher('test_resnet', str(tmp_path))
+    for contents, message in (
+            (model, r'can not be read \(.*torch.save\(model.state_dict\(\), PATH\)'),
+            ({'epoch': 3, 'args': {}}, 'holds no state dict'),
+            ({'net': model.state_dict(), 'net_ema': model.state_dict()}, "holds 'net' and 'net_ema'")):
+        torch.save(contents, path)
+        with pytest.raises(ValueError, match=message) as error:
+            create_teacher('test_resnet', str(path))
+        assert '\n' not in str(error.value)
     with pytest.raises(ValueError, match="Unknown teacher 'regnety_161'.*regnety_160"):
         create_teacher('regnety_161')
     with pytest.raises(ValueError, match='--kd-teacher-checkpoint'):
-        create_teacher('test_dearkd')  # has no weights to download
+        create_teacher('mnasnet_050')  # has no weights to download
+
+
+def test_stored_weights_give_what_autocast_gives():
+    model = timm.create_model('test_resnet', num_classes=3).eval()
+    plain, stored = Teacher(copy.deepcopy(model), ['layer2']), Teacher(copy.deepcopy(model), ['layer2'])
+    stored.store_weights(torch.bfloat16)
+    assert stored.model.conv1[0].weight.dtype == torch.bfloat16 and stored.model.bn1.weight.dtype == torch.float32
+    x = torch.randn(2, 3, 32, 32)
+    with torch.autocast('cpu', torch.bfloat16):
+        for a, b in zip(plain(x)[1], stored(x)[1]):
+            assert a.equal(b)
+        assert plain(x)[0].equal(stored(x)[0])
+
+
+def test_fingerprints_tell_teachers_apart():
+    def make(seed, **kwargs):
+        torch.manual_seed(seed)
+        return Teacher(timm.create_model('test_resnet', num_classes=3), **kwargs).fingerprint()
+
+    prints = [make(0), make(1), make(0, layers=['layer2']), make(0, class_map=[0, 1])]
+    assert len(set(prints)) == 4 and make(0) == prints[0]

@@ -1,17 +1,38 @@
-"""Where a run computes, and in which precision."""
+"""Where a run computes, in how many processes, and in which precision."""
 import logging
-from typing import Optional
+from typing import NamedTuple, Optional, Tuple
 
 import torch
 from timm.utils import NativeScaler
+from timm.utils.distributed import init_distributed_device_so, is_distributed_env, world_info_from_env
 
-__all__ = ['Precision', 'select_device']
+__all__ = ['SINGLE', 'Precision', 'Ranks', 'select_device']
 
 _logger = logging.getLogger(__name__)
 
 
-def select_device(name: Optional[str]) -> torch.device:
+class Ranks(NamedTuple):
+    """Which process this is, of how many."""
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @property
+    def distributed(self) -> bool:
+        return self.world_size > 1
+
+    @property
+    def is_primary(self) -> bool:
+        return self.rank == 0
+
+
+SINGLE = Ranks()
+
+
+def select_device(name: Optional[str]) -> Tuple[torch.device, Ranks]:
     """The device asked for, else the accelerator there is, else the CPU, with the backend settings that suit it.
+
+    Under torchrun or Slurm, joins the other processes; each takes the device of its local rank.
 
     Raises:
         ValueError: An accelerator that is not here.
@@ -22,8 +43,10 @@ def select_device(name: Optional[str]) -> torch.device:
     except RuntimeError:
         raise ValueError(f'--device is {name!r}, expected cpu, cuda, cuda:1 or the like.') from None
     count = torch.accelerator.device_count() if accelerator else 0
-    if device.type != 'cpu' and accelerator and (device.index or 0) >= count:
-        raise ValueError(f'--device {name} is not available here: there are {count} of its kind, counted from 0.')
+    local_rank = world_info_from_env()[0] if is_distributed_env() else 0
+    if device.type != 'cpu' and accelerator and max(device.index or 0, local_rank) >= count:
+        what = f'Process {local_rank} of this machine' if local_rank else f'--device {name}'
+        raise ValueError(f'{what} finds no device: there are {count}, counted from 0. Start fewer processes.')
     if device.type not in ('cpu', accelerator.type if accelerator else 'cpu'):
         raise ValueError(
             f'--device {name} is not available here'
@@ -35,8 +58,12 @@ def select_device(name: Optional[str]) -> torch.device:
     elif device.type == 'cpu':
         # far patches get denormal attention, which CPUs are many times slower at than at zeros
         torch.set_flush_denormal(True)
-    _logger.info(f'Training on {device}.')
-    return device
+    result = init_distributed_device_so(device.type if is_distributed_env() else str(device))
+    ranks = Ranks(result['global_rank'], result['local_rank'], result['world_size'])
+    of = f', {ranks.world_size} processes' if ranks.distributed else ''
+    if ranks.is_primary:
+        _logger.info(f'Training on {result["device"]}{of}.')
+    return torch.device(result['device']), ranks
 
 
 class Precision:

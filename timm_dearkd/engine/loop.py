@@ -3,59 +3,108 @@ import contextlib
 import logging
 import sys
 import time
-from typing import Any, Callable, Dict, Iterable, Iterator, NamedTuple, Optional, Tuple
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
-from timm.task import TrainingTask
+from timm.task import TrainingTask, evaluation_sample_limit
 from timm.utils import NativeScaler, dispatch_clip_grad
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from .device import Precision
+from .device import SINGLE, Precision, Ranks
+from .interrupt import TrainingError
+from .tracking import TeacherTimer
 
-__all__ = ['LossMeter', 'Stepper', 'mean_lr', 'train_one_epoch', 'validate']
+__all__ = ['LossMeter', 'Stepper', 'Trainer', 'Validator', 'mean_lr']
 
 _logger = logging.getLogger(__name__)
 
 
 class LossMeter:
-    """Sample-weighted means of named losses, kept on the device until somebody asks."""
+    """Sample-weighted means of named losses, kept on the device until somebody asks.
 
-    def __init__(self) -> None:
-        self.sums: Dict[str, torch.Tensor] = {}
-        self.counts: Dict[str, int] = {}
+    What is not finite counts for nothing in the means; the first such losses are kept to be shown.
+    """
+
+    def __init__(self, ranks: Ranks = SINGLE) -> None:
+        self.ranks = ranks
+        self.names: List[str] = []
+        self.sums: Optional[torch.Tensor] = None  # of each loss, and the number of samples
+        self.offender: Optional[torch.Tensor] = None  # update and losses of the first that were not finite, or zeros
 
     @torch.no_grad()
-    def update(self, losses: Dict[str, torch.Tensor], num_samples: int) -> None:
-        for name, loss in losses.items():
-            weighted = loss.detach().float() * num_samples
-            self.sums[name] = self.sums[name] + weighted if name in self.sums else weighted
-            self.counts[name] = self.counts.get(name, 0) + num_samples
+    def update(self, losses: Dict[str, torch.Tensor], num_samples: int, update: int = 0) -> torch.Tensor:
+        """Add the losses of a batch. Returns whether all are finite, as a tensor () on the device."""
+        values = torch.stack([loss.detach().float() for loss in losses.values()])
+        finite = values.isfinite().all()
+        row = torch.cat([values * num_samples, values.new_full((1,), num_samples)])
+        offender = torch.cat([values.new_full((1,), update), values])
+        if self.sums is None or self.offender is None:
+            self.names = list(losses)
+            self.sums, self.offender = torch.zeros_like(row), torch.zeros_like(offender)
+        self.sums = self.sums + torch.where(finite, row, 0.)
+        self.offender = torch.where(finite | (self.offender[0] > 0), self.offender, offender)
+        return finite
 
     def means(self) -> Dict[str, float]:
-        """One synchronisation for all of them."""
-        if not self.sums:
+        """Means over all processes, with one synchronisation."""
+        if self.sums is None:
             return {}
-        values = torch.stack(list(self.sums.values())).tolist()
-        return {name: value / self.counts[name] for name, value in zip(self.sums, values)}
+        sums = self.sums.clone()
+        if self.ranks.distributed:
+            dist.all_reduce(sums)
+        *values, count = sums.tolist()
+        return {name: value / count if count else float('nan') for name, value in zip(self.names, values)}
+
+    def take_offender(self) -> Tuple[int, Dict[str, float]]:
+        """Update and losses of the first batch since the last call whose losses were not finite; 0 for none."""
+        if self.offender is None:
+            return 0, {}
+        update, *values = self.offender.tolist()
+        self.offender = torch.zeros_like(self.offender)
+        return int(update), dict(zip(self.names, values))
+
+    def state_dict(self) -> Dict[str, Any]:
+        return dict(names=self.names, sums=None if self.sums is None else self.sums.cpu())
+
+    def load_state_dict(self, state: Dict[str, Any], device: torch.device) -> None:
+        if state['sums'] is not None:
+            self.names, self.sums = list(state['names']), state['sums'].to(device)
+            self.offender = torch.zeros_like(self.sums)
 
 
-class Stepper(NamedTuple):
-    """Backward, clipping and the optimiser's step."""
+@dataclass
+class Stepper:
+    """Backward, clipping and the optimizer's step, which is left out where a loss was not finite.
+
+    Args:
+        task: What is trained.
+        optimizer: Its optimizer.
+        scaler: timm's, for float16.
+        clip_grad: Clipping value; None clips nothing.
+        clip_mode: 'norm', 'value' or 'agc'.
+        on_host: Ask for the flag's value, which costs nothing on a CPU; else the device decides by itself.
+    """
     task: TrainingTask
     optimizer: torch.optim.Optimizer
     scaler: Optional[NativeScaler] = None
     clip_grad: Optional[float] = None
     clip_mode: str = 'norm'
+    on_host: bool = False
+    stepped: bool = field(default=False, init=False)
 
-    def __call__(self, loss: torch.Tensor, update: bool) -> None:
-        """Backward `loss`; update the weights if it is the last of its accumulation."""
+    def __call__(self, loss: torch.Tensor, update: bool, finite: Optional[torch.Tensor] = None) -> None:
+        """Backward `loss`; update the weights if it is the last of its accumulation and `finite` is not False."""
         second_order = getattr(self.optimizer, 'is_second_order', False)
         parameters: Iterable[nn.Parameter] = ()
         if update and self.clip_grad is not None:
             parameters = self.task.get_clip_parameters(exclude_head='agc' in self.clip_mode)
         if self.scaler is not None:
+            if finite is not None:  # an infinite loss may have finite gradients, which the scaler would let pass
+                loss = loss * torch.where(finite, 1., float('nan'))
             self.scaler(
                 loss, self.optimizer, clip_grad=self.clip_grad, clip_mode=self.clip_mode,
                 parameters=parameters, create_graph=second_order, need_update=update)
@@ -64,18 +113,45 @@ class Stepper(NamedTuple):
             if update:
                 if self.clip_grad is not None:
                     dispatch_clip_grad(parameters, value=self.clip_grad, mode=self.clip_mode)
-                self.optimizer.step()
+                self._step(finite)
         if update:
             self.optimizer.zero_grad()
 
+    def _step(self, finite: Optional[torch.Tensor]) -> None:
+        if finite is None or self.on_host or not self.stepped:  # the first step makes the states that a later one keeps
+            if finite is None or finite:
+                self.optimizer.step()
+                self.stepped = True
+        else:
+            _step_where(self.optimizer, finite)
+
+
+@torch.no_grad()
+def _step_where(optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> None:
+    """`optimizer.step()` if the flag on the device says so, without asking for its value."""
+    if getattr(optimizer, '_step_supports_amp_scaling', False):  # PyTorch's fused ones, which do it themselves
+        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+        return
+    state = getattr(optimizer, '_base_optimizer', optimizer).state
+    params = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
+    states = [value for p in params for value in state[p].values() if isinstance(value, torch.Tensor)]
+    tensors = [t for t in (*params, *states) if t.device == finite.device]
+    before = [t.clone() for t in tensors]
+    optimizer.step()
+    for tensor, old in zip(tensors, before):
+        tensor.copy_(torch.where(finite, tensor, old))
+
 
 @contextlib.contextmanager
-def _progress(loader, label: str) -> Iterator[Iterable]:
+def _progress(batches, label: str, total: int, initial: int = 0, show: bool = True) -> Iterator[Iterable]:
     """The batches behind a progress bar on a terminal, as they are elsewhere."""
-    if not sys.stderr.isatty():
-        yield loader
+    if not sys.stderr.isatty() or not show:
+        yield batches
         return
-    with logging_redirect_tqdm(), tqdm(loader, desc=label, leave=False, dynamic_ncols=True) as bar:
+    bar = tqdm(batches, desc=label, total=total, initial=initial, leave=False, dynamic_ncols=True)
+    with logging_redirect_tqdm(), bar:
         yield bar
 
 
@@ -88,10 +164,6 @@ def mean_lr(optimizer: torch.optim.Optimizer) -> float:
     return sum(group['lr'] for group in optimizer.param_groups) / len(optimizer.param_groups)
 
 
-def _split_losses(result: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    return {name: value for name, value in result.items() if name != 'output'}
-
-
 def _accumulation(batch: int, num_batches: int, steps: int) -> Tuple[int, int, bool]:
     """Which update (from 1) a batch (from 0) belongs to, how many batches that adds up, and if this completes it."""
     update = batch // steps + 1
@@ -99,126 +171,227 @@ def _accumulation(batch: int, num_batches: int, steps: int) -> Tuple[int, int, b
     return update, size, batch + 1 == num_batches or (batch + 1) % steps == 0
 
 
-def _log_progress(
-        head: str,
-        losses: Dict[str, float],
-        lr: float,
-        samples: int,
-        seconds: float,
-        data_time: float,
-) -> None:
-    _logger.info(
-        f'{head}  {_format_losses(losses)}  LR: {lr:.3e}  {samples / seconds:.1f} img/s  '
-        f'Data: {100. * data_time / seconds:.0f}%')
+class _Clock:
+    """Images, seconds, and the shares of them that went by for data and in the teacher."""
+
+    def __init__(self, teacher: TeacherTimer) -> None:
+        self.teacher = teacher
+        self.samples, self.data_time = 0, 0.
+        self.start = self.end = time.perf_counter()
+
+    def loaded(self) -> None:
+        self.data_time += time.perf_counter() - self.end
+
+    def stepped(self, num_samples: int) -> None:
+        self.samples += num_samples
+        self.end = time.perf_counter()
+
+    def read(self, world_size: int) -> Dict[str, float]:
+        """Rates since the last call. Call it when the device has finished."""
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        rates = dict(
+            images_per_second=self.samples * world_size / seconds,
+            data_share=self.data_time / seconds,
+            teacher_share=self.teacher.seconds() / seconds,
+        )
+        self.samples, self.data_time = 0, 0.
+        self.start = self.end = time.perf_counter()
+        return rates
 
 
-def train_one_epoch(
-        epoch: int,
-        task: TrainingTask,
-        loader,
-        step: Stepper,
-        precision: Precision,
-        lr_scheduler=None,
-        grad_accum_steps: int = 1,
-        channels_last: bool = False,
-        log_interval: int = 50,
-        label: str = 'Train',
-        on_log: Optional[Callable[[int, torch.Tensor], Any]] = None,
-        on_update: Optional[Callable[[int, bool], Any]] = None,
-) -> Dict[str, float]:
-    """Train for an epoch.
+@dataclass
+class Trainer:
+    """Trains a task epoch by epoch.
 
     Args:
-        epoch: Counted from 0.
         task: Gives the losses of a batch.
-        loader: Batches on the device.
+        loader: Batches on the device, see `TrainLoader`; any list of batches for whole epochs.
         step: See `Stepper`.
         precision: See `Precision`.
+        ranks: The processes that train together.
         lr_scheduler: Stepped at every update.
         grad_accum_steps: Batches per update.
         channels_last: Memory format of the images.
         log_interval: Updates between log lines.
-        label: Head of the log lines.
-        on_log: Called with the number of the update and the images of each log line.
-        on_update: Called with the number of every update, counted from 1, and whether it is the epoch's last.
-
-    Returns:
-        The mean of every loss by name, over the samples that had it.
+        skip_nan_steps: How many updates may be left out, in all, because a loss was not finite.
+        loss_scale: Factor on the loss of a batch by its size; None is 1.
+        synchronize: Wait for the device after every update.
+        on_log: Called at each log line with the epoch, the update, the mean losses, the rates and the images.
+        on_update: Called after every update with the epoch, the number of the update, counted from 1, and whether it
+            is the epoch's last.
     """
-    task.train()
-    meter, num_batches = LossMeter(), len(loader)
-    num_updates = -(-num_batches // grad_accum_steps)
-    start = end = time.perf_counter()
-    samples, data_time, losses = 0, 0., {}
-    step.optimizer.zero_grad()
-    with _progress(loader, label) as batches:
-        for i, (images, target) in enumerate(batches):
-            data_time += time.perf_counter() - end
-            if channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            with precision.autocast():
-                result = task(images, target)
-            update, size, is_update = _accumulation(i, num_batches, grad_accum_steps)
-            step(result['loss'] / size, is_update)
-            meter.update({name: value for name, value in result.items() if name != 'output'}, images.shape[0])
-            samples += images.shape[0]
+    task: TrainingTask
+    loader: Any
+    step: Stepper
+    precision: Precision
+    ranks: Ranks = SINGLE
+    lr_scheduler: Any = None
+    grad_accum_steps: int = 1
+    channels_last: bool = False
+    log_interval: int = 50
+    skip_nan_steps: int = 0
+    loss_scale: Optional[Callable[[int], float]] = None
+    synchronize: bool = False
+    on_log: Optional[Callable[[int, int, Dict[str, float], Dict[str, float], torch.Tensor], Any]] = None
+    on_update: Optional[Callable[[int, int, bool], Any]] = None
+    meter: LossMeter = field(init=False)
+    num_skipped: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.meter = LossMeter(self.ranks)
+        self.num_updates = -(-len(self.loader) // self.grad_accum_steps)
+        self._timer = TeacherTimer(self.task, self.precision.device)
+        self._skipped = torch.zeros((), device=self.precision.device)  # since the last log line
+        self._lrs: Dict[int, float] = {}
+
+    def train_epoch(self, epoch: int, first_update: int = 0, meter_state: Optional[Dict] = None) -> Dict[str, float]:
+        """Train for an epoch, counted from 0, or for what is left of it.
+
+        Args:
+            epoch: Its number.
+            first_update: Updates of the epoch that were done before.
+            meter_state: The state of `meter` then.
+
+        Returns:
+            The mean of every loss by name, over all samples of the epoch.
+
+        Raises:
+            TrainingError: Losses that are not finite, in more updates than `skip_nan_steps`.
+        """
+        self.task.train()
+        self.meter = LossMeter(self.ranks)
+        if meter_state is not None:
+            self.meter.load_state_dict(meter_state, self.precision.device)
+        num_batches, first = len(self.loader), first_update * self.grad_accum_steps
+        if hasattr(self.loader, 'set_epoch'):
+            self.loader.set_epoch(epoch, first)
+        clock, finite = _Clock(self._timer), None
+        self.step.optimizer.zero_grad()
+        label = f'Train: {epoch}'
+        with _progress(self.loader, label, num_batches, first, self.ranks.is_primary) as batches:
+            for i, (images, target) in enumerate(batches, first):
+                clock.loaded()
+                update, size, is_update = _accumulation(i, num_batches, self.grad_accum_steps)
+                finite = self._batch(images, target, update, size, is_update, finite)
+                clock.stepped(images.shape[0])
+                if is_update:
+                    finite = None
+                    self._finish_update(epoch, update, clock, images)
+        if hasattr(self.step.optimizer, 'sync_lookahead'):
+            self.step.optimizer.sync_lookahead()
+        return self.meter.means()
+
+    def _batch(self, images, target, update: int, size: int, is_update: bool, finite) -> torch.Tensor:
+        """Forward, backward and, if it is the last of its accumulation, the update. Returns if all was finite."""
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with contextlib.nullcontext() if is_update else self.task.no_sync():
+            with self.precision.autocast():
+                result = self.task(images, target)
+            losses = {name: value for name, value in result.items() if name != 'output'}
+            now_finite = self.meter.update(losses, images.shape[0], update)
+            finite = now_finite if finite is None else finite & now_finite
             if is_update:
-                done, last = epoch * num_updates + update, update == num_updates
-                task.update_ema(step=done)
-                if lr_scheduler is not None:
-                    lr_scheduler.step_update(num_updates=done, metric=None)
-                if on_update is not None:
-                    on_update(update, last)
-                if last or update % log_interval == 0 or done == 1:
-                    losses = meter.means()
-                    _log_progress(
-                        f'{label} [{update:>4d}/{num_updates} ({100. * update / num_updates:>3.0f}%)]', losses,
-                        mean_lr(step.optimizer), samples, time.perf_counter() - start, data_time)
-                    if on_log is not None:
-                        on_log(update, images)
-            end = time.perf_counter()
-    if hasattr(step.optimizer, 'sync_lookahead'):
-        step.optimizer.sync_lookahead()
-    return losses
+                if self.ranks.distributed:  # the gradients of one process are everybody's
+                    finite = finite.float()
+                    dist.all_reduce(finite, dist.ReduceOp.MIN)
+                    finite = finite > 0
+                self._skipped = self._skipped + ~finite
+                self._lrs[update] = mean_lr(self.step.optimizer)
+            scale = self.loss_scale(images.shape[0]) if self.loss_scale is not None else 1.
+            self.step(result['loss'] * (scale / size), is_update, finite)
+        return finite
+
+    def _finish_update(self, epoch: int, update: int, clock: _Clock, images: torch.Tensor) -> None:
+        done, last = epoch * self.num_updates + update, update == self.num_updates
+        self.task.update_ema(step=done)
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step_update(num_updates=done, metric=None)
+        if self.synchronize and self.precision.device.type != 'cpu':
+            torch.accelerator.synchronize()
+        if last or update % self.log_interval == 0 or done == 1:
+            losses = self.meter.means()
+            self._check_finite(epoch)
+            rates = clock.read(self.ranks.world_size)
+            if self.ranks.is_primary:
+                self._log(epoch, update, losses, rates)
+                if self.on_log is not None:
+                    self.on_log(epoch, update, losses, rates, images)
+        if self.on_update is not None:
+            self.on_update(epoch, update, last)
+
+    def _log(self, epoch: int, update: int, losses: Dict[str, float], rates: Dict[str, float]) -> None:
+        weights = getattr(self.task, 'weights', None)  # DearKD's, for the epoch
+        stage = f'  Stage: {weights.stage}' if weights is not None else ''
+        teacher = f'  Teacher: {100 * rates["teacher_share"]:.0f}%' if rates['teacher_share'] else ''
+        _logger.info(
+            f'Train: {epoch}{stage} [{update:>4d}/{self.num_updates} ({100. * update / self.num_updates:>3.0f}%)]'
+            f'  {_format_losses(losses)}  LR: {mean_lr(self.step.optimizer):.3e}'
+            f'  {rates["images_per_second"]:.1f} img/s  Data: {100 * rates["data_share"]:.0f}%{teacher}')
+
+    def _check_finite(self, epoch: int) -> None:
+        """Stop, or go on with a warning, where updates were left out since the last log line."""
+        skipped, lrs = int(self._skipped), self._lrs
+        update, losses = self.meter.take_offender()
+        self._skipped, self._lrs = torch.zeros_like(self._skipped), {}
+        if not skipped:
+            return
+        self.num_skipped += skipped
+        where = (
+            f'Loss not finite at epoch {epoch}, step {update} of {self.num_updates}'
+            f' ({_format_losses(losses)}; learning rate {lrs.get(update, 0.):.3e}). No step was taken with it.'
+        ) if update else f'Loss not finite in another process at epoch {epoch}. No step was taken with it.'
+        if self.num_skipped > self.skip_nan_steps:
+            raise TrainingError(
+                f'{where} Lower --lr, clip with --clip-grad 1, leave out --amp or use --amp-dtype bfloat16,'
+                f' or leave out such steps with --skip-nan-steps {self.num_skipped + 9}.')
+        _logger.warning(f'{where} Skipped so far: {self.num_skipped} of {self.skip_nan_steps}.')
 
 
-@torch.no_grad()
-def validate(
-        model: nn.Module,
-        loader,
-        evaluator,
-        precision: Precision,
-        channels_last: bool = False,
-        log_interval: int = 50,
-        label: str = 'Test',
-) -> Dict[str, float]:
-    """Evaluate a model.
+@dataclass
+class Validator:
+    """Evaluates a model.
 
     Args:
-        model: Gives logits; used as it is, in eval mode.
+        task: Knows how to judge its logits, see `TrainingTask.create_evaluator`.
         loader: Batches on the device.
-        evaluator: timm's, see `TrainingTask.create_evaluator`.
         precision: See `Precision`.
+        ranks: The processes that share the images.
         channels_last: Memory format of the images.
+        tta: 2 averages the logits of each image and its mirror image.
         log_interval: Batches between log lines.
-        label: Head of the log lines.
-
-    Returns:
-        The evaluator's metrics: loss, top1, top5.
     """
-    was_training = model.training
-    model.eval()
-    num_batches = len(loader)
-    with _progress(loader, label) as batches:
-        for i, (images, target) in enumerate(batches):
-            if channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            with precision.autocast():
-                output = model(images)
-            evaluator.update(output[0] if isinstance(output, (tuple, list)) else output, target)
-            if (i + 1) % log_interval == 0 and i + 1 < num_batches:
-                _logger.info(f'{label}: [{i + 1:>4d}/{num_batches}]  {_format_losses(evaluator.summary())}')
-    model.train(was_training)
-    metrics = evaluator.compute()
-    _logger.info(f'{label}: [{num_batches:>4d}/{num_batches}]  {_format_losses(metrics)}')
-    return dict(metrics)
+    task: TrainingTask
+    loader: Any
+    precision: Precision
+    ranks: Ranks = SINGLE
+    channels_last: bool = False
+    tta: int = 0
+    log_interval: int = 50
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, label: str = 'Test') -> Dict[str, float]:
+        """Metrics of the evaluator (loss, top1, top5) for a model, which runs in eval mode as it is."""
+        evaluator = self.task.create_evaluator(max_samples=evaluation_sample_limit(self.loader))
+        was_training = model.training
+        model.eval()
+        num_batches, is_primary = len(self.loader), self.ranks.is_primary
+        with _progress(self.loader, label, num_batches, show=is_primary) as batches:
+            for i, (images, target) in enumerate(batches):
+                views = [images, images.flip(-1)] if self.tta > 1 else [images]
+                logits = [self._forward(model, view) for view in views]
+                evaluator.update(sum(logits) / len(logits), target)
+                if is_primary and (i + 1) % self.log_interval == 0 and i + 1 < num_batches:
+                    _logger.info(f'{label}: [{i + 1:>4d}/{num_batches}]  {_format_losses(evaluator.summary())}')
+        model.train(was_training)
+        metrics = evaluator.compute(distributed=self.ranks.distributed)
+        if is_primary:
+            _logger.info(f'{label}: [{num_batches:>4d}/{num_batches}]  {_format_losses(metrics)}')
+        return dict(metrics)
+
+    def _forward(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with self.precision.autocast():
+            output = model(images)
+        return output[0] if isinstance(output, (tuple, list)) else output

@@ -1,17 +1,12 @@
 """The command line of train.py: timm's flags with timm's defaults, DearKD's own, and YAML files of either."""
 import argparse
-import difflib
 import logging
-import os
 from typing import Any, Dict, List, NoReturn, Optional, Sequence, Tuple
 
-import torch
 import yaml
-from timm.models import is_model, list_models, parse_model_name
-from timm.task import ClassificationEvaluator
 from timm.utils import ParseKwargs
 
-__all__ = ['build_config_parser', 'build_parser', 'check_args', 'parse_args']
+__all__ = ['build_config_parser', 'build_parser', 'parse_args']
 
 _logger = logging.getLogger(__name__)
 
@@ -59,6 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_loss(parser.add_argument_group('Loss and mixing'))
     _add_regularization(parser.add_argument_group('Regularization and weight averaging'))
     _add_run(parser.add_argument_group('Run and output'))
+    _add_logging(parser.add_argument_group('Experiment trackers'))
+    _add_naflex(parser)
     return parser
 
 
@@ -67,6 +64,7 @@ def _add_dearkd(group) -> None:
     add('--kd-model-name', metavar='NAME', help='teacher, any timm name, local-dir: and hf-hub: included')
     add('--kd-teacher-checkpoint', metavar='FILE', help="weights of the teacher; without it, timm's pretrained ones")
     add('--kd-teacher-img-size', type=int, metavar='N', help="size at which the teacher sees the images (student's)")
+    add('--kd-class-map', metavar='FILE', help="the teacher's class index per line, for each of the student's classes")
     add('--kd-distill-type', choices=('dearkd', 'logit', 'feature', 'token'),
         help="kind of distillation; dearkd where the student has tokens, timm's logit elsewhere")
     add('--dearkd-stage1-epochs', type=int, metavar='N', help='epochs of stage I (5/6 of the epochs)')
@@ -115,7 +113,17 @@ def _add_data(group) -> None:
     add('--pin-mem', action='store_true')
     add('--no-prefetcher', action='store_true')
     add('--use-multi-epochs-loader', action='store_true')
-    add('--worker-seeding', default='all')
+    add('--worker-seeding', default='all', help='for streamed data sets; others are seeded by seed, epoch and place')
+    add('--train-img-sizes', type=int, nargs='+', metavar='N', help='train at several sizes, one per batch')
+    add('--train-batch-sizes', type=int, nargs='+', metavar='N', help='batch size of each (--batch-size)')
+    add('--train-size-probs', type=float, nargs='+', metavar='P', help='how often each of them comes (all alike)')
+    add('--train-size-schedule', default='constant', choices=('constant', 'progressive'),
+        help='mix them all the time, or move from the first to the last')
+    add('--train-size-schedule-spread', type=float, default=0.65, help='how many neighbours take part in that')
+    add('--train-size-random-mix', type=float, default=0.1, help='share of any size in that')
+    add('--train-batches-per-epoch', '--train-steps-per-epoch', type=int, metavar='N')
+    add('--variable-batch-loss-scale', default='none', choices=('none', 'sqrt', 'linear'),
+        help='scale the loss of a batch by its size, relative to --batch-size')
 
 
 def _add_model(group) -> None:
@@ -136,6 +144,8 @@ def _add_model(group) -> None:
     add('--head-init-bias', type=float)
     add('--grad-checkpointing', action='store_true')
     add('--fast-norm', action='store_true')
+    add('--torchscript', action='store_true', help='script the model (CNNs and plain ViTs)')
+    add('--fuser', default='', help="TorchScript's fuser: te, old or nvfuser")
 
 
 def _add_input(group) -> None:
@@ -160,6 +170,10 @@ def _add_device(group) -> None:
     add('--channels-last', action='store_true')
     add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile student and teacher')
     add('--torchcompile-mode')
+    add('--no-ddp-bb', action='store_true', help='do not broadcast buffers in DistributedDataParallel')
+    add('--synchronize-step', action='store_true', help='wait for the device after every step')
+    add('--local_rank', type=int, default=0, help='ignored; torchrun sets it in the environment')
+    add('--device-modules', nargs='+', metavar='MODULE', help='modules to import first, for their devices or models')
 
 
 def _add_optimizer(group) -> None:
@@ -221,6 +235,7 @@ def _add_augmentation(group) -> None:
     add('--grayscale-prob', type=float)
     add('--gaussian-blur-prob', type=float)
     add('--aa', metavar='NAME', help='AutoAugment policy, e.g. rand-m9-mstd0.5-inc1')
+    add('--aug-repeats', type=float, default=0, metavar='N', help='repeated augmentation: each image N times')
     add('--aug-splits', type=int, default=0, metavar='N', help='augment every image N times, first time lightly')
     add('--reprob', type=float, default=0., help='random erasing probability')
     add('--remode', default='pixel')
@@ -249,10 +264,14 @@ def _add_loss(group) -> None:
 def _add_regularization(group) -> None:
     add = group.add_argument
     add('--drop', type=float, default=0.)
+    add('--drop-connect', type=float, help='the old name of --drop-path')
     add('--drop-path', type=float)
     add('--drop-block', type=float)
     add('--bn-momentum', type=float)
     add('--bn-eps', type=float)
+    add('--sync-bn', action='store_true', help='one BatchNorm over all processes')
+    add('--dist-bn', default='reduce', help='after an epoch, average (reduce) or broadcast BatchNorm statistics')
+    add('--split-bn', action='store_true', help='a BatchNorm per augmentation split')
     add('--model-ema', action='store_true', help='evaluate and export an exponential moving average of the weights')
     add('--model-ema-force-cpu', action='store_true')
     add('--model-ema-decay', type=float, default=0.9998)
@@ -266,12 +285,39 @@ def _add_run(group) -> None:
     add('--experiment', default='', metavar='NAME', help='name of the output folder (date, model and size)')
     add('--log-interval', type=int, default=50, metavar='N')
     add('--val-interval', type=int, default=1, metavar='N')
-    add('--recovery-interval', type=int, default=0, metavar='N')
+    add('--recovery-interval', type=int, default=0, metavar='N', help='updates between checkpoints within an epoch')
     add('--save-epochs', type=int, nargs='+', default=[], metavar='N',
         help='evaluate after N epochs, and keep that checkpoint as milestone-N')
     add('--checkpoint-hist', type=int, default=10, metavar='N')
+    add('--skip-nan-steps', type=int, default=0, metavar='N',
+        help='leave out up to N steps whose loss is not finite, rather than stop')
     add('--eval-metric', default='top1')
+    add('--eval-only', action='store_true', help='evaluate the model on the validation split, and print JSON')
+    add('--tta', type=int, default=0, metavar='N', help='2: evaluate each image with its mirror image')
     add('--save-images', action='store_true', help='write the training batches of the log lines')
+
+
+def _add_logging(group) -> None:
+    add = group.add_argument
+    add('--log-tensorboard', action='store_true', help='write TensorBoard events into the output folder')
+    add('--log-wandb', action='store_true', help='log to Weights & Biases')
+    add('--wandb-project')
+    add('--wandb-tags', nargs='+', default=[])
+    add('--wandb-resume-id', default='')
+
+
+def _add_naflex(parser) -> None:
+    """Flags of timm's NaFlex loader, known so as to say why they do not apply; see `check_args`."""
+    def add(*names: str, **kwargs: Any) -> None:
+        parser.add_argument(*names, help=argparse.SUPPRESS, **kwargs)
+
+    add('--naflex-loader', action='store_true')
+    add('--naflex-train-seq-lens', type=int, nargs='+', default=[128, 256, 576, 784, 1024])
+    add('--naflex-max-seq-len', type=int, default=576)
+    add('--naflex-patch-sizes', type=int, nargs='+')
+    add('--naflex-patch-size-probs', type=float, nargs='+')
+    add('--naflex-loss-scale', default='linear', choices=('none', 'sqrt', 'linear'))
+    add('--naflex-patchify-channels-first', action='store_true')
 
 
 def _config_argv(config: Dict[str, Any], parser: argparse.ArgumentParser) -> List[str]:
@@ -324,58 +370,3 @@ def parse_args(
     args = parser.parse_args(rest, parser.parse_args(config_argv))
     args_text = yaml.safe_dump(vars(args), default_flow_style=False)
     return args, args_text
-
-
-_CHOICES = {
-    'amp_dtype': ('float16', 'bfloat16'),
-    'clip_mode': ('norm', 'value', 'agc'),
-    'eval_metric': ClassificationEvaluator.metric_names,
-    'lr_base_scale': ('', 'linear', 'sqrt'),
-    'mixup_mode': ('batch', 'pair', 'elem'),
-    'model_dtype': (None, 'float32', 'float16', 'bfloat16'),
-    'remode': ('const', 'rand', 'pixel'),
-    'worker_seeding': ('all', 'part'),
-}
-_AT_LEAST_ONE = ('batch_size', 'epochs', 'grad_accum_steps', 'log_interval', 'val_interval', 'checkpoint_hist')
-_FILES = ('resume', 'kd_teacher_checkpoint', 'initial_checkpoint', 'pretrained_path')
-
-
-def check_args(args: argparse.Namespace) -> None:
-    """Refuse what can't work, as far as the options alone tell.
-
-    Raises:
-        ValueError: A value out of its range, or options that do not go together.
-        FileNotFoundError: A checkpoint that is not there.
-    """
-    def flag(name: str) -> str:
-        return f'--{name.replace("_", "-")}'
-
-    source, name = parse_model_name(args.model)
-    if source is None and not is_model(name.split('.')[0]):
-        near = difflib.get_close_matches(name, list_models(), n=4, cutoff=0.4)
-        raise ValueError(f'Unknown --model {args.model!r}. The nearest names: {", ".join(near) or "none"}.')
-    for key, choices in _CHOICES.items():
-        if getattr(args, key) not in choices:
-            expected = ', '.join(str(choice) for choice in choices if choice)
-            raise ValueError(f'{flag(key)} is {getattr(args, key)!r}, expected one of {expected}.')
-    for key in _AT_LEAST_ONE:
-        if getattr(args, key) < 1:
-            raise ValueError(f'{flag(key)} is {getattr(args, key)}, expected 1 or more.')
-    if args.resume == 'auto' and not args.experiment:
-        raise ValueError('--resume auto goes on in the folder of the run, so it needs --experiment NAME.')
-    for key in _FILES:
-        if getattr(args, key) and getattr(args, key) != 'auto' and not os.path.isfile(getattr(args, key)):
-            raise FileNotFoundError(f'{flag(key)}: no file {getattr(args, key)!r}.')
-    if not 0. < args.train_fraction <= 1.:
-        raise ValueError(f'--train-fraction is {args.train_fraction}, expected a share above 0, 1 at the most.')
-    if args.amp and args.model_dtype not in (None, 'float32'):
-        raise ValueError('--amp keeps the weights in float32. Leave out --model-dtype, or --amp.')
-    if args.batch_size % 2 and (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
-        raise ValueError(f'--batch-size is {args.batch_size}, but Mixup and CutMix pair the images up. Make it even.')
-    if args.aug_splits == 1 or (args.jsd_loss and not args.aug_splits):
-        raise ValueError('--aug-splits has to be 2 or more, and --jsd-loss needs it. Set --aug-splits 3, say.')
-    if args.torchcompile and args.torchcompile not in torch.compiler.list_backends(exclude_tags=()):
-        backends = ', '.join(torch.compiler.list_backends())
-        raise ValueError(f'--torchcompile is {args.torchcompile!r}, expected one of {backends}.')
-    if args.kd_teacher_checkpoint and not args.kd_model_name:
-        raise ValueError('--kd-teacher-checkpoint needs the architecture of the teacher: add --kd-model-name NAME.')

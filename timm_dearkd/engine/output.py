@@ -1,27 +1,75 @@
-"""The output folder of a run: checkpoints, summary, and the exported student."""
+"""Files of a run: its checkpoints, how it goes on from one, and the exported student."""
+import logging
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import safetensors.torch
 import torch
 import torch.nn as nn
 import torchvision
+from timm.models import clean_state_dict
 from timm.models._hub import save_config_for_hf
+from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, unwrap_model
+from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
-__all__ = ['AtomicCheckpointSaver', 'export_model', 'save_images', 'save_recovery', 'write_text']
+from .device import Precision
+from .interrupt import TrainingError
+
+__all__ = [
+    'AtomicCheckpointSaver', 'Position', 'export_model', 'find_checkpoint', 'remove_recovery', 'resume_run',
+    'save_images', 'write_text',
+]
+
+_logger = logging.getLogger(__name__)
 
 EXPORT_NAME = 'model_best.safetensors'
 
 
+class _TaskWithRun:
+    """A task whose checkpoints hold the run's state too."""
+
+    def __init__(self, task: TrainingTask, run_state: Dict[str, Any]) -> None:
+        self.task = task
+        self.run_state = run_state
+
+    def get_checkpoint_state(self, ema: bool = False, **kwargs: Any) -> Dict[str, Any]:
+        state = self.task.get_checkpoint_state(ema=ema, **kwargs)
+        return state if ema else {**state, **self.run_state}
+
+
 class AtomicCheckpointSaver(CheckpointSaver):
-    """timm's `CheckpointSaver`, but with a whole file under every name at any moment.
+    """timm's `CheckpointSaver`, but with a whole file under every name at any moment, power cuts included.
 
     timm unlinks `last` and `model_best` before it writes them anew; here they are replaced by a rename.
+
+    Args:
+        *args: timm's.
+        **kwargs: timm's.
+
+    Raises:
+        TrainingError: A file that can't be written, in `save_checkpoint` and the like. Those there are stay.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.run_state: Dict[str, Any] = {}
+        if self.task is not None:
+            self.task = _TaskWithRun(self.task, self.run_state)
+
+    def _save(self, save_path, epoch, metric=None):
+        try:
+            super()._save(save_path, epoch, metric)
+        except (OSError, RuntimeError) as e:  # PyTorch's writer raises the latter
+            Path(save_path).unlink(missing_ok=True)
+            raise TrainingError(
+                f'Could not write a checkpoint to {self.checkpoint_dir}: {str(e).splitlines()[0]}. Those that are there'
+                ' are whole. Make room, and go on with --resume auto.') from e
+
     def _replace(self, src: str, dst: str) -> None:
+        with open(src, 'rb') as f:
+            os.fsync(f.fileno())
         os.replace(src, dst)
 
     def _duplicate(self, src: str, dst: str) -> None:
@@ -30,6 +78,106 @@ class AtomicCheckpointSaver(CheckpointSaver):
             os.unlink(link)
         super()._duplicate(src, link)
         os.replace(link, dst)
+
+    def save_recovery(self, epoch: int, batch_idx: int = 0) -> None:
+        super().save_recovery(epoch, batch_idx)
+        kept = {self.curr_recovery_file, self.prev_recovery_file}
+        for path in _recovery_files(self.recovery_dir):
+            if str(path) not in kept:  # of the run before it was resumed
+                path.unlink()
+
+
+class Position(NamedTuple):
+    """Where a run goes on: the epoch, the updates of it that are done, and what they left behind."""
+    epoch: int = 0
+    update: int = 0
+    meter: Optional[Dict[str, Any]] = None
+    rng_states: Tuple[Dict[str, Any], ...] = ()
+    scheduler: Optional[Dict[str, Any]] = None
+    num_skipped: int = 0
+
+
+def _recovery_files(folder: str) -> List[Path]:
+    return sorted(Path(folder).glob('recovery-*.pth.tar'))
+
+
+def remove_recovery(folder: str) -> None:
+    """Remove the checkpoints within epochs."""
+    for path in _recovery_files(folder):
+        path.unlink()
+
+
+def find_checkpoint(folder: str) -> str:
+    """The checkpoint of a run that is furthest on, whether of an epoch or within one; '' if there is none.
+
+    Raises:
+        ValueError: There are some, but none can be read.
+    """
+    paths = [path for path in (Path(folder) / 'last.pth.tar', *_recovery_files(folder)) if path.is_file()]
+    found = []
+    for path in paths:
+        try:
+            checkpoint = load_checkpoint_metadata(str(path))
+            within = checkpoint.get('progress')
+            found.append(((checkpoint['epoch'] + (within is None), (within or {}).get('update', 0)), str(path)))
+        except Exception as e:  # torch's unpickler alone raises half a dozen kinds
+            _logger.warning(f'{path} can not be read ({type(e).__name__}), so the run goes on from another one.')
+    if paths and not found:
+        raise ValueError(f'No checkpoint in {folder!r} can be read: {", ".join(path.name for path in paths)}.')
+    return max(found)[1] if found else ''
+
+
+def resume_run(
+        path: str,
+        task: TrainingTask,
+        arch: str,
+        optimizer: Optional[torch.optim.Optimizer],
+        precision: Precision,
+        images_per_update: int,
+) -> Position:
+    """Continue from a checkpoint.
+
+    Args:
+        path: The checkpoint, of a run or with weights alone.
+        task: Takes the weights, and those of its EMA.
+        arch: Name of the model.
+        optimizer: Takes its state; None leaves that, and the loss scaler's.
+        precision: Has the loss scaler.
+        images_per_update: Of all processes; an epoch that is continued with others starts at the update that
+            comes nearest without leaving out images.
+
+    Raises:
+        ValueError: A file that is broken, or of another model or task.
+    """
+    try:
+        checkpoint = load_checkpoint_metadata(path)
+    except Exception as e:  # torch's unpickler alone raises half a dozen kinds
+        reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
+        raise ValueError(f'--resume {path} can not be read, it may be truncated: {reason}') from e
+    run = checkpoint if isinstance(checkpoint, dict) else {}
+    if run.get('arch', arch) != arch:
+        raise ValueError(
+            f'--resume {path} is a run of {run["arch"]}, this one is of {arch}.'
+            f' Set --model {run["arch"]}, or start from weights with --initial-checkpoint.')
+    try:
+        scaler = precision.scaler if optimizer is not None else None
+        epoch = resume_task_checkpoint(task, path, optimizer=optimizer, loss_scaler=scaler)
+        if task.has_ema():
+            load_task_ema_checkpoint(task, path)
+    except (KeyError, RuntimeError, ValueError) as e:
+        reason = ' '.join(str(e).split())[:300]
+        raise ValueError(f'--resume {path} does not fit this run: {reason}') from e
+    position = Position(
+        epoch or 0,
+        rng_states=tuple(run.get('rng_states', ())),
+        scheduler=run.get('scheduler'),
+        num_skipped=run.get('num_skipped', 0),
+    )
+    within = run.get('progress')
+    if within is None:
+        return position
+    update = within['update'] * within['images_per_update'] // images_per_update
+    return position._replace(epoch=run['epoch'], update=update, meter=within['meter'])
 
 
 def write_text(folder: str, name: str, text: str) -> None:
@@ -44,6 +192,7 @@ def export_model(
         folder: str,
         data_config: Dict[str, Any],
         label_names: Optional[List[str]] = None,
+        state_dict: Optional[Dict[str, torch.Tensor]] = None,
 ) -> None:
     """Write a model so that ``timm.create_model('local-dir:FOLDER', pretrained=True)`` loads it.
 
@@ -55,11 +204,13 @@ def export_model(
         folder: Output folder of the run.
         data_config: timm's preprocessing configuration that the model was trained with.
         label_names: Class names in the order of the classifier.
+        state_dict: Other weights of the model, such as an EMA's.
     """
     model = unwrap_model(model)
     path = Path(folder)
     temporary = path / f'.{EXPORT_NAME}.tmp'
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    weights = clean_state_dict(state_dict if state_dict is not None else model.state_dict())
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     temporary.write_bytes(safetensors.torch.save(tensors, metadata={'format': 'pt'}))
     os.replace(temporary, path / EXPORT_NAME)
 
@@ -73,9 +224,3 @@ def save_images(output_dir: str, update: int, images: torch.Tensor) -> None:
     """Write a batch (B, C, H, W) as one picture."""
     path = os.path.join(output_dir, f'train-batch-{update}.jpg')
     torchvision.utils.save_image(images, path, padding=0, normalize=True)
-
-
-def save_recovery(saver: AtomicCheckpointSaver, epoch: int, interval: int, update: int, last: bool) -> None:
-    """Write a recovery checkpoint where one is due."""
-    if last or update % interval == 0:
-        saver.save_recovery(epoch, batch_idx=update)

@@ -1,3 +1,4 @@
+import random
 import shutil
 
 import numpy as np
@@ -17,6 +18,7 @@ from timm_dearkd.engine.data import (
     open_eval_dataset,
     set_image_mode,
 )
+from timm_dearkd.engine.device import Ranks
 
 CPU = torch.device('cpu')
 
@@ -48,19 +50,149 @@ def test_eval_batches_are_the_images(image_folder, prefetcher):
     torch.testing.assert_close(images[0], torch.from_numpy((first - 0.5) / 0.25).permute(2, 0, 1), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize('workers', [0, 1])
 @pytest.mark.parametrize('prefetcher', [True, False])
-def test_mixup(image_folder, prefetcher):
+def test_mixup_until_it_is_off(image_folder, prefetcher, workers):
     dataset = open_dataset('', str(image_folder), 'train')
     mixup_cls = timm.data.FastCollateMixup if prefetcher else timm.data.Mixup
     mixup = mixup_cls(mixup_alpha=1., label_smoothing=0., num_classes=3)
     loader = create_train_loader(
-        dataset, config(), 6, CPU, use_prefetcher=prefetcher, mixup=mixup, num_workers=0, persistent_workers=False)
+        dataset, config(), 6, CPU, use_prefetcher=prefetcher, mixup=mixup, mixup_off_epoch=1, num_workers=workers)
     images, target = next(iter(loader))
     assert target.shape == (6, 3)
     torch.testing.assert_close(target.sum(1), torch.ones(6))
-    loader.mixup_enabled = False
-    _, target = next(iter(loader))
-    assert target.unique().tolist() == [0., 1.]
+    loader.set_epoch(1)
+    assert {value for _, target in loader for value in target.unique().tolist()} == {0., 1.}
+
+
+AUGMENTED = dict(re_prob=0.9, re_mode='pixel', auto_augment='rand-m9-mstd0.5-inc1', color_jitter=0.4, scale=(0.1, 1.))
+
+
+def load(folder, epochs, prefetcher=True, workers=0, **kwargs):
+    """The batches of (epoch, first batch) pairs, one after the other."""
+    mixup = (timm.data.FastCollateMixup if prefetcher else timm.data.Mixup)(1., 1., num_classes=3)
+    dataset = open_dataset('', str(folder), 'train')
+    loader = create_train_loader(
+        dataset, config(), 8, CPU, use_prefetcher=prefetcher, mixup=mixup, num_workers=workers,
+        **{**AUGMENTED, **kwargs})
+    batches = []
+    for epoch, first in epochs:
+        loader.set_epoch(epoch, first)
+        torch.manual_seed(int(torch.randint(1000, ())))  # what else draws random numbers changes nothing
+        batches.append(list(loader))
+    return batches
+
+
+def equal(batches, others):
+    return len(batches) == len(others) and all(
+        x.equal(y) and t.equal(u) for (x, t), (y, u) in zip(batches, others))
+
+
+@pytest.mark.parametrize('prefetcher', [True, False])
+def test_an_epoch_from_the_middle(image_folder, prefetcher):
+    """Same images, crops, mixes and erasures as in the whole epoch, in any number of workers."""
+    first, second = load(image_folder, [(0, 0), (1, 0)], prefetcher)
+    assert len(first) == 6 and not equal(first, second)
+    for workers in (0, 2):
+        rest, = load(image_folder, [(1, 4)], prefetcher, workers)
+        assert equal(rest, second[4:])
+    again, _, rest = load(image_folder, [(0, 0), (0, 3), (1, 2)], prefetcher, 2)  # with workers that stay
+    assert equal(again, first) and equal(rest, second[2:])
+    other, = load(image_folder, [(1, 0)], prefetcher, seed=1)
+    assert not equal(other, second)
+
+
+def test_the_training_keeps_its_random_numbers(image_folder):
+    dataset = open_dataset('', str(image_folder), 'train')
+    loader = create_train_loader(dataset, config(), 8, CPU, num_workers=0, **AUGMENTED)
+    loader_eval = create_eval_loader(open_dataset('', str(image_folder), 'validation'), config(), 8, CPU, num_workers=2)
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    list(loader), list(loader_eval)
+    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(num_aug_repeats=3)])
+def test_processes_share_the_images_of_one(image_folder, kwargs):
+    """The batches of two processes hold the samples of the one batch twice as large, augmented alike."""
+    def samples(batch_size, rank, world_size):
+        dataset = open_dataset('', str(image_folder), 'train')
+        loader = create_train_loader(
+            dataset, config(), batch_size, CPU, num_workers=0, ranks=Ranks(rank, rank, world_size),
+            scale=(0.1, 1.), auto_augment='rand-m9', **kwargs)
+        loader.set_epoch(1, 1)
+        return [images for images, _ in loader]
+
+    one, first, second = samples(8, 0, 1), samples(4, 0, 2), samples(4, 1, 2)
+    assert len(one) == len(first) == len(second) == 5
+    for whole, *halves in zip(one, first, second):
+        assert torch.stack(halves, 1).flatten(0, 1).equal(whole)
+
+
+def test_repeated_augmentation_differs_between_repeats(image_folder):
+    dataset = open_dataset('', str(image_folder), 'train')
+    loader = create_train_loader(
+        dataset, config(size=40), 6, CPU, num_workers=0, num_aug_repeats=3, scale=(0.5, 0.5), hflip=0.)
+    images, labels = next(iter(loader))
+    assert labels[:3].unique().numel() == labels[3:].unique().numel() == 1
+    assert not images[0].equal(images[1]) and not images[1].equal(images[2])
+
+
+def test_several_sizes(image_folder):
+    dataset = open_dataset('', str(image_folder), 'train')
+    loader = create_train_loader(
+        dataset, config(), 8, CPU, num_workers=0, input_size_choices=[16, 32], batch_size_choices=[8, 4],
+        num_batches=12)
+    loader.set_epoch(0)
+    shapes = [tuple(images.shape) for images, _ in loader]
+    assert len(loader) == len(shapes) == 12 and set(shapes) == {(8, 3, 16, 16), (4, 3, 32, 32)}
+    loader.set_epoch(0, 5)
+    assert [tuple(images.shape) for images, _ in loader] == shapes[5:]
+
+
+def test_streams_are_read_again_up_to_the_batch(image_folder):
+    class Stream(torch.utils.data.IterableDataset):
+        transform, epochs = None, []
+
+        def __iter__(self):
+            for i in range(20):
+                yield self.transform(Image.new('RGB', (40, 40), (i, i, i))), i
+
+        def __len__(self):
+            return 20
+
+        def set_epoch(self, epoch):
+            self.epochs.append(epoch)
+
+    loader = create_train_loader(Stream(), config(), 4, CPU, num_workers=0, no_aug=True)
+    loader.set_epoch(3, 2)
+    assert [labels.tolist() for _, labels in loader] == [[8, 9, 10, 11], [12, 13, 14, 15], [16, 17, 18, 19]]
+    assert Stream.epochs == [3]
+
+
+def test_unreadable_images_are_named_once_and_replaced(image_folder, tmp_path, caplog):
+    root = tmp_path / 'data'
+    shutil.copytree(image_folder, root)
+    for name, content in (('a.png', b'nothing'), ('0.png', (root / 'train' / 'grass' / '0.png').read_bytes()[:200])):
+        (root / 'train' / 'grass' / name).write_bytes(content)
+    dataset = open_dataset('', str(root), 'train')
+    for _ in range(2):
+        assert [label for _, label in dataset] == [0] * 16 + [1] * 16 + [2] * 17  # after a.png comes the next class
+    messages = [r.message for r in caplog.records if r.name == 'timm_dearkd.engine.data']
+    assert len(messages) == 2 and 'a.png' in ''.join(messages) and '0.png' in ''.join(messages)
+    for path in (root / 'train').glob('*/*.png'):
+        path.write_bytes(b'nothing')
+    with pytest.raises(OSError, match='10 images in a row can not be read'):
+        open_dataset('', str(root), 'train')[0]
+
+
+def test_an_empty_class_is_refused(image_folder, tmp_path):
+    root = tmp_path / 'data'
+    shutil.copytree(image_folder, root)
+    (root / 'train' / 'clouds').mkdir()
+    with pytest.raises(ValueError, match="clouds' has no images"):
+        open_dataset('', str(root), 'train', is_training=True)
+    (root / 'train' / 'clouds').rename(root / 'train' / '.cache')
+    assert len(class_names(open_dataset('', str(root), 'train', is_training=True))) == 3
 
 
 @pytest.mark.parametrize('in_chans,mode', [(1, 'RGB'), (3, 'L')])

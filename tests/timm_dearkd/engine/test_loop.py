@@ -6,7 +6,8 @@ from timm.task import ClassificationTask
 from timm.utils import NativeScaler
 
 from timm_dearkd.engine.device import Precision
-from timm_dearkd.engine.loop import LossMeter, Stepper, train_one_epoch, validate
+from timm_dearkd.engine.interrupt import TrainingError
+from timm_dearkd.engine.loop import LossMeter, Stepper, Trainer, Validator
 
 CPU = torch.device('cpu')
 
@@ -30,9 +31,9 @@ def test_gradient_accumulation_is_the_bigger_batch(clip_grad, scaled):
     task = ClassificationTask(model, criterion_kwargs=dict(smoothing=0.))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     updates, scaler = [], NativeScaler('cpu') if scaled else None
-    losses = train_one_epoch(
-        0, task, parts, Stepper(task, optimizer, scaler, clip_grad), Precision(CPU), grad_accum_steps=3,
-        on_update=lambda update, last: updates.append((update, last)))
+    losses = Trainer(
+        task, parts, Stepper(task, optimizer, scaler, clip_grad), Precision(CPU), grad_accum_steps=3,
+        on_update=lambda epoch, update, last: updates.append((update, last))).train_epoch(0)
 
     plain = make().train()
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.5)
@@ -52,11 +53,11 @@ def test_gradient_accumulation_is_the_bigger_batch(clip_grad, scaled):
         torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-4)
 
 
-def test_losses_are_weighted_by_samples_and_by_where_they_occur():
+def test_losses_are_weighted_by_samples():
     meter = LossMeter()
     meter.update(dict(loss=torch.tensor(1.), part=torch.tensor(4.)), 3)
-    meter.update(dict(loss=torch.tensor(5.)), 1)
-    assert meter.means() == dict(loss=2., part=4.)
+    meter.update(dict(loss=torch.tensor(5.), part=torch.tensor(0.)), 1)
+    assert meter.means() == dict(loss=2., part=3.)
     assert LossMeter().means() == {}
 
 
@@ -79,15 +80,18 @@ def test_no_synchronisation_between_log_lines():
     model = make()
     task = Task(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    train_one_epoch(0, task, batches([2] * 6), Stepper(task, optimizer), Precision(CPU), log_interval=3)
-    assert len(counts) == 3  # the run's first update, and one for every three
+    trainer = Trainer(task, batches([2] * 6), Stepper(task, optimizer), Precision(CPU), log_interval=3)
+    trainer.train_epoch(0)
+    first = 1  # the run's first step, which is asked for on the host
+    lines = 3  # the run's first update, and one for every three: means, skipped steps, offender
+    assert len(counts) == first + 3 * lines + 1  # and the means of the epoch
 
 
 def test_validate_is_the_accuracy_over_all_samples():
     model = make().train()
     parts = batches([4, 4, 3])
     task = ClassificationTask(model)
-    metrics = validate(model, parts, task.create_evaluator(), Precision(CPU))
+    metrics = Validator(task, parts, Precision(CPU))(model)
     assert model.training
     images, labels = (torch.cat(part) for part in zip(*parts))
     with torch.no_grad():
@@ -104,7 +108,7 @@ def test_lookahead_is_synchronised_at_the_end_of_an_epoch():
     slow = {}
     sync = optimizer.sync_lookahead
     optimizer.sync_lookahead = lambda: (sync(), slow.update(done=True))
-    train_one_epoch(0, task, batches([2] * 2), Stepper(task, optimizer), Precision(CPU))
+    Trainer(task, batches([2] * 2), Stepper(task, optimizer), Precision(CPU)).train_epoch(0)
     assert slow
 
 
@@ -113,7 +117,7 @@ def test_second_order_optimizers():
     task = ClassificationTask(timm.create_model('test_resnet', num_classes=3))
     optimizer = create_optimizer_v2(task.get_trainable_module(), 'adahessian', lr=0.1)
     before = [p.clone() for p in task.trainable_module.parameters()]
-    train_one_epoch(0, task, batches([2]), Stepper(task, optimizer), Precision(CPU))
+    Trainer(task, batches([2]), Stepper(task, optimizer), Precision(CPU)).train_epoch(0)
     assert not all(p.equal(q) for p, q in zip(task.trainable_module.parameters(), before))
 
 
@@ -125,3 +129,116 @@ def test_precision():
         assert model(torch.randn(1, 3, 32, 32)).dtype == torch.float32
     assert Precision(CPU, torch.float16).scaler is None
     assert Precision(torch.device('cuda'), torch.bfloat16).scaler is None
+
+
+class Poisoned(ClassificationTask):
+    """Its loss is not finite in some batches, counted from 1."""
+
+    def __init__(self, model, batches, value=float('nan')):
+        super().__init__(model, criterion_kwargs=dict(smoothing=0.))
+        self.batches, self.value, self.count = batches, value, 0
+
+    def forward(self, input, target):
+        self.count += 1
+        result = super().forward(input, target)
+        if self.count in self.batches:
+            result['loss'] = result['loss'] * self.value
+        return result
+
+
+OPTIMIZERS = {
+    'fused': lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    'plain': lambda p: torch.optim.AdamW(p, lr=0.01),
+    'momentum': lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    'stateless': lambda p: torch.optim.SGD(p, lr=0.1),
+}
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+@pytest.mark.parametrize('on_host', [True, False])
+@pytest.mark.parametrize('make_optimizer', OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_no_step_is_taken_with_a_loss_that_is_not_finite(make_optimizer, on_host, value, caplog):
+    """The weights are those of a training without the batches, and the mean is over the others."""
+    parts = batches([4] * 5)
+
+    def train(task, data, **kwargs):
+        optimizer = make_optimizer(task.trainable_module.parameters())
+        trainer = Trainer(task, data, Stepper(task, optimizer, on_host=on_host), Precision(CPU), **kwargs)
+        return trainer.train_epoch(0), trainer
+
+    poisoned, plain = Poisoned(make(), (2, 4), value), Poisoned(make(), ())
+    losses, trainer = train(poisoned, parts, skip_nan_steps=2)
+    expected, _ = train(plain, parts[::2])
+    assert losses['loss'] == pytest.approx(expected['loss'], rel=1e-6) and trainer.num_skipped == 2
+    for p, q in zip(poisoned.trainable_module.parameters(), plain.trainable_module.parameters()):
+        assert p.equal(q)
+    assert 'step 2 of 5' in caplog.text and f'loss: {value}' in caplog.text
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    """With the step, the losses and the learning rate, at the log interval; the weights are those before."""
+    task, plain = Poisoned(make(), (3,)), Poisoned(make(), ())
+    for t in (task, plain):
+        optimizer = torch.optim.SGD(t.trainable_module.parameters(), lr=0.25)
+        trainer = Trainer(t, batches([4] * (6 if t is task else 2)), Stepper(t, optimizer), Precision(CPU))
+        if t is plain:
+            trainer.train_epoch(0)
+            continue
+        trainer.log_interval = 3
+        message = r'epoch 0, step 3 of 6 \(loss: nan; learning rate 2.500e-01\).*--skip-nan-steps'
+        with pytest.raises(TrainingError, match=message):
+            trainer.train_epoch(0)
+    assert all(p.equal(q) for p, q in zip(task.parameters(), plain.parameters()))
+
+
+def test_one_bad_batch_of_an_accumulation_spoils_its_update():
+    task, plain = Poisoned(make(), (2,)), Poisoned(make(), ())
+    for t, parts in ((task, batches([4] * 4)), (plain, batches([4] * 4)[2:])):
+        optimizer = torch.optim.SGD(t.trainable_module.parameters(), lr=0.1)
+        Trainer(t, parts, Stepper(t, optimizer), Precision(CPU), grad_accum_steps=2, skip_nan_steps=1).train_epoch(0)
+    assert all(p.equal(q) for p, q in zip(task.parameters(), plain.parameters()))
+
+
+def test_float16_scaler_leaves_out_an_infinite_loss():
+    task = Poisoned(make(), (1,), float('inf'))
+    before = [p.clone() for p in task.parameters()]
+    optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=0.1)
+    trainer = Trainer(
+        task, batches([4]), Stepper(task, optimizer, NativeScaler('cpu')), Precision(CPU), skip_nan_steps=1)
+    trainer.train_epoch(0)
+    assert all(p.equal(q) for p, q in zip(task.parameters(), before)) and trainer.num_skipped == 1
+
+
+def test_the_mean_of_an_epoch_that_was_continued_is_over_all_of_it():
+    parts = batches([4] * 4)
+    whole, halves = ClassificationTask(make()), ClassificationTask(make())
+
+    def trainer(task, data):
+        return Trainer(task, data, Stepper(task, torch.optim.SGD(task.parameters(), lr=0.1)), Precision(CPU))
+
+    expected = trainer(whole, parts).train_epoch(0)
+    first, states = trainer(halves, parts), []
+    first.on_update = lambda epoch, update, last: states.append(first.meter.state_dict())
+    first.train_epoch(0)
+
+    class FromThere(list):
+        def set_epoch(self, epoch, first_batch):
+            self[:] = parts[first_batch:]
+
+        def __len__(self):
+            return 4
+
+    halves.load_state_dict(ClassificationTask(make()).state_dict())
+    first = trainer(halves, parts[:2])
+    first.train_epoch(0)
+    losses = trainer(halves, FromThere(parts)).train_epoch(0, 2, states[1])
+    assert losses['loss'] == pytest.approx(expected['loss'], rel=1e-6)
+
+
+def test_mirrored_views():
+    model = make().eval()
+    (images, labels), = batches([6])
+    metrics = Validator(ClassificationTask(model), [(images, labels)], Precision(CPU), tta=2)(model)
+    with torch.no_grad():
+        logits = (model(images) + model(images.flip(-1))) / 2
+    assert metrics['loss'] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)

@@ -1,5 +1,11 @@
+import argparse
+import ast
+import csv
+from pathlib import Path
+
 import pytest
 import yaml
+from timm.utils import ParseKwargs
 
 from timm_dearkd.engine.options import build_config_parser, build_parser, parse_args
 
@@ -17,10 +23,31 @@ def config(tmp_path):
     return write
 
 
-def test_defaults_are_timms():
-    args, _ = parse('DIR')
-    assert (args.data, args.model, args.batch_size, args.opt, args.epochs) == ('DIR', 'resnet50', 128, 'sgd', 300)
-    assert (args.smoothing, args.warmup_epochs, args.sched, args.seed) == (0.1, 5, 'cosine', 42)
+# of timm 1.0.31
+TABLE = list(csv.DictReader((Path(__file__).parent / 'timm_train_flags.tsv').read_text().splitlines(), delimiter='\t'))
+
+
+@pytest.mark.parametrize('row', TABLE, ids=lambda row: row['flag'])
+def test_flags_are_timms(row):
+    """Names, types, argument counts, defaults and choices. The kinds of distillation and the device differ."""
+    actions = {name: a for a in build_parser()._actions for name in (a.option_strings or [a.dest])}
+    names = row['flag'].split()
+    action = actions[names[0]]
+    assert all(actions[name] is action for name in names)
+    if names[0] in ('--kd-distill-type', '--device'):
+        return
+    kind = {'StoreTrue': argparse._StoreTrueAction, 'Store': argparse._StoreAction, 'ParseKwargs': ParseKwargs}
+    assert isinstance(action, kind[row['action']])
+    if row['action'] == 'Store':
+        assert (action.type or str).__name__ == row['type']
+    if row['action'] != 'StoreTrue':
+        assert str(action.nargs or '') == row['nargs']
+    assert action.default == ast.literal_eval(row['default'])
+    assert list(action.choices or ()) == list(ast.literal_eval(row['choices'] or '()'))
+
+
+def test_the_table_is_whole():
+    assert len(TABLE) > 150 and len({row['flag'] for row in TABLE}) == len(TABLE)
 
 
 def test_the_command_line_wins_over_the_file(config):
@@ -52,8 +79,8 @@ def test_numbers_written_as_text(config):
 
 
 def test_unknown_keys_are_warned_about(config, caplog):
-    parse(*config(learning_rate=1., naflex_loader=False, fuser=''))  # the latter as timm writes them, unset
-    assert 'learning_rate' in caplog.text and 'naflex' not in caplog.text and 'fuser' not in caplog.text
+    parse(*config(learning_rate=1., dist_url=None))  # the latter as timm writes them, unset
+    assert 'learning_rate' in caplog.text and 'dist_url' not in caplog.text
 
 
 @pytest.mark.parametrize('options,message', [

@@ -5,8 +5,10 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from timm.task import ClassificationTask
 
-from timm_dearkd.engine.output import AtomicCheckpointSaver, export_model
+from timm_dearkd.engine.interrupt import TrainingError
+from timm_dearkd.engine.output import AtomicCheckpointSaver, export_model, find_checkpoint
 
 
 def make_saver(folder, **kwargs):
@@ -52,7 +54,7 @@ def test_a_failed_write_leaves_the_files_that_were_there(tmp_path, monkeypatch):
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(torch, 'save', full_disk)
-    with pytest.raises(OSError):
+    with pytest.raises(TrainingError, match='No space left on device.*--resume auto'):
         saver.save_checkpoint(1, 2.)
     monkeypatch.undo()
     for name in ('last', 'model_best'):
@@ -77,3 +79,32 @@ def test_export_loads_as_it_is(tmp_path):
     cfg = loaded.pretrained_cfg
     assert cfg['label_names'] == ['a', 'b', 'c'] and cfg['mean'] == [0.3] and cfg['crop_pct'] == 0.8
     assert timm.data.resolve_model_data_config(loaded)['input_size'] == (1, 48, 48)
+
+
+def test_the_checkpoint_furthest_on_is_found(tmp_path, caplog):
+    assert find_checkpoint(str(tmp_path)) == '' == find_checkpoint(str(tmp_path / 'nowhere'))
+    saver = make_saver(tmp_path, task=ClassificationTask(timm.create_model('test_resnet', num_classes=3)))
+
+    def found():
+        return os.path.basename(find_checkpoint(str(tmp_path)))
+
+    def save_recovery(epoch, update):
+        saver.run_state.update(progress=dict(update=update))
+        saver.save_recovery(epoch, update)
+        saver.run_state.clear()
+
+    save_recovery(0, 5)
+    assert found() == 'recovery-0-5.pth.tar'
+    saver.save_checkpoint(0, 1.)
+    assert found() == 'last.pth.tar'
+    save_recovery(1, 9)
+    save_recovery(1, 10)
+    assert found() == 'recovery-1-10.pth.tar'
+    assert not (tmp_path / 'recovery-0-5.pth.tar').exists()
+    path = tmp_path / 'recovery-1-10.pth.tar'
+    path.write_bytes(path.read_bytes()[:1000])
+    assert found() == 'recovery-1-9.pth.tar' and 'recovery-1-10.pth.tar can not be read' in caplog.text
+    for path in tmp_path.glob('*.pth.tar'):
+        path.write_bytes(b'')
+    with pytest.raises(ValueError, match='No checkpoint in'):
+        found()

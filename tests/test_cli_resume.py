@@ -1,0 +1,203 @@
+"""Runs that are stopped, killed and resumed, against the run that never was."""
+import csv
+import os
+import resource
+import signal
+import time
+
+import pytest
+import torch
+
+from conftest import start_python
+
+EXACT = (
+    '--epochs', '3', '--dearkd-stage1-epochs', '1', '--mixup', '0.5', '--cutmix', '0.5', '--aa', 'rand-m9-mstd0.5-inc1',
+    '--reprob', '0.5', '--drop', '0.1', '--drop-path', '0.2', '--dearkd-rpe-drop', '0.1', '--model-ema',
+    '--model-ema-decay', '0.8', '--sched-on-updates', '--log-interval', '4', '--checkpoint-hist', '1',
+)
+
+
+@pytest.fixture(scope='module')
+def exact_cli(train_cli, cnn):
+    """train.py with all that draws random numbers."""
+    def run(*args, **kwargs):
+        return train_cli('--kd-model-name', f'local-dir:{cnn}', *EXACT, *args, **kwargs)
+    return run
+
+
+@pytest.fixture(scope='module')
+def whole(exact_cli, tmp_path_factory):
+    """The run that goes through."""
+    out = tmp_path_factory.mktemp('whole')
+    result = exact_cli('--output', out, '--experiment', 'run')
+    assert result.returncode == 0, result.stderr
+    return out / 'run'
+
+
+def load(folder):
+    return torch.load(folder / 'last.pth.tar', weights_only=False)
+
+
+def flatten(state):
+    if isinstance(state, dict):
+        return [item for key in sorted(state, key=str) for item in flatten(state[key])]
+    if isinstance(state, (list, tuple)):
+        return [item for value in state for item in flatten(value)]
+    return [state]
+
+
+def assert_same_run(folder, whole):
+    """The same weights, averages, optimizer and summary, bit for bit."""
+    ours, theirs = load(folder), load(whole)
+    for key in ('epoch', 'state_dict', 'state_dict_ema', 'task_state', 'task_state_ema', 'optimizer', 'rng_states'):
+        a, b = flatten(ours[key]), flatten(theirs[key])
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert x.equal(y) if isinstance(x, torch.Tensor) else x == y, key
+    assert (folder / 'summary.csv').read_text() == (whole / 'summary.csv').read_text()
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize('workers', ['0', '2'])
+def test_resuming_an_epoch_is_exact(workers, exact_cli, whole, tmp_path):
+    """Stopped after epochs 1 and 2, within the stages and between them."""
+    for args in (['--stop-epoch', '1'], ['--stop-epoch', '2'], []):
+        result = exact_cli(
+            '--workers', workers, '--output', tmp_path, '--experiment', 'run', '--resume', 'auto', *args)
+        assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / 'run', whole)
+
+
+@pytest.mark.parametrize('workers', ['0', '2'])
+def test_sigkill_at_any_moment(workers, exact_cli, whole, tmp_path):
+    """Killed within each epoch, the run goes on from the last recovery checkpoint, exactly."""
+    command = (
+        '--workers', workers, '--output', tmp_path, '--experiment', 'run', '--resume', 'auto', '--recovery-interval',
+        '2')
+    for name in ('recovery-0-4', 'recovery-1-2', 'recovery-2-4'):
+        process = exact_cli(*command, start=start_python)
+        wait_for(tmp_path / 'run' / f'{name}.pth.tar', process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    (tmp_path / 'run' / 'tmp.pth.tar').write_bytes(b'half a checkpoint')
+    result = exact_cli(*command)
+    assert result.returncode == 0, result.stderr
+    assert 'of 3' not in result.stdout
+    assert_same_run(tmp_path / 'run', whole)
+
+
+@pytest.mark.parametrize('signum,to_group', [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True)])
+def test_signals_end_the_run_at_a_checkpoint(signum, to_group, exact_cli, whole, tmp_path):
+    """Sent to the process, or to its loader's processes too; the run goes on exactly."""
+    command = ('--workers', '2', '--output', tmp_path, '--experiment', 'run', '--resume', 'auto')
+    process = exact_cli(*command, start=start_python)
+    wait_for(tmp_path / 'run' / 'last.pth.tar', process)
+    (os.killpg if to_group else os.kill)(process.pid, signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum and 'Traceback' not in err
+    assert f'Interrupted by {signal.Signals(signum).name}' in err.splitlines()[-1]
+    assert len(list((tmp_path / 'run').glob('recovery-*.pth.tar'))) == 1
+    result = exact_cli(*command)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / 'run', whole)
+
+
+def test_killed_while_writing(exact_cli, whole, tmp_path):
+    """Whatever was being written, what is there is whole."""
+    command = ('--output', tmp_path, '--experiment', 'run', '--resume', 'auto', '--recovery-interval', '1')
+    for count in range(6):
+        process = exact_cli(*command, start=start_python)
+        seen, end = set((tmp_path / 'run').glob('*')), time.monotonic() + 60
+        while not any(p.name.startswith(('tmp', 'recovery_tmp')) and p not in seen
+                      for p in (tmp_path / 'run').glob('*')) and time.monotonic() < end:
+            if process.poll() is not None:
+                break
+        time.sleep(0.003 * count)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        for path in (tmp_path / 'run').glob('*.pth.tar'):
+            if 'tmp' not in path.name:
+                torch.load(path, weights_only=False)
+    result = exact_cli(*command)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / 'run', whole)
+
+
+def test_a_full_disk(exact_cli, whole, tmp_path):
+    """A file size limit below that of a checkpoint: one line, and the run goes on when there is room."""
+    command = ('--output', tmp_path, '--experiment', 'run', '--resume', 'auto')
+    assert exact_cli(*command, '--stop-epoch', '1').returncode == 0
+    limit = (tmp_path / 'run' / 'last.pth.tar').stat().st_size // 2
+    result = exact_cli(*command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert result.returncode == 2 and 'Traceback' not in result.stderr
+    assert 'Could not write a checkpoint' in result.stderr.splitlines()[-1]
+    assert not list((tmp_path / 'run').glob('*tmp*'))
+    assert load(tmp_path / 'run')['epoch'] == 0
+    result = exact_cli(*command)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / 'run', whole)
+
+
+def test_a_loss_that_is_not_finite(train_cli, tmp_path):
+    """At a learning rate that is far too high. The checkpoints hold finite weights."""
+    command = ('--opt', 'sgd', '--lr', '1e30', '--epochs', '3', '--output', tmp_path, '--experiment')
+    result = train_cli(*command, 'stop')
+    line = result.stderr.splitlines()[-1]
+    assert result.returncode == 2 and 'Traceback' not in result.stderr
+    assert 'Loss not finite at epoch' in line and 'loss: nan' in line and 'learning rate 1.000e+30' in line
+    result = train_cli(*command, 'skip', '--skip-nan-steps', '99')
+    assert result.returncode == 0, result.stderr
+    weights = load(tmp_path / 'skip')['state_dict'].values()
+    assert all(w.isfinite().all() for w in weights if w.is_floating_point())
+
+
+@pytest.mark.parametrize('change,message', [
+    ('model', '--model test_dearkd'),
+    ('teacher', 'another teacher'),
+    ('hooks', 'other hooks'),
+    ('none', 'trained without DearKD'),
+    ('truncated', 'can not be read, it may be truncated'),
+    ('pickle', 'can not be read'),
+])
+def test_checkpoints_that_do_not_fit(change, message, train_cli, exact_cli, cnn, whole, tmp_path):
+    path = whole / 'last.pth.tar'
+    args = ['--epochs', '9', '--output', tmp_path, '--experiment', 'run', '--resume', path]
+    if change == 'model':
+        result = exact_cli(*args, '--model', 'dearkd_nano_patch4_32')
+    elif change == 'teacher':
+        teacher = tmp_path / 'teacher.pth'
+        state = torch.load(cnn / 'last.pth.tar', weights_only=False)['state_dict']
+        torch.save({k: v * 2 if k == 'conv1.0.weight' else v for k, v in state.items()}, teacher)
+        result = exact_cli(*args, '--kd-model-name', 'test_resnet', '--kd-teacher-checkpoint', teacher)
+    elif change == 'hooks':
+        result = exact_cli(*args, '--dearkd-hooks', '4:layer1')
+    else:
+        other = tmp_path / 'other.pth.tar'
+        if change == 'none':
+            state = torch.load(path, weights_only=False)
+            torch.save({k: v for k, v in state.items() if not k.startswith('task_state')}, other)
+        elif change == 'truncated':
+            other.write_bytes(path.read_bytes()[:20000])
+        else:
+            torch.save(dict(state_dict=torch.nn.Linear(2, 2)), other)
+        result = exact_cli(*args[:-1], other)
+    assert result.returncode == 2 and 'Traceback' not in result.stderr
+    assert message in result.stderr.splitlines()[-1]
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_plateau_is_remembered(train_cli, tmp_path):
+    command = (
+        '--sched', 'plateau', '--patience-epochs', '0', '--decay-rate', '0.5', '--lr', '1e-9', '--epochs', '4',
+        '--output', tmp_path, '--experiment')
+    assert train_cli(*command, 'whole').returncode == 0
+    for args in (['--stop-epoch', '2'], ['--resume', 'auto']):
+        assert train_cli(*command, 'parts', *args).returncode == 0
+    rates = [[row['lr'] for row in csv.DictReader((tmp_path / name / 'summary.csv').open())]
+             for name in ('whole', 'parts')]
+    assert rates[0] == rates[1] and len(set(rates[0])) > 1

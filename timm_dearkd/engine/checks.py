@@ -1,0 +1,126 @@
+"""What train.py refuses before it begins, as far as the options alone tell."""
+import argparse
+import difflib
+import os
+
+import torch
+from timm.models import is_model, list_models, parse_model_name
+from timm.task import ClassificationEvaluator
+
+from .tracking import check_available
+
+__all__ = ['check_args']
+
+_CHOICES = {
+    'amp_dtype': ('float16', 'bfloat16'),
+    'clip_mode': ('norm', 'value', 'agc'),
+    'dist_bn': ('', 'reduce', 'broadcast'),
+    'eval_metric': ClassificationEvaluator.metric_names,
+    'lr_base_scale': ('', 'linear', 'sqrt'),
+    'mixup_mode': ('batch', 'pair', 'elem'),
+    'model_dtype': (None, 'float32', 'float16', 'bfloat16'),
+    'remode': ('const', 'rand', 'pixel'),
+    'tta': (0, 1, 2),
+    'worker_seeding': ('all', 'part'),
+}
+_AT_LEAST_ONE = ('batch_size', 'epochs', 'grad_accum_steps', 'log_interval', 'val_interval', 'checkpoint_hist')
+_FILES = ('resume', 'kd_teacher_checkpoint', 'initial_checkpoint', 'kd_class_map', 'pretrained_path')
+_NOT_NEGATIVE = ('seed', 'skip_nan_steps', 'recovery_interval', 'workers', 'aug_repeats')
+
+
+_NAFLEX = dict(
+    naflex_loader=False,
+    naflex_train_seq_lens=[128, 256, 576, 784, 1024],
+    naflex_max_seq_len=576,
+    naflex_patch_sizes=None,
+    naflex_patch_size_probs=None,
+    naflex_loss_scale='linear',
+    naflex_patchify_channels_first=False,
+)
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuse what can't work, as far as the options alone tell.
+
+    Raises:
+        ValueError: A value out of its range, or options that do not go together.
+        FileNotFoundError: A checkpoint that is not there.
+    """
+    _check_model(args)
+    _check_values(args)
+    _check_combinations(args)
+    _check_size_schedule(args)
+    check_available(tensorboard=args.log_tensorboard, wandb=args.log_wandb)
+
+
+def _flag(name: str) -> str:
+    return f'--{name.replace("_", "-")}'
+
+
+def _check_model(args: argparse.Namespace) -> None:
+    source, name = parse_model_name(args.model)
+    if source is None and not is_model(name.split('.')[0]):
+        near = difflib.get_close_matches(name, list_models(), n=4, cutoff=0.4)
+        raise ValueError(f'Unknown --model {args.model!r}. The nearest names: {", ".join(near) or "none"}.')
+    for key in _NAFLEX:
+        if getattr(args, key) != _NAFLEX[key]:
+            raise ValueError(
+                f'{_flag(key)} is not supported: NaFlex feeds sequences of patches, and the tokens of a DearKD student'
+                ' are a grid, which its relative positions and its aligner need. Leave it out;'
+                ' --train-img-sizes trains at several sizes.')
+
+
+def _check_values(args: argparse.Namespace) -> None:
+    for key, choices in _CHOICES.items():
+        if getattr(args, key) not in choices:
+            expected = ', '.join(str(choice) for choice in choices if choice not in ('', None))
+            raise ValueError(f'{_flag(key)} is {getattr(args, key)!r}, expected one of {expected}.')
+    for keys, least in ((_AT_LEAST_ONE, 1), (_NOT_NEGATIVE, 0)):
+        for key in keys:
+            if getattr(args, key) < least:
+                raise ValueError(f'{_flag(key)} is {getattr(args, key)}, expected {least} or more.')
+    for key in _FILES:
+        if getattr(args, key) and getattr(args, key) != 'auto' and not os.path.isfile(getattr(args, key)):
+            raise FileNotFoundError(f'{_flag(key)}: no file {getattr(args, key)!r}.')
+    if not 0. < args.train_fraction <= 1.:
+        raise ValueError(f'--train-fraction is {args.train_fraction}, expected a share above 0, 1 at the most.')
+    if args.torchcompile and args.torchcompile not in torch.compiler.list_backends(exclude_tags=()):
+        backends = ', '.join(torch.compiler.list_backends())
+        raise ValueError(f'--torchcompile is {args.torchcompile!r}, expected one of {backends}.')
+
+
+def _check_combinations(args: argparse.Namespace) -> None:
+    if args.resume == 'auto' and not args.experiment:
+        raise ValueError('--resume auto goes on in the folder of the run, so it needs --experiment NAME.')
+    if args.amp and args.model_dtype not in (None, 'float32'):
+        raise ValueError('--amp keeps the weights in float32. Leave out --model-dtype, or --amp.')
+    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
+    if mixes and any(size % 2 for size in (args.batch_size, *(args.train_batch_sizes or ()))):
+        raise ValueError(f'--batch-size is {args.batch_size}, but Mixup and CutMix pair the images up. Make it even.')
+    if mixes and args.aug_splits:
+        raise ValueError('--aug-splits does not go with --mixup or --cutmix. Leave one of them out.')
+    if args.aug_splits == 1 or ((args.jsd_loss or args.split_bn) and not args.aug_splits):
+        raise ValueError(
+            '--aug-splits has to be 2 or more, and --jsd-loss and --split-bn need it. Set --aug-splits 3, say.')
+    if args.torchscript and (args.torchcompile or args.sync_bn):
+        raise ValueError('--torchscript does not go with --torchcompile or --sync-bn. Leave one of them out.')
+    for key in ('kd_teacher_checkpoint', 'kd_class_map'):
+        if getattr(args, key) and not args.kd_model_name:
+            raise ValueError(f'{_flag(key)} needs the architecture of the teacher: add --kd-model-name NAME.')
+    if args.kd_class_map and args.kd_distill_type not in (None, 'dearkd'):
+        raise ValueError('--kd-class-map goes with --kd-distill-type dearkd alone.')
+
+
+def _check_size_schedule(args: argparse.Namespace) -> None:
+    sizes = args.train_img_sizes
+    for key in ('train_batch_sizes', 'train_size_probs'):
+        given = getattr(args, key)
+        if given and len(given) != len(sizes or ()):
+            raise ValueError(
+                f'{_flag(key)} has {len(given)} values for the {len(sizes or ())} of --train-img-sizes. Give as many.')
+    if args.train_size_schedule == 'progressive' and len(sizes or ()) < 2:
+        raise ValueError('--train-size-schedule progressive needs two or more --train-img-sizes.')
+    if args.train_batches_per_epoch is not None and args.train_batches_per_epoch < 1:
+        raise ValueError(f'--train-batches-per-epoch is {args.train_batches_per_epoch}, expected 1 or more.')
+    if sizes and args.aug_splits:
+        raise ValueError('--train-img-sizes does not go with --aug-splits. Leave one of them out.')

@@ -1,0 +1,162 @@
+"""What a run writes as it goes: checkpoints, summary.csv, the exported student, and what its trackers are told."""
+import json
+import os
+from typing import Any, Callable, Dict, List, Optional
+
+import torch
+import torch.distributed as dist
+from timm.task import ClassificationEvaluator
+from timm.utils import update_summary
+
+from .interrupt import Interrupted, StopRequest
+from .loop import Trainer, mean_lr
+from .output import AtomicCheckpointSaver, save_images
+from .seeding import get_rng_state
+from .tracking import Tracker, mhca_stats, scalars
+
+__all__ = ['Recorder', 'print_results']
+
+
+class Recorder:
+    """Records a run. All processes call it, the primary one writes.
+
+    Args:
+        trainer: What is recorded.
+        folder: The output folder.
+        saver: Writes the checkpoints; None in processes that are not the primary one.
+        tracker: TensorBoard and the like.
+        export: Called with the state dict of the best student.
+        images_per_update: Of all processes.
+        recovery_interval: Updates between checkpoints within an epoch; 0 writes none.
+        export_ema: The best student is the average of weights.
+        saves_images: Write the images of the log lines.
+    """
+
+    def __init__(
+            self,
+            trainer: Trainer,
+            folder: str,
+            saver: Optional[AtomicCheckpointSaver],
+            tracker: Tracker,
+            export: Callable[[Dict[str, torch.Tensor]], Any],
+            images_per_update: int,
+            recovery_interval: int = 0,
+            export_ema: bool = False,
+            saves_images: bool = False,
+    ) -> None:
+        self.trainer = trainer
+        self.folder = folder
+        self.saver = saver
+        self.tracker = tracker
+        self.export = export
+        self.images_per_update = images_per_update
+        self.recovery_interval = recovery_interval
+        self.export_ema = export_ema
+        self.saves_images = saves_images
+        self.results: List[Dict[str, Any]] = []
+
+    def on_log(self, epoch: int, update: int, losses, rates, images: torch.Tensor) -> None:
+        """Take the figures of a log line."""
+        if self.saves_images:
+            save_images(self.folder, update, images)
+        if not self.tracker.enabled:
+            return
+        task: Any = self.trainer.task
+        weights = getattr(task, 'weights', None)  # DearKD's, for the epoch
+        values = {
+            **{f'train/{name}': value for name, value in losses.items()},
+            **({'stage': weights.stage, 'alpha': weights.alpha} if weights is not None else {}),
+            'epoch': epoch,
+            'lr': mean_lr(self.trainer.step.optimizer),
+            **{f'speed/{name}': value for name, value in rates.items()},
+            **{f'mhca/{name}': value for name, value in scalars(mhca_stats(task.get_eval_model())).items()},
+        }
+        self.tracker.log(values, epoch * self.trainer.num_updates + update)
+
+    def on_update(self, stop: StopRequest, epoch: int, update: int, last: bool) -> None:
+        """Write the checkpoint that is due after an update.
+
+        Raises:
+            Interrupted: A signal asks for the end; there is a checkpoint of this update.
+        """
+        stopping = bool(stop)
+        if stopping or (self.recovery_interval and (last or update % self.recovery_interval == 0)):
+            self._collect_state(progress=dict(
+                update=update,
+                images_per_update=self.images_per_update,
+                meter=self.trainer.meter.state_dict(),
+            ))
+            if self.saver is not None:
+                self.saver.save_recovery(epoch, batch_idx=update)
+        if stopping:
+            raise Interrupted(stop.signum)
+
+    def on_epoch(
+            self,
+            epoch: int,
+            losses: Dict[str, float],
+            metrics: Dict[str, float],
+            metric: Optional[float],
+            lr: float,
+            milestone: bool = False,
+    ) -> None:
+        """Write what there is to keep of an epoch.
+
+        Args:
+            epoch: Counted from 0.
+            losses: Mean training losses.
+            metrics: Of the validation set; empty where it was not evaluated.
+            metric: What the checkpoints are ranked by; None ranks them by recency.
+            lr: The epoch's learning rate.
+            milestone: Keep its checkpoint for good.
+        """
+        row = summary_row(self.trainer.task, losses)
+        self.results.append({'epoch': epoch, 'train': row, **({'validation': metrics} if metrics else {})})
+        self._collect_state()
+        if self.saver is None:
+            return
+        update_summary(
+            epoch, row, metrics or dict.fromkeys(ClassificationEvaluator.metric_names, ''),
+            os.path.join(self.folder, 'summary.csv'), lr=lr)
+        self.tracker.log({f'eval/{k}': v for k, v in metrics.items()}, (epoch + 1) * self.trainer.num_updates)
+        _, best_epoch = self.saver.save_checkpoint(epoch, metric=metric)
+        if milestone:
+            self.saver.save_milestone(epoch + 1)
+        if best_epoch == epoch:
+            state = self.trainer.task.get_checkpoint_state(ema=self.export_ema)
+            self.export(state['state_dict_ema' if self.export_ema else 'state_dict'])
+
+    def _collect_state(self, **state: Any) -> None:
+        """Bring together what the next checkpoint holds beside the task and the optimizer."""
+        device, ranks = self.trainer.precision.device, self.trainer.ranks
+        rng_states: List[Any] = [get_rng_state(device)]
+        if ranks.distributed:
+            rng_states *= ranks.world_size
+            dist.all_gather_object(rng_states, get_rng_state(device))
+        if self.saver is not None:
+            plateau = getattr(self.trainer.lr_scheduler, 'lr_scheduler', None)  # the one schedule with a state
+            self.saver.run_state.clear()
+            self.saver.run_state.update(
+                rng_states=rng_states,
+                scheduler=plateau.state_dict() if plateau is not None else None,
+                num_skipped=self.trainer.num_skipped,
+                **state,
+            )
+
+
+def summary_row(task, losses: Dict[str, float]) -> Dict[str, Any]:
+    """Training columns of summary.csv: the same in every epoch, empty where a stage has no such loss."""
+    if not hasattr(task, 'loss_names'):
+        return dict(losses)
+    return dict(
+        stage=task.weights.stage, alpha=task.weights.alpha, **{name: losses.get(name, '') for name in task.loss_names})
+
+
+def print_results(results: List[Dict[str, Any]], eval_metric: str) -> None:
+    """The ten best epochs as JSON on standard output, behind the mark that timm's script sets."""
+    best = sorted(
+        results,
+        key=lambda result: result.get('validation', result['train']).get(eval_metric, 0),
+        reverse='loss' in eval_metric,
+    )
+    print(f'--result\n{json.dumps(best[-10:], indent=4)}')

@@ -1,0 +1,152 @@
+"""Random numbers that depend on the seed, the epoch and the place in the epoch, and not on what was drawn before.
+
+So a run that goes on in the middle of an epoch sees the images, crops and mixes that it would have seen.
+"""
+import contextlib
+import random
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+__all__ = [
+    'EpochBatchSampler', 'SeededCollate', 'SeededDataset', 'SeededErasing', 'get_rng_state', 'seeded',
+    'set_rng_state',
+]
+
+_SAMPLE, _BATCH, _ERASING = range(3)  # so that the same place gives each of them other numbers
+
+
+def get_rng_state(device: Optional[torch.device] = None) -> Dict[str, Any]:
+    """States of Python's, NumPy's and PyTorch's generators, the device's included, as plain values and tensors."""
+    numpy_state: Any = np.random.get_state()
+    name, keys, *rest = numpy_state
+    state = dict(python=random.getstate(), numpy=(name, keys.tolist(), *rest), torch=torch.get_rng_state())
+    if device is not None and device.type != 'cpu':
+        state['device'] = torch.get_device_module(device).get_rng_state()
+    return state
+
+
+def set_rng_state(state: Dict[str, Any], device: Optional[torch.device] = None) -> None:
+    """Undo of `get_rng_state`."""
+    random.setstate(state['python'])
+    np.random.set_state(state['numpy'])
+    torch.set_rng_state(state['torch'])
+    if device is not None and device.type != 'cpu' and 'device' in state:
+        torch.get_device_module(device).set_rng_state(state['device'])
+
+
+@contextlib.contextmanager
+def seeded(*key: int, device: Optional[torch.device] = None) -> Iterator[None]:
+    """Draw random numbers that depend on `key` alone; those drawn outside go on as if there had been none inside.
+
+    Args:
+        *key: Numbers from 0; keys to tell apart have the same length.
+        device: Seed the generator of this device too.
+    """
+    state = get_rng_state(device)
+    seeds = np.random.SeedSequence(key).generate_state(4).tolist()
+    try:
+        random.seed(seeds[0])
+        np.random.seed(seeds[1])
+        torch.default_generator.manual_seed(seeds[2])
+        if device is not None and device.type != 'cpu':
+            torch.get_device_module(device).manual_seed(seeds[3])
+        yield
+    finally:
+        set_rng_state(state, device)
+
+
+class EpochBatchSampler(Sampler):
+    """The batches of another sampler as (epoch, place, index) of each sample, from any batch of the epoch on.
+
+    Args:
+        batch_sampler: Batches of indices of this process; it, or its `sampler`, has a `set_epoch`.
+        rank: Number of this process.
+        world_size: Number of processes.
+    """
+
+    def __init__(self, batch_sampler, rank: int = 0, world_size: int = 1) -> None:
+        self.batch_sampler = batch_sampler
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = self.first_batch = 0
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the epoch, and how many of its batches to leave out."""
+        self.epoch, self.first_batch = epoch, first_batch
+        target = self.batch_sampler if hasattr(self.batch_sampler, 'set_epoch') else self.batch_sampler.sampler
+        target.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[List[Tuple[int, int, Any]]]:
+        place = self.rank
+        for number, batch in enumerate(self.batch_sampler):
+            places = range(place, place + len(batch) * self.world_size, self.world_size)
+            place += len(batch) * self.world_size
+            if number >= self.first_batch:
+                yield [(self.epoch, *sample) for sample in zip(places, batch)]
+
+
+class SeededDataset(Dataset):
+    """A data set whose random transforms depend on (seed, epoch, place). Takes what `EpochBatchSampler` gives."""
+
+    def __init__(self, dataset, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: Tuple[int, int, Any]):
+        epoch, place, index = key
+        with seeded(self.seed, epoch, place, _SAMPLE):
+            return key, self.dataset[index]
+
+
+class SeededCollate:
+    """Collates the samples of a `SeededDataset`, with a mix that depends on (seed, epoch, place).
+
+    Args:
+        collate_fn: Makes a batch of samples.
+        seed: See `seeded`.
+        mixup: timm's Mixup or FastCollateMixup that `collate_fn` applies.
+        mixup_off_epoch: Epoch from which on it is off; 0 leaves it on.
+    """
+
+    def __init__(self, collate_fn: Callable, seed: int, mixup: Optional[Any] = None, mixup_off_epoch: int = 0) -> None:
+        self.collate_fn = collate_fn
+        self.seed = seed
+        self.mixup = mixup
+        self.mixup_off_epoch = mixup_off_epoch
+
+    def __call__(self, items: Sequence[Tuple[Tuple[int, int, Any], Any]]):
+        epoch, place, _ = items[0][0]
+        if self.mixup is not None:
+            self.mixup.mixup_enabled = not self.mixup_off_epoch or epoch < self.mixup_off_epoch
+        with seeded(self.seed, epoch, place, _BATCH):
+            return self.collate_fn([sample for _, sample in items])
+
+
+class SeededErasing:
+    """timm's random erasing of whole batches on the device, with places that depend on (seed, epoch, batch)."""
+
+    def __init__(self, erasing: Callable, seed: int, device: torch.device, rank: int = 0, world_size: int = 1) -> None:
+        self.erasing = erasing
+        self.seed = seed
+        self.device = device
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = self.batch = 0
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        self.epoch, self.batch = epoch, first_batch
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        place = self.batch * self.world_size + self.rank
+        self.batch += 1
+        with seeded(self.seed, self.epoch, place, _ERASING, device=self.device):
+            return self.erasing(images)

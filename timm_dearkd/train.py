@@ -1,0 +1,217 @@
+"""Train a timm model on images, alone or taught by a CNN with DearKD.
+
+A thin fork of timm's train.py: the same flags, files and habits.
+
+    python train.py DIR --model dearkd_tiny_patch16_224 --kd-model-name regnety_160.deit_in1k
+    python train.py IMAGENET --model dearkd_tiny_patch16_224 -c recipes/dearkd_300e.yaml
+    torchrun --nproc_per_node=8 train.py IMAGENET --model dearkd_tiny_patch16_224 -c recipes/dearkd_300e.yaml
+"""
+import importlib
+import json
+import logging
+import os
+from functools import partial
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+
+import torch
+import torch.distributed as dist
+from timm.layers import set_fast_norm
+from timm.models import create_model
+from timm.task import ClassificationTask
+from timm.utils import distribute_bn, random_seed, setup_default_logging
+
+import timm_dearkd  # noqa: F401  registers the architectures
+from distill_hooks import DearKDTask
+from timm_dearkd.engine import build
+from timm_dearkd.engine.checks import check_args
+from timm_dearkd.engine.data import class_names
+from timm_dearkd.engine.device import Precision, Ranks, select_device
+from timm_dearkd.engine.interrupt import Interrupted, StopRequest, TrainingError
+from timm_dearkd.engine.loop import Trainer, Validator, mean_lr
+from timm_dearkd.engine.options import build_config_parser, build_parser, parse_args
+from timm_dearkd.engine.output import Position, find_checkpoint, resume_run
+from timm_dearkd.engine.recorder import Recorder, print_results
+from timm_dearkd.engine.seeding import set_rng_state
+
+_logger = logging.getLogger('train')
+
+config_parser = build_config_parser()
+parser = build_parser()
+
+
+def _parse_args(argv: Optional[Sequence[str]] = None):
+    return parse_args(parser, config_parser, argv)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    prepare(argv)()
+
+
+def prepare(argv: Optional[Sequence[str]] = None) -> Callable[[], None]:
+    """Everything up to the first step, which is where mistakes in the options show. Returns what is left to do."""
+    setup_default_logging()
+    args, args_text = _parse_args(argv)
+    for module in args.device_modules or ():
+        importlib.import_module(module)
+    check_args(args)
+    device, ranks = select_device(args.device)
+    if not ranks.is_primary:
+        logging.getLogger().setLevel(logging.WARNING)
+    random_seed(args.seed)  # the same weights in every process
+    if args.fast_norm:
+        set_fast_norm()
+    precision = Precision(device, getattr(torch, args.amp_dtype) if args.amp else None)
+    if args.eval_only:
+        return prepare_evaluation(args, precision, ranks)
+    return prepare_training(args, args_text, precision, ranks)
+
+
+def prepare_training(args, args_text: str, precision: Precision, ranks: Ranks) -> Callable[[], None]:
+    """The data, the task and the schedules of a run."""
+    device, is_auto = precision.device, args.resume == 'auto'
+    if is_auto:
+        args.resume = find_checkpoint(os.path.join(build.output_parent(args), args.experiment))
+    train_set, eval_set = build.build_datasets(args)
+    if eval_set is None:
+        args.eval_metric = 'loss'
+    model, data_config = build.build_student(args, train_set, device, create_model)
+    mixup = build.build_mixup(args, model.num_classes)
+    loader_train = build.build_train_loader(args, train_set, data_config, mixup, device, ranks)
+    loader_eval = build.build_eval_loader(args, eval_set, data_config, device, ranks)
+
+    task = build.build_task(args, model, data_config, device, soft_targets=mixup is not None)
+    optimizer = build.build_optimizer(args, task, device, ranks)
+    trainer = build.build_trainer(args, task, loader_train, optimizer, precision, ranks)
+    validator = build.build_validator(args, task, loader_eval, precision, ranks)
+    start, epochs = schedule_run(args, trainer)
+    if is_auto and start.epoch >= epochs.stop:
+        _logger.info(f'{args.experiment} has its {start.epoch} epochs already. It is left as it is.')
+        return lambda: None
+    if start.epoch >= epochs.stop:
+        raise ValueError(f'Nothing to train: the run ends after epoch {epochs.stop}, and {start.epoch} are done.')
+
+    if args.torchcompile:
+        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+        task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
+    if ranks.distributed:
+        task.prepare_distributed(
+            device_ids=[device] if device.type != 'cpu' else None, broadcast_buffers=not args.no_ddp_bb)
+    recorder = build.build_recorder(args, args_text, trainer, model, data_config, class_names(train_set), start)
+    return partial(fit, args, trainer, validator, recorder, start, epochs)
+
+
+def schedule_run(args, trainer: Trainer) -> Tuple[Position, range]:
+    """Resume, and set up the schedules. Returns where the run begins, and its epochs."""
+    task, optimizer = trainer.task, trainer.step.optimizer
+    start = Position()
+    if args.resume:
+        start = resume_run(
+            args.resume, task, args.model, None if args.no_resume_opt else optimizer, trainer.precision,
+            build.images_per_update(args, trainer.ranks))
+    if args.start_epoch is not None:
+        start = Position(args.start_epoch)
+    trainer.num_skipped = start.num_skipped
+    trainer.lr_scheduler, num_epochs = build.build_scheduler(args, optimizer, trainer.num_updates, start)
+    if isinstance(task, DearKDTask):
+        task.schedule = build.build_schedule(args, num_epochs)
+    stop_epoch = num_epochs if args.stop_epoch is None else args.stop_epoch
+    for name, epochs in (('stop-epoch', [stop_epoch]), ('save-epochs', args.save_epochs)):
+        if not all(1 <= epoch <= num_epochs for epoch in epochs):
+            raise ValueError(f'--{name} is {epochs[0]}, expected 1 to {num_epochs}, the epochs of the run.')
+    return start, range(start.epoch, stop_epoch)
+
+
+def fit(
+        args,
+        trainer: Trainer,
+        validator: Optional[Validator],
+        recorder: Recorder,
+        start: Position,
+        epochs: range,
+) -> None:
+    """Train and evaluate the epochs, with a checkpoint after each.
+
+    Raises:
+        Interrupted: A signal; there is a checkpoint to go on from.
+        TrainingError: The run can't go on.
+    """
+    task, ranks = trainer.task, trainer.ranks
+    _logger.info(f'Training for {len(epochs)} epochs, up to {epochs.stop}. Output: {recorder.folder}')
+    if len(start.rng_states) == ranks.world_size:
+        set_rng_state(start.rng_states[ranks.rank], trainer.precision.device)
+    else:
+        random_seed(args.seed, ranks.rank)
+    with recorder.tracker, StopRequest(ranks) as stop:
+        trainer.on_log, trainer.on_update = recorder.on_log, partial(recorder.on_update, stop)
+        for epoch in epochs:
+            if isinstance(task, DearKDTask):
+                task.set_epoch(epoch)
+            if epoch == start.epoch:
+                losses = trainer.train_epoch(epoch, start.update, start.meter)
+            else:
+                losses = trainer.train_epoch(epoch)
+            lr = mean_lr(trainer.step.optimizer)  # the epoch's own, before the scheduler moves on
+            is_milestone = epoch + 1 in args.save_epochs
+            is_due = (epoch + 1) % args.val_interval == 0 or epoch + 1 == epochs.stop or is_milestone
+            metrics = evaluate_epoch(args, trainer, validator, f'Test: {epoch}') if is_due else {}
+            metric = metrics.get(args.eval_metric) if validator is not None else losses['loss']
+            if trainer.lr_scheduler is not None:
+                trainer.lr_scheduler.step(epoch + 1, metric)
+            recorder.on_epoch(epoch, losses, metrics, metric, lr, is_milestone)
+    if recorder.saver is not None:
+        if recorder.saver.best_metric is not None:
+            _logger.info(f'*** Best metric: {recorder.saver.best_metric:.4g} (epoch {recorder.saver.best_epoch})')
+            _logger.info(f"*** Load it with timm.create_model('local-dir:{recorder.folder}', pretrained=True)")
+        print_results(recorder.results, args.eval_metric)
+
+
+def evaluate_epoch(args, trainer: Trainer, validator: Optional[Validator], label: str) -> Dict[str, float]:
+    """Metrics of the weights or, where there is one, of their average; none without a validation set."""
+    task: Any = trainer.task
+    ranks = trainer.ranks
+    metrics: Dict[str, float] = {}
+    for ema in (False, True) if task.has_ema() and not args.model_ema_force_cpu else (False,):
+        model = task.get_eval_model(ema=ema)
+        if ranks.distributed and args.dist_bn:
+            distribute_bn(model, ranks.world_size, args.dist_bn == 'reduce')
+        if validator is not None:
+            metrics = validator(model, label + (' (EMA)' if ema else ''))
+    return metrics
+
+
+def prepare_evaluation(args, precision: Precision, ranks: Ranks) -> Callable[[], None]:
+    """`--eval-only`: the metrics of a model on the validation split, as JSON on standard output."""
+    args.initial_checkpoint = args.initial_checkpoint or args.resume
+    model, data_config, eval_set = build.build_evaluation(args, precision.device, create_model)
+    loader = build.build_eval_loader(args, eval_set, data_config, precision.device, ranks)
+    task = ClassificationTask(model, device=precision.device)
+    validator: Any = build.build_validator(args, task, loader, precision, ranks)
+
+    def evaluate() -> None:
+        metrics = validator(model)
+        if ranks.is_primary:
+            print(json.dumps(dict(model=args.model, num_images=len(eval_set), **metrics), indent=4))
+
+    return evaluate
+
+
+def run_script() -> None:
+    """`main`, but with one line on standard error and a status other than 0 where it can't go on."""
+    try:
+        try:
+            run = prepare()
+        except (ImportError, OSError, ValueError) as e:
+            parser.error(' '.join(str(e).split()))
+        try:
+            run()
+        except (OSError, TrainingError) as e:
+            parser.error(str(e).strip().splitlines()[-1])
+        except Interrupted as e:
+            parser.exit(128 + e.signum, f'{parser.prog}: {e}. The run goes on from there with --resume auto.\n')
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    run_script()
