@@ -173,7 +173,7 @@ class DearKDTask(TrainingTask):
             ready `Teacher` has its own.
         hooks: 'BLOCK', 'BLOCK:STAGE' or 'BLOCK:MODULE', several side by side; see `parse_hook`.
         normalize_features: Divide the teacher's maps by their standard deviation per channel, which is taken from the
-            first batch and then fixed. Our option, off by default.
+            first batch, a tenth of the mean at the least, and then fixed. Our option, off by default.
         mean: Normalisation of the input; None is the student's `pretrained_cfg`.
         std: See `mean`.
         input_size: The student's (C, H, W); None is what the model says.
@@ -384,12 +384,18 @@ class DearKDTask(TrainingTask):
             self.feature_std = [std.to(self.device) for std in state['feature_std']]
 
     def _fix_feature_std(self, features: List[torch.Tensor]) -> None:
-        """Take the deviation per channel (C,) from this batch, the mean of it over all processes."""
-        self.feature_std = [f.float().std(dim=(0, 2, 3)).clamp(min=1e-3) for f in features]
-        if dist.is_available() and dist.is_initialized():
-            for std in self.feature_std:
-                dist.all_reduce(std)
-                std /= dist.get_world_size()
+        """Take the deviation per channel (C,) from this batch, that of all processes together."""
+        self.feature_std = []
+        for feature in features:
+            values = feature.float()
+            moments = torch.stack([torch.ones_like(values), values, values.square()]).sum(dim=(1, 3, 4))
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(moments)
+            count, total, squares = moments
+            variance = (squares - total.square() / count) / (count - 1)
+            std = variance.clamp(min=0).sqrt()
+            # a channel may be silent in one batch
+            self.feature_std.append(torch.maximum(std, std.mean() / 10).clamp(min=1e-6))
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Forward and losses of one batch.

@@ -39,8 +39,8 @@ def start_python(*args, **kwargs) -> subprocess.Popen:
     """Start a Python command in a process, and a process group, of its own."""
     environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
     return subprocess.Popen(
-        [sys.executable, *map(str, args)], cwd=ROOT, env=environment, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+        [sys.executable, *map(str, args)], env=environment, text=True, start_new_session=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, **{'cwd': ROOT, **kwargs})
 
 
 def run_python(*args, **kwargs) -> subprocess.CompletedProcess:

@@ -7,7 +7,6 @@ import time
 
 import pytest
 import torch
-
 from conftest import start_python
 
 EXACT = (
@@ -87,7 +86,6 @@ def test_sigkill_at_any_moment(workers, exact_cli, whole, tmp_path):
     (tmp_path / 'run' / 'tmp.pth.tar').write_bytes(b'half a checkpoint')
     result = exact_cli(*command)
     assert result.returncode == 0, result.stderr
-    assert 'of 3' not in result.stdout
     assert_same_run(tmp_path / 'run', whole)
 
 
@@ -193,7 +191,7 @@ def test_checkpoints_that_do_not_fit(change, message, train_cli, exact_cli, cnn,
 
 def test_a_plateau_is_remembered(train_cli, tmp_path):
     command = (
-        '--sched', 'plateau', '--patience-epochs', '0', '--decay-rate', '0.5', '--lr', '1e-9', '--epochs', '4',
+        '--sched', 'plateau', '--patience-epochs', '0', '--decay-rate', '0.5', '--lr', '1e-7', '--epochs', '4',
         '--output', tmp_path, '--experiment')
     assert train_cli(*command, 'whole').returncode == 0
     for args in (['--stop-epoch', '2'], ['--resume', 'auto']):

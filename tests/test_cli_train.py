@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import yaml
+from conftest import SMALL, run_python
 from PIL import Image
 from timm.data import create_dataset, create_loader, resolve_model_data_config
 from timm.task import ClassificationEvaluator
@@ -175,7 +176,11 @@ def test_timms_own_distillation(args, train_cli, teacher, tmp_path):
     ['--model-dtype', 'bfloat16', '--no-prefetcher', '--epochs', '1'],
     ['--model-ema', '--model-ema-force-cpu', '--sched', 'none', '--epochs', '1'],
     ['--recovery-interval', '2', '--save-images', '--val-interval', '2', '--checkpoint-hist', '1'],
-], ids=['batch 1', 'odd size', 'grey', 'amp', 'hooks', 'logits', 'augmix', 'from', 'dtype', 'ema on cpu', 'intervals'])
+    ['--train-img-sizes', '32', '48', '--train-batch-sizes', '8', '4', '--train-batches-per-epoch', '7',
+     '--train-size-schedule', 'progressive', '--variable-batch-loss-scale', 'sqrt', '--reprob', '0.3'],
+    ['--aug-repeats', '3', '--drop-connect', '0.1', '--use-multi-epochs-loader', '--synchronize-step', '-j', '1'],
+], ids=['batch 1', 'odd size', 'grey', 'amp', 'hooks', 'logits', 'augmix', 'from', 'dtype', 'ema on cpu', 'intervals',
+        'sizes', 'repeats'])
 def test_settings(args, train_cli, teacher, image_folder, tmp_path):
     """Each runs through, and what it exports scores what the summary says."""
     result = train_cli(
@@ -246,7 +251,168 @@ def test_teacher_checkpoint(train_cli, teacher, tmp_path):
     assert losses[0] == losses[1] == losses[2]
 
 
+def test_a_cnn_with_what_only_cnns_have(train_cli, image_folder, tmp_path):
+    """TorchScript, BatchNorm per split; the exported model is the plain one."""
+    for name, args in (('script', ['--torchscript', '--model-ema', '--model-ema-decay', '0.5']), (
+            'split', ['--split-bn', '--aug-splits', '2', '--jsd-loss', '--aa', 'rand-m9'])):
+        result = train_cli('--model', 'test_resnet', *args, '--output', tmp_path, '--experiment', name)
+        assert result.returncode == 0, result.stderr
+    best = max(rows(tmp_path / 'script'), key=lambda row: float(row['eval_top1']))
+    model = timm.create_model(f'local-dir:{tmp_path / "script"}', pretrained=True)
+    assert evaluate(model, image_folder)['loss'] == pytest.approx(float(best['eval_loss']), rel=1e-3)
+
+
+def test_evaluation_alone(run, train_cli, image_folder, tmp_path):
+    """The same figures from the run's folder, a checkpoint of it and timm's own loop; labels as in training."""
+    folder, _ = run
+    expected = evaluate(timm.create_model(f'local-dir:{folder}', pretrained=True), image_folder)
+    for args in (
+        ['--model', f'local-dir:{folder}', '--pretrained'],
+        ['--initial-checkpoint', folder / 'model_best.pth.tar'],
+        ['--resume', folder / 'model_best.pth.tar'],
+        ['--initial-checkpoint', folder / 'model_best.safetensors', '--no-prefetcher', '-vb', '5'],
+    ):
+        result = train_cli('--eval-only', *args)
+        assert result.returncode == 0, result.stderr
+        metrics = json.loads(result.stdout)
+        assert metrics['num_images'] == 12
+        for name in ('top1', 'top5', 'loss'):
+            assert metrics[name] == pytest.approx(expected[name], rel=1e-4)
+
+    part = tmp_path / 'part'  # a folder without training images, and without one of the classes
+    shutil.copytree(image_folder / 'validation', part / 'validation')
+    shutil.rmtree(part / 'validation' / 'blue sky')
+    result = train_cli('--eval-only', '--model', f'local-dir:{folder}', '--pretrained', data=part)
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    transform = timm.data.create_transform(**resolve_model_data_config(model))
+    images = [(path, label) for label, name in ((1, 'grass'), (2, 'rust'))
+              for path in (part / 'validation' / name).iterdir()]
+    with torch.no_grad():
+        hits = [model(transform(Image.open(path)).unsqueeze(0)).argmax().item() == label for path, label in images]
+    assert json.loads(result.stdout)['top1'] == pytest.approx(100 * sum(hits) / len(hits))
+
+
+def test_a_plain_timm_model_is_evaluated(train_cli, image_folder, tmp_path):
+    model = timm.create_model('test_vit', num_classes=3, img_size=32)
+    torch.save(model.state_dict(), tmp_path / 'vit.pth')
+    result = train_cli('--model', 'test_vit', '--eval-only', '--tta', '2', '--initial-checkpoint', tmp_path / 'vit.pth')
+    assert result.returncode == 0, result.stderr
+    assert set(json.loads(result.stdout)) == {'model', 'num_images', 'top1', 'top5', 'loss'}
+
+
+def test_fine_tuning_at_another_size_and_with_other_classes(run, train_cli, tmp_path):
+    """Without a teacher, from the folder and from a file: position embeddings are resampled, the head is new."""
+    folder, _ = run
+    data = tmp_path / 'data'
+    rng = np.random.default_rng(0)
+    for split in ('train', 'validation'):
+        for name in 'abcd':
+            (data / split / name).mkdir(parents=True)
+            for i in range(4):
+                pixels = rng.integers(0, 255, (50, 50, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(data / split / name / f'{i}.jpg')
+    before = timm.create_model(f'local-dir:{folder}', pretrained=True, num_classes=0, img_size=48).state_dict()
+    for name, args in (
+        ('folder', ['--model', f'local-dir:{folder}', '--pretrained']),
+        ('file', ['--pretrained-path', folder / 'model_best.safetensors']),
+        ('run', ['--pretrained-path', folder / 'model_best.pth.tar']),
+    ):
+        result = train_cli(
+            *args, '--img-size', '48', '--layer-decay', '0.75', '--lr', '0', '--warmup-lr', '0', '--epochs', '1',
+            '--output', tmp_path, '--experiment', name, data=data)
+        assert result.returncode == 0, result.stderr
+        model = timm.create_model(f'local-dir:{tmp_path / name}', pretrained=True)
+        assert model.num_classes == 4 and resolve_model_data_config(model)['input_size'] == (3, 48, 48)
+        after = model.state_dict()
+        assert all(value.equal(after[key]) for key, value in before.items())
+
+
+def test_a_teacher_of_more_classes(train_cli, tmp_path):
+    """--kd-class-map picks the student's classes; a model of one's own is the teacher."""
+    torch.manual_seed(0)
+    cnn = timm.create_model('test_resnet', num_classes=7)
+    torch.save(cnn.state_dict(), tmp_path / 'cnn.pth')
+    (tmp_path / 'map.txt').write_text('6 sky\n0 grass\n3 rust\n')
+    args = ['--kd-model-name', 'test_resnet', '--kd-teacher-checkpoint', tmp_path / 'cnn.pth', '--epochs', '1',
+            '--output', tmp_path, '--experiment']
+    result = train_cli(*args, 'map', '--kd-class-map', tmp_path / 'map.txt')
+    assert result.returncode == 0, result.stderr
+    (tmp_path / 'map.txt').write_text('0\n1\n2\n')
+    with torch.no_grad():
+        for tensor in (cnn.fc.weight, cnn.fc.bias):
+            tensor.copy_(tensor[[6, 0, 3, 1, 2, 4, 5]])
+    torch.save(cnn.state_dict(), tmp_path / 'cnn.pth')
+    for name, equal in (('permuted', True), ('first three', False)):
+        result = train_cli(*args, name, '--kd-class-map', tmp_path / 'map.txt')
+        assert result.returncode == 0, result.stderr
+        assert (rows(tmp_path / 'map') == rows(tmp_path / name)) == equal
+        (tmp_path / 'map.txt').write_text('3\n4\n5\n')
+
+
+def test_trackers(train_cli, teacher, tmp_path):
+    """All that a run is to be judged by, in TensorBoard's own reader."""
+    accumulator = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
+    result = train_cli(
+        '--kd-model-name', f'local-dir:{teacher}', '--log-tensorboard', '--log-interval', '3', '--output', tmp_path,
+        '--experiment', 'x')
+    assert result.returncode == 0, result.stderr
+    events = accumulator.EventAccumulator(str(tmp_path / 'x' / 'tensorboard')).Reload()
+    tags = set(events.Tags()['scalars'])
+    assert {'train/loss', 'train/ce_loss', 'train/logit_loss', 'train/hidden_loss', 'stage', 'alpha', 'lr',
+            'speed/images_per_second', 'speed/teacher_share', 'mhca/alpha/block1', 'mhca/delta/block4', 'eval/top1',
+            'eval/loss'} <= tags
+    table = rows(tmp_path / 'x')
+    assert [e.step for e in events.Scalars('eval/top1')] == [6, 12]
+    for tag, column in (('train/loss', 'train_loss'), ('eval/loss', 'eval_loss'), ('lr', 'lr')):
+        values = {e.step: e.value for e in events.Scalars(tag)}
+        assert [values[6], values[12]] == pytest.approx([float(row[column]) for row in table], rel=1e-5)
+    assert all(0 < e.value < 1 for e in events.Scalars('speed/teacher_share'))
+
+
+def test_the_installed_module_is_the_same_script(image_folder, tmp_path):
+    """`python -m timm_dearkd.train` from another folder; modules of the user's own are imported first."""
+    (tmp_path / 'my_models.py').write_text(
+        'import timm\n@timm.models.register_model\ndef my_vit(**kwargs):\n    kwargs.pop("pretrained", None)\n'
+        '    return timm.create_model("test_vit", **kwargs)\n')
+    command = [
+        '-m', 'timm_dearkd.train', image_folder, '--device-modules', 'my_models', '--model', 'my_vit', '--img-size',
+        '32', '-b', '8', '--epochs', '1', '-j', '0', '--device', 'cpu', '--experiment', 'x']
+    result = run_python(*command, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / 'output' / 'train' / 'x' / 'last.pth.tar').is_file()
+    result = run_python(*command, '--epochs', 'x', cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith('train.py: error: ')
+
+
+def test_arguments_are_recorded_as_given(train_cli, tmp_path):
+    result = train_cli(
+        '--resume', 'auto', '--output', tmp_path, '--experiment', 'x', '--epochs', '1', '--val-split', '')
+    assert result.returncode == 0, result.stderr
+    args = yaml.safe_load((tmp_path / 'x' / 'args.yaml').read_text())
+    assert args['resume'] == 'auto' and args['num_classes'] is None and args['eval_metric'] == 'top1'
+
+
 ERRORS = {
+    'naflex': (['--naflex-loader'], '--naflex-loader is not supported: NaFlex'),
+    'naflex patches': (['--naflex-patch-sizes', '8', '16'], '--train-img-sizes trains at several sizes'),
+    'class map': (['--kd-class-map', 'FILE'], '--kd-model-name NAME'),
+    'class map file': (
+        ['--kd-class-map', 'nothing.txt', '--kd-model-name', 'TEACHER'], "--kd-class-map: no file 'nothing.txt'"),
+    'class map kind': (
+        ['--kd-class-map', 'FILE', '--kd-model-name', 'TEACHER', '--kd-distill-type', 'logit'], 'dearkd alone'),
+    'sizes': (['--train-img-sizes', '32', '40'], 'Set --train-img-sizes 32'),
+    'fixed size': (
+        ['--model', 'vit_tiny_patch16_224', '--model-kwargs', 'depth=1', '--train-img-sizes', '32', '48'],
+        'dynamic_img_size=True'),
+    'batch sizes': (['--train-img-sizes', '32', '--train-batch-sizes', '8', '4'], 'Give as many'),
+    'progressive': (['--train-size-schedule', 'progressive'], 'two or more --train-img-sizes'),
+    'tta': (['--tta', '3'], 'expected one of 0, 1, 2'),
+    'script': (['--torchscript', '--torchcompile', 'eager'], '--torchscript does not go with'),
+    'script of a student': (['--torchscript', '--kd-model-name', 'TEACHER'], 'Use --torchcompile'),
+    'split bn': (['--split-bn'], '--aug-splits'),
+    'module': (['--device-modules', 'no_such_module'], 'no_such_module'),
+    'seed': (['--seed', '-1'], '--seed is -1, expected 0 or more'),
+    'milestone': (['--save-epochs', '1', '7'], '--save-epochs is 7, expected 1 to 2'),
     'model': (['--model', 'dearkd_tny_patch16_224'], 'dearkd_tiny_patch16_224'),
     'batch size': (['--batch-size', '64'], 'Set --batch-size to 48 or less'),
     'classes': (['--num-classes', '2'], 'Set --num-classes 3'),
@@ -285,15 +451,35 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize('case', ERRORS)
-def test_errors_are_one_line_and_status_2(case, train_cli, teacher, tmp_path):
+def arguments(case, teacher, tmp_path):
     args, message = ERRORS[case]
-    args = [{'TEACHER': f'local-dir:{teacher}', 'FILE': teacher / 'model_best.pth.tar'}.get(a, a) for a in args]
-    result = train_cli('--output', tmp_path, '--experiment', 'x', *args)
-    assert result.returncode == 2 and 'Traceback' not in result.stderr
-    last = result.stderr.strip().splitlines()[-1]
+    replaced = {'TEACHER': f'local-dir:{teacher}', 'FILE': teacher / 'model_best.pth.tar'}
+    return ['--output', tmp_path, '--experiment', 'x', *(replaced.get(a, a) for a in args)], message
+
+
+def assert_error(status, err, message):
+    last = err.strip().splitlines()[-1]
+    assert status == 2 and 'Traceback' not in err
     assert last.startswith('train.py: error: ') and message in last
+
+
+@pytest.mark.parametrize('case', ERRORS)
+def test_errors_are_one_line_and_status_2(case, image_folder, teacher, tmp_path, capsys):
+    train = importlib.import_module('train')
+    args, message = arguments(case, teacher, tmp_path)
+    handlers = list(logging.root.handlers)
+    with pytest.raises(SystemExit) as e:
+        train.run_script([str(a) for a in (image_folder, *SMALL, *args)])
+    logging.root.handlers = handlers
+    assert_error(e.value.code, capsys.readouterr().err, message)
     assert not (tmp_path / 'x').exists()
+
+
+@pytest.mark.parametrize('case', ['model', 'number', 'layer', 'output'])
+def test_errors_of_a_process(case, train_cli, teacher, tmp_path):
+    args, message = arguments(case, teacher, tmp_path)
+    result = train_cli(*args)
+    assert_error(result.returncode, result.stderr, message)
 
 
 def test_no_data_and_no_folder(train_cli, tmp_path):

@@ -95,7 +95,8 @@ def prepare_training(args, args_text: str, precision: Precision, ranks: Ranks) -
         task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
     if ranks.distributed:
         task.prepare_distributed(
-            device_ids=[device] if device.type != 'cpu' else None, broadcast_buffers=not args.no_ddp_bb)
+            device_ids=[device] if device.type != 'cpu' else None,
+            **(dict(broadcast_buffers=False) if args.no_ddp_bb else {}))
     recorder = build.build_recorder(args, args_text, trainer, model, data_config, class_names(train_set), start)
     return partial(fit, args, trainer, validator, recorder, start, epochs)
 
@@ -117,7 +118,7 @@ def schedule_run(args, trainer: Trainer) -> Tuple[Position, range]:
     stop_epoch = num_epochs if args.stop_epoch is None else args.stop_epoch
     for name, epochs in (('stop-epoch', [stop_epoch]), ('save-epochs', args.save_epochs)):
         if not all(1 <= epoch <= num_epochs for epoch in epochs):
-            raise ValueError(f'--{name} is {epochs[0]}, expected 1 to {num_epochs}, the epochs of the run.')
+            raise ValueError(f'--{name} is {max(epochs)}, expected 1 to {num_epochs}, the epochs of the run.')
     return start, range(start.epoch, stop_epoch)
 
 
@@ -195,11 +196,11 @@ def prepare_evaluation(args, precision: Precision, ranks: Ranks) -> Callable[[],
     return evaluate
 
 
-def run_script() -> None:
+def run_script(argv: Optional[Sequence[str]] = None) -> None:
     """`main`, but with one line on standard error and a status other than 0 where it can't go on."""
     try:
         try:
-            run = prepare()
+            run = prepare(argv)
         except (ImportError, OSError, ValueError) as e:
             parser.error(' '.join(str(e).split()))
         try:

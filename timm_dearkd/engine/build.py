@@ -413,6 +413,7 @@ def build_scheduler(args, optimizer: torch.optim.Optimizer, num_updates: int, st
         num_updates: Updates per epoch.
         start: Where the run begins.
     """
+    rates = [group['lr'] for group in optimizer.param_groups]
     lr_scheduler, num_epochs = create_scheduler_v2(
         optimizer, **scheduler_kwargs(args), updates_per_epoch=num_updates)
     if lr_scheduler is not None and start.epoch + start.update > 0:
@@ -422,6 +423,8 @@ def build_scheduler(args, optimizer: torch.optim.Optimizer, num_updates: int, st
             lr_scheduler.step(start.epoch)
     if start.scheduler is not None and hasattr(lr_scheduler, 'lr_scheduler'):
         lr_scheduler.lr_scheduler.load_state_dict(start.scheduler)
+        for group, rate in zip(optimizer.param_groups, rates):  # no function of the epoch
+            group['lr'] = rate
     return lr_scheduler, num_epochs
 
 

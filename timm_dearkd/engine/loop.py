@@ -51,11 +51,9 @@ class LossMeter:
 
     def means(self) -> Dict[str, float]:
         """Means over all processes, with one synchronisation."""
-        if self.sums is None:
+        sums = self._total()
+        if sums is None:
             return {}
-        sums = self.sums.clone()
-        if self.ranks.distributed:
-            dist.all_reduce(sums)
         *values, count = sums.tolist()
         return {name: value / count if count else float('nan') for name, value in zip(self.names, values)}
 
@@ -67,13 +65,23 @@ class LossMeter:
         self.offender = torch.zeros_like(self.offender)
         return int(update), dict(zip(self.names, values))
 
+    def _total(self) -> Optional[torch.Tensor]:
+        """The sums over all processes."""
+        if self.sums is None or not self.ranks.distributed:
+            return self.sums
+        sums = self.sums.clone()
+        dist.all_reduce(sums)
+        return sums
+
     def state_dict(self) -> Dict[str, Any]:
-        return dict(names=self.names, sums=None if self.sums is None else self.sums.cpu())
+        sums = self._total()
+        return dict(names=self.names, sums=None if sums is None else sums.cpu())
 
     def load_state_dict(self, state: Dict[str, Any], device: torch.device) -> None:
         if state['sums'] is not None:
-            self.names, self.sums = list(state['names']), state['sums'].to(device)
-            self.offender = torch.zeros_like(self.sums)
+            self.names, sums = list(state['names']), state['sums'].to(device)
+            self.sums = sums if self.ranks.is_primary else torch.zeros_like(sums)  # what is there is once there
+            self.offender = torch.zeros_like(sums)
 
 
 @dataclass

@@ -1,0 +1,116 @@
+"""train.py under torchrun: two processes on the CPU, against one with twice the batch."""
+import csv
+import json
+import os
+import signal
+import time
+
+import pytest
+import timm
+import torch
+from conftest import start_python
+
+import timm_dearkd  # noqa: F401
+
+TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2')
+
+
+@pytest.fixture(scope='module')
+def command(cnn):
+    """Augmented, in three stages of two epochs each: teacher and features, annealed, on its own."""
+    return (
+        '--kd-model-name', f'local-dir:{cnn}', '--epochs', '4', '--dearkd-stage1-epochs', '2', '--scale', '0.5', '1',
+        '--aa', 'rand-m9', '--log-interval', '3', '--model-ema', '--model-ema-decay', '0.8',
+    )
+
+
+def rows(folder):
+    with (folder / 'summary.csv').open(newline='') as f:
+        return list(csv.DictReader(f))
+
+
+def weights(folder):
+    checkpoint = torch.load(folder / 'last.pth.tar', weights_only=False)
+    return {f'{key}.{name}': value for key in ('state_dict', 'state_dict_ema')
+            for name, value in checkpoint[key].items()}
+
+
+def assert_close(folder, other):
+    """Losses and metrics of all epochs, and the weights, up to rounding."""
+    table, others = rows(folder), rows(other)
+    assert len(table) == len(others) > 1
+    for row, reference in zip(table, others):
+        for key, value in row.items():
+            assert bool(value) == bool(reference[key])
+            if value:
+                assert float(value) == pytest.approx(float(reference[key]), rel=2e-4, abs=1e-6), key
+    ours, theirs = weights(folder), weights(other)
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], atol=2e-4, rtol=1e-2, msg=name)
+
+
+@pytest.mark.parametrize('stage2', ['anneal', 'ce'])
+def test_two_processes_are_one_with_twice_the_batch(stage2, train_cli, command, tmp_path):
+    """Across the stage change, with an average of weights and clipped gradients."""
+    for name, args in (
+        ('one', dict(args=['-b', '8'])), ('two', dict(args=['-b', '4'], launcher=TORCHRUN))):
+        result = train_cli(
+            *command, '--dearkd-stage2', stage2, '--clip-grad', '1', '--opt', 'sgd', '--lr', '0.005', *args.pop('args'),
+            '--output', tmp_path, '--experiment', name, **args)
+        assert result.returncode == 0, result.stderr
+    assert_close(tmp_path / 'two', tmp_path / 'one')
+    assert [row['train_stage'] for row in rows(tmp_path / 'two')] == ['1', '1', '2', '2']
+    assert result.stdout.count('--result') == 1 and result.stderr.count('Training for 4 epochs') == 1
+    model = timm.create_model(f'local-dir:{tmp_path / "two"}', pretrained=True)
+    assert model.num_classes == 3
+
+
+def test_accumulation_in_two_processes(train_cli, command, tmp_path):
+    for name, args in (('one', dict(args=['-b', '12'])), (
+            'two', dict(args=['-b', '2', '--grad-accum-steps', '3'], launcher=TORCHRUN))):
+        result = train_cli(
+            *command, '--epochs', '2', '--dearkd-stage1-epochs', '1', '--opt', 'sgd', '--lr', '0.005',
+            *args.pop('args'), '--output', tmp_path, '--experiment', name, **args)
+        assert result.returncode == 0, result.stderr
+    assert_close(tmp_path / 'two', tmp_path / 'one')
+
+
+def test_resuming_with_another_number_of_processes(train_cli, command, tmp_path):
+    """Two processes, stopped within an epoch by SIGTERM; then one; then two again."""
+    common = ('--opt', 'sgd', '--lr', '0.005', '--output', tmp_path, '--resume', 'auto', '--experiment')
+    result = train_cli(*command, *common, 'one', '-b', '8')
+    assert result.returncode == 0, result.stderr
+    process = train_cli(
+        *command, *common, 'changing', '-b', '4', '--recovery-interval', '2', launcher=TORCHRUN, start=start_python)
+    while not (tmp_path / 'changing' / 'recovery-1-2.pth.tar').exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert err.count('Interrupted by SIGTERM') == 2, err
+    epoch, update = sorted(p.name for p in (tmp_path / 'changing').glob('recovery-*'))[-1].split('-')[1:]
+    assert (epoch, update) > ('1', '2')
+    for args in (dict(args=['-b', '8', '--stop-epoch', '3']), dict(args=['-b', '4'], launcher=TORCHRUN)):
+        result = train_cli(*command, *common, 'changing', *args.pop('args'), **args)
+        assert result.returncode == 0, result.stderr
+    assert_close(tmp_path / 'changing', tmp_path / 'one')
+
+
+def test_a_plain_cnn_in_two_processes(train_cli, tmp_path):
+    """BatchNorm statistics are averaged; validation counts each image once."""
+    result = train_cli(
+        '--model', 'test_resnet', '-b', '4', '-vb', '5', '--output', tmp_path, '--experiment', 'x',
+        launcher=TORCHRUN)
+    assert result.returncode == 0, result.stderr
+    evaluation = train_cli(
+        '--model', 'test_resnet', '-vb', '5', '--eval-only', '--initial-checkpoint', tmp_path / 'x' / 'last.pth.tar')
+    metrics, last = json.loads(evaluation.stdout), rows(tmp_path / 'x')[-1]
+    assert metrics['num_images'] == 12
+    for key in ('top1', 'loss'):
+        assert metrics[key] == pytest.approx(float(last[f'eval_{key}']), rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_both(train_cli, tmp_path):
+    result = train_cli(
+        '--opt', 'sgd', '--lr', '1e30', '--output', tmp_path, '--experiment', 'x', launcher=TORCHRUN)
+    assert result.returncode != 0 and result.stderr.count('Loss not finite') == 2
