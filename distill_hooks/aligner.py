@@ -4,7 +4,7 @@ from typing import Tuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d
+from timm.layers import LayerNorm
 
 __all__ = ['Aligner']
 
@@ -26,12 +26,13 @@ class Aligner(nn.Module):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.conv_dw = nn.Conv2d(in_chs, in_chs, 3, padding=1, groups=in_chs, bias=False, **dd)
-        self.conv_pw = nn.Conv2d(in_chs, out_chs, 1, **dd)
-        self.norm = LayerNorm2d(out_chs, **dd)
+        self.conv_pw = nn.Linear(in_chs, out_chs, **dd)  # tokens are channels-last, and stay so
+        self.norm = LayerNorm(out_chs, **dd)
         self.act = nn.ReLU() if relu else nn.Identity()
 
     def forward(self, tokens: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
         """Align tokens on their grid (B, D, H, W) with a feature map of `size` (h, w): (B, C, h, w)."""
         if tuple(tokens.shape[-2:]) != tuple(size):
             tokens = F.interpolate(tokens, size=size, mode='bilinear')
-        return self.act(self.norm(self.conv_pw(self.conv_dw(tokens))))
+        x = self.conv_dw(tokens).permute(0, 2, 3, 1)  # (B, h, w, D)
+        return self.act(self.norm(self.conv_pw(x))).permute(0, 3, 1, 2)

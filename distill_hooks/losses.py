@@ -19,6 +19,8 @@ def hidden_loss(
         feature_map: The teacher's (B, C, H, W).
         std: Fixed standard deviation per channel (C,) to divide the feature map by. Our option.
     """
+    if aligned.is_contiguous(memory_format=torch.channels_last):  # one layout for both, which is faster
+        feature_map = feature_map.contiguous(memory_format=torch.channels_last)
     feature_map = feature_map.float()
     if std is not None:
         feature_map = feature_map / std.view(1, -1, 1, 1)

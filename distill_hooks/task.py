@@ -135,8 +135,10 @@ class DearKDTrainable(nn.Module):
         maps: List[torch.Tensor] = []
         tokens: Any
         if self.uses_aligners:
-            intermediates: Any = self.student.forward_intermediates(x, indices=self.indices, output_fmt='NCHW')
+            intermediates: Any = self.student.forward_intermediates(x, indices=self.indices, output_fmt='NLC')
             tokens, maps = intermediates
+            grid = self.student.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+            maps = [content.unflatten(1, grid).permute(0, 3, 1, 2) for content in maps]  # timm's NCHW is a copy
         else:
             tokens = self.student.forward_features(x)
         logits = self.student.forward_head(tokens)

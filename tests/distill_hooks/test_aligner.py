@@ -16,7 +16,7 @@ def test_aligner_is_figure_3(size, relu):
     x = tokens if size == (4, 4) else F.interpolate(tokens, size, mode='bilinear', align_corners=False)
     kernel = aligner.conv_dw.weight
     x = torch.cat([F.conv2d(x[:, c:c + 1], kernel[c:c + 1], padding=1) for c in range(6)], dim=1)
-    x = torch.einsum('oc,bchw->bhwo', aligner.conv_pw.weight[:, :, 0, 0], x) + aligner.conv_pw.bias
+    x = torch.einsum('oc,bchw->bhwo', aligner.conv_pw.weight, x) + aligner.conv_pw.bias
     mean, var = x.mean(-1, keepdim=True), x.var(-1, correction=0, keepdim=True)
     x = (x - mean) / (var + 1e-6).sqrt() * aligner.norm.weight + aligner.norm.bias
     x = x.permute(0, 3, 1, 2)

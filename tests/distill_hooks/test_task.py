@@ -276,7 +276,7 @@ def test_grey_student_and_ready_teacher():
     task = make(teacher=cnn, student_kwargs=dict(in_chans=1))
     assert task(*batch(in_chans=1))['loss'].isfinite()
     task = make(teacher=Teacher(cnn, ['layer3']))
-    assert task.trainable_module.aligners[0].conv_pw.out_channels == 192
+    assert task.trainable_module.aligners[0].conv_pw.out_features == 192
 
 
 def test_gradient_checkpointing_is_compatible():

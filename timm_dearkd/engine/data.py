@@ -230,6 +230,13 @@ def _create_loader(dataset, data_config: Dict[str, Any], **kwargs: Any):
     return loader
 
 
+def _check_length(dataset, batch_size: int, world_size: int) -> None:
+    if hasattr(dataset, '__len__') and len(dataset) < batch_size * world_size:
+        raise ValueError(
+            f'The training set has {len(dataset)} images, less than one batch of {batch_size * world_size}.'
+            f' Set --batch-size to {max(1, len(dataset) // world_size)} or less.')
+
+
 def _collate_and_mix(mixup: Mixup, samples: List[Any]):
     return mixup(*default_collate(samples))
 
@@ -269,16 +276,9 @@ def create_train_loader(
     Raises:
         ValueError: Less than one batch of images, or options that timm refuses.
     """
-    smallest = min(kwargs.get('batch_size_choices') or [batch_size])
-    if hasattr(dataset, '__len__') and len(dataset) < smallest * ranks.world_size:
-        raise ValueError(
-            f'The training set has {len(dataset)} images, less than one batch of {smallest * ranks.world_size}.'
-            f' Set --batch-size to {max(1, len(dataset) // ranks.world_size)} or less.')
+    _check_length(dataset, min(kwargs.get('batch_size_choices') or [batch_size]), ranks.world_size)
     if num_aug_splits > 1:
         dataset = AugMixDataset(dataset, num_splits=num_aug_splits)
-    collate_fn: Any = mixup
-    if mixup is not None and not use_prefetcher:
-        collate_fn = partial(_collate_and_mix, mixup)
     loader = _create_loader(
         dataset,
         data_config,
@@ -288,7 +288,7 @@ def create_train_loader(
         batch_size=batch_size,
         is_training=True,
         num_aug_splits=num_aug_splits,
-        collate_fn=collate_fn,
+        collate_fn=mixup if mixup is None or use_prefetcher else partial(_collate_and_mix, mixup),
         batch_choice_seed=seed,
         **kwargs,
     )
