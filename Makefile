@@ -18,6 +18,7 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/attention.py
+	$(VENV)/bin/python benchmarks/train_step.py
 
 install: $(INSTALLED)
 
