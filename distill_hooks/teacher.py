@@ -22,7 +22,7 @@ from timm.models import (
 
 from .capture import FeatureCapture, find_module
 
-__all__ = ['FeatureSpec', 'Teacher', 'create_teacher', 'load_class_map', 'resolve_layer']
+__all__ = ['FeatureSpec', 'Teacher', 'create_teacher', 'load_class_map', 'resolve_layer', 'resolve_teacher_name']
 
 _logger = logging.getLogger(__name__)
 
@@ -187,6 +187,25 @@ def _load_weights(model: nn.Module, state_dict: Dict[str, torch.Tensor], name: s
         ' all shapes agree. That says nothing of activations, padding or the eps of BatchNorm: check the accuracy.')
 
 
+def resolve_teacher_name(name: str) -> str:
+    """The name by which timm knows a teacher; a folder becomes a `local-dir:`.
+
+    Raises:
+        ValueError: An unknown name, or a file.
+    """
+    if os.path.isdir(name) and not is_model(name.split('.')[0]):
+        return f'local-dir:{name}'
+    if os.path.isfile(name):
+        raise ValueError(
+            f'Teacher {name!r} is a file. Name its architecture with --kd-model-name, and the file with'
+            ' --kd-teacher-checkpoint.')
+    source, architecture = parse_model_name(name)
+    if source is None and not is_model(architecture.split('.')[0]):
+        near = ', '.join(difflib.get_close_matches(architecture, list_models(), n=4, cutoff=0.4)) or 'none'
+        raise ValueError(f'Unknown teacher {name!r}. The nearest timm names: {near}.')
+    return name
+
+
 def create_teacher(
         name: str,
         checkpoint: Optional[str] = None,
@@ -207,12 +226,7 @@ def create_teacher(
         FileNotFoundError: No such checkpoint.
         ValueError: An unknown name, no weights to be had, or a checkpoint that does not fit.
     """
-    if os.path.isdir(name) and not is_model(name.split('.')[0]):
-        name = f'local-dir:{name}'
-    source, architecture = parse_model_name(name)
-    if source is None and not is_model(architecture.split('.')[0]):
-        near = ', '.join(difflib.get_close_matches(architecture, list_models(), n=4, cutoff=0.4)) or 'none'
-        raise ValueError(f'Unknown teacher {name!r}. The nearest timm names: {near}.')
+    name = resolve_teacher_name(name)
     state_dict = _read_state_dict(checkpoint) if checkpoint else {}
     try:
         kwargs = {**_checkpoint_shapes(name, state_dict), **kwargs}

@@ -393,6 +393,14 @@ def test_arguments_are_recorded_as_given(train_cli, tmp_path):
 
 
 ERRORS = {
+    'image mode': (['--input-img-mode', 'L'], 'another number of channels than the model takes, 3'),
+    'betas': (['--opt-betas', '0.9', '0.9', '0.9'], '--opt-betas has 3 values, adamw takes 2'),
+    'optimizer': (['--opt', 'nothing'], 'Could not create --opt nothing'),
+    'start': (['--start-epoch', '-1'], '--start-epoch is -1, expected 0 or more'),
+    'teacher file': (['--kd-model-name', 'FILE'], 'and the file with --kd-teacher-checkpoint'),
+    'teacher name': (['--kd-model-name', 'resnet26x', '--kd-distill-type', 'logit'], 'nearest timm names: resnet26'),
+    'other optimizer': (
+        ['--model', 'test_resnet', '--opt', 'lamb', '--resume', 'FILE'], 'a run with --opt adamw, this one has lamb'),
     'naflex': (['--naflex-loader'], '--naflex-loader is not supported: NaFlex'),
     'naflex patches': (['--naflex-patch-sizes', '8', '16'], '--train-img-sizes trains at several sizes'),
     'class map': (['--kd-class-map', 'FILE'], '--kd-model-name NAME'),

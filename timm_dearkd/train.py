@@ -107,7 +107,7 @@ def schedule_run(args, trainer: Trainer) -> Tuple[Position, range]:
     start = Position()
     if args.resume:
         start = resume_run(
-            args.resume, task, args.model, None if args.no_resume_opt else optimizer, trainer.precision,
+            args.resume, task, args.model, args.opt, None if args.no_resume_opt else optimizer, trainer.precision,
             build.images_per_update(args, trainer.ranks))
     if args.start_epoch is not None:
         start = Position(args.start_epoch)

@@ -7,6 +7,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, cast
 
 import torch
 import torch.nn as nn
+from PIL import ImageMode
 from timm.data import FastCollateMixup, Mixup
 from timm.data.model_config import resolve_input_data_config
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
@@ -22,7 +23,7 @@ from timm.task import (
 )
 from timm.utils import set_jit_fuser, trim_summary
 
-from distill_hooks import DearKDTask, TwoStageSchedule, has_content_tokens, load_class_map
+from distill_hooks import DearKDTask, TwoStageSchedule, has_content_tokens, load_class_map, resolve_teacher_name
 
 from .data import (
     ClassFraction,
@@ -128,8 +129,7 @@ def build_student(
             **kwargs,
         )
     except (AssertionError, FileNotFoundError, KeyError, RuntimeError, TypeError, ValueError) as e:
-        reason = ' '.join(str(e).split())[:400]
-        raise ValueError(f'Could not create --model {args.model}: {reason}') from e
+        raise ValueError(f'Could not create --model {args.model}: {_reason(e)}') from e
     check_labels(dataset, model.num_classes)
     check_img_size(model, args.train_img_sizes or ())
     _adapt_student(args, model)
@@ -169,6 +169,10 @@ def _adapt_student(args, model: Any) -> None:
         nn.init.constant_(model.get_classifier().bias, args.head_init_bias)
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
+
+
+def _reason(error: Exception) -> str:
+    return ' '.join(str(error).split())[:400] or type(error).__name__
 
 
 def model_dtype(args) -> torch.dtype:
@@ -267,7 +271,11 @@ def build_eval_loader(args, dataset, data_config: Dict[str, Any], device: torch.
 
 
 def _image_mode(args, data_config: Dict[str, Any]) -> str:
-    return args.input_img_mode or ('RGB' if data_config['input_size'][0] == 3 else 'L')
+    in_chans = data_config['input_size'][0]
+    mode = args.input_img_mode or ('RGB' if in_chans == 3 else 'L')
+    if len(ImageMode.getmode(mode).bands) != in_chans:
+        raise ValueError(f'--input-img-mode {mode} gives another number of channels than the model takes, {in_chans}.')
+    return mode
 
 
 def build_schedule(args, num_epochs: int) -> TwoStageSchedule:
@@ -328,7 +336,10 @@ def build_task(
         if args.amp:
             task.teacher.store_weights(getattr(torch, args.amp_dtype))
     else:
-        task = _build_timm_task(args, distill_type, model, common)
+        try:
+            task = _build_timm_task(args, distill_type, model, common)
+        except (AssertionError, KeyError, RuntimeError, TypeError) as e:
+            raise ValueError(f'--kd-distill-type {distill_type} with {args.kd_model_name}: {_reason(e)}') from e
     if args.channels_last:
         task.to(memory_format=torch.channels_last)
     if args.model_ema:
@@ -356,8 +367,7 @@ def _convert_norms(args, model: nn.Module, is_dearkd: bool) -> nn.Module:
         try:
             model = torch.jit.script(model)
         except Exception as e:  # the compiler raises what it likes
-            reason = ' '.join(str(e).split())[:200]
-            raise ValueError(f'--torchscript can not compile {args.model}: {reason}. Use --torchcompile.') from e
+            raise ValueError(f'--torchscript can not compile {args.model}: {_reason(e)}. Use --torchcompile.') from e
     return model
 
 
@@ -365,7 +375,7 @@ def _build_timm_task(args, distill_type: str, model: nn.Module, common: Dict[str
     """One of timm's own distillation tasks."""
     common = dict(
         student_model=model,
-        teacher_model=args.kd_model_name,
+        teacher_model=resolve_teacher_name(args.kd_model_name),
         teacher_pretrained_path=args.kd_teacher_checkpoint,
         distill_loss_weight=args.distill_loss_weight,
         task_loss_weight=args.task_loss_weight,
@@ -393,7 +403,10 @@ def build_optimizer(args, task: TrainingTask, device: torch.device, ranks: Ranks
         _logger.info(f'Learning rate {kwargs["lr"]:.4g}, from lr-base {args.lr_base:g} ({scale} in the batch size).')
     if device.type == 'cuda' and _takes_fused(args.opt):
         kwargs['fused'] = True  # leaves out a step on the device, and is faster
-    return create_optimizer_v2(cast(nn.Module, task.get_trainable_module()), **{**kwargs, **args.opt_kwargs})
+    try:
+        return create_optimizer_v2(cast(nn.Module, task.get_trainable_module()), **{**kwargs, **args.opt_kwargs})
+    except (AssertionError, RuntimeError, TypeError, ValueError) as e:
+        raise ValueError(f'Could not create --opt {args.opt}: {_reason(e)}') from e
 
 
 def _takes_fused(name: str) -> bool:

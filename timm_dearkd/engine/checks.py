@@ -25,7 +25,7 @@ _CHOICES = {
 }
 _AT_LEAST_ONE = ('batch_size', 'epochs', 'grad_accum_steps', 'log_interval', 'val_interval', 'checkpoint_hist')
 _FILES = ('resume', 'kd_teacher_checkpoint', 'initial_checkpoint', 'kd_class_map', 'pretrained_path')
-_NOT_NEGATIVE = ('seed', 'skip_nan_steps', 'recovery_interval', 'workers', 'aug_repeats')
+_NOT_NEGATIVE = ('seed', 'start_epoch', 'skip_nan_steps', 'recovery_interval', 'workers', 'aug_repeats')
 
 
 _NAFLEX = dict(
@@ -77,13 +77,16 @@ def _check_values(args: argparse.Namespace) -> None:
             raise ValueError(f'{_flag(key)} is {getattr(args, key)!r}, expected one of {expected}.')
     for keys, least in ((_AT_LEAST_ONE, 1), (_NOT_NEGATIVE, 0)):
         for key in keys:
-            if getattr(args, key) < least:
+            if getattr(args, key) is not None and getattr(args, key) < least:
                 raise ValueError(f'{_flag(key)} is {getattr(args, key)}, expected {least} or more.')
     for key in _FILES:
         if getattr(args, key) and getattr(args, key) != 'auto' and not os.path.isfile(getattr(args, key)):
             raise FileNotFoundError(f'{_flag(key)}: no file {getattr(args, key)!r}.')
     if not 0. < args.train_fraction <= 1.:
         raise ValueError(f'--train-fraction is {args.train_fraction}, expected a share above 0, 1 at the most.')
+    num_betas = 3 if 'adan' in args.opt.lower() else 2
+    if args.opt_betas and len(args.opt_betas) != num_betas:
+        raise ValueError(f'--opt-betas has {len(args.opt_betas)} values, {args.opt} takes {num_betas}.')
     if args.torchcompile and args.torchcompile not in torch.compiler.list_backends(exclude_tags=()):
         backends = ', '.join(torch.compiler.list_backends())
         raise ValueError(f'--torchcompile is {args.torchcompile!r}, expected one of {backends}.')

@@ -49,8 +49,8 @@ def open_dataset(name: str, root: Optional[str], split: str, **kwargs: Any):
     except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as e:
         what = f'data set {name!r} in {root!r}' if name else f'image folder {root!r}'
         raise ValueError(
-            f'Could not open split {split!r} of {what}: {" ".join(str(e).split())}'
-            ' Image folders look like DIR/train/CLASS/IMAGE and DIR/validation/CLASS/IMAGE.') from e
+            f'Could not open split {split!r} of {what}: {" ".join(str(e).split()).rstrip(".")}.'
+            + ('' if name else ' Image folders look like DIR/train/CLASS/IMAGE and DIR/validation/CLASS/IMAGE.')) from e
     found = getattr(getattr(dataset, 'reader', None), 'root', None)
     if not name and root and split and found is not None and os.path.abspath(found) == os.path.abspath(root):
         splits = sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if os.path.isdir(root) else []

@@ -131,6 +131,7 @@ def resume_run(
         path: str,
         task: TrainingTask,
         arch: str,
+        opt: str,
         optimizer: Optional[torch.optim.Optimizer],
         precision: Precision,
         images_per_update: int,
@@ -141,6 +142,7 @@ def resume_run(
         path: The checkpoint, of a run or with weights alone.
         task: Takes the weights, and those of its EMA.
         arch: Name of the model.
+        opt: Name of the optimizer.
         optimizer: Takes its state; None leaves that, and the loss scaler's.
         precision: Has the loss scaler.
         images_per_update: Of all processes; an epoch that is continued with others starts at the update that
@@ -159,12 +161,17 @@ def resume_run(
         raise ValueError(
             f'--resume {path} is a run of {run["arch"]}, this one is of {arch}.'
             f' Set --model {run["arch"]}, or start from weights with --initial-checkpoint.')
+    trained_with = getattr(run.get('args'), 'opt', opt)
+    if optimizer is not None and trained_with != opt:
+        raise ValueError(
+            f'--resume {path} is a run with --opt {trained_with}, this one has {opt}. Set it to that, or begin with a'
+            ' fresh one by --no-resume-opt.')
     try:
         scaler = precision.scaler if optimizer is not None else None
         epoch = resume_task_checkpoint(task, path, optimizer=optimizer, loss_scaler=scaler)
         if task.has_ema():
             load_task_ema_checkpoint(task, path)
-    except (KeyError, RuntimeError, ValueError) as e:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
         reason = ' '.join(str(e).split())[:300]
         raise ValueError(f'--resume {path} does not fit this run: {reason}') from e
     position = Position(
