@@ -4,7 +4,7 @@ from .capture import FeatureCapture, find_module
 from .losses import dearkd_loss, hard_label_loss, hidden_loss
 from .schedule import StageWeights, TwoStageSchedule
 from .task import DearKDTask, has_content_tokens
-from .teacher import Teacher, create_teacher, load_class_map, resolve_layer, resolve_teacher_name
+from .teacher import Teacher, create_teacher, load_class_map, resolve_layer, resolve_teacher
 
 __all__ = [
     'Aligner',
@@ -21,5 +21,5 @@ __all__ = [
     'hidden_loss',
     'load_class_map',
     'resolve_layer',
-    'resolve_teacher_name',
+    'resolve_teacher',
 ]

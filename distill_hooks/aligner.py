@@ -26,6 +26,8 @@ class Aligner(nn.Module):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.conv_dw = nn.Conv2d(in_chs, in_chs, 3, padding=1, groups=in_chs, bias=False, **dd)
+        weight = self.conv_dw.weight
+        weight.data = weight.data.as_strided(weight.shape, (9, 1, 3, 1))  # as its gradient, which DDP asks for
         self.conv_pw = nn.Linear(in_chs, out_chs, **dd)  # tokens are channels-last, and stay so
         self.norm = LayerNorm(out_chs, **dd)
         self.act = nn.ReLU() if relu else nn.Identity()

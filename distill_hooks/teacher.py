@@ -19,10 +19,11 @@ from timm.models import (
     load_state_dict,
     parse_model_name,
 )
+from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from .capture import FeatureCapture, find_module
 
-__all__ = ['FeatureSpec', 'Teacher', 'create_teacher', 'load_class_map', 'resolve_layer', 'resolve_teacher_name']
+__all__ = ['FeatureSpec', 'Teacher', 'create_teacher', 'load_class_map', 'resolve_layer', 'resolve_teacher']
 
 _logger = logging.getLogger(__name__)
 
@@ -187,23 +188,38 @@ def _load_weights(model: nn.Module, state_dict: Dict[str, torch.Tensor], name: s
         ' all shapes agree. That says nothing of activations, padding or the eps of BatchNorm: check the accuracy.')
 
 
-def resolve_teacher_name(name: str) -> str:
-    """The name by which timm knows a teacher; a folder becomes a `local-dir:`.
+def resolve_teacher(name: str, checkpoint: Optional[str] = None) -> Tuple[str, Optional[str]]:
+    """The name by which timm knows a teacher, and the file of its weights.
+
+    Args:
+        name: A timm name, the folder of a run, which becomes a `local-dir:`, or a checkpoint of a run.
+        checkpoint: The file, if the name is none.
 
     Raises:
-        ValueError: An unknown name, or a file.
+        ValueError: An unknown name, or a file that does not say of which architecture it is.
     """
+    if os.path.isfile(name) and not checkpoint:
+        name, checkpoint = _architecture_of(name), name
     if os.path.isdir(name) and not is_model(name.split('.')[0]):
-        return f'local-dir:{name}'
-    if os.path.isfile(name):
-        raise ValueError(
-            f'Teacher {name!r} is a file. Name its architecture with --kd-model-name, and the file with'
-            ' --kd-teacher-checkpoint.')
+        name = f'local-dir:{name}'
     source, architecture = parse_model_name(name)
     if source is None and not is_model(architecture.split('.')[0]):
         near = ', '.join(difflib.get_close_matches(architecture, list_models(), n=4, cutoff=0.4)) or 'none'
         raise ValueError(f'Unknown teacher {name!r}. The nearest timm names: {near}.')
-    return name
+    return name, checkpoint
+
+
+def _architecture_of(checkpoint: str) -> str:
+    """The model that a run's checkpoint says it is of."""
+    try:
+        contents = load_checkpoint_metadata(checkpoint)
+    except Exception:  # no checkpoint of ours
+        contents = {}
+    if not isinstance(contents.get('arch'), str):
+        raise ValueError(
+            f'Teacher {checkpoint!r} is a file that does not say of which architecture. Name that with'
+            ' --kd-model-name, and the file with --kd-teacher-checkpoint.')
+    return contents['arch']
 
 
 def create_teacher(
@@ -216,7 +232,7 @@ def create_teacher(
 
     Args:
         name: timm model name, `hf-hub:` and `local-dir:` included, or a folder with a `config.json`, such as that of
-            an earlier run. Without a checkpoint, its pretrained weights load.
+            an earlier run, or its checkpoint. Without a checkpoint, its pretrained weights load.
         checkpoint: Weights of that architecture: .safetensors, a state dict, or a (training) checkpoint that holds
             one. Under other names than timm's they are loaded by order, if every shape agrees (our choice).
         device: Where to put it.
@@ -226,7 +242,7 @@ def create_teacher(
         FileNotFoundError: No such checkpoint.
         ValueError: An unknown name, no weights to be had, or a checkpoint that does not fit.
     """
-    name = resolve_teacher_name(name)
+    name, checkpoint = resolve_teacher(name, checkpoint)
     state_dict = _read_state_dict(checkpoint) if checkpoint else {}
     try:
         kwargs = {**_checkpoint_shapes(name, state_dict), **kwargs}

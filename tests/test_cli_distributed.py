@@ -96,6 +96,14 @@ def test_resuming_with_another_number_of_processes(train_cli, command, tmp_path)
     assert_close(tmp_path / 'changing', tmp_path / 'one')
 
 
+def test_several_sizes_in_two_processes(train_cli, tmp_path):
+    """As many updates as there are, for the processes share the images."""
+    args = ['--train-img-sizes', '32', '48', '--epochs', '1', '--log-interval', '1', '--output', tmp_path]
+    result = train_cli(*args, '-b', '4', '--experiment', 'x', launcher=TORCHRUN)
+    assert result.returncode == 0, result.stderr
+    assert '[   6/6 (100%)]' in result.stderr
+
+
 def test_a_plain_cnn_in_two_processes(train_cli, tmp_path):
     """BatchNorm statistics are averaged; validation counts each image once."""
     result = train_cli(

@@ -29,7 +29,7 @@ from timm_dearkd.engine.device import Precision, Ranks, select_device
 from timm_dearkd.engine.interrupt import Interrupted, StopRequest, TrainingError
 from timm_dearkd.engine.loop import Trainer, Validator, mean_lr
 from timm_dearkd.engine.options import build_config_parser, build_parser, parse_args
-from timm_dearkd.engine.output import Position, find_checkpoint, resume_run
+from timm_dearkd.engine.output import Position, complete_export, export_model, find_checkpoint, resume_run
 from timm_dearkd.engine.recorder import Recorder, print_results
 from timm_dearkd.engine.seeding import set_rng_state
 
@@ -50,6 +50,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 def prepare(argv: Optional[Sequence[str]] = None) -> Callable[[], None]:
     """Everything up to the first step, which is where mistakes in the options show. Returns what is left to do."""
     setup_default_logging()
+    logging.getLogger('timm.data.dataset').setLevel(logging.ERROR)  # our data sets name what they skip
     args, args_text = _parse_args(argv)
     for module in args.device_modules or ():
         importlib.import_module(module)
@@ -69,8 +70,9 @@ def prepare(argv: Optional[Sequence[str]] = None) -> Callable[[], None]:
 def prepare_training(args, args_text: str, precision: Precision, ranks: Ranks) -> Callable[[], None]:
     """The data, the task and the schedules of a run."""
     device, is_auto = precision.device, args.resume == 'auto'
+    folder = os.path.join(build.output_parent(args), args.experiment)
     if is_auto:
-        args.resume = find_checkpoint(os.path.join(build.output_parent(args), args.experiment))
+        args.resume = agree(find_checkpoint(folder) if ranks.is_primary else '', ranks)
     train_set, eval_set = build.build_datasets(args)
     if eval_set is None:
         args.eval_metric = 'loss'
@@ -84,9 +86,12 @@ def prepare_training(args, args_text: str, precision: Precision, ranks: Ranks) -
     trainer = build.build_trainer(args, task, loader_train, optimizer, precision, ranks)
     validator = build.build_validator(args, task, loader_eval, precision, ranks)
     start, epochs = schedule_run(args, trainer)
+    export = partial(
+        export_model, model, data_config=data_config, label_names=class_names(train_set))
     if is_auto and start.epoch >= epochs.stop:
         _logger.info(f'{args.experiment} has its {start.epoch} epochs already. It is left as it is.')
-        return lambda: None
+        use_ema = task.has_ema() and not args.model_ema_force_cpu
+        return partial(complete_export, folder, export, use_ema) if ranks.is_primary else lambda: None
     if start.epoch >= epochs.stop:
         raise ValueError(f'Nothing to train: the run ends after epoch {epochs.stop}, and {start.epoch} are done.')
 
@@ -97,18 +102,30 @@ def prepare_training(args, args_text: str, precision: Precision, ranks: Ranks) -
         task.prepare_distributed(
             device_ids=[device] if device.type != 'cpu' else None,
             **(dict(broadcast_buffers=False) if args.no_ddp_bb else {}))
-    recorder = build.build_recorder(args, args_text, trainer, model, data_config, class_names(train_set), start)
+    recorder = build.build_recorder(args, args_text, trainer, model, data_config, export, start)
     return partial(fit, args, trainer, validator, recorder, start, epochs)
+
+
+def agree(path: str, ranks: Ranks) -> str:
+    """What the primary process says, for it alone may see the output folder."""
+    paths = [path]
+    if ranks.distributed:
+        dist.broadcast_object_list(paths)
+    return paths[0]
 
 
 def schedule_run(args, trainer: Trainer) -> Tuple[Position, range]:
     """Resume, and set up the schedules. Returns where the run begins, and its epochs."""
     task, optimizer = trainer.task, trainer.step.optimizer
+    rates = [group['lr'] for group in optimizer.param_groups]
     start = Position()
     if args.resume:
         start = resume_run(
             args.resume, task, args.model, args.opt, None if args.no_resume_opt else optimizer, trainer.precision,
             build.images_per_update(args, trainer.ranks))
+    if args.sched != 'plateau':  # the rates of these options, which need not be those of the checkpoint
+        for group, rate in zip(optimizer.param_groups, rates):
+            group['lr'] = group['initial_lr'] = rate
     if args.start_epoch is not None:
         start = Position(args.start_epoch)
     trainer.num_skipped = start.num_skipped
@@ -136,14 +153,19 @@ def fit(
         Interrupted: A signal; there is a checkpoint to go on from.
         TrainingError: The run can't go on.
     """
-    task, ranks = trainer.task, trainer.ranks
+    task: Any = trainer.task
+    ranks = trainer.ranks
     _logger.info(f'Training for {len(epochs)} epochs, up to {epochs.stop}. Output: {recorder.folder}')
     if len(start.rng_states) == ranks.world_size:
         set_rng_state(start.rng_states[ranks.rank], trainer.precision.device)
     else:
         random_seed(args.seed, ranks.rank)
+    if start.ema_rng_state is not None and task.has_ema():
+        task.trainable_module_ema._sr_generator.set_state(start.ema_rng_state)
     with recorder.tracker, StopRequest(ranks) as stop:
         trainer.on_log, trainer.on_update = recorder.on_log, partial(recorder.on_update, stop)
+        if validator is not None:
+            validator.on_batch = partial(recorder.on_eval_batch, stop)
         for epoch in epochs:
             if isinstance(task, DearKDTask):
                 task.set_epoch(epoch)
@@ -160,6 +182,7 @@ def fit(
                 trainer.lr_scheduler.step(epoch + 1, metric)
             recorder.on_epoch(epoch, losses, metrics, metric, lr, is_milestone)
     if recorder.saver is not None:
+        complete_export(recorder.folder, recorder.export, recorder.export_ema)
         if recorder.saver.best_metric is not None:
             _logger.info(f'*** Best metric: {recorder.saver.best_metric:.4g} (epoch {recorder.saver.best_epoch})')
             _logger.info(f"*** Load it with timm.create_model('local-dir:{recorder.folder}', pretrained=True)")
@@ -182,7 +205,10 @@ def evaluate_epoch(args, trainer: Trainer, validator: Optional[Validator], label
 
 def prepare_evaluation(args, precision: Precision, ranks: Ranks) -> Callable[[], None]:
     """`--eval-only`: the metrics of a model on the validation split, as JSON on standard output."""
-    args.initial_checkpoint = args.initial_checkpoint or args.resume
+    if args.resume == 'auto':
+        args.resume = find_checkpoint(os.path.join(build.output_parent(args), args.experiment))
+    args.initial_checkpoint = args.initial_checkpoint or args.pretrained_path or args.resume
+    args.pretrained_path, args.pretrained = None, args.pretrained or not args.initial_checkpoint
     model, data_config, eval_set = build.build_evaluation(args, precision.device, create_model)
     loader = build.build_eval_loader(args, eval_set, data_config, precision.device, ranks)
     task = ClassificationTask(model, device=precision.device)
@@ -199,19 +225,22 @@ def prepare_evaluation(args, precision: Precision, ranks: Ranks) -> Callable[[],
 def run_script(argv: Optional[Sequence[str]] = None) -> None:
     """`main`, but with one line on standard error and a status other than 0 where it can't go on."""
     try:
-        try:
-            run = prepare(argv)
-        except (ImportError, OSError, ValueError) as e:
-            parser.error(' '.join(str(e).split()))
-        try:
-            run()
-        except (OSError, TrainingError) as e:
-            parser.error(str(e).strip().splitlines()[-1])
-        except Interrupted as e:
-            parser.exit(128 + e.signum, f'{parser.prog}: {e}. The run goes on from there with --resume auto.\n')
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        run = prepare(argv)
+    except (ImportError, OSError, ValueError) as e:
+        parser.error(' '.join(str(e).split()))
+    except KeyboardInterrupt:
+        parser.exit(130, f'{parser.prog}: Interrupted before the first step.\n')
+    status, message = 0, None
+    try:
+        run()
+    except (OSError, TrainingError) as e:
+        parser.error(str(e).strip().splitlines()[-1])
+    except Interrupted as e:
+        status, message = 128 + e.signum, f'{parser.prog}: {e}\n'
+    if dist.is_initialized():  # with all processes here; after an error some may wait for others
+        dist.destroy_process_group()
+    if status:
+        parser.exit(status, message)
 
 
 if __name__ == '__main__':

@@ -2,8 +2,7 @@
 import logging
 import os
 from datetime import datetime
-from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Tuple, cast
+from typing import Any, Callable, Dict, Optional, Tuple, cast
 
 import torch
 import torch.nn as nn
@@ -21,12 +20,13 @@ from timm.task import (
     TokenDistillationTask,
     TrainingTask,
 )
-from timm.utils import set_jit_fuser, trim_summary
+from timm.utils import set_jit_fuser
 
-from distill_hooks import DearKDTask, TwoStageSchedule, has_content_tokens, load_class_map, resolve_teacher_name
+from distill_hooks import DearKDTask, TwoStageSchedule, has_content_tokens, load_class_map, resolve_teacher
 
 from .data import (
     ClassFraction,
+    SkipUnreadable,
     TrainLoader,
     check_img_size,
     check_labels,
@@ -39,7 +39,14 @@ from .data import (
 )
 from .device import Precision, Ranks
 from .loop import Stepper, Trainer, Validator
-from .output import AtomicCheckpointSaver, Position, export_model, remove_recovery, write_text
+from .output import (
+    AtomicCheckpointSaver,
+    Position,
+    find_checkpoint,
+    remove_recovery,
+    trim_summary,
+    write_text,
+)
 from .recorder import Recorder
 from .tracking import Tracker
 
@@ -72,8 +79,11 @@ def build_datasets(args) -> Tuple[Any, Any]:
         args.dataset, root, args.train_split, is_training=True,
         repeats=args.epoch_repeats, num_samples=args.train_num_samples, **common)
     if args.train_fraction < 1.:
+        skips = isinstance(train_set, SkipUnreadable)
         train_set = ClassFraction(
-            train_set, args.train_fraction, args.fraction_seed, keep_length=args.fraction_keep == 'steps')
+            train_set.dataset if skips else train_set, args.train_fraction, args.fraction_seed,
+            keep_length=args.fraction_keep == 'steps')
+        train_set = SkipUnreadable(train_set) if skips else train_set  # the next image is one of the fraction
         _logger.info(f'Training on {len(train_set.indices)} images, {100 * args.train_fraction:g} % of every class.')
     if not args.val_split:
         return train_set, None
@@ -373,10 +383,11 @@ def _convert_norms(args, model: nn.Module, is_dearkd: bool) -> nn.Module:
 
 def _build_timm_task(args, distill_type: str, model: nn.Module, common: Dict[str, Any]) -> TrainingTask:
     """One of timm's own distillation tasks."""
+    name, checkpoint = resolve_teacher(args.kd_model_name, args.kd_teacher_checkpoint)
     common = dict(
         student_model=model,
-        teacher_model=resolve_teacher_name(args.kd_model_name),
-        teacher_pretrained_path=args.kd_teacher_checkpoint,
+        teacher_model=name,
+        teacher_pretrained_path=checkpoint,
         distill_loss_weight=args.distill_loss_weight,
         task_loss_weight=args.task_loss_weight,
         **common,
@@ -404,9 +415,18 @@ def build_optimizer(args, task: TrainingTask, device: torch.device, ranks: Ranks
     if device.type == 'cuda' and _takes_fused(args.opt):
         kwargs['fused'] = True  # leaves out a step on the device, and is faster
     try:
-        return create_optimizer_v2(cast(nn.Module, task.get_trainable_module()), **{**kwargs, **args.opt_kwargs})
+        optimizer = create_optimizer_v2(cast(nn.Module, task.get_trainable_module()), **{**kwargs, **args.opt_kwargs})
     except (AssertionError, RuntimeError, TypeError, ValueError) as e:
         raise ValueError(f'Could not create --opt {args.opt}: {_reason(e)}') from e
+    if 'fused' in optimizer.defaults and hasattr(optimizer, 'register_load_state_dict_pre_hook'):
+        optimizer.register_load_state_dict_pre_hook(_keep_fused)
+    return optimizer
+
+
+def _keep_fused(optimizer: torch.optim.Optimizer, state_dict: Dict[str, Any]) -> Dict[str, Any]:
+    """A checkpoint's state for this optimizer's kind of step, whichever the checkpoint was written with."""
+    groups = [{**group, 'fused': optimizer.defaults['fused']} for group in state_dict['param_groups']]
+    return {**state_dict, 'param_groups': groups}
 
 
 def _takes_fused(name: str) -> bool:
@@ -490,7 +510,7 @@ def build_recorder(
         trainer: Trainer,
         model: nn.Module,
         data_config: Dict[str, Any],
-        label_names: Optional[List[str]],
+        export: Callable[..., None],
         start: Position,
 ) -> Recorder:
     """The output folder with `args.yaml`, and what writes into it."""
@@ -519,7 +539,7 @@ def build_recorder(
     )
     return Recorder(
         trainer, folder, saver, tracker,
-        partial(export_model, model, folder, data_config, label_names),
+        export,
         images_per_update=images_per_update(args, trainer.ranks),
         recovery_interval=args.recovery_interval,
         export_ema=trainer.task.has_ema() and not args.model_ema_force_cpu,
@@ -541,6 +561,8 @@ def _build_saver(args, folder: str, model: nn.Module, trainer: Trainer) -> Atomi
     )
     if args.resume and os.path.dirname(os.path.abspath(args.resume)) == os.path.abspath(folder):
         saver.load_state_dict_from_checkpoint(args.resume)
+        if not os.path.samefile(args.resume, find_checkpoint(folder)):
+            saver.go_back_to(args.resume)
     else:
         remove_recovery(folder)  # of another run, which this one replaces
     return saver

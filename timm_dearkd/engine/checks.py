@@ -26,8 +26,10 @@ _CHOICES = {
 _AT_LEAST_ONE = ('batch_size', 'epochs', 'grad_accum_steps', 'log_interval', 'val_interval', 'checkpoint_hist')
 _FILES = ('resume', 'kd_teacher_checkpoint', 'initial_checkpoint', 'kd_class_map', 'pretrained_path')
 _NOT_NEGATIVE = ('seed', 'start_epoch', 'skip_nan_steps', 'recovery_interval', 'workers', 'aug_repeats')
-
-
+_RANGES = (
+    ('smoothing', 0., 1.), ('drop', 0., 1.), ('drop_path', 0., 1.), ('drop_connect', 0., 1.),
+    ('model_ema_decay', 0., 1.), ('layer_decay', 0., float('inf')),
+)
 _NAFLEX = dict(
     naflex_loader=False,
     naflex_train_seq_lens=[128, 256, 576, 784, 1024],
@@ -84,6 +86,17 @@ def _check_values(args: argparse.Namespace) -> None:
             raise FileNotFoundError(f'{_flag(key)}: no file {getattr(args, key)!r}.')
     if not 0. < args.train_fraction <= 1.:
         raise ValueError(f'--train-fraction is {args.train_fraction}, expected a share above 0, 1 at the most.')
+    for key, low, high in _RANGES:
+        value = getattr(args, key)
+        if value is not None and not low <= value < high:
+            raise ValueError(f'{_flag(key)} is {value}, expected {low:g} or more, less than {high:g}.')
+    for key in ('scale', 'ratio', 'cutmix_minmax'):
+        if getattr(args, key) and len(getattr(args, key)) != 2:
+            raise ValueError(f'{_flag(key)} has {len(getattr(args, key))} values, expected the least and the greatest.')
+    if args.clip_grad is not None and args.clip_grad <= 0:
+        raise ValueError(f'--clip-grad is {args.clip_grad}, expected more than 0.')
+    if 0 < args.aug_repeats < 1:
+        raise ValueError(f'--aug-repeats is {args.aug_repeats}, expected 1 or more; 0 switches them off.')
     num_betas = 3 if 'adan' in args.opt.lower() else 2
     if args.opt_betas and len(args.opt_betas) != num_betas:
         raise ValueError(f'--opt-betas has {len(args.opt_betas)} values, {args.opt} takes {num_betas}.')

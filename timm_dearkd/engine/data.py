@@ -119,16 +119,19 @@ class SkipUnreadable(_Wrapper):
     """A timm data set that names the files it can not read, once each, and takes the next image instead.
 
     Args:
-        dataset: timm's `ImageDataset`, which takes the next image too, but tells its number only.
+        dataset: timm's `ImageDataset`, which takes the next image too, but tells its number only; or a fraction of one.
         max_skips: How many images in a row may be unreadable.
 
     Raises:
         OSError: More than that are.
     """
 
-    def __init__(self, dataset: ImageDataset, max_skips: int = 10) -> None:
+    def __init__(self, dataset, max_skips: int = 10) -> None:
         super().__init__(dataset)
-        dataset._max_retries = 1
+        source: Any = dataset
+        while isinstance(source, _Wrapper):
+            source = source.dataset
+        source._max_retries = 1
         self.max_skips = max_skips
         self.unreadable: set = set()
 
@@ -167,8 +170,10 @@ class ClassFraction(_Wrapper):
 
     def __init__(self, dataset, fraction: float, seed: int = 0, keep_length: bool = False) -> None:
         super().__init__(dataset)
-        samples = getattr(getattr(dataset, 'reader', None), 'samples', None)
-        labels = [label for _, label in samples] if samples is not None else getattr(dataset, 'targets', None)
+        reader: Any = getattr(dataset, 'reader', None)
+        labels = getattr(reader, 'targets', None) or getattr(dataset, 'targets', None)
+        if labels is None and hasattr(reader, 'samples'):
+            labels = [sample[1] for sample in reader.samples]
         if labels is None:
             raise ValueError(
                 '--train-fraction needs a data set that lists its labels: an image folder, or one of torchvision.')
@@ -187,6 +192,9 @@ class ClassFraction(_Wrapper):
         if not 0 <= index < self.length:
             raise IndexError(index)  # what ends an iteration
         return self.dataset[int(self.indices[index % len(self.indices)])]
+
+    def filename(self, index: int, **kwargs: Any) -> str:
+        return self.dataset.filename(int(self.indices[index % len(self.indices)]), **kwargs)
 
 
 def set_image_mode(dataset, mode: str) -> None:
@@ -288,6 +296,7 @@ def create_train_loader(
         batch_size=batch_size,
         is_training=True,
         num_aug_splits=num_aug_splits,
+        persistent_workers=not mixup_off_epoch,  # a stream's collate function would not hear of it
         collate_fn=mixup if mixup is None or use_prefetcher else partial(_collate_and_mix, mixup),
         batch_choice_seed=seed,
         **kwargs,
@@ -295,21 +304,51 @@ def create_train_loader(
     if not use_prefetcher:
         loader = DeviceLoader(loader, device, img_dtype)
     if isinstance(dataset, IterableDataset):
-        return TrainLoader(loader)
+        return TrainLoader(loader, mixup=mixup, mixup_off_epoch=mixup_off_epoch)
     sampler: Any = DistributedSampler(dataset, ranks.world_size, ranks.rank, seed=seed)
     if num_aug_repeats:
-        sampler = RepeatAugSampler(dataset, ranks.world_size, ranks.rank, num_repeats=num_aug_repeats)
-    return _seed_loader(loader, sampler, seed, ranks, mixup, mixup_off_epoch)
+        sampler = _SeededRepeats(dataset, ranks.world_size, ranks.rank, num_repeats=num_aug_repeats)
+        sampler.seed = seed
+    return _seed_loader(loader, sampler, seed, ranks, mixup, mixup_off_epoch, kwargs.get('num_batches'))
 
 
-def _seed_loader(loader, sampler, seed: int, ranks: Ranks, mixup: Optional[Mixup], mixup_off_epoch: int):
+class _SeededRepeats(RepeatAugSampler):
+    """timm's repeated augmentation, in an order that depends on the seed as well as on the epoch."""
+    seed = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(self.seed * 1_000_003 + epoch)
+
+
+def _seed_loader(
+        loader,
+        sampler,
+        seed: int,
+        ranks: Ranks,
+        mixup: Optional[Mixup],
+        mixup_off_epoch: int,
+        num_batches: Optional[int],
+):
     """The same loader, but in the order of `sampler` and with random numbers as in the module `seeding`."""
     plain = loader.loader
     batch_sampler = plain.batch_sampler
     if isinstance(batch_sampler, ScheduledBatchSampler):
-        batch_sampler.sampler = sampler
+        batch_sampler = ScheduledBatchSampler(  # anew, for it counts on the length of its sampler
+            sampler,
+            batch_sampler.batch_sizes,
+            batch_sampler.choice_weights.tolist(),
+            seed=batch_sampler.seed,
+            num_batches=num_batches,
+            choice_schedule=batch_sampler.choice_schedule,
+            schedule_epochs=batch_sampler.schedule_epochs,
+            schedule_spread=batch_sampler.schedule_spread,
+            schedule_random_mix=batch_sampler.schedule_random_mix,
+        )
     else:
         batch_sampler = BatchSampler(sampler, plain.batch_size, drop_last=True)
+    if not len(batch_sampler):
+        raise ValueError(
+            f'An epoch of {len(sampler)} images has no whole batch. Set --batch-size or --aug-repeats lower.')
     batches = EpochBatchSampler(batch_sampler, ranks.rank, ranks.world_size)
     loader.loader = DataLoader(
         SeededDataset(plain.dataset, seed),
@@ -335,11 +374,15 @@ class TrainLoader:
         loader: Batches on the device.
         parts: Its parts with a `set_epoch`. Without them, as for streamed data sets, an epoch that is continued reads
             the batches that were there before, and drops them.
+        mixup: What such a stream mixes with.
+        mixup_off_epoch: Epoch from which on it does not.
     """
 
-    def __init__(self, loader, parts: Sequence[Any] = ()) -> None:
+    def __init__(self, loader, parts: Sequence[Any] = (), mixup: Optional[Mixup] = None, mixup_off_epoch: int = 0):
         self.loader = loader
         self.parts = parts
+        self.mixup = mixup
+        self.mixup_off_epoch = mixup_off_epoch
         self.skip = 0
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
@@ -348,6 +391,8 @@ class TrainLoader:
             part.set_epoch(epoch, first_batch)
         if not self.parts:
             self.skip = first_batch
+            if self.mixup is not None:
+                self.mixup.mixup_enabled = not self.mixup_off_epoch or epoch < self.mixup_off_epoch
             if hasattr(self.loader.dataset, 'set_epoch'):
                 self.loader.dataset.set_epoch(epoch)
 
@@ -355,7 +400,7 @@ class TrainLoader:
         return len(self.loader)
 
     def __iter__(self):
-        return islice(iter(self.loader), self.skip, None)
+        return islice(iter(self.loader), self.skip, len(self.loader) or None)
 
 
 def create_eval_loader(

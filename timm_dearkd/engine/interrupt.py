@@ -21,10 +21,12 @@ class Interrupted(Exception):
 
     Args:
         signum: The signal.
+        checkpoint: The file; '' in processes that write none.
     """
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(f'Interrupted by {signal.Signals(signum).name}')
+    def __init__(self, signum: int, checkpoint: str = '') -> None:
+        way_on = f' Go on with --resume {checkpoint}, or --resume auto.' if checkpoint else ''
+        super().__init__(f'Interrupted by {signal.Signals(signum).name}.{way_on}')
         self.signum = signum
 
 

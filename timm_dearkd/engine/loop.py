@@ -104,30 +104,42 @@ class Stepper:
     on_host: bool = False
     stepped: bool = field(default=False, init=False)
 
-    def __call__(self, loss: torch.Tensor, update: bool, finite: Optional[torch.Tensor] = None) -> None:
-        """Backward `loss`; update the weights if it is the last of its accumulation and `finite` is not False."""
+    def __call__(self, loss: torch.Tensor, update: bool, finite: torch.Tensor) -> torch.Tensor:
+        """Backward `loss`; update the weights if it is the last of its accumulation.
+
+        Args:
+            loss: Loss of a batch.
+            update: Whether it completes the accumulation.
+            finite: Whether the losses of the accumulation were finite, a tensor () on the device.
+
+        Returns:
+            Whether the gradients were finite too, where no loss scaler sees to that, and so the update was made.
+        """
+        # an infinite loss may have finite gradients; NaN ones tell every process, and the scaler
+        loss = loss * torch.where(finite, 1., float('nan'))
         second_order = getattr(self.optimizer, 'is_second_order', False)
         parameters: Iterable[nn.Parameter] = ()
         if update and self.clip_grad is not None:
             parameters = self.task.get_clip_parameters(exclude_head='agc' in self.clip_mode)
         if self.scaler is not None:
-            if finite is not None:  # an infinite loss may have finite gradients, which the scaler would let pass
-                loss = loss * torch.where(finite, 1., float('nan'))
             self.scaler(
                 loss, self.optimizer, clip_grad=self.clip_grad, clip_mode=self.clip_mode,
                 parameters=parameters, create_graph=second_order, need_update=update)
         else:
             loss.backward(create_graph=second_order)
             if update:
+                grads = [p.grad for group in self.optimizer.param_groups for p in group['params'] if p.grad is not None]
+                finite = nn.utils.get_total_norm(grads).isfinite()
                 if self.clip_grad is not None:
                     dispatch_clip_grad(parameters, value=self.clip_grad, mode=self.clip_mode)
                 self._step(finite)
         if update:
             self.optimizer.zero_grad()
+        return finite
 
-    def _step(self, finite: Optional[torch.Tensor]) -> None:
-        if finite is None or self.on_host or not self.stepped:  # the first step makes the states that a later one keeps
-            if finite is None or finite:
+    def _step(self, finite: torch.Tensor) -> None:
+        if self.on_host or not self.stepped:  # the first step makes the states that a later one keeps
+            if finite:
                 self.optimizer.step()
                 self.stepped = True
         else:
@@ -175,7 +187,7 @@ def mean_lr(optimizer: torch.optim.Optimizer) -> float:
 def _accumulation(batch: int, num_batches: int, steps: int) -> Tuple[int, int, bool]:
     """Which update (from 1) a batch (from 0) belongs to, how many batches that adds up, and if this completes it."""
     update = batch // steps + 1
-    size = min(steps, num_batches - (update - 1) * steps)
+    size = max(1, min(steps, num_batches - (update - 1) * steps))
     return update, size, batch + 1 == num_batches or (batch + 1) % steps == 0
 
 
@@ -244,6 +256,7 @@ class Trainer:
     on_update: Optional[Callable[[int, int, bool], Any]] = None
     meter: LossMeter = field(init=False)
     num_skipped: int = field(default=0, init=False)
+    epoch: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.meter = LossMeter(self.ranks)
@@ -267,6 +280,7 @@ class Trainer:
             TrainingError: Losses that are not finite, in more updates than `skip_nan_steps`.
         """
         self.task.train()
+        self.epoch = epoch
         self.meter = LossMeter(self.ranks)
         if meter_state is not None:
             self.meter.load_state_dict(meter_state, self.precision.device)
@@ -299,15 +313,11 @@ class Trainer:
             losses = {name: value for name, value in result.items() if name != 'output'}
             now_finite = self.meter.update(losses, images.shape[0], update)
             finite = now_finite if finite is None else finite & now_finite
-            if is_update:
-                if self.ranks.distributed:  # the gradients of one process are everybody's
-                    finite = finite.float()
-                    dist.all_reduce(finite, dist.ReduceOp.MIN)
-                    finite = finite > 0
-                self._skipped = self._skipped + ~finite
-                self._lrs[update] = mean_lr(self.step.optimizer)
             scale = self.loss_scale(images.shape[0]) if self.loss_scale is not None else 1.
-            self.step(result['loss'] * (scale / size), is_update, finite)
+            stepped = self.step(result['loss'] * (scale / size), is_update, finite)
+            if is_update:
+                self._skipped = self._skipped + ~stepped
+                self._lrs[update] = mean_lr(self.step.optimizer)
         return finite
 
     def _finish_update(self, epoch: int, update: int, clock: _Clock, images: torch.Tensor) -> None:
@@ -319,7 +329,7 @@ class Trainer:
             torch.accelerator.synchronize()
         if last or update % self.log_interval == 0 or done == 1:
             losses = self.meter.means()
-            self._check_finite(epoch)
+            self.check_finite(epoch)
             rates = clock.read(self.ranks.world_size)
             if self.ranks.is_primary:
                 self._log(epoch, update, losses, rates)
@@ -337,8 +347,10 @@ class Trainer:
             f'  {_format_losses(losses)}  LR: {mean_lr(self.step.optimizer):.3e}'
             f'  {rates["images_per_second"]:.1f} img/s  Data: {100 * rates["data_share"]:.0f}%{teacher}')
 
-    def _check_finite(self, epoch: int) -> None:
-        """Stop, or go on with a warning, where updates were left out since the last log line."""
+    def check_finite(self, epoch: int) -> None:
+        """Stop, or go on with a warning, where updates were left out since the last call."""
+        if self.ranks.distributed:
+            dist.all_reduce(self._skipped, dist.ReduceOp.MAX)
         skipped, lrs = int(self._skipped), self._lrs
         update, losses = self.meter.take_offender()
         self._skipped, self._lrs = torch.zeros_like(self._skipped), {}
@@ -348,7 +360,8 @@ class Trainer:
         where = (
             f'Loss not finite at epoch {epoch}, step {update} of {self.num_updates}'
             f' ({_format_losses(losses)}; learning rate {lrs.get(update, 0.):.3e}). No step was taken with it.'
-        ) if update else f'Loss not finite in another process at epoch {epoch}. No step was taken with it.'
+        ) if update else (
+            f'Gradients not finite at epoch {epoch}, or the loss in another process. No step was taken with them.')
         if self.num_skipped > self.skip_nan_steps:
             raise TrainingError(
                 f'{where} Lower --lr, clip with --clip-grad 1, leave out --amp or use --amp-dtype bfloat16,'
@@ -368,6 +381,7 @@ class Validator:
         channels_last: Memory format of the images.
         tta: 2 averages the logits of each image and its mirror image.
         log_interval: Batches between log lines.
+        on_batch: Called after every batch.
     """
     task: TrainingTask
     loader: Any
@@ -376,6 +390,7 @@ class Validator:
     channels_last: bool = False
     tta: int = 0
     log_interval: int = 50
+    on_batch: Optional[Callable[[], Any]] = None
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, label: str = 'Test') -> Dict[str, float]:
@@ -391,6 +406,8 @@ class Validator:
                 evaluator.update(sum(logits) / len(logits), target)
                 if is_primary and (i + 1) % self.log_interval == 0 and i + 1 < num_batches:
                     _logger.info(f'{label}: [{i + 1:>4d}/{num_batches}]  {_format_losses(evaluator.summary())}')
+                if self.on_batch is not None:
+                    self.on_batch()
         model.train(was_training)
         metrics = evaluator.compute(distributed=self.ranks.distributed)
         if is_primary:

@@ -1,14 +1,16 @@
 """Files of a run: its checkpoints, how it goes on from one, and the exported student."""
+import csv
+import io
 import logging
 import os
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import safetensors.torch
 import torch
 import torch.nn as nn
 import torchvision
-from timm.models import clean_state_dict
+from timm.models import clean_state_dict, load_state_dict
 from timm.models._hub import save_config_for_hf
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, unwrap_model
@@ -18,8 +20,8 @@ from .device import Precision
 from .interrupt import TrainingError
 
 __all__ = [
-    'AtomicCheckpointSaver', 'Position', 'export_model', 'find_checkpoint', 'remove_recovery', 'resume_run',
-    'save_images', 'write_text',
+    'AtomicCheckpointSaver', 'Position', 'complete_export', 'export_model', 'find_checkpoint', 'remove_recovery',
+    'resume_run', 'save_images', 'trim_summary', 'write_text',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -65,7 +67,7 @@ class AtomicCheckpointSaver(CheckpointSaver):
             Path(save_path).unlink(missing_ok=True)
             raise TrainingError(
                 f'Could not write a checkpoint to {self.checkpoint_dir}: {str(e).splitlines()[0]}. Those that are there'
-                ' are whole. Make room, and go on with --resume auto.') from e
+                ' are whole. Make room, and go on with --resume FILE, or --resume auto.') from e
 
     def _replace(self, src: str, dst: str) -> None:
         with open(src, 'rb') as f:
@@ -78,6 +80,13 @@ class AtomicCheckpointSaver(CheckpointSaver):
             os.unlink(link)
         super()._duplicate(src, link)
         os.replace(link, dst)
+
+    def go_back_to(self, path: str) -> None:
+        """Make an earlier checkpoint of the run its last one."""
+        remove_recovery(self.recovery_dir, but=path)
+        last = os.path.join(self.checkpoint_dir, 'last' + self.extension)
+        if os.path.abspath(path) != os.path.abspath(last):
+            self._duplicate(path, last)
 
     def save_recovery(self, epoch: int, batch_idx: int = 0) -> None:
         super().save_recovery(epoch, batch_idx)
@@ -94,6 +103,7 @@ class Position(NamedTuple):
     meter: Optional[Dict[str, Any]] = None
     rng_states: Tuple[Dict[str, Any], ...] = ()
     scheduler: Optional[Dict[str, Any]] = None
+    ema_rng_state: Optional[torch.Tensor] = None
     num_skipped: int = 0
 
 
@@ -101,10 +111,11 @@ def _recovery_files(folder: str) -> List[Path]:
     return sorted(Path(folder).glob('recovery-*.pth.tar'))
 
 
-def remove_recovery(folder: str) -> None:
-    """Remove the checkpoints within epochs."""
+def remove_recovery(folder: str, but: str = '') -> None:
+    """Remove the checkpoints within epochs, but for one."""
     for path in _recovery_files(folder):
-        path.unlink()
+        if not but or not path.samefile(but):
+            path.unlink()
 
 
 def find_checkpoint(folder: str) -> str:
@@ -178,6 +189,7 @@ def resume_run(
         epoch or 0,
         rng_states=tuple(run.get('rng_states', ())),
         scheduler=run.get('scheduler'),
+        ema_rng_state=run.get('ema_rng_state'),
         num_skipped=run.get('num_skipped', 0),
     )
     within = run.get('progress')
@@ -190,16 +202,18 @@ def resume_run(
 def write_text(folder: str, name: str, text: str) -> None:
     """Write a file under a temporary name and rename it."""
     temporary = Path(folder) / f'.{name}.tmp'
-    temporary.write_text(text)
+    with temporary.open('w', newline='') as f:
+        f.write(text)
     os.replace(temporary, Path(folder) / name)
 
 
 def export_model(
         model: nn.Module,
         folder: str,
+        state_dict: Optional[Dict[str, torch.Tensor]] = None,
+        *,
         data_config: Dict[str, Any],
         label_names: Optional[List[str]] = None,
-        state_dict: Optional[Dict[str, torch.Tensor]] = None,
 ) -> None:
     """Write a model so that ``timm.create_model('local-dir:FOLDER', pretrained=True)`` loads it.
 
@@ -209,22 +223,51 @@ def export_model(
     Args:
         model: A timm model; wrappers are taken off.
         folder: Output folder of the run.
+        state_dict: Other weights of the model, such as an EMA's.
         data_config: timm's preprocessing configuration that the model was trained with.
         label_names: Class names in the order of the classifier.
-        state_dict: Other weights of the model, such as an EMA's.
     """
     model = unwrap_model(model)
-    path = Path(folder)
-    temporary = path / f'.{EXPORT_NAME}.tmp'
     weights = clean_state_dict(state_dict if state_dict is not None else model.state_dict())
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    temporary.write_bytes(safetensors.torch.save(tensors, metadata={'format': 'pt'}))
-    os.replace(temporary, path / EXPORT_NAME)
-
-    temporary = path / '.config.json.tmp'
+    weights_file, config_file = (Path(folder) / f'.{name}.tmp' for name in (EXPORT_NAME, 'config.json'))
     model_config = {'label_names': label_names} if label_names else {}
-    save_config_for_hf(model, str(temporary), model_config=model_config, data_config=data_config)
-    os.replace(temporary, path / 'config.json')
+    try:
+        weights_file.write_bytes(safetensors.torch.save(tensors, metadata={'format': 'pt'}))
+        save_config_for_hf(model, str(config_file), model_config=model_config, data_config=data_config)
+        os.replace(weights_file, Path(folder) / EXPORT_NAME)
+        os.replace(config_file, Path(folder) / 'config.json')
+    except OSError as e:
+        weights_file.unlink(missing_ok=True)
+        config_file.unlink(missing_ok=True)
+        raise TrainingError(
+            f'Could not write the student to {folder}: {e}. Its checkpoint is there. Make room, and run the same'
+            ' command with --resume auto.') from e
+
+
+def complete_export(folder: str, export: Callable[[str, Dict[str, torch.Tensor]], Any], use_ema: bool) -> None:
+    """Export the best checkpoint if the run ended between the two.
+
+    Args:
+        folder: Output folder of the run.
+        export: Takes the folder and the state dict.
+        use_ema: Take the average of weights.
+    """
+    best, config = Path(folder) / 'model_best.pth.tar', Path(folder) / 'config.json'
+    if best.exists() and (not config.exists() or config.stat().st_mtime < best.stat().st_mtime):
+        export(folder, load_state_dict(str(best), use_ema=use_ema))
+
+
+def trim_summary(path: str, start_epoch: int) -> None:
+    """Drop the rows of summary.csv from an epoch on, and what a run that was killed wrote by halves."""
+    if not os.path.exists(path):
+        return
+    with open(path, newline='') as f:
+        header, *rows = list(csv.reader(f)) or [[]]
+    kept = [row for row in rows if len(row) == len(header) and row[0].isdecimal() and int(row[0]) < start_epoch]
+    text = io.StringIO(newline='')
+    csv.writer(text).writerows([header, *kept] if kept else [])
+    write_text(os.path.dirname(path), os.path.basename(path), text.getvalue())
 
 
 def save_images(output_dir: str, update: int, images: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ from timm.utils import update_summary
 
 from .interrupt import Interrupted, StopRequest
 from .loop import Trainer, mean_lr
-from .output import AtomicCheckpointSaver, save_images
+from .output import AtomicCheckpointSaver, remove_recovery, save_images
 from .seeding import get_rng_state
 from .tracking import Tracker, mhca_stats, scalars
 
@@ -25,7 +25,7 @@ class Recorder:
         folder: The output folder.
         saver: Writes the checkpoints; None in processes that are not the primary one.
         tracker: TensorBoard and the like.
-        export: Called with the state dict of the best student.
+        export: Called with the folder and the state dict of the best student.
         images_per_update: Of all processes.
         recovery_interval: Updates between checkpoints within an epoch; 0 writes none.
         export_ema: The best student is the average of weights.
@@ -38,7 +38,7 @@ class Recorder:
             folder: str,
             saver: Optional[AtomicCheckpointSaver],
             tracker: Tracker,
-            export: Callable[[Dict[str, torch.Tensor]], Any],
+            export: Callable[[str, Dict[str, torch.Tensor]], Any],
             images_per_update: int,
             recovery_interval: int = 0,
             export_ema: bool = False,
@@ -81,15 +81,29 @@ class Recorder:
         """
         stopping = bool(stop)
         if stopping or (self.recovery_interval and (last or update % self.recovery_interval == 0)):
-            self._collect_state(progress=dict(
-                update=update,
-                images_per_update=self.images_per_update,
-                meter=self.trainer.meter.state_dict(),
-            ))
-            if self.saver is not None:
-                self.saver.save_recovery(epoch, batch_idx=update)
+            self.trainer.check_finite(epoch)
+            self._save_recovery(epoch, update)
         if stopping:
-            raise Interrupted(stop.signum)
+            raise Interrupted(stop.signum, self.saver.curr_recovery_file if self.saver is not None else '')
+
+    def on_eval_batch(self, stop: StopRequest) -> None:
+        """Leave the evaluation after an epoch if a signal asks for the end; it is done again when the run goes on.
+
+        Raises:
+            Interrupted: See `on_update`.
+        """
+        if stop:
+            self._save_recovery(self.trainer.epoch, self.trainer.num_updates)
+            raise Interrupted(stop.signum, self.saver.curr_recovery_file if self.saver is not None else '')
+
+    def _save_recovery(self, epoch: int, update: int) -> None:
+        self._collect_state(progress=dict(
+            update=update,
+            images_per_update=self.images_per_update,
+            meter=self.trainer.meter.state_dict(),
+        ))
+        if self.saver is not None:
+            self.saver.save_recovery(epoch, batch_idx=update)
 
     def on_epoch(
             self,
@@ -122,9 +136,10 @@ class Recorder:
         _, best_epoch = self.saver.save_checkpoint(epoch, metric=metric)
         if milestone:
             self.saver.save_milestone(epoch + 1)
+        remove_recovery(self.folder)  # `last` is further on
         if best_epoch == epoch:
             state = self.trainer.task.get_checkpoint_state(ema=self.export_ema)
-            self.export(state['state_dict_ema' if self.export_ema else 'state_dict'])
+            self.export(self.folder, state['state_dict_ema' if self.export_ema else 'state_dict'])
 
     def _collect_state(self, **state: Any) -> None:
         """Bring together what the next checkpoint holds beside the task and the optimizer."""
@@ -135,9 +150,11 @@ class Recorder:
             dist.all_gather_object(rng_states, get_rng_state(device))
         if self.saver is not None:
             plateau = getattr(self.trainer.lr_scheduler, 'lr_scheduler', None)  # the one schedule with a state
+            ema = getattr(self.trainer.task, 'trainable_module_ema', None)
             self.saver.run_state.clear()
             self.saver.run_state.update(
                 rng_states=rng_states,
+                ema_rng_state=ema._sr_generator.get_state() if ema is not None else None,  # rounds bfloat16
                 scheduler=plateau.state_dict() if plateau is not None else None,
                 num_skipped=self.trainer.num_skipped,
                 **state,
