@@ -1,0 +1,191 @@
+"""python -m timm_dearkd.data_free as users run it, on a small CNN."""
+import csv
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import run_python, start_python
+from PIL import Image
+
+from timm_dearkd.data_free.__main__ import main
+
+QUICK = (
+    '--resolutions', '16:6:0.2', '32:6:0.1', '--classes-per-batch', '2', '--images-per-class', '3', '--device', 'cpu')
+
+
+@pytest.fixture(scope='module')
+def make(cnn):
+    """The command on the CNN that knows three classes, with further arguments."""
+    def run(out, *args, run=run_python, launcher=(), **kwargs):
+        return run(*launcher, '-m', 'timm_dearkd.data_free', out, '--model', cnn, *QUICK, *args, **kwargs)
+    return run
+
+
+@pytest.fixture(scope='module')
+def whole(make, tmp_path_factory):
+    out = tmp_path_factory.mktemp('whole') / 'images'
+    result = make(out, '--num-images', '24')
+    assert result.returncode == 0, result.stderr
+    return out, result
+
+
+def pixels(folder):
+    return {str(p.relative_to(folder)): np.asarray(Image.open(p)).tobytes() for p in (folder / 'train').rglob('*.png')}
+
+
+def test_what_is_written(whole):
+    out, result = whole
+    manifest = json.loads((out / 'manifest.json').read_text())
+    images = manifest['images']
+    assert len(images) == 24 and not manifest['verified'] and not manifest['failed_batches']
+    assert {(image['class'], image['target']) for image in images} == {('blue sky', 0), ('grass', 1), ('rust', 2)}
+    assert sorted(sum(image['target'] == target for image in images) for target in range(3)) == [6, 9, 9]
+    files = {f'train/{image["class"]}/{image["name"]}.png' for image in images if image['kept']}
+    assert set(pixels(out)) == files and len(files) == 24
+    for key in ('model', 'seed', 'diversity', 'bn_weight', 'resolutions', 'versions'):
+        assert key in manifest['settings']
+    with (out / 'losses.csv').open(newline='') as f:
+        rows = list(csv.DictReader(f))
+    assert {row['batch'] for row in rows} == {'0', '1', '2', '3'} and {row['step'] for row in rows} == {'6', '12'}
+    assert Image.open(out / 'samples.png').size == (8 * 34, 3 * 34)
+    assert '24 of 24 images kept' in result.stdout
+    assert not [p for p in out.rglob('*') if 'tmp' in p.name]
+
+
+def test_probabilities_are_those_of_the_files(whole, cnn):
+    out, _ = whole
+    model = timm.create_model(f'local-dir:{cnn}', pretrained=True).eval()
+    config = timm.data.resolve_model_data_config(model)
+    for image in json.loads((out / 'manifest.json').read_text())['images'][:5]:
+        array = np.asarray(Image.open(out / 'train' / image['class'] / f'{image["name"]}.png'), dtype=np.float64) / 255
+        x = torch.from_numpy((array - config['mean']) / config['std']).permute(2, 0, 1).float().unsqueeze(0)
+        with torch.no_grad():
+            assert model(x).softmax(1)[0, image['target']].item() == pytest.approx(image['teacher_prob'], abs=1e-3)
+
+
+def test_killed_and_resumed(whole, make, tmp_path):
+    out = tmp_path / 'images'
+    process = make(out, '--num-images', '24', run=start_python)
+    while not (out / 'batches' / '000000.json').exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (out / 'manifest.json').exists()
+    result = make(out, '--num-images', '24', '--resume')
+    assert result.returncode == 0, result.stderr
+    assert pixels(out) == pixels(whole[0])
+    assert (out / 'losses.csv').read_text() == (whole[0] / 'losses.csv').read_text()
+
+
+def test_two_processes_make_the_same_images(whole, make, tmp_path):
+    result = make(
+        tmp_path / 'images', '--num-images', '24',
+        launcher=('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2'))
+    assert result.returncode == 0, result.stderr
+    assert pixels(tmp_path / 'images') == pixels(whole[0])
+
+
+def test_train_reads_them(whole, train_cli, cnn, tmp_path):
+    out, _ = whole
+    result = train_cli(
+        '--kd-model-name', cnn, '--val-split', '', '--output', tmp_path, '--experiment', 'x', data=out)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / 'x' / 'config.json').read_text())['label_names'] == ['blue sky', 'grass', 'rust']
+
+
+def test_shards(make, tmp_path):
+    pytest.importorskip('webdataset')
+    result = make(tmp_path / 'images', '--num-images', '12', '--format', 'wds')
+    assert result.returncode == 0, result.stderr
+    dataset = timm.data.create_dataset('wds/', root=str(tmp_path / 'images'), split='train', batch_size=1)
+    assert sorted(label for _, label in dataset) == sorted([0] * 3 + [1] * 3 + [2] * 3 + [0] * 3) or len(dataset) == 12
+
+
+def test_a_verifier_keeps_what_it_believes(make, cnn, tmp_path):
+    """Its probability of the stored image is in the manifest, and decides."""
+    result = make(
+        tmp_path / 'images', '--num-images', '12', '--verifier', 'test_resnet', '--verifier-checkpoint',
+        cnn / 'last.pth.tar', '--min-prob', '0.34', '--diversity', 'none')
+    assert result.returncode == 0, result.stderr
+    manifest = json.loads((tmp_path / 'images' / 'manifest.json').read_text())
+    assert manifest['verified']
+    for image in manifest['images']:
+        assert image['verifier_prob'] == pytest.approx(image['teacher_prob'], abs=2e-3)
+        assert image['kept'] == (image['verifier_prob'] >= 0.34)
+    assert len(pixels(tmp_path / 'images')) == sum(image['kept'] for image in manifest['images'])
+
+
+def test_some_classes_and_a_competitor(make, train_cli, cnn, tmp_path):
+    """The class map brings the CNN's classes to the student."""
+    out = tmp_path / 'images'
+    result = make(
+        out, '--num-images', '12', '--classes', '0', '2', '--diversity', 'adi', '--student', 'test_resnet',
+        '--student-checkpoint', cnn / 'last.pth.tar')
+    assert result.returncode == 0, result.stderr
+    assert (out / 'kd_class_map.txt').read_text() == '0 blue sky\n2 rust\n'
+    assert f'--kd-class-map {out}/kd_class_map.txt' in result.stdout
+    result = train_cli(
+        '--kd-model-name', cnn, '--kd-class-map', out / 'kd_class_map.txt', '--val-split', '', '--epochs', '1',
+        '--output', tmp_path, '--experiment', 'x', data=out)
+    assert result.returncode == 0, result.stderr
+
+
+ERRORS = {
+    'model': (['--model', 'resnet26x'], 'nearest timm names'),
+    'class': (['--classes', '1', '3'], 'class 3, but the CNN has classes 0 to 2'),
+    'class form': (['--classes', 'x'], "'x', expected an index"),
+    'sizes': (['--resolutions', '20:5:0.1', '32:5:0.1'], 'a size that divides the largest one, 32'),
+    'no norm': (
+        ['--model', 'test_vit', '--checkpoint', 'VIT', '--resolutions', '160:5:0.1'], 'has no BatchNorm layers'),
+    'fixed size': (['--model', 'test_vit', '--checkpoint', 'VIT'], 'test_vit takes 160 alone'),
+    'student': (['--diversity', 'adi'], "'adi' needs a student"),
+    'names': (['--class-names', 'NAMES'], 'has 1 names, the CNN 3 classes'),
+    'other run': (['OTHER', '--seed', '1'], 'made with another seed'),
+    'again': (['OTHER'], 'Add --resume'),
+    'not empty': (['FULL'], 'no data set of this tool'),
+}
+
+
+@pytest.mark.parametrize('case', ERRORS)
+def test_errors_are_one_line_and_status_2(case, whole, cnn, tmp_path, capsys):
+    args, message = ERRORS[case]
+    (tmp_path / 'names.txt').write_text('one\n')
+    (tmp_path / 'full').mkdir()
+    (tmp_path / 'full' / 'file').write_text('')
+    torch.save(timm.create_model('test_vit', num_classes=3).state_dict(), tmp_path / 'vit.pth')
+    replaced = {'VIT': tmp_path / 'vit.pth', 'NAMES': tmp_path / 'names.txt', 'OTHER': whole[0],
+                'FULL': tmp_path / 'full'}
+    args = [str(replaced.get(a, a)) for a in args]
+    if args[0].startswith('--'):
+        args = [str(tmp_path / 'new'), *args]
+    before = pixels(whole[0])
+    with pytest.raises(SystemExit) as e:
+        main([args[0], '--model', str(cnn), *QUICK, '--num-images', '24', *args[1:]])
+    err = capsys.readouterr().err.strip().splitlines()
+    assert e.value.code == 2 and 'data_free: error: ' in err[-1] and message in err[-1]
+    assert pixels(whole[0]) == before and not (tmp_path / 'new').exists()
+
+
+def test_a_batch_that_is_lost(make, tmp_path):
+    """Tried once more, then reported and left out; the others are there."""
+    result = make(tmp_path / 'images', '--num-images', '6', '--bn-weight', 'nan')
+    assert result.returncode == 0, result.stderr
+    assert 'trying another seed' in result.stderr and 'it is left out' in result.stderr
+    assert json.loads((tmp_path / 'images' / 'manifest.json').read_text())['failed_batches'] == [0]
+    assert '0 of 0 images kept, 1 batches failed' in result.stdout
+
+
+def test_a_full_disk(make, tmp_path):
+    import resource
+    result = make(
+        tmp_path / 'images', '--num-images', '6',
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500)))
+    assert result.returncode == 2 and 'Traceback' not in result.stderr
+    assert 'File too large' in result.stderr.splitlines()[-1]
+    assert not [p for p in (tmp_path / 'images').rglob('*') if 'tmp' in p.name]

@@ -1,0 +1,1 @@
+"""DF-DearKD: training images made out of a trained CNN (section 4)."""

@@ -1,0 +1,316 @@
+"""Make training images out of a CNN: `python -m timm_dearkd.data_free OUT --model NAME --checkpoint FILE`."""
+import argparse
+import logging
+import math
+import time
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+import timm
+import torch
+import torch.distributed as dist
+from PIL import Image
+from timm.data import resolve_model_data_config
+from timm.utils import setup_default_logging
+from tqdm import tqdm
+
+import timm_dearkd
+from distill_hooks import Teacher, create_teacher
+from timm_dearkd.engine.device import Precision, Ranks, select_device
+
+from .dataset import FORMATS, SyntheticSet, contact_sheet, folder_name
+from .inversion import DIVERSITIES, Inverter, LossWeights, Resolution, batch_targets
+
+_logger = logging.getLogger(__name__)
+
+MAX_ROWS = 20  # of the contact sheet
+
+
+def _resolution(text: str) -> Resolution:
+    try:
+        size, steps, lr = text.split(':')
+        return Resolution(int(size), int(steps), float(lr))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{text!r} is not SIZE:STEPS:LR, such as 112:2000:0.5') from None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Parser of the command."""
+    defaults = LossWeights()
+    parser = argparse.ArgumentParser(
+        prog='python -m timm_dearkd.data_free', description='Make training images out of a CNN (DF-DearKD)')
+    add = parser.add_argument
+    add('output', metavar='OUT', help='folder of the new data set')
+    add('--model', required=True, metavar='NAME', help='the CNN: a timm name, hf-hub:, local-dir: or a run folder')
+    add('--checkpoint', metavar='FILE', help='its weights (its pretrained ones)')
+    add('--num-images', type=int, required=True, metavar='N', help='images to make, rounded up to whole batches')
+    add('--classes', nargs='+', metavar='INDEX', help='classes, or ranges such as 0-9 (all)')
+    add('--class-names', metavar='FILE', help="names of all the CNN's classes, one per line (those it knows)")
+    add('--classes-per-batch', type=int, default=6)
+    add('--images-per-class', type=int, default=7, help='images of each class in a batch')
+    add('--resolutions', nargs='+', type=_resolution, metavar='SIZE:STEPS:LR',
+        help='phases (half the size of the CNN: 2000 steps at 0.5, then all of it: 2000 at 0.01)')
+    add('--img-size', type=int, help="size of the images (the CNN's), where --resolutions does not say")
+    add('--diversity', default='intra', choices=DIVERSITIES,
+        help='none (DeepInversion), adi (competition with --student), intra (the intra-divergence loss)')
+    add('--student', metavar='NAME', help='competitor of adi')
+    add('--student-checkpoint', metavar='FILE')
+    add('--verifier', metavar='NAME', help='keep an image only if this CNN gives its class --min-prob')
+    add('--verifier-checkpoint', metavar='FILE')
+    add('--min-prob', type=float, default=0.1)
+    for name, text in (
+        ('tv', 'total variation'), ('l2', 'l2 norm'), ('bn', 'BatchNorm statistics'),
+        ('first-bn', 'first BatchNorm layer among them'), ('ep', 'easiest positive'), ('triplet', 'triplet loss'),
+        ('adi', 'competition'),
+    ):
+        add(f'--{name}-weight', type=float, default=getattr(defaults, name.replace('-', '_')), help=f'weight: {text}')
+    add('--margin', type=float, default=defaults.margin, help='of the triplet loss')
+    add('--adi-temperature', type=float, default=defaults.adi_temperature)
+    add('--bn-norm', default='absolute', choices=('absolute', 'relative'),
+        help="relative divides the differences by the layer's running deviation and variance")
+    add('--betas', type=float, nargs=2, default=(0.5, 0.9), help="Adam's")
+    add('--jitter', type=int, help='largest shift in pixels, at full size (size / 8)')
+    add('--no-flip', action='store_true')
+    add('--seed', type=int, default=0)
+    add('--format', default='folder', choices=FORMATS, help='image folder, or WebDataset shards')
+    add('--resume', action='store_true', help='go on with the images in OUT')
+    add('--device', help='cuda, cpu, ... (the accelerator there is, else the CPU)')
+    add('--amp', action='store_true')
+    add('--amp-dtype', default='bfloat16', choices=('float16', 'bfloat16'))
+    add('--channels-last', action=argparse.BooleanOptionalAction, default=True)
+    add('--torchcompile', action='store_true')
+    return parser
+
+
+def parse_classes(texts: Optional[Sequence[str]], num_classes: int) -> List[int]:
+    """Class indices out of indices and ranges.
+
+    Raises:
+        ValueError: No index, or one that the CNN has not.
+    """
+    classes: List[int] = []
+    for text in texts or [f'0-{num_classes - 1}']:
+        first, _, last = text.partition('-')
+        if not first.isdecimal() or not (last or first).isdecimal():
+            raise ValueError(f'--classes has {text!r}, expected an index such as 3 or a range such as 0-9.')
+        classes += range(int(first), int(last or first) + 1)
+    outside = [index for index in classes if index >= num_classes]
+    if outside:
+        raise ValueError(f'--classes names class {outside[0]}, but the CNN has classes 0 to {num_classes - 1}.')
+    return sorted(set(classes))
+
+
+def read_class_names(path: Optional[str], model: torch.nn.Module) -> List[str]:
+    """Names of all the CNN's classes: from a file, from what it was trained on, else their numbers.
+
+    Raises:
+        ValueError: A file with more or fewer names than the CNN has classes.
+    """
+    count: int = model.num_classes  # type: ignore[assignment]
+    names = list((getattr(model, 'pretrained_cfg', None) or {}).get('label_names') or ())
+    if path:
+        with open(path, encoding='utf-8') as f:
+            names = [line.strip() for line in f if line.strip()]
+        if len(names) != count:
+            raise ValueError(f'--class-names {path} has {len(names)} names, the CNN {count} classes.')
+    if len(names) != count:
+        names = [f'{index:0{len(str(count - 1))}d}' for index in range(count)]
+    names = [folder_name(name, index) for index, name in enumerate(names)]
+    if len(set(names)) < len(names):
+        names = [f'{name} {index}' if names.count(name) > 1 else name for index, name in enumerate(names)]
+    return names
+
+
+def make_inverter(args, model, config: Dict[str, Any], precision: Precision) -> Inverter:
+    """The optimiser with the settings of the command."""
+    size = args.img_size or config['input_size'][-1]
+    resolutions = args.resolutions or [Resolution(size // 2, 2000, 0.5), Resolution(size, 2000, 0.01)]
+    fixed = (getattr(model, 'pretrained_cfg', None) or {}).get('fixed_input_size')
+    full = max(resolution.size for resolution in resolutions)
+    for resolution in resolutions:
+        if fixed and resolution.size != config['input_size'][-1]:
+            raise ValueError(
+                f'--resolutions has {resolution.size} pixels, but {args.model} takes {config["input_size"][-1]} alone.')
+        if resolution.size < 1 or resolution.steps < 1 or full % resolution.size:
+            raise ValueError(
+                f'--resolutions has {resolution.size}:{resolution.steps}, expected steps, and a size that divides the'
+                f' largest one, {full}.')
+    student = None
+    if args.student:
+        student = create_teacher(args.student, args.student_checkpoint, device=precision.device)
+    return Inverter(
+        model,
+        config['mean'],
+        config['std'],
+        resolutions,
+        LossWeights(
+            args.tv_weight, args.l2_weight, args.bn_weight, args.first_bn_weight, args.ep_weight, args.triplet_weight,
+            args.margin, args.adi_weight, args.adi_temperature),
+        bn_relative=args.bn_norm == 'relative',
+        diversity=args.diversity,
+        student=student,
+        jitter=full // 8 if args.jitter is None else args.jitter,
+        flip=not args.no_flip,
+        betas=tuple(args.betas),
+        autocast=precision.autocast,
+        channels_last=args.channels_last,
+        compile=args.torchcompile,
+    )
+
+
+class Judge:
+    """Probabilities that CNNs give the targets of finished images, as they are stored.
+
+    Args:
+        model: The CNN that the images are made of.
+        verifier: An independent one.
+        config: timm's data configuration of `model`.
+        min_prob: What the verifier has to give.
+    """
+
+    def __init__(self, model, verifier: Optional[torch.nn.Module], config: Dict[str, Any], min_prob: float) -> None:
+        self.mean, self.std = (torch.tensor(config[key]).view(1, -1, 1, 1) for key in ('mean', 'std'))
+        self.model = model
+        self.verifier = None
+        if verifier is not None:
+            self.verifier = Teacher(verifier, in_chans=len(config['mean']), mean=config['mean'], std=config['std'])
+        self.min_prob = min_prob
+
+    def to_uint8(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images (B, C, H, W) as pixels (B, H, W, C)."""
+        pixels = (images.cpu() * self.std + self.mean) * 255
+        return pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+    @torch.no_grad()
+    def records(self, pixels: torch.Tensor, targets: torch.Tensor) -> List[Dict[str, Any]]:
+        """What the manifest says of each image."""
+        device = next(self.model.parameters()).device
+        images = ((pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std).to(device)
+        rows, where = torch.arange(len(targets)), targets.to(device)
+
+        def probabilities(logits: torch.Tensor) -> List[float]:
+            return logits.float().softmax(1)[rows.to(device), where].tolist()
+
+        teacher = probabilities(self.model(images))
+        verifier: List[Optional[float]] = [None] * len(targets)
+        if self.verifier is not None:
+            verifier = list(probabilities(self.verifier(images, with_features=False)[0]))
+        return [
+            dict(target=target, teacher_prob=round(p, 4), verifier_prob=None if v is None else round(v, 4),
+                 kept=v is None or v >= self.min_prob)
+            for target, p, v in zip(targets.tolist(), teacher, verifier)
+        ]
+
+
+def make_batch(batch: int, targets: torch.Tensor, inverter: Inverter, seed: int) -> Tuple[Any, List[Dict[str, float]]]:
+    """The images of a batch and its losses by step. One that is lost is tried once more; then there are no images."""
+    losses: List[Dict[str, float]] = []
+    for attempt in range(2):
+        losses.clear()
+        seeds = np.random.SeedSequence((seed, batch, attempt)).generate_state(1)
+        images = inverter.run(targets, int(seeds[0]), lambda step, values: losses.append(dict(step=step, **values)))
+        if images is not None:
+            return images, losses
+        _logger.warning(f'Batch {batch}: the loss is not finite at step {losses[-1]["step"]}'
+                        f' ({"trying another seed" if attempt == 0 else "it is left out"}).')
+    return None, losses
+
+
+def to_image(pixels: torch.Tensor) -> Image.Image:
+    array = pixels.numpy()
+    return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+
+
+def run(args) -> None:
+    """Make the images."""
+    device, ranks = select_device(args.device)
+    precision = Precision(device, getattr(torch, args.amp_dtype) if args.amp else None)
+    model: Any = create_teacher(args.model, args.checkpoint, device=device)
+    config = resolve_model_data_config(model)
+    indices = parse_classes(args.classes, model.num_classes)
+    names = read_class_names(args.class_names, model)
+    inverter = make_inverter(args, model, config, precision)
+    verifier = None
+    if args.verifier:
+        verifier = create_teacher(args.verifier, args.verifier_checkpoint, device=device)
+        if verifier.num_classes != model.num_classes:
+            raise ValueError(
+                f'The verifier knows {verifier.num_classes} classes, the CNN {model.num_classes}. Take one that was'
+                ' trained on the same classes.')
+    judge = Judge(model, verifier, config, args.min_prob)
+    skipped = ('output', 'resume', 'device', 'format', 'classes', 'class_names', 'num_images')
+    settings = {
+        **{key: value for key, value in vars(args).items() if key not in skipped},
+        'resolutions': [list(resolution) for resolution in inverter.resolutions],
+        'betas': list(args.betas),
+        'num_images': args.num_images,
+        'versions': dict(timm_dearkd=timm_dearkd.__version__, torch=torch.__version__, timm=timm.__version__),
+    }
+    dataset = SyntheticSet(
+        args.output, {index: names[index] for index in indices}, settings, args.format, args.resume)
+    if ranks.distributed:
+        dist.barrier()  # all have looked before one writes
+    if ranks.is_primary:
+        dataset.start()
+    make_images(args, dataset, inverter, judge, indices, ranks)
+    if ranks.distributed:
+        dist.barrier()
+    if ranks.is_primary:
+        report(args, dataset, indices, model.num_classes)
+
+
+def make_images(args, dataset: SyntheticSet, inverter: Inverter, judge: Judge, indices, ranks: Ranks) -> None:
+    """The batches of this process, of those that are not there."""
+    size = min(args.classes_per_batch, len(indices)) * args.images_per_class
+    todo = [b for b in range(math.ceil(args.num_images / size)) if not dataset.is_done(b)][ranks.rank::ranks.world_size]
+    rows: Dict[str, List[Image.Image]] = {dataset.classes[index]: [] for index in indices[:MAX_ROWS]}
+    made = kept = 0
+    with tqdm(todo, disable=not ranks.is_primary, unit='batch', dynamic_ncols=True) as bar:
+        start = time.perf_counter()
+        for batch in bar:
+            targets = batch_targets(batch, indices, args.classes_per_batch, args.images_per_class, args.seed)
+            images, losses = make_batch(batch, targets, inverter, args.seed)
+            if images is None:
+                dataset.write(batch, [], [], losses=[], failed=True)
+                continue
+            pixels = judge.to_uint8(images)
+            records = judge.records(pixels, targets)
+            pictures = [to_image(p) for p in pixels]
+            dataset.write(batch, pictures, records, losses=losses)
+            for picture, record in zip(pictures, records):
+                rows.get(dataset.classes[record['target']], []).append(picture)
+            made, kept = made + len(records), kept + sum(record['kept'] for record in records)
+            bar.set_postfix_str(
+                f'{made * ranks.world_size / (time.perf_counter() - start):.2f} img/s, {100 * kept / made:.0f} % kept')
+            if ranks.is_primary:
+                contact_sheet(rows, dataset.root / 'samples.png')
+
+
+def report(args, dataset: SyntheticSet, indices: Sequence[int], num_classes: int) -> None:
+    """What has been made, and how to train on it."""
+    counts = dataset.finish()
+    failed = f', {counts["failed"]} batches failed' if counts['failed'] else ''
+    print(f'{counts["kept"]} of {counts["made"]} images kept{failed}: {dataset.root}/train, manifest.json, samples.png')
+    data = f'{dataset.root} --val-split ""' if args.format == 'folder' else (
+        f'{dataset.root} --dataset wds/ --train-split train --val-split "" --num-classes {len(indices)}')
+    ordered = [dataset.names.index(dataset.classes[index]) for index in indices] == list(range(num_classes))
+    class_map = '' if ordered else f' --kd-class-map {dataset.root}/kd_class_map.txt'
+    checkpoint = f' --kd-teacher-checkpoint {args.checkpoint}' if args.checkpoint else ''
+    print(f'Train on them: python train.py {data} --kd-model-name {args.model}{checkpoint}{class_map} ...')
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    setup_default_logging()
+    try:
+        run(args)
+    except (OSError, ValueError) as e:
+        parser.exit(2, f'{parser.prog}: error: {" ".join(str(e).split())}\n')
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    main()

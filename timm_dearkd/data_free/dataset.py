@@ -1,0 +1,196 @@
+"""What DF-DearKD writes: an image folder or WebDataset shards that train.py reads, and what is known of every image.
+
+A batch counts once `batches/NUMBER.json` is there, which is written last; a run that was killed does that batch again.
+"""
+import csv
+import io
+import json
+import os
+import re
+import tarfile
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Sequence
+
+from PIL import Image
+from timm.utils.misc import natural_key
+
+__all__ = ['FORMATS', 'SyntheticSet', 'contact_sheet', 'folder_name']
+
+FORMATS = ('folder', 'wds')
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, 'PNG')
+    return buffer.getvalue()
+
+
+class SyntheticSet:
+    """A data set of synthetic images under way.
+
+    Args:
+        root: Its folder.
+        classes: Class names by the CNN's class index.
+        settings: What the images depend on, and what they were made with.
+        data_format: 'folder' (train/CLASS/IMAGE.png) or 'wds' (train/train-NUMBER.tar).
+        resume: Go on with the images that are there.
+
+    Raises:
+        ValueError: A folder with other settings, or with images that `resume` does not ask for.
+    """
+
+    def __init__(
+            self,
+            root: str,
+            classes: Dict[int, str],
+            settings: Dict[str, Any],
+            data_format: str = 'folder',
+            resume: bool = False,
+    ) -> None:
+        self.root = Path(root)
+        self.classes = classes
+        self.settings = {**settings, 'classes': {str(index): name for index, name in classes.items()},
+                         'format': data_format}
+        self.data_format = data_format
+        self.names = sorted(classes.values(), key=natural_key)  # the order in which timm numbers the folders
+        self._check(resume)
+
+    def _check(self, resume: bool) -> None:
+        path = self.root / 'settings.json'
+        if path.exists():
+            there = json.loads(path.read_text())
+            keys = {*there, *self.settings} - {'versions', 'num_images'}
+            differing = sorted(key for key in keys if there.get(key) != self.settings.get(key))
+            if differing:
+                raise ValueError(
+                    f'{str(self.root)!r} holds images made with another {", ".join(differing)}.'
+                    ' Choose another folder, or the settings that its settings.json lists.')
+            if not resume:
+                raise ValueError(f'{str(self.root)!r} holds images already. Add --resume to go on with them.')
+        elif self.root.exists() and any(self.root.iterdir()):
+            raise ValueError(f'{str(self.root)!r} is not empty, and no data set of this tool. Choose another folder.')
+
+    def start(self) -> None:
+        """Write the settings."""
+        _replace(self.root / 'settings.json', json.dumps(self.settings, indent=2).encode())
+
+    def _batch_path(self, batch: int) -> Path:
+        return self.root / 'batches' / f'{batch:06d}.json'
+
+    def is_done(self, batch: int) -> bool:
+        return self._batch_path(batch).exists()
+
+    def write(self, batch: int, images: Sequence[Image.Image], records: Sequence[Dict[str, Any]], **info: Any) -> None:
+        """Write a batch.
+
+        Args:
+            batch: Its number.
+            images: One per record.
+            records: 'target' (the CNN's class), 'kept', and what else is to be in the manifest.
+            **info: Further entries of the batch.
+        """
+        entries, files = [], {}
+        for i, (image, record) in enumerate(zip(images, records)):
+            name = f'{batch:06d}-{i:02d}'
+            entries.append({'name': name, **record})
+            if record['kept']:
+                files[name] = (image, self.classes[record['target']])
+        if self.data_format == 'folder':
+            for name, (image, class_name) in files.items():
+                _replace(self.root / 'train' / class_name / f'{name}.png', _png(image))
+        elif files:
+            _replace(self.root / 'train' / f'train-{batch:06d}.tar', self._tar(files))
+        _replace(self._batch_path(batch), json.dumps(dict(batch=batch, images=entries, **info)).encode())
+
+    def _tar(self, files: Dict[str, Any]) -> bytes:
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode='w') as tar:
+            for name, (image, class_name) in files.items():
+                for extension, content in (('png', _png(image)), ('cls', str(self.names.index(class_name)).encode())):
+                    info = tarfile.TarInfo(f'{name}.{extension}')
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+        return buffer.getvalue()
+
+    def batches(self) -> Iterator[Dict[str, Any]]:
+        """What is known of the batches that are done."""
+        for path in sorted((self.root / 'batches').glob('[0-9]*.json')):
+            yield json.loads(path.read_text())
+
+    def finish(self) -> Dict[str, int]:
+        """Write the manifest, the class map for a teacher, and what readers need. Returns the image counts."""
+        batches = list(self.batches())
+        images = [{**image, 'class': self.classes[image['target']]} for b in batches for image in b['images']]
+        failed = [b['batch'] for b in batches if b.get('failed')]
+        manifest = dict(
+            settings=self.settings,
+            verified=self.settings.get('verifier') is not None,
+            failed_batches=failed,
+            images=images,
+        )
+        _replace(self.root / 'manifest.json', json.dumps(manifest, indent=1).encode())
+        index = {name: index for index, name in self.classes.items()}
+        lines = [f'{index[name]} {name}\n' for name in self.names]
+        _replace(self.root / 'kd_class_map.txt', ''.join(lines).encode())
+        self._write_losses(batches)
+        kept = [image for image in images if image['kept']]
+        if self.data_format == 'wds':
+            self._write_info(kept)
+        return dict(made=len(images), kept=len(kept), failed=len(failed))
+
+    def _write_losses(self, batches: Sequence[Dict[str, Any]]) -> None:
+        rows = [dict(batch=b['batch'], **row) for b in batches for row in b.get('losses', ())]
+        if rows:
+            text = io.StringIO(newline='')
+            writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+            _replace(self.root / 'losses.csv', text.getvalue().encode())
+
+    def _write_info(self, kept: Sequence[Dict[str, Any]]) -> None:
+        """timm's description of WebDataset shards."""
+        counts: Dict[str, int] = {}
+        for image in kept:
+            shard = f'train-{image["name"].partition("-")[0]}.tar'
+            counts[shard] = counts.get(shard, 0) + 1
+        split = dict(
+            name='train', num_samples=len(kept), filenames=[f'train/{shard}' for shard in counts],
+            shard_lengths=list(counts.values()))
+        _replace(self.root / '_info.json', json.dumps(dict(splits=dict(train=split))).encode())
+
+
+def folder_name(name: str, index: int) -> str:
+    """A class name as the name of a folder."""
+    return re.sub(r'[^\w\-. ]+', '_', name).strip('. ') or f'{index:04d}'
+
+
+def contact_sheet(rows: Dict[str, List[Image.Image]], path: Path, columns: int = 8) -> None:
+    """Write images as one PNG with a row per class.
+
+    Args:
+        rows: Images of each class.
+        path: The file.
+        columns: Images of a row.
+    """
+    rows = {name: images[:columns] for name, images in rows.items() if images}
+    if not rows:
+        return
+    side = min(128, max(32, next(iter(rows.values()))[0].size[1]))
+    sheet = Image.new('RGB', (columns * (side + 2), len(rows) * (side + 2)), 'white')
+    for y, images in enumerate(rows.values()):
+        for x, image in enumerate(images):
+            image = image.convert('RGB').resize((side, side), Image.Resampling.BICUBIC)
+            sheet.paste(image, (x * (side + 2), y * (side + 2)))
+    _replace(path, _png(sheet))
