@@ -105,6 +105,20 @@ def test_signals_end_the_run_at_a_checkpoint(signum, to_group, exact_cli, whole,
     assert_same_run(tmp_path / 'run', whole)
 
 
+def test_a_signal_in_the_evaluation(exact_cli, whole, tmp_path):
+    """It is left at once; the epoch goes on with it, exactly."""
+    command = (
+        '-vb', '1', '--recovery-interval', '6', '--output', tmp_path, '--experiment', 'run', '--resume', 'auto')
+    process = exact_cli(*command, start=start_python)
+    wait_for(tmp_path / 'run' / 'recovery-0-6.pth.tar', process)
+    os.kill(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and 'recovery-0-6.pth.tar' in err.splitlines()[-1], err
+    assert exact_cli(*command).returncode == 0
+    ours, theirs = load(tmp_path / 'run')['state_dict'], load(whole)['state_dict']
+    assert all(value.equal(theirs[name]) for name, value in ours.items())
+
+
 def test_killed_while_writing(exact_cli, whole, tmp_path):
     """Whatever was being written, what is there is whole."""
     command = ('--output', tmp_path, '--experiment', 'run', '--resume', 'auto', '--recovery-interval', '1')
@@ -116,7 +130,8 @@ def test_killed_while_writing(exact_cli, whole, tmp_path):
             if process.poll() is not None:
                 break
         time.sleep(0.003 * count)
-        os.killpg(process.pid, signal.SIGKILL)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         for path in (tmp_path / 'run').glob('*.pth.tar'):
             if 'tmp' not in path.name:

@@ -196,7 +196,8 @@ def test_settings(args, train_cli, teacher, image_folder, tmp_path):
 
 def test_going_back_to_an_earlier_checkpoint(train_cli, tmp_path):
     """What was further on is no longer resumed; recovery checkpoints go when their epoch is done."""
-    folder, command = tmp_path / 'x', ('--epochs', '3', '--recovery-interval', '2', '--output', tmp_path, '--experiment')
+    folder = tmp_path / 'x'
+    command = ('--epochs', '3', '--recovery-interval', '2', '--output', tmp_path, '--experiment')
     result = train_cli(*command, 'x')
     assert result.returncode == 0, result.stderr
     assert not list(folder.glob('recovery-*'))
@@ -575,3 +576,6 @@ def test_recipes_parse(train_cli):
         args, _ = train._parse_args(['-c', f'recipes/{name}.yaml', '--model', 'dearkd_tiny_patch16_224'])
         assert (args.epochs, args.dearkd_stage1_epochs, args.dearkd_stage2) == (epochs, stage1, stage2)
         assert args.batch_size * args.grad_accum_steps == 2048 and args.lr == 5e-4 and args.opt == 'adamw'
+    for name in ('cifar10', 'cifar100', 'flowers', 'cars'):
+        args, _ = train._parse_args(['-c', f'recipes/finetune_{name}.yaml'])
+        assert args.layer_decay == 0.75 and args.img_size == 224 and args.kd_model_name is None
