@@ -90,6 +90,11 @@ def build_datasets(args) -> Tuple[Any, Any]:
     eval_set = open_eval_dataset(
         train_set, args.dataset, root, args.val_split, is_training=False,
         num_samples=args.val_num_samples, **common)
+    roots = [getattr(getattr(dataset, 'reader', None), 'root', None) for dataset in (train_set, eval_set)]
+    if not args.dataset and roots[0] == roots[1]:
+        _logger.warning(
+            f'{root} has no splits, so the validation images are those of the training, and their accuracy says little.'
+            f' Make {root}/train and {root}/validation.')
     return train_set, eval_set
 
 

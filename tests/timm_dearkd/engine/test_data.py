@@ -280,3 +280,11 @@ def test_errors(image_folder, tmp_path):
         create_train_loader(dataset, config(), 8, CPU, auto_augment='nothing', num_workers=0)
     with pytest.raises(ValueError, match='48 images, less than one batch of 64'):
         create_train_loader(dataset, config(), 64, CPU)
+
+
+def test_strongest_augmentation(image_folder):
+    """Every operation of RandAugment at its greatest magnitude; some Pillow versions refuse what timm asks for."""
+    from timm.data.auto_augment import _RAND_INCREASING_TRANSFORMS, AugmentOp
+    image = Image.open(next(image_folder.glob('train/*/*.png')))
+    for name in _RAND_INCREASING_TRANSFORMS:
+        assert AugmentOp(name, prob=1., magnitude=10, hparams=dict(magnitude_std=0.))(image).size == image.size
