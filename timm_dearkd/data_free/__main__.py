@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     add('--amp', action='store_true')
     add('--amp-dtype', default='bfloat16', choices=('float16', 'bfloat16'))
     add('--channels-last', action=argparse.BooleanOptionalAction, default=True)
-    add('--torchcompile', action='store_true')
+    add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND')
     return parser
 
 

@@ -6,6 +6,9 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.models import get_model_input_config
+
+from distill_hooks import Teacher
 
 from .losses import BatchNormStats, competition_loss, intra_divergence_loss, l2_prior, total_variation
 
@@ -76,13 +79,13 @@ class Inverter:
         weights: Of the losses.
         bn_relative: See `BatchNormStats`.
         diversity: 'none' (DeepInversion), 'adi' (its competition with a student) or 'intra' (the paper's).
-        student: Competitor for 'adi', for the same input as `model`.
+        student: Competitor for 'adi', of the same classes. A ViT sees the images at its own size.
         jitter: Pixels that the images are shifted by at the most in each step, at the full size.
         flip: Mirror the batch in every other step, at random.
         betas: Adam's.
         autocast: Makes the context in which the CNN runs.
         channels_last: Memory format of the CNN and the images.
-        compile: Compile the forward and the losses.
+        compile: Compile the forward and the losses with this backend of `torch.compile`.
         check_interval: Steps between looks at the loss, which stop a batch that is lost, and at the rates.
 
     Raises:
@@ -104,7 +107,7 @@ class Inverter:
             betas: Tuple[float, float] = (0.5, 0.9),
             autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
             channels_last: bool = False,
-            compile: bool = False,
+            compile: Optional[str] = None,
             check_interval: int = 50,
     ) -> None:
         if diversity not in DIVERSITIES:
@@ -112,7 +115,10 @@ class Inverter:
         if (diversity == 'adi') != (student is not None):
             raise ValueError("Diversity 'adi' needs a student to compete with, and the others have none.")
         self.model = model.eval().requires_grad_(False)
-        self.student = student.eval().requires_grad_(False) if student is not None else None
+        self.student = None
+        if student is not None:
+            size = get_model_input_config(student)['input_size'][-1] if hasattr(student, 'patch_embed') else None
+            self.student = Teacher(student, in_chans=len(mean), mean=mean, std=std, img_size=size)
         self.resolutions = list(resolutions)
         self.size = max(resolution.size for resolution in resolutions)
         self.weights = weights or LossWeights()
@@ -132,7 +138,8 @@ class Inverter:
         self._features: List[torch.Tensor] = []
         classifier: nn.Module = model.get_classifier()  # type: ignore[operator]
         self._handle = classifier.register_forward_pre_hook(self._keep_features)
-        self._losses = torch.compile(self.losses) if compile else self.losses
+        # one graph per size, so that a batch does not depend on those before
+        self._losses = torch.compile(self.losses, backend=compile, dynamic=False) if compile else self.losses
 
     def close(self) -> None:
         """Take the hooks off the CNN."""
@@ -172,7 +179,8 @@ class Inverter:
         return dict(loss=loss, **terms)
 
     def _compete(self, images: torch.Tensor) -> Optional[torch.Tensor]:
-        return self.student(images) if self.student is not None else None
+        """The student's logits, with gradients, for images normalised for the CNN."""
+        return self.student.model(self.student.prepare_input(images)) if self.student is not None else None
 
     def run(
             self,
