@@ -1,3 +1,4 @@
+import logging
 import os
 import signal
 import subprocess
@@ -17,6 +18,15 @@ sys.path.insert(0, str(ROOT))  # train.py is a script of the repository
 def _seed():
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
+
+
+@pytest.fixture(autouse=True)
+def _logging():
+    """Scripts that run in this process set up logging, on a stream that is closed when the test is over."""
+    handlers, level = list(logging.root.handlers), logging.root.level
+    yield
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
 
 
 @pytest.fixture(scope='session')

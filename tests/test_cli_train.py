@@ -2,7 +2,6 @@
 import csv
 import importlib
 import json
-import logging
 import shutil
 
 import numpy as np
@@ -509,10 +508,8 @@ def assert_error(status, err, message):
 def test_errors_are_one_line_and_status_2(case, image_folder, teacher, tmp_path, capsys):
     train = importlib.import_module('train')
     args, message = arguments(case, teacher, tmp_path)
-    handlers = list(logging.root.handlers)
     with pytest.raises(SystemExit) as e:
         train.run_script([str(a) for a in (image_folder, *SMALL, *args)])
-    logging.root.handlers = handlers
     assert_error(e.value.code, capsys.readouterr().err, message)
     assert not (tmp_path / 'x').exists()
 
@@ -544,16 +541,13 @@ def test_the_module_can_be_driven(image_folder, teacher, tmp_path, monkeypatch):
         'train.py', str(image_folder), '--model', 'test_dearkd', '--img-size', '32', '-b', '8', '--epochs', '1',
         '-j', '0', '--kd-model-name', f'local-dir:{teacher}', '--output', str(tmp_path), '--experiment', 'x',
         '--device', 'cpu'])
-    handlers = list(logging.root.handlers)
     assert train._parse_args()[0].batch_size == 8 and train.parser.get_default('model') == 'resnet50'
     train.main()
-    logging.root.handlers = handlers
     assert made == ['test_dearkd']
     assert 'blocks.0.attn.q_norm.weight' in torch.load(
         tmp_path / 'x' / 'last.pth.tar', weights_only=False)['state_dict']
     with pytest.raises(ValueError, match='Unknown --model'):
         train.main([str(image_folder), '--model', 'nothing'])
-    logging.root.handlers = handlers
 
 
 def test_grey_images_in_a_folder(train_cli, tmp_path):
