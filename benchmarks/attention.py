@@ -9,13 +9,12 @@ the plain form, larger is faster. One thread by default, so that the figures are
 """
 import argparse
 import contextlib
-import statistics
-import time
 from typing import Callable, Dict, Tuple
 
 import timm
 import torch
 import torch.nn.functional as F
+from timing import medians
 from timm.layers import Attention
 
 import timm_dearkd
@@ -33,20 +32,6 @@ class BiasAttention(ConvAttention):
         q, k, v = self._qkv(x).permute(2, 0, 3, 1, 4).unbind(0)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.rpe().to(q.dtype).unsqueeze(0), scale=self.scale)
         return self.proj(x.transpose(1, 2).reshape(B, T, self.attn_dim))
-
-
-def medians(functions: Dict[str, Callable[[], None]], rounds: int, sync: Callable[[], None]) -> Dict[str, float]:
-    """Median seconds of each function, run in turns after one uncounted round."""
-    times = {name: [] for name in functions}
-    for i in range(rounds + 1):
-        for name, function in functions.items():
-            sync()
-            start = time.perf_counter()
-            function()
-            sync()
-            if i:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(t) for name, t in times.items()}
 
 
 def step(module: torch.nn.Module, x: torch.Tensor, train: bool, autocast) -> Callable[[], None]:
@@ -98,7 +83,7 @@ def measure(title: str, modules: Dict[str, torch.nn.Module], shape: Tuple[int, .
     sync = torch.cuda.synchronize if args.device.type == 'cuda' else (lambda: None)
     x = torch.randn(shape, device=args.device)
     results = {}
-    for train in (False, True):
+    for train in (True, False):  # timm's ConViT keeps a tensor of its first forward, which must not be of an inference
         functions = {name: step(module, x, train, autocast) for name, module in modules.items()}
         results[train] = medians(functions, args.rounds, sync)
     first = next(iter(modules))

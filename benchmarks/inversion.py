@@ -9,13 +9,12 @@ One thread by default, so that the figures are those of a core. Weights are rand
     python benchmarks/inversion.py --models resnet50 --device cuda --amp-dtype bfloat16 --size 224
 """
 import argparse
-import statistics
-import time
 
 import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timing import medians
 
 from timm_dearkd.data_free.inversion import Inverter, Resolution
 from timm_dearkd.data_free.losses import l2_prior, total_variation
@@ -107,16 +106,7 @@ def main() -> None:
             step=make_step(model(name), images(), targets, precision, not args.no_channels_last),
             plain=make_plain(model(name), images(), targets, precision),
         )
-        times = {key: [] for key in functions}
-        for i in range(args.rounds + 2):
-            for key, function in functions.items():
-                sync()
-                start = time.perf_counter()
-                function()
-                sync()
-                if i > 1:
-                    times[key].append(time.perf_counter() - start)
-        bare, step, plain = (1e3 * statistics.median(times[key]) for key in ('bare', 'step', 'plain'))
+        bare, step, plain = (1e3 * seconds for seconds in medians(functions, args.rounds, sync).values())
         ratios = f'{step / bare:.2f} | {plain / step:.2f}'
         print(f'| {name} | {bare:.0f} | {step:.0f} | {plain:.0f} | {ratios} |', flush=True)
 

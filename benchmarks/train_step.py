@@ -11,32 +11,17 @@ One thread by default, so that the figures are those of a core. Weights are rand
 """
 import argparse
 import logging
-import statistics
-import time
-from typing import Callable, Dict
+from typing import Callable
 
 import timm
 import torch
+from timing import medians
 from timm.task import ClassificationTask, TokenDistillationTask, TrainingTask
 
 import timm_dearkd  # noqa: F401
 from distill_hooks import DearKDTask, Teacher, TwoStageSchedule
 from timm_dearkd.engine.device import Precision, select_device
 from timm_dearkd.engine.loop import Stepper, Trainer
-
-
-def medians(functions: Dict[str, Callable[[], None]], rounds: int, sync: Callable[[], None]) -> Dict[str, float]:
-    """Median seconds of each function, run in turns after two uncounted rounds."""
-    times = {name: [] for name in functions}
-    for i in range(rounds + 2):
-        for name, function in functions.items():
-            sync()
-            start = time.perf_counter()
-            function()
-            sync()
-            if i > 1:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(t) for name, t in times.items()}
 
 
 def make_step(task: TrainingTask, batch, args, precision: Precision) -> Callable[[], None]:

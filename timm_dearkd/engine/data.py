@@ -378,7 +378,13 @@ class TrainLoader:
         mixup_off_epoch: Epoch from which on it does not.
     """
 
-    def __init__(self, loader, parts: Sequence[Any] = (), mixup: Optional[Mixup] = None, mixup_off_epoch: int = 0):
+    def __init__(
+            self,
+            loader,
+            parts: Sequence[Any] = (),
+            mixup: Optional[Mixup] = None,
+            mixup_off_epoch: int = 0,
+    ) -> None:
         self.loader = loader
         self.parts = parts
         self.mixup = mixup
