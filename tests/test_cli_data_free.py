@@ -52,7 +52,13 @@ def test_what_is_written(whole):
     with (out / 'losses.csv').open(newline='') as f:
         rows = list(csv.DictReader(f))
     assert {row['batch'] for row in rows} == {'0', '1', '2', '3'} and {row['step'] for row in rows} == {'6', '12'}
-    assert Image.open(out / 'samples.png').size == (8 * 34, 3 * 34)
+    sheet = np.asarray(Image.open(out / 'samples.png'))
+    assert sheet.shape == (3 * 34, 90 + 8 * 34, 3)
+    first = min(image['name'] for image in images if image['target'] == 1)
+    stored = np.asarray(Image.open(out / 'train' / 'grass' / f'{first}.png'))
+    np.testing.assert_array_equal(sheet[34:66, 90:122], stored)  # the second row's first
+    assert Image.open(out / 'losses.png').size[0] > 500
+    assert manifest['seconds'] > 0
     assert '24 of 24 images kept' in result.stdout
     assert not [p for p in out.rglob('*') if 'tmp' in p.name]
 
@@ -99,13 +105,20 @@ def test_train_reads_them(whole, train_cli, cnn, tmp_path):
     assert json.loads((tmp_path / 'x' / 'config.json').read_text())['label_names'] == ['blue sky', 'grass', 'rust']
 
 
-def test_shards(make, tmp_path):
+def test_shards_hold_the_same_images(whole, make, train_cli, cnn, tmp_path):
     pytest.importorskip('webdataset')
-    result = make(tmp_path / 'images', '--num-images', '12', '--format', 'wds')
+    out = tmp_path / 'images'
+    result = make(out, '--num-images', '24', '--format', 'wds')
     assert result.returncode == 0, result.stderr
-    dataset = timm.data.create_dataset('wds/', root=str(tmp_path / 'images'), split='train', batch_size=1)
-    manifest = json.loads((tmp_path / 'images' / 'manifest.json').read_text())
-    assert sorted(label for _, label in dataset) == sorted(image['target'] for image in manifest['images'])
+    dataset = timm.data.create_dataset('wds/', root=str(out), split='train', batch_size=1)
+    read = sorted((label, image.tobytes()) for image, label in dataset)
+    names = sorted(path.name for path in (whole[0] / 'train').iterdir())
+    assert read == sorted((names.index(name.split('/')[1]), content) for name, content in pixels(whole[0]).items())
+    assert (out / 'samples.png').read_bytes() == (whole[0] / 'samples.png').read_bytes()
+    result = train_cli(
+        '--dataset', 'wds/', '--train-split', 'train', '--val-split', '', '--num-classes', '3', '--epochs', '1',
+        '--kd-model-name', cnn, '--output', tmp_path, '--experiment', 'x', data=out)
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_verifier_keeps_what_it_believes(make, cnn, tmp_path):

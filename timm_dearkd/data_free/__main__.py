@@ -3,14 +3,14 @@ import argparse
 import logging
 import math
 import time
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import timm
 import torch
 import torch.distributed as dist
 from PIL import Image
-from timm.data import resolve_model_data_config
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from timm.utils import setup_default_logging
 from tqdm import tqdm
 
@@ -18,12 +18,11 @@ import timm_dearkd
 from distill_hooks import Teacher, create_teacher
 from timm_dearkd.engine.device import Precision, Ranks, select_device
 
-from .dataset import FORMATS, SyntheticSet, contact_sheet, folder_name
+from .dataset import FORMATS, SyntheticSet, folder_name, write_bytes
 from .inversion import DIVERSITIES, Inverter, LossWeights, Resolution, batch_targets
+from .look import contact_sheet, loss_curves
 
 _logger = logging.getLogger(__name__)
-
-MAX_ROWS = 20  # of the contact sheet
 
 
 def _resolution(text: str) -> Resolution:
@@ -108,6 +107,9 @@ def read_class_names(path: Optional[str], model: torch.nn.Module) -> List[str]:
     """
     count: int = model.num_classes  # type: ignore[assignment]
     names = list((getattr(model, 'pretrained_cfg', None) or {}).get('label_names') or ())
+    subset = infer_imagenet_subset(model)
+    if subset and len(names) != count:
+        names = ImageNetInfo(subset).label_names()  # synsets, as ImageNet's own folders are called
     if path:
         with open(path, encoding='utf-8') as f:
             names = [line.strip() for line in f if line.strip()]
@@ -202,13 +204,24 @@ class Judge:
         ]
 
 
-def make_batch(batch: int, targets: torch.Tensor, inverter: Inverter, seed: int) -> Tuple[Any, List[Dict[str, float]]]:
+def make_batch(
+        batch: int,
+        targets: torch.Tensor,
+        inverter: Inverter,
+        seed: int,
+        on_check: Callable[[int], None],
+) -> Tuple[Any, List[Dict[str, float]]]:
     """The images of a batch and its losses by step. One that is lost is tried once more; then there are no images."""
     losses: List[Dict[str, float]] = []
+
+    def check(step: int, values: Dict[str, float]) -> None:
+        losses.append(dict(step=step, **values))
+        on_check(step)
+
     for attempt in range(2):
         losses.clear()
         seeds = np.random.SeedSequence((seed, batch, attempt)).generate_state(1)
-        images = inverter.run(targets, int(seeds[0]), lambda step, values: losses.append(dict(step=step, **values)))
+        images = inverter.run(targets, int(seeds[0]), check)
         if images is not None:
             return images, losses
         _logger.warning(f'Batch {batch}: the loss is not finite at step {losses[-1]["step"]}'
@@ -263,32 +276,42 @@ def make_images(args, dataset: SyntheticSet, inverter: Inverter, judge: Judge, i
     """The batches of this process, of those that are not there."""
     size = min(args.classes_per_batch, len(indices)) * args.images_per_class
     todo = [b for b in range(math.ceil(args.num_images / size)) if not dataset.is_done(b)][ranks.rank::ranks.world_size]
-    rows: Dict[str, List[Image.Image]] = {dataset.classes[index]: [] for index in indices[:MAX_ROWS]}
+    steps = sum(resolution.steps for resolution in inverter.resolutions)
     made = kept = 0
-    with tqdm(todo, disable=not ranks.is_primary, unit='batch', dynamic_ncols=True) as bar:
+    with tqdm(total=len(todo) * steps, disable=not ranks.is_primary, unit='step', dynamic_ncols=True) as bar:
         start = time.perf_counter()
-        for batch in bar:
+        for number, batch in enumerate(todo):
+            def progress(step: int) -> None:
+                bar.update(number * steps + step - bar.n)
+
+            began = time.perf_counter()
             targets = batch_targets(batch, indices, args.classes_per_batch, args.images_per_class, args.seed)
-            images, losses = make_batch(batch, targets, inverter, args.seed)
+            images, losses = make_batch(batch, targets, inverter, args.seed, progress)
+            progress(steps)
             if images is None:
                 dataset.write(batch, [], [], losses=[], failed=True)
                 continue
             pixels = judge.to_uint8(images)
             records = judge.records(pixels, targets)
-            pictures = [to_image(p) for p in pixels]
-            dataset.write(batch, pictures, records, losses=losses)
-            for picture, record in zip(pictures, records):
-                rows.get(dataset.classes[record['target']], []).append(picture)
+            seconds = round(time.perf_counter() - began, 2)
+            dataset.write(batch, [to_image(p) for p in pixels], records, losses=losses, seconds=seconds)
             made, kept = made + len(records), kept + sum(record['kept'] for record in records)
             bar.set_postfix_str(
                 f'{made * ranks.world_size / (time.perf_counter() - start):.2f} img/s, {100 * kept / made:.0f} % kept')
             if ranks.is_primary:
-                contact_sheet(rows, dataset.root / 'samples.png')
+                write_bytes(dataset.root / 'samples.png', contact_sheet(dataset.samples()))
 
 
 def report(args, dataset: SyntheticSet, indices: Sequence[int], num_classes: int) -> None:
     """What has been made, and how to train on it."""
     counts = dataset.finish()
+    write_bytes(dataset.root / 'samples.png', contact_sheet(dataset.samples()))
+    losses = [row for batch in dataset.batches() for row in batch.get('losses', ())]
+    if losses:
+        try:
+            write_bytes(dataset.root / 'losses.png', loss_curves(losses))
+        except ImportError:
+            _logger.info('The curves of losses.csv are drawn when matplotlib is installed (timm-dearkd[analysis]).')
     failed = f', {counts["failed"]} batches failed' if counts['failed'] else ''
     print(f'{counts["kept"]} of {counts["made"]} images kept{failed}: {dataset.root}/train, manifest.json, samples.png')
     data = f'{dataset.root} --val-split ""' if args.format == 'folder' else (

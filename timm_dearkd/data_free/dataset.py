@@ -14,12 +14,12 @@ from typing import Any, Dict, Iterator, List, Sequence
 from PIL import Image
 from timm.utils.misc import natural_key
 
-__all__ = ['FORMATS', 'SyntheticSet', 'contact_sheet', 'folder_name']
+__all__ = ['FORMATS', 'SyntheticSet', 'folder_name', 'write_bytes']
 
 FORMATS = ('folder', 'wds')
 
 
-def _replace(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file under a temporary name and rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
@@ -84,7 +84,7 @@ class SyntheticSet:
 
     def start(self) -> None:
         """Write the settings."""
-        _replace(self.root / 'settings.json', json.dumps(self.settings, indent=2).encode())
+        write_bytes(self.root / 'settings.json', json.dumps(self.settings, indent=2).encode())
 
     def _batch_path(self, batch: int) -> Path:
         return self.root / 'batches' / f'{batch:06d}.json'
@@ -109,10 +109,10 @@ class SyntheticSet:
                 files[name] = (image, self.classes[record['target']])
         if self.data_format == 'folder':
             for name, (image, class_name) in files.items():
-                _replace(self.root / 'train' / class_name / f'{name}.png', _png(image))
+                write_bytes(self.root / 'train' / class_name / f'{name}.png', _png(image))
         elif files:
-            _replace(self.root / 'train' / f'train-{batch:06d}.tar', self._tar(files))
-        _replace(self._batch_path(batch), json.dumps(dict(batch=batch, images=entries, **info)).encode())
+            write_bytes(self.root / 'train' / f'train-{batch:06d}.tar', self._tar(files))
+        write_bytes(self._batch_path(batch), json.dumps(dict(batch=batch, images=entries, **info)).encode())
 
     def _tar(self, files: Dict[str, Any]) -> bytes:
         buffer = io.BytesIO()
@@ -138,17 +138,39 @@ class SyntheticSet:
             settings=self.settings,
             verified=self.settings.get('verifier') is not None,
             failed_batches=failed,
+            seconds=round(sum(b.get('seconds', 0.) for b in batches), 1),
             images=images,
         )
-        _replace(self.root / 'manifest.json', json.dumps(manifest, indent=1).encode())
+        write_bytes(self.root / 'manifest.json', json.dumps(manifest, indent=1).encode())
         index = {name: index for index, name in self.classes.items()}
         lines = [f'{index[name]} {name}\n' for name in self.names]
-        _replace(self.root / 'kd_class_map.txt', ''.join(lines).encode())
+        write_bytes(self.root / 'kd_class_map.txt', ''.join(lines).encode())
         self._write_losses(batches)
         kept = [image for image in images if image['kept']]
         if self.data_format == 'wds':
             self._write_info(kept)
         return dict(made=len(images), kept=len(kept), failed=len(failed))
+
+    def samples(self, rows: int = 20, columns: int = 8) -> Dict[str, List[Image.Image]]:
+        """The first kept images of the first classes, read back."""
+        found: Dict[int, List[Image.Image]] = {index: [] for index in sorted(self.classes)[:rows]}
+        for batch in self.batches():
+            for record in batch['images']:
+                images = found.get(record['target'], [])
+                if record['kept'] and record['target'] in found and len(images) < columns:
+                    images.append(self._read(batch['batch'], record))
+            if all(len(images) == columns for images in found.values()):
+                break
+        return {self.classes[index]: images for index, images in found.items() if images}
+
+    def _read(self, batch: int, record: Dict[str, Any]) -> Image.Image:
+        name = f'{record["name"]}.png'
+        if self.data_format == 'folder':
+            content = (self.root / 'train' / self.classes[record['target']] / name).read_bytes()
+        else:
+            with tarfile.open(self.root / 'train' / f'train-{batch:06d}.tar') as tar:
+                content = tar.extractfile(name).read()  # type: ignore[union-attr]
+        return Image.open(io.BytesIO(content))
 
     def _write_losses(self, batches: Sequence[Dict[str, Any]]) -> None:
         rows = [dict(batch=b['batch'], **row) for b in batches for row in b.get('losses', ())]
@@ -157,7 +179,7 @@ class SyntheticSet:
             writer = csv.DictWriter(text, fieldnames=list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-            _replace(self.root / 'losses.csv', text.getvalue().encode())
+            write_bytes(self.root / 'losses.csv', text.getvalue().encode())
 
     def _write_info(self, kept: Sequence[Dict[str, Any]]) -> None:
         """timm's description of WebDataset shards."""
@@ -168,29 +190,9 @@ class SyntheticSet:
         split = dict(
             name='train', num_samples=len(kept), filenames=[f'train/{shard}' for shard in counts],
             shard_lengths=list(counts.values()))
-        _replace(self.root / '_info.json', json.dumps(dict(splits=dict(train=split))).encode())
+        write_bytes(self.root / '_info.json', json.dumps(dict(splits=dict(train=split))).encode())
 
 
 def folder_name(name: str, index: int) -> str:
     """A class name as the name of a folder."""
     return re.sub(r'[^\w\-. ]+', '_', name).strip('. ') or f'{index:04d}'
-
-
-def contact_sheet(rows: Dict[str, List[Image.Image]], path: Path, columns: int = 8) -> None:
-    """Write images as one PNG with a row per class.
-
-    Args:
-        rows: Images of each class.
-        path: The file.
-        columns: Images of a row.
-    """
-    rows = {name: images[:columns] for name, images in rows.items() if images}
-    if not rows:
-        return
-    side = min(128, max(32, next(iter(rows.values()))[0].size[1]))
-    sheet = Image.new('RGB', (columns * (side + 2), len(rows) * (side + 2)), 'white')
-    for y, images in enumerate(rows.values()):
-        for x, image in enumerate(images):
-            image = image.convert('RGB').resize((side, side), Image.Resampling.BICUBIC)
-            sheet.paste(image, (x * (side + 2), y * (side + 2)))
-    _replace(path, _png(sheet))

@@ -1,0 +1,1 @@
+"""Measure data sets and models: `python -m timm_dearkd.analysis TOOL`."""

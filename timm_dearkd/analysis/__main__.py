@@ -1,0 +1,33 @@
+"""The command `python -m timm_dearkd.analysis TOOL ...`. Each tool is a module with `add_arguments` and `run`."""
+import argparse
+from typing import Optional, Sequence
+
+from timm.utils import setup_default_logging
+
+from . import diversity
+
+TOOLS = {'diversity': diversity}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Parser of the command, with a subcommand for each tool."""
+    parser = argparse.ArgumentParser(prog='python -m timm_dearkd.analysis', description='Measure data sets and models')
+    subparsers = parser.add_subparsers(dest='tool', metavar='TOOL', required=True)
+    for name, tool in TOOLS.items():
+        summary = (tool.__doc__ or '').splitlines()[0]
+        tool.add_arguments(subparsers.add_parser(name, help=summary, description=summary))
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    setup_default_logging()
+    try:
+        TOOLS[args.tool].run(args)
+    except (OSError, ValueError) as e:
+        parser.exit(2, f'{parser.prog} {args.tool}: error: {" ".join(str(e).split())}\n')
+
+
+if __name__ == '__main__':
+    main()
