@@ -4,10 +4,13 @@ VENV ?= .venv
 INSTALLED = $(VENV)/.installed
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: demo test lint bench install clean
+.PHONY: demo demo-data-free test lint bench install clean
 
 demo: $(INSTALLED)
 	sh examples/digits.sh
+
+demo-data-free: $(INSTALLED)
+	sh examples/data_free_digits.sh
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
@@ -19,6 +22,7 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/attention.py
 	$(VENV)/bin/python benchmarks/train_step.py
+	$(VENV)/bin/python benchmarks/inversion.py
 
 install: $(INSTALLED)
 

@@ -264,6 +264,13 @@ def _per_channel(values: Sequence[float], in_chans: int) -> torch.Tensor:
     return tensor if len(tensor) == in_chans else tensor.mean().expand(in_chans)
 
 
+def input_normalisation(model: nn.Module, in_chans: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation per channel (in_chans,) that a model wants its input normalised with."""
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    mean, std = cfg.get('mean') or IMAGENET_DEFAULT_MEAN, cfg.get('std') or IMAGENET_DEFAULT_STD
+    return _per_channel(mean, in_chans), _per_channel(std, in_chans)
+
+
 class Teacher(nn.Module):
     """A frozen classifier that gives logits and feature maps in one forward without gradients.
 
@@ -310,14 +317,12 @@ class Teacher(nn.Module):
         self.layers = list(layers)
         self._channels_last = getattr(model, 'output_fmt', 'NCHW') == 'NHWC'
 
-        cfg = getattr(model, 'pretrained_cfg', None) or {}
         own_chans = getattr(model, 'in_chans', in_chans)
         if in_chans != own_chans and in_chans != 1:
             raise ValueError(
                 f'The teacher takes {own_chans} channel(s), the student {in_chans}.'
                 f' Set --in-chans {own_chans}, or choose a teacher trained on {in_chans} channels.')
-        own_mean = _per_channel(cfg.get('mean') or IMAGENET_DEFAULT_MEAN, own_chans)
-        own_std = _per_channel(cfg.get('std') or IMAGENET_DEFAULT_STD, own_chans)
+        own_mean, own_std = input_normalisation(model, own_chans)
         student_mean = own_mean if mean is None else _per_channel(mean, in_chans)
         student_std = own_std if std is None else _per_channel(std, in_chans)
         scale, shift = student_std / own_std, (student_mean - own_mean) / own_std

@@ -23,12 +23,12 @@ def main() -> None:
         Path(folder).parent.name if Path(folder).name == 'train' else Path(folder).name: result
         for folder, result in json.loads((out / 'diversity.json').read_text())['folders'].items()
     }
-    print('\n| training images | images | called by their class by the CNN | distance within a class | student, top-1 |')
+    print('\n| training images | images | that the CNN is sure of | distance within a class | student, top-1 |')
     print('| --- | --- | --- | --- | --- |')
     for name, label in NAMES.items():
         with open(out / f'student_{name}' / 'summary.csv', newline='') as f:
             top1 = float([row['eval_top1'] for row in csv.DictReader(f) if row['eval_top1']][-1])
-        count, called = 420, ''
+        count, called = 480, ''
         if name != 'real':
             images = json.loads((out / name / 'manifest.json').read_text())['images']
             count = sum(image['kept'] for image in images)

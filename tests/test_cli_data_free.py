@@ -12,7 +12,7 @@ import torch
 from conftest import run_python, start_python
 from PIL import Image
 
-from timm_dearkd.data_free.__main__ import main
+from timm_dearkd.data_free.__main__ import main, match_classes
 
 QUICK = (
     '--resolutions', '16:6:0.2', '32:6:0.1', '--classes-per-batch', '2', '--images-per-class', '3', '--device', 'cpu')
@@ -154,10 +154,17 @@ ERRORS = {
     'model': (['--model', 'resnet26x'], 'nearest timm names'),
     'class': (['--classes', '1', '3'], 'class 3, but the CNN has classes 0 to 2'),
     'class form': (['--classes', 'x'], "'x', expected an index"),
-    'sizes': (['--resolutions', '20:5:0.1', '32:5:0.1'], 'a size that divides the largest one, 32'),
+    'range': (['--classes', '2-1'], 'whose end is before'),
+    'form': (['--resolutions', '32:5'], "'32:5' is not SIZE:STEPS:LR"),
+    'no image': (['--num-images', '0'], 'expected 1 or more'),
+    'no images': (['--images-per-class', '0'], 'expected 1 or more'),
+    'jitter': (['--jitter', '-1'], 'is not 0, 1, 2'),
+    'betas': (['--betas', '0.9', '1.5'], 'not from 0 to below 1'),
+    'weights': (['--model', 'resnet18'], 'Pass a trained checkpoint with --checkpoint'),
+    'student classes': (
+        ['--diversity', 'adi', '--student', 'test_vit', '--student-checkpoint', 'FOUR'], 'knows 4 classes, the CNN 3'),
     'no norm': (
         ['--model', 'test_vit', '--checkpoint', 'VIT', '--resolutions', '160:5:0.1'], 'has no BatchNorm layers'),
-    'fixed size': (['--model', 'test_vit', '--checkpoint', 'VIT'], 'test_vit takes 160 alone'),
     'student': (['--diversity', 'adi'], "'adi' needs a student"),
     'names': (['--class-names', 'NAMES'], 'has 1 names, the CNN 3 classes'),
     'other run': (['OTHER', '--seed', '1'], 'made with another seed'),
@@ -173,8 +180,9 @@ def test_errors_are_one_line_and_status_2(case, whole, cnn, tmp_path, capsys):
     (tmp_path / 'full').mkdir()
     (tmp_path / 'full' / 'file').write_text('')
     torch.save(timm.create_model('test_vit', num_classes=3).state_dict(), tmp_path / 'vit.pth')
-    replaced = {'VIT': tmp_path / 'vit.pth', 'NAMES': tmp_path / 'names.txt', 'OTHER': whole[0],
-                'FULL': tmp_path / 'full'}
+    torch.save(timm.create_model('test_vit', num_classes=4).state_dict(), tmp_path / 'four.pth')
+    replaced = {'FOUR': tmp_path / 'four.pth', 'VIT': tmp_path / 'vit.pth', 'NAMES': tmp_path / 'names.txt',
+                'OTHER': whole[0], 'FULL': tmp_path / 'full'}
     args = [str(replaced.get(a, a)) for a in args]
     if args[0].startswith('--'):
         args = [str(tmp_path / 'new'), *args]
@@ -184,6 +192,41 @@ def test_errors_are_one_line_and_status_2(case, whole, cnn, tmp_path, capsys):
     err = capsys.readouterr().err.strip().splitlines()
     assert e.value.code == 2 and 'data_free: error: ' in err[-1] and message in err[-1]
     assert pixels(whole[0]) == before and not (tmp_path / 'new').exists()
+
+
+def test_a_grey_cnn_and_a_class_without_images(train_cli, tmp_path, capsys, caplog):
+    """The class map has the classes that there are folders of; train.py takes what the command says."""
+    grey = timm.create_model('test_resnet', in_chans=1, num_classes=3)
+    torch.save(grey.state_dict(), tmp_path / 'grey.pth')
+    out = tmp_path / 'images'
+    main([
+        str(out), '--model', 'test_resnet', '--checkpoint', str(tmp_path / 'grey.pth'), *QUICK, '--num-images', '6'])
+    said = capsys.readouterr().out
+    present = sorted(path.name for path in (out / 'train').iterdir())
+    assert len(present) == 2 and '1 of 3 classes have no image' in caplog.text
+    assert (out / 'kd_class_map.txt').read_text() == ''.join(f'{name} {name}\n' for name in present)
+    assert all(Image.open(path).mode == 'L' for path in (out / 'train').rglob('*.png'))
+    command = said.split('python train.py ')[1].split()
+    flags = command[command.index('--kd-model-name'):-1]
+    result = train_cli(
+        *flags, '--in-chans', '1', '--batch-size', '2', '--val-split', '', '--epochs', '1', '--output', tmp_path,
+        '--experiment', 'x', data=out)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_competitor_trained_on_some_classes(cnn, tmp_path):
+    """Its classes are found by their names."""
+    student = timm.create_model('test_resnet', num_classes=2)
+    (tmp_path / 'run').mkdir()
+    torch.save(student.state_dict(), tmp_path / 'run' / 'pytorch_model.bin')
+    cfg = dict(architecture='test_resnet', num_classes=2, pretrained_cfg=dict(
+        student.pretrained_cfg, num_classes=2, label_names=['rust', 'blue sky']))
+    (tmp_path / 'run' / 'config.json').write_text(json.dumps(cfg, default=str))
+    student = timm.create_model(f'local-dir:{tmp_path / "run"}', pretrained=True)
+    assert match_classes(student, ['blue sky', 'grass', 'rust']) == [2, 0]
+    main([
+        str(tmp_path / 'images'), '--model', str(cnn), *QUICK, '--num-images', '6', '--diversity', 'adi',
+        '--student', f'local-dir:{tmp_path / "run"}'])
 
 
 def test_a_batch_that_is_lost(make, tmp_path):

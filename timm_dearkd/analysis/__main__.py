@@ -26,7 +26,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     try:
         TOOLS[args.tool].run(args)
     except (OSError, ValueError) as e:
-        parser.exit(2, f'{parser.prog} {args.tool}: error: {" ".join(str(e).split())}\n')
+        message = ' '.join(str(e).split()).replace('--kd-teacher-checkpoint', '--checkpoint')
+        parser.exit(2, f'{parser.prog} {args.tool}: error: {message}\n')
 
 
 if __name__ == '__main__':

@@ -4,7 +4,7 @@ import json
 import math
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -16,7 +16,9 @@ from timm.data.readers.reader_image_folder import find_images_and_targets
 from tqdm import tqdm
 
 from distill_hooks import FeatureCapture, create_teacher
+from distill_hooks.teacher import input_normalisation
 from timm_dearkd.data_free.dataset import write_bytes
+from timm_dearkd.engine.device import select_device
 
 __all__ = ['FeatureDistance', 'LPIPSDistance', 'class_pairs', 'measure_diversity']
 
@@ -38,7 +40,7 @@ class LPIPSDistance:
     in_chans = 3
     img_size = 224
 
-    def __init__(self, backbone: str = 'alex', device: str = 'cpu') -> None:
+    def __init__(self, backbone: str = 'alex', device: Union[str, torch.device] = 'cpu') -> None:
         try:
             import lpips
             with warnings.catch_warnings():  # it calls torchvision in a way that is going to change
@@ -76,13 +78,14 @@ class FeatureDistance:
         if not info:
             raise ValueError(f'{name} does not say where its feature maps are. Choose a timm CNN, such as resnet50.')
         config = resolve_model_data_config(model)
+        self.in_chans: int = getattr(model, 'in_chans', len(config['mean']))
         self.model = model.eval()
         self.capture = FeatureCapture(model, [level['module'] for level in info if level['module']])
-        self.in_chans = len(config['mean'])
         self.img_size: int = config['input_size'][-1]
         self.name = f'squared distance of {name} features (not LPIPS)'
         self.device = next(model.parameters()).device
-        self.mean, self.std = (torch.tensor(config[k], device=self.device).view(1, -1, 1, 1) for k in ('mean', 'std'))
+        self.mean, self.std = (
+            values.float().view(1, -1, 1, 1).to(self.device) for values in input_normalisation(model, self.in_chans))
 
     @torch.inference_mode()
     def __call__(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -90,6 +93,8 @@ class FeatureDistance:
         self.model((images - self.mean) / self.std)
         total = torch.zeros(len(first), device=self.device)
         for features in self.capture.take():
+            if features.ndim != 4:
+                raise ValueError(f'{self.name}: not feature maps. Choose a CNN, such as resnet50.')
             a, b = F.normalize(features.float(), dim=1, eps=1e-10).chunk(2)
             total += (a - b).square().sum(dim=1).mean(dim=(1, 2))
         return total.cpu()
@@ -107,9 +112,11 @@ def class_pairs(
         pairs_per_class: All pairs, where there are fewer.
         seed: Of the choice.
     """
+    by_label: Dict[int, List[int]] = {}
+    for i, label in enumerate(labels):
+        by_label.setdefault(label, []).append(i)
     result = {}
-    for label in sorted(set(labels)):
-        members = [i for i, other in enumerate(labels) if other == label]
+    for label, members in sorted(by_label.items()):
         count = len(members) * (len(members) - 1) // 2
         if not count:
             continue
@@ -180,8 +187,8 @@ def measure_diversity(
         first, second = (torch.stack([_load(samples[i][0], img_size, in_chans) for i in side]) for side in sides)
         values += distance(first, second).tolist()
     names = {index: name for name, index in class_to_idx.items()}
-    by_class = {
-        names[label]: float(np.mean([v for v, (of, *_) in zip(values, todo) if of == label])) for label in pairs}
+    remaining = iter(values)
+    by_class = {names[label]: float(np.mean([next(remaining) for _ in of_class])) for label, of_class in pairs.items()}
     means = np.array(list(by_class.values()))
     return dict(
         mean=float(means.mean()),
@@ -200,7 +207,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--img-size', type=int, help='size that images are brought to (that of the CNN; 224 for LPIPS)')
     add('--batch-size', type=int, default=32, help='pairs at a time')
     add('--seed', type=int, default=0, help='of the choice of pairs')
-    add('--device', default='cpu')
+    add('--device', help='cuda, cpu, ... (the accelerator there is, else the CPU)')
     add('--output', metavar='FILE', help='write the figures as JSON')
 
 
@@ -210,11 +217,12 @@ def run(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f'--{name.replace("_", "-")} {value}, expected 1 or more.')
+    device, _ = select_device(args.device)
     distance: Any
     if args.model:
-        distance = FeatureDistance(create_teacher(args.model, args.checkpoint, device=args.device), args.model)
+        distance = FeatureDistance(create_teacher(args.model, args.checkpoint, device=device), args.model)
     else:
-        distance = LPIPSDistance(args.lpips_net, args.device)
+        distance = LPIPSDistance(args.lpips_net, device)
     results = {
         folder: measure_diversity(
             folder, distance, args.img_size or distance.img_size, distance.in_chans, args.pairs_per_class,

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import timm_dearkd
 from distill_hooks import Teacher, create_teacher
+from distill_hooks.teacher import input_normalisation
 from timm_dearkd.engine.device import Precision, Ranks, select_device
 
 from .dataset import FORMATS, SyntheticSet, folder_name, write_bytes
@@ -25,11 +26,29 @@ from .look import contact_sheet, loss_curves
 _logger = logging.getLogger(__name__)
 
 
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f'{text!r} is not 0, 1, 2, ...')
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not _natural(text):
+        raise argparse.ArgumentTypeError(f'{text!r}, expected 1 or more')
+    return int(text)
+
+
+def _beta(text: str) -> float:
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not from 0 to below 1')
+    return float(text)
+
+
 def _resolution(text: str) -> Resolution:
     try:
         size, steps, lr = text.split(':')
-        return Resolution(int(size), int(steps), float(lr))
-    except ValueError:
+        return Resolution(_count(size), _count(steps), float(lr))
+    except (ValueError, argparse.ArgumentTypeError):
         raise argparse.ArgumentTypeError(f'{text!r} is not SIZE:STEPS:LR, such as 112:2000:0.5') from None
 
 
@@ -42,14 +61,14 @@ def build_parser() -> argparse.ArgumentParser:
     add('output', metavar='OUT', help='folder of the new data set')
     add('--model', required=True, metavar='NAME', help='the CNN: a timm name, hf-hub:, local-dir: or a run folder')
     add('--checkpoint', metavar='FILE', help='its weights (its pretrained ones)')
-    add('--num-images', type=int, required=True, metavar='N', help='images to make, rounded up to whole batches')
+    add('--num-images', type=_count, required=True, metavar='N', help='images to make, rounded up to whole batches')
     add('--classes', nargs='+', metavar='INDEX', help='classes, or ranges such as 0-9 (all)')
     add('--class-names', metavar='FILE', help="names of all the CNN's classes, one per line (those it knows)")
-    add('--classes-per-batch', type=int, default=6)
-    add('--images-per-class', type=int, default=7, help='images of each class in a batch')
+    add('--classes-per-batch', type=_count, default=6)
+    add('--images-per-class', type=_count, default=7, help='images of each class in a batch')
     add('--resolutions', nargs='+', type=_resolution, metavar='SIZE:STEPS:LR',
         help='phases (half the size of the CNN: 2000 steps at 0.5, then all of it: 2000 at 0.01)')
-    add('--img-size', type=int, help="size of the images (the CNN's), where --resolutions does not say")
+    add('--img-size', type=_count, help="size of the images (the CNN's), where --resolutions does not say")
     add('--diversity', default='intra', choices=DIVERSITIES,
         help='none (DeepInversion), adi (competition with --student), intra (the intra-divergence loss)')
     add('--student', metavar='NAME', help='competitor of adi')
@@ -67,15 +86,14 @@ def build_parser() -> argparse.ArgumentParser:
     add('--adi-temperature', type=float, default=defaults.adi_temperature)
     add('--bn-norm', default='absolute', choices=('absolute', 'relative'),
         help="relative divides the differences by the layer's running deviation and variance")
-    add('--betas', type=float, nargs=2, default=(0.5, 0.9), help="Adam's")
-    add('--jitter', type=int, help='largest shift in pixels, at full size (size / 8)')
+    add('--betas', type=_beta, nargs=2, default=(0.5, 0.9), help="Adam's")
+    add('--jitter', type=_natural, help='largest shift in pixels, at full size (size / 8)')
     add('--no-flip', action='store_true')
-    add('--seed', type=int, default=0)
+    add('--seed', type=_natural, default=0)
     add('--format', default='folder', choices=FORMATS, help='image folder, or WebDataset shards')
     add('--resume', action='store_true', help='go on with the images in OUT')
     add('--device', help='cuda, cpu, ... (the accelerator there is, else the CPU)')
-    add('--amp', action='store_true')
-    add('--amp-dtype', default='bfloat16', choices=('float16', 'bfloat16'))
+    add('--amp', action='store_true', help="bfloat16 (float16 would lose the BatchNorm statistics' gradients)")
     add('--channels-last', action=argparse.BooleanOptionalAction, default=True)
     add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND')
     return parser
@@ -92,6 +110,8 @@ def parse_classes(texts: Optional[Sequence[str]], num_classes: int) -> List[int]
         first, _, last = text.partition('-')
         if not first.isdecimal() or not (last or first).isdecimal():
             raise ValueError(f'--classes has {text!r}, expected an index such as 3 or a range such as 0-9.')
+        if int(last or first) < int(first):
+            raise ValueError(f'--classes has {text!r}, whose end is before its beginning.')
         classes += range(int(first), int(last or first) + 1)
     outside = [index for index in classes if index >= num_classes]
     if outside:
@@ -123,23 +143,30 @@ def read_class_names(path: Optional[str], model: torch.nn.Module) -> List[str]:
     return names
 
 
-def make_inverter(args, model, config: Dict[str, Any], precision: Precision) -> Inverter:
+def match_classes(student: torch.nn.Module, names: Sequence[str]) -> List[int]:
+    """The CNN's class for each class of the student: by name, where it has names of the CNN's, else by number.
+
+    Raises:
+        ValueError: A student of other classes.
+    """
+    own = [folder_name(n, i) for i, n in enumerate((student.pretrained_cfg or {}).get('label_names') or ())]  # type: ignore
+    if own and set(own) <= set(names):
+        return [names.index(name) for name in own]
+    if student.num_classes != len(names):
+        raise ValueError(
+            f'The student knows {student.num_classes} classes, the CNN {len(names)}, and their names do not say which'
+            ' is which. Take a student that was trained on images of this CNN.')
+    return list(range(len(names)))
+
+
+def make_inverter(args, model, config: Dict[str, Any], names: Sequence[str], precision: Precision) -> Inverter:
     """The optimiser with the settings of the command."""
     size = args.img_size or config['input_size'][-1]
     resolutions = args.resolutions or [Resolution(size // 2, 2000, 0.5), Resolution(size, 2000, 0.01)]
-    fixed = (getattr(model, 'pretrained_cfg', None) or {}).get('fixed_input_size')
-    full = max(resolution.size for resolution in resolutions)
-    for resolution in resolutions:
-        if fixed and resolution.size != config['input_size'][-1]:
-            raise ValueError(
-                f'--resolutions has {resolution.size} pixels, but {args.model} takes {config["input_size"][-1]} alone.')
-        if resolution.size < 1 or resolution.steps < 1 or full % resolution.size:
-            raise ValueError(
-                f'--resolutions has {resolution.size}:{resolution.steps}, expected steps, and a size that divides the'
-                f' largest one, {full}.')
-    student = None
+    student, student_classes = None, None
     if args.student:
         student = create_teacher(args.student, args.student_checkpoint, device=precision.device)
+        student_classes = match_classes(student, names)
     return Inverter(
         model,
         config['mean'],
@@ -151,7 +178,8 @@ def make_inverter(args, model, config: Dict[str, Any], precision: Precision) -> 
         bn_relative=args.bn_norm == 'relative',
         diversity=args.diversity,
         student=student,
-        jitter=full // 8 if args.jitter is None else args.jitter,
+        student_classes=student_classes,
+        jitter=max(r.size for r in resolutions) // 8 if args.jitter is None else args.jitter,
         flip=not args.no_flip,
         betas=tuple(args.betas),
         autocast=precision.autocast,
@@ -176,6 +204,7 @@ class Judge:
         self.verifier = None
         if verifier is not None:
             self.verifier = Teacher(verifier, in_chans=len(config['mean']), mean=config['mean'], std=config['std'])
+            self.verifier.to(next(verifier.parameters()).device)
         self.min_prob = min_prob
 
     def to_uint8(self, images: torch.Tensor) -> torch.Tensor:
@@ -237,12 +266,14 @@ def to_image(pixels: torch.Tensor) -> Image.Image:
 def run(args) -> None:
     """Make the images."""
     device, ranks = select_device(args.device)
-    precision = Precision(device, getattr(torch, args.amp_dtype) if args.amp else None)
+    precision = Precision(device, torch.bfloat16 if args.amp else None)
     model: Any = create_teacher(args.model, args.checkpoint, device=device)
     config = resolve_model_data_config(model)
+    config['mean'], config['std'] = (values.tolist() for values in input_normalisation(model, model.in_chans))
     indices = parse_classes(args.classes, model.num_classes)
     names = read_class_names(args.class_names, model)
-    inverter = make_inverter(args, model, config, precision)
+    inverter = make_inverter(args, model, config, names, precision)
+    inverter.check_sizes()
     verifier = None
     if args.verifier:
         verifier = create_teacher(args.verifier, args.verifier_checkpoint, device=device)
@@ -261,38 +292,47 @@ def run(args) -> None:
     }
     dataset = SyntheticSet(
         args.output, {index: names[index] for index in indices}, settings, args.format, args.resume)
+    size = min(args.classes_per_batch, len(indices)) * args.images_per_class
+    targets = batch_targets(
+        math.ceil(args.num_images / size), indices, args.classes_per_batch, args.images_per_class, args.seed)
+    todo = [batch for batch in range(len(targets)) if not dataset.is_done(batch)]
     if ranks.distributed:
         dist.barrier()  # all have looked before one writes
     if ranks.is_primary:
         dataset.start()
-    make_images(args, dataset, inverter, judge, indices, ranks)
-    if ranks.distributed:
-        dist.barrier()
+    make_images(dataset, targets, todo[ranks.rank::ranks.world_size], inverter, judge, args.seed, ranks)
     if ranks.is_primary:
-        report(args, dataset, indices, model.num_classes)
+        while not all(dataset.is_done(batch) for batch in todo):  # the other processes may take hours longer
+            time.sleep(0.2)
+        report(args, dataset, model.num_classes)
 
 
-def make_images(args, dataset: SyntheticSet, inverter: Inverter, judge: Judge, indices, ranks: Ranks) -> None:
-    """The batches of this process, of those that are not there."""
-    size = min(args.classes_per_batch, len(indices)) * args.images_per_class
-    todo = [b for b in range(math.ceil(args.num_images / size)) if not dataset.is_done(b)][ranks.rank::ranks.world_size]
+def make_images(
+        dataset: SyntheticSet,
+        targets: Sequence[torch.Tensor],
+        todo: Sequence[int],
+        inverter: Inverter,
+        judge: Judge,
+        seed: int,
+        ranks: Ranks,
+) -> None:
+    """Make the batches `todo` of all `targets`."""
     steps = sum(resolution.steps for resolution in inverter.resolutions)
     made = kept = 0
     with tqdm(total=len(todo) * steps, disable=not ranks.is_primary, unit='step', dynamic_ncols=True) as bar:
         start = time.perf_counter()
         for number, batch in enumerate(todo):
-            def progress(step: int) -> None:
-                bar.update(number * steps + step - bar.n)
+            def progress(step: int, before: int = number * steps) -> None:
+                bar.update(before + step - bar.n)
 
             began = time.perf_counter()
-            targets = batch_targets(batch, indices, args.classes_per_batch, args.images_per_class, args.seed)
-            images, losses = make_batch(batch, targets, inverter, args.seed, progress)
+            images, losses = make_batch(batch, targets[batch], inverter, seed, progress)
             progress(steps)
             if images is None:
                 dataset.write(batch, [], [], losses=[], failed=True)
                 continue
             pixels = judge.to_uint8(images)
-            records = judge.records(pixels, targets)
+            records = judge.records(pixels, targets[batch])
             seconds = round(time.perf_counter() - began, 2)
             dataset.write(batch, [to_image(p) for p in pixels], records, losses=losses, seconds=seconds)
             made, kept = made + len(records), kept + sum(record['kept'] for record in records)
@@ -302,9 +342,9 @@ def make_images(args, dataset: SyntheticSet, inverter: Inverter, judge: Judge, i
                 write_bytes(dataset.root / 'samples.png', contact_sheet(dataset.samples()))
 
 
-def report(args, dataset: SyntheticSet, indices: Sequence[int], num_classes: int) -> None:
+def report(args, dataset: SyntheticSet, num_classes: int) -> None:
     """What has been made, and how to train on it."""
-    counts = dataset.finish()
+    counts, class_map = dataset.finish()
     write_bytes(dataset.root / 'samples.png', contact_sheet(dataset.samples()))
     losses = [row for batch in dataset.batches() for row in batch.get('losses', ())]
     if losses:
@@ -314,12 +354,16 @@ def report(args, dataset: SyntheticSet, indices: Sequence[int], num_classes: int
             _logger.info('The curves of losses.csv are drawn when matplotlib is installed (timm-dearkd[analysis]).')
     failed = f', {counts["failed"]} batches failed' if counts['failed'] else ''
     print(f'{counts["kept"]} of {counts["made"]} images kept{failed}: {dataset.root}/train, manifest.json, samples.png')
+    if not counts['kept']:
+        return
+    missing = len(dataset.classes) - len(class_map)
+    if missing:
+        _logger.warning(f'{missing} of {len(dataset.classes)} classes have no image that was kept.')
     data = f'{dataset.root} --val-split ""' if args.format == 'folder' else (
-        f'{dataset.root} --dataset wds/ --train-split train --val-split "" --num-classes {len(indices)}')
-    ordered = [dataset.names.index(dataset.classes[index]) for index in indices] == list(range(num_classes))
-    class_map = '' if ordered else f' --kd-class-map {dataset.root}/kd_class_map.txt'
+        f'{dataset.root} --dataset wds/ --train-split train --val-split "" --num-classes {len(class_map)}')
+    map_flag = '' if class_map == list(range(num_classes)) else f' --kd-class-map {dataset.root}/kd_class_map.txt'
     checkpoint = f' --kd-teacher-checkpoint {args.checkpoint}' if args.checkpoint else ''
-    print(f'Train on them: python train.py {data} --kd-model-name {args.model}{checkpoint}{class_map} ...')
+    print(f'Train on them: python train.py {data} --kd-model-name {args.model}{checkpoint}{map_flag} ...')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -329,7 +373,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     try:
         run(args)
     except (OSError, ValueError) as e:
-        parser.exit(2, f'{parser.prog}: error: {" ".join(str(e).split())}\n')
+        message = ' '.join(str(e).split()).replace('--kd-teacher-checkpoint', '--checkpoint')
+        parser.exit(2, f'{parser.prog}: error: {message}\n')
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -9,7 +9,7 @@ import os
 import re
 import tarfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence
+from typing import Any, Dict, Iterator, List, Sequence, Set, Tuple
 
 from PIL import Image
 from timm.utils.misc import natural_key
@@ -65,6 +65,8 @@ class SyntheticSet:
                          'format': data_format}
         self.data_format = data_format
         self.names = sorted(classes.values(), key=natural_key)  # the order in which timm numbers the folders
+        self._samples: Dict[int, List[Image.Image]] = {}
+        self._sampled: Set[Path] = set()
         self._check(resume)
 
     def _check(self, resume: bool) -> None:
@@ -105,8 +107,11 @@ class SyntheticSet:
         for i, (image, record) in enumerate(zip(images, records)):
             name = f'{batch:06d}-{i:02d}'
             entries.append({'name': name, **record})
+            class_name = self.classes[record['target']]
             if record['kept']:
-                files[name] = (image, self.classes[record['target']])
+                files[name] = (image, class_name)
+            elif self.data_format == 'folder':  # a batch that was killed may have judged otherwise
+                (self.root / 'train' / class_name / f'{name}.png').unlink(missing_ok=True)
         if self.data_format == 'folder':
             for name, (image, class_name) in files.items():
                 write_bytes(self.root / 'train' / class_name / f'{name}.png', _png(image))
@@ -129,8 +134,8 @@ class SyntheticSet:
         for path in sorted((self.root / 'batches').glob('[0-9]*.json')):
             yield json.loads(path.read_text())
 
-    def finish(self) -> Dict[str, int]:
-        """Write the manifest, the class map for a teacher, and what readers need. Returns the image counts."""
+    def finish(self) -> Tuple[Dict[str, int], List[int]]:
+        """Write the manifest, the class map for a teacher, and what readers need. Returns image counts and the map."""
         batches = list(self.batches())
         images = [{**image, 'class': self.classes[image['target']]} for b in batches for image in b['images']]
         failed = [b['batch'] for b in batches if b.get('failed')]
@@ -142,33 +147,37 @@ class SyntheticSet:
             images=images,
         )
         write_bytes(self.root / 'manifest.json', json.dumps(manifest, indent=1).encode())
-        index = {name: index for index, name in self.classes.items()}
-        lines = [f'{index[name]} {name}\n' for name in self.names]
+        kept = [image for image in images if image['kept']]
+        lines = [f'{index} {self.classes[index]}\n' for index in self.class_map(kept)]
         write_bytes(self.root / 'kd_class_map.txt', ''.join(lines).encode())
         self._write_losses(batches)
-        kept = [image for image in images if image['kept']]
         if self.data_format == 'wds':
             self._write_info(kept)
-        return dict(made=len(images), kept=len(kept), failed=len(failed))
+        return dict(made=len(images), kept=len(kept), failed=len(failed)), self.class_map(kept)
+
+    def class_map(self, kept: Sequence[Dict[str, Any]]) -> List[int]:
+        """The CNN's class for each class that a student of these images has: of image folders, those with images."""
+        index = {name: index for index, name in self.classes.items()}
+        present = {image['class'] for image in kept} if self.data_format == 'folder' else set(self.names)
+        return [index[name] for name in self.names if name in present]
 
     def samples(self, rows: int = 20, columns: int = 8) -> Dict[str, List[Image.Image]]:
-        """The first kept images of the first classes, read back."""
-        found: Dict[int, List[Image.Image]] = {index: [] for index in sorted(self.classes)[:rows]}
-        for batch in self.batches():
-            for record in batch['images']:
-                images = found.get(record['target'], [])
-                if record['kept'] and record['target'] in found and len(images) < columns:
-                    images.append(self._read(batch['batch'], record))
-            if all(len(images) == columns for images in found.values()):
-                break
-        return {self.classes[index]: images for index, images in found.items() if images}
+        """The first kept images of the first classes, read back; of batches that were not there at the last call."""
+        for path in sorted(set((self.root / 'batches').glob('[0-9]*.json')) - self._sampled):
+            self._sampled.add(path)
+            for record in json.loads(path.read_text())['images']:
+                images = self._samples.setdefault(record['target'], [])
+                if record['kept'] and len(images) < columns:
+                    images.append(self._read(record))
+        return {self.classes[index]: self._samples[index]
+                for index in sorted(self.classes)[:rows] if self._samples.get(index)}
 
-    def _read(self, batch: int, record: Dict[str, Any]) -> Image.Image:
+    def _read(self, record: Dict[str, Any]) -> Image.Image:
         name = f'{record["name"]}.png'
         if self.data_format == 'folder':
             content = (self.root / 'train' / self.classes[record['target']] / name).read_bytes()
         else:
-            with tarfile.open(self.root / 'train' / f'train-{batch:06d}.tar') as tar:
+            with tarfile.open(self.root / 'train' / f'train-{name.partition("-")[0]}.tar') as tar:
                 content = tar.extractfile(name).read()  # type: ignore[union-attr]
         return Image.open(io.BytesIO(content))
 

@@ -39,33 +39,41 @@ class LossWeights:
 
 
 def batch_targets(
-        batch: int,
+        num_batches: int,
         classes: Sequence[int],
         classes_per_batch: int = 6,
         images_per_class: int = 7,
         seed: int = 0,
-) -> torch.Tensor:
-    """Targets of a batch: some classes, and as many images of each.
+) -> List[torch.Tensor]:
+    """Targets of batches: some different classes, and as many images of each.
 
     The classes go round in a new order each time, so that all come equally often (our choice; the paper draws them).
+    The first batches do not depend on how many follow.
 
     Args:
-        batch: Number of the batch, from 0.
+        num_batches: How many.
         classes: Class indices to choose from.
         classes_per_batch: How many of them (all, if there are fewer).
         images_per_class: Images of each.
         seed: Of the orders.
 
     Returns:
-        (classes_per_batch * images_per_class,)
+        Tensors (classes_per_batch * images_per_class,).
     """
     count = min(classes_per_batch, len(classes))
-    chosen: List[int] = []
-    for place in range(batch * count, (batch + 1) * count):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + place // len(classes))
-        order = torch.randperm(len(classes), generator=generator).tolist()
-        chosen.append(classes[order[place % len(classes)]])
-    return torch.tensor(chosen).repeat_interleave(images_per_class)
+    generator = torch.Generator().manual_seed(seed)
+    queue: List[int] = []
+    batches = []
+    for _ in range(num_batches):
+        chosen: List[int] = []
+        while len(chosen) < count:
+            place = next((i for i, index in enumerate(queue) if index not in chosen), None)
+            if place is None:
+                queue += [classes[i] for i in torch.randperm(len(classes), generator=generator).tolist()]
+            else:
+                chosen.append(queue.pop(place))
+        batches.append(torch.tensor(chosen).repeat_interleave(images_per_class))
+    return batches
 
 
 class Inverter:
@@ -102,6 +110,7 @@ class Inverter:
             bn_relative: bool = False,
             diversity: str = 'intra',
             student: Optional[nn.Module] = None,
+            student_classes: Optional[Sequence[int]] = None,
             jitter: int = 30,
             flip: bool = True,
             betas: Tuple[float, float] = (0.5, 0.9),
@@ -114,11 +123,12 @@ class Inverter:
             raise ValueError(f'Unknown diversity {diversity!r}, expected one of {", ".join(DIVERSITIES)}.')
         if (diversity == 'adi') != (student is not None):
             raise ValueError("Diversity 'adi' needs a student to compete with, and the others have none.")
+        device = next(model.parameters()).device
         self.model = model.eval().requires_grad_(False)
         self.student = None
         if student is not None:
             size = get_model_input_config(student)['input_size'][-1] if hasattr(student, 'patch_embed') else None
-            self.student = Teacher(student, in_chans=len(mean), mean=mean, std=std, img_size=size)
+            self.student = Teacher(student, in_chans=len(mean), mean=mean, std=std, img_size=size).to(device)
         self.resolutions = list(resolutions)
         self.size = max(resolution.size for resolution in resolutions)
         self.weights = weights or LossWeights()
@@ -129,7 +139,10 @@ class Inverter:
         self.autocast = autocast
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.check_interval = check_interval
-        self.device = next(model.parameters()).device
+        self.device = device
+        self.student_classes = None
+        if student_classes is not None:
+            self.student_classes = torch.tensor(student_classes, device=device)
         self.in_chans = len(mean)
         low, high = ((value - torch.tensor(mean)) / torch.tensor(std) for value in (0., 1.))
         self.low, self.high = (bound.float().view(1, -1, 1, 1).to(self.device) for bound in (low, high))
@@ -156,6 +169,22 @@ class Inverter:
         if torch.is_grad_enabled():
             self._features.append(args[0].flatten(1))
 
+    @torch.no_grad()
+    def check_sizes(self) -> None:
+        """Try every resolution.
+
+        Raises:
+            ValueError: One that the CNN does not take.
+        """
+        for resolution in self.resolutions:
+            images = torch.zeros(1, self.in_chans, resolution.size, resolution.size, device=self.device)
+            try:
+                self.model(images.to(memory_format=self.memory_format))
+            except (RuntimeError, AssertionError) as e:
+                raise ValueError(
+                    f'The CNN does not take images of {resolution.size} pixels ({str(e).splitlines()[0]}). Choose other'
+                    ' sizes with --resolutions SIZE:STEPS:LR.') from e
+
     def losses(self, images: torch.Tensor, targets: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Eq. 8 and its terms, unweighted, for images (B, C, H, W) as the CNN sees them and targets (B,)."""
         weights = self.weights
@@ -174,6 +203,8 @@ class Inverter:
             terms['diversity'] = intra_divergence_loss(features, targets, weights.ep, weights.triplet, weights.margin)
             loss = loss + terms['diversity']
         if student_logits is not None:
+            if self.student_classes is not None:
+                logits = logits.index_select(1, self.student_classes)
             terms['diversity'] = competition_loss(logits, student_logits, weights.adi_temperature)
             loss = loss + weights.adi * terms['diversity']
         return dict(loss=loss, **terms)

@@ -1,6 +1,6 @@
 """What images are optimised for: priors, BatchNorm statistics, diversity (Eq. 8 and 10 to 16)."""
 import math
-from typing import Any, List, Tuple
+from typing import Any, Dict, Tuple
 
 import torch
 import torch.nn as nn
@@ -29,7 +29,7 @@ def l2_prior(images: torch.Tensor) -> torch.Tensor:
 
 
 class _Moments(torch.autograd.Function):
-    """The input (B, C, H, W) itself, and its mean and biased variance per channel (C,), in one pass.
+    """The input (B, C, ...) itself, and its mean and biased variance per channel (C,), in one pass.
 
     The backward adds their gradients to the input's in place: what a BatchNorm layer hands back is nobody else's.
     """
@@ -50,7 +50,7 @@ class _Moments(torch.autograd.Function):
         count = x.numel() // x.shape[1]
         slope = 2. / count * grad_var
         offset = grad_mean / count - slope * mean
-        slope, offset = (t.to(x.dtype).view(1, -1, 1, 1) for t in (slope, offset))
+        slope, offset = (t.to(x.dtype).view(1, -1, *[1] * (x.ndim - 2)) for t in (slope, offset))
         return grad.addcmul_(x, slope).add_(offset)
 
 
@@ -96,21 +96,21 @@ class BatchNormStats:
         self._layer = torch.repeat_interleave(torch.arange(len(layers), device=means.device), sizes)
         self._weights = means.new_ones(len(layers))
         self._weights[0] = first_weight
-        self._moments: List[Tuple[torch.Tensor, torch.Tensor]] = []
+        self._moments: Dict[nn.Module, Tuple[torch.Tensor, torch.Tensor]] = {}
         self._handles = [m.register_forward_pre_hook(self._measure) for m in layers]
 
     def _measure(self, module: nn.Module, args: Tuple[torch.Tensor, ...]) -> Tuple[torch.Tensor, ...]:
         if not torch.is_grad_enabled():
             return args
         x, mean, var = _Moments.apply(args[0])
-        self._moments.append((mean, var))
+        self._moments[module] = (mean, var)  # layers may run in another order than they are listed in
         return (x, *args[1:])
 
     def loss(self) -> torch.Tensor:
         """R_BN of the latest forward, which it forgets."""
         if len(self._moments) != len(self.layers):
-            raise RuntimeError(f'{len(self._moments)} of {len(self.layers)} BatchNorm layers have seen the batch once.')
-        moments = torch.stack([torch.cat(values) for values in zip(*self._moments)])
+            raise RuntimeError(f'{len(self._moments)} of {len(self.layers)} BatchNorm layers have seen the batch.')
+        moments = torch.stack([torch.cat(values) for values in zip(*(self._moments[m] for m in self.layers))])
         self._moments.clear()
         squares = ((moments - self._targets) / self._scales).square()
         sums = squares.new_zeros(2, len(self.layers)).index_add(1, self._layer, squares)

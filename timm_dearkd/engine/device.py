@@ -62,7 +62,7 @@ def select_device(name: Optional[str]) -> Tuple[torch.device, Ranks]:
     ranks = Ranks(result['global_rank'], result['local_rank'], result['world_size'])
     of = f', {ranks.world_size} processes' if ranks.distributed else ''
     if ranks.is_primary:
-        _logger.info(f'Training on {result["device"]}{of}.')
+        _logger.info(f'Running on {result["device"]}{of}.')
     return torch.device(result['device']), ranks
 
 

@@ -17,7 +17,8 @@ def folder(tmp_path):
     rng = np.random.default_rng(0)
     picture = rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)
     for name, images in (
-        ('same', [picture] * 4), ('apart', [np.full((24, 24), 60 * i, np.uint8) for i in range(4)]), ('alone', [picture]),
+        ('same', [picture] * 4),
+        ('apart', [np.full((24, 24), 60 * i, np.uint8) for i in range(4)]), ('alone', [picture]),
     ):
         (tmp_path / 'images' / name).mkdir(parents=True)
         for i, image in enumerate(images):
@@ -99,6 +100,8 @@ ERRORS = {
     'empty': (['EMPTY'], 'no class with two'),
     'broken': (['BROKEN'], 'broken.png can not be read'),
     'pairs': (['FOLDER', '--pairs-per-class', '0'], 'expected 1 or more'),
+    'no maps': (['FOLDER', '--model', 'test_vit', '--checkpoint', 'VIT'], 'not feature maps'),
+    'device': (['FOLDER', '--device', 'cuda:77'], 'is not available here'),
     'model': (['FOLDER', '--model', 'resnet26x'], 'nearest timm names'),
 }
 
@@ -110,7 +113,8 @@ def test_errors_are_one_line_and_status_2(case, folder, cnn, tmp_path, capsys):
     (tmp_path / 'bad' / 'a').mkdir(parents=True)
     for name in ('broken.png', 'other.png'):
         (tmp_path / 'bad' / 'a' / name).write_bytes(b'nothing')
-    replaced = {'EMPTY': tmp_path / 'empty', 'BROKEN': tmp_path / 'bad', 'FOLDER': folder}
+    torch.save(timm.create_model('test_vit', num_classes=3).state_dict(), tmp_path / 'vit.pth')
+    replaced = {'VIT': tmp_path / 'vit.pth', 'EMPTY': tmp_path / 'empty', 'BROKEN': tmp_path / 'bad', 'FOLDER': folder}
     args = ['diversity', *(str(replaced.get(a, a)) for a in args)]
     with pytest.raises(SystemExit) as e:
         main(args if '--model' in args else [*args, '--model', str(cnn)])

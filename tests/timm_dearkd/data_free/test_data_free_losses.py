@@ -103,6 +103,22 @@ def test_competition():
     assert competition_loss(far, far.flip(1)).item() == pytest.approx(1 - math.log(2), rel=1e-6)
 
 
+def test_gradient_of_the_competition():
+    """Against finite differences."""
+    teacher, student = numbers(3, 4).float(), numbers(3, 4, seed=1).float().requires_grad_()
+    gradient, = torch.autograd.grad(competition_loss(teacher, student), student)
+    for index in np.ndindex(3, 4):
+        step = torch.zeros(3, 4)
+        step[index] = 0.05
+        difference = competition_loss(teacher, student + step) - competition_loss(teacher, student - step)
+        assert gradient[index].item() == pytest.approx(difference.item() / 0.1, abs=2e-5)
+
+
+def _rows(x):
+    """(B, C, ...) as (values, C)."""
+    return x.double().transpose(0, 1).flatten(1).T
+
+
 class Net(nn.Module):
     """BatchNorm with statistics of its own after two convolutions, with a shortcut between them."""
 
@@ -167,19 +183,26 @@ def test_gradient_of_batch_norm_statistics():
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize('name', ['resnet18', 'regnety_002', 'efficientnet_lite0', 'densenet121'])
+@pytest.mark.parametrize('name', [
+    'resnet18', 'efficientnet_lite0', 'densenet121',
+    'repvgg_a0',  # runs its layers in another order than it lists them in
+    'repvit_m0_9',  # BatchNorm1d in its head
+])
 def test_every_batch_norm_of_a_timm_cnn(name):
     model = timm.create_model(name, num_classes=3).eval().requires_grad_(False)
     inputs = {}
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    for layer in layers.values():  # statistics that differ between layers
+        layer.running_mean.normal_()
+        layer.running_var.uniform_(0.5, 2)
     handles = [m.register_forward_pre_hook(lambda m, args, n=n: inputs.update({n: args[0]})) for n, m in layers.items()]
-    x = torch.randn(2, 3, 64, 64)
+    x = torch.randn(3, 3, 64, 64)
     before = model(x)
     for handle in handles:
         handle.remove()
     expected = sum(
-        (inputs[n].double().mean((0, 2, 3)) - m.running_mean).norm()
-        + (inputs[n].double().var((0, 2, 3), correction=0) - m.running_var).norm() for n, m in layers.items())
+        (_rows(inputs[n]).mean(0) - m.running_mean).norm()
+        + (_rows(inputs[n]).var(0, correction=0) - m.running_var).norm() for n, m in layers.items())
     with BatchNormStats(model) as stats:
         assert model(x).equal(before)
         assert stats.loss().item() == pytest.approx(expected.item(), rel=1e-4)

@@ -25,14 +25,14 @@ TARGETS = torch.tensor([0, 0, 1, 1, 2, 2])
 def test_targets_go_round():
     """Each batch has distinct classes, all come equally often, and the order depends on the seed."""
     classes = [3, 5, 7, 9, 11]
-    batches = [batch_targets(b, classes, 2, 3, seed=1) for b in range(10)]
+    batches = batch_targets(30, classes, 3, 2, seed=1)
     for targets in batches:
-        assert targets.shape == (6,) and targets[0] == targets[1] == targets[2]
+        assert targets.shape == (6,) and targets.unique().numel() == 3 and targets[0] == targets[1]
     counts = torch.cat(batches).bincount(minlength=12)
-    assert counts[classes].tolist() == [12] * 5 and counts.sum() == 60
-    others = [batch_targets(b, classes, 2, 3, seed=2) for b in range(10)]
-    assert not all(a.equal(b) for a, b in zip(batches, others))
-    assert batch_targets(7, [4], 6, 2).tolist() == [4, 4]
+    assert counts[classes].tolist() == [36] * 5 and counts.sum() == 180
+    assert all(a.equal(b) for a, b in zip(batches, batch_targets(7, classes, 3, 2, seed=1)))
+    assert not all(a.equal(b) for a, b in zip(batches, batch_targets(30, classes, 3, 2, seed=2)))
+    assert batch_targets(2, [4], 6, 2)[1].tolist() == [4, 4]
 
 
 def test_the_sum_is_equation_8():
@@ -85,6 +85,28 @@ def test_a_competitor_of_another_normalisation_and_size():
     torch.testing.assert_close(inverter._compete(images), expected, atol=1e-4, rtol=1e-4)
     gradient, = torch.autograd.grad(inverter.losses(images, TARGETS)['diversity'], images)
     assert gradient.abs().sum() > 0
+
+
+def test_a_competitor_that_knows_some_of_the_classes():
+    """Both distributions are over the student's classes, in the student's order."""
+    student = timm.create_model('test_dearkd', num_classes=2, img_size=32)
+    inverter = make(diversity='adi', student=student, student_classes=[3, 1])
+    images = torch.randn(6, 3, 32, 32)
+    with torch.no_grad():
+        logits, own = inverter.model(images)[:, [3, 1]], inverter._compete(images)
+        p, q = (x.double().div(3).softmax(1) for x in (logits, own))
+        m = (p + q) / 2
+        expected = 1 - ((p * (p / m).log()).sum(1) + (q * (q / m).log()).sum(1)).mean() / 2
+    assert inverter.losses(images, TARGETS)['diversity'].item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize('size', [8, 15])
+def test_a_size_that_the_cnn_does_not_take(size):
+    model = timm.create_model('inception_v3', num_classes=3)
+    inverter = Inverter(model, MEAN, STD, [Resolution(96, 1, 0.1), Resolution(size, 1, 0.1)])
+    with pytest.raises(ValueError, match=f'does not take images of {size} pixels'):
+        inverter.check_sizes()
+    make().check_sizes()
 
 
 def test_a_loss_that_is_not_finite_ends_the_batch():
