@@ -29,19 +29,22 @@ make_images() {
 # a DearKD student, the same for all: the labels are the CNN's throughout, for it alone knows what a shifted image shows
 train_student() {
     data=$1; name=$2; shift 2
-    OMP_NUM_THREADS=2 python train.py "$OUT/$data" -c recipes/digits.yaml --model dearkd_nano_patch4_32 \
+    python train.py "$OUT/$data" -c recipes/digits.yaml --model dearkd_nano_patch4_32 \
         --kd-model-name "local-dir:$OUT/teacher" --dearkd-alpha 1.0 --dearkd-stage1-epochs 50 --color-jitter 0.3 \
         --batch-size 40 --epochs 50 --val-interval 50 --seed "$SEED" \
         --output "$OUT" --experiment "student_$name" --resume auto "$@"
 }
 
+# two students at a time, one on each core; the one of the plain images then competes in ADI
 make_images none --diversity none
+train_student data real --train-fraction 0.382 &
 train_student none none
+wait $!
 make_images adi --diversity adi --adi-weight 1 --student "local-dir:$OUT/student_none"
-train_student adi adi
 make_images intra --diversity intra --ep-weight 0.2 --triplet-weight 0.02
+train_student adi adi &
 train_student intra intra
-train_student data real --train-fraction 0.382
+wait $!
 
 # table 6: how far apart the images of a class are, by the CNN's features
 python -m timm_dearkd.analysis diversity "$OUT/none" "$OUT/adi" "$OUT/intra" "$OUT/data/train" \
