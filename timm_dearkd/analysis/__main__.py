@@ -4,9 +4,9 @@ from typing import Optional, Sequence
 
 from timm.utils import setup_default_logging
 
-from . import diversity
+from . import attention_distance, diversity
 
-TOOLS = {'diversity': diversity}
+TOOLS = {'attention-distance': attention_distance, 'diversity': diversity}
 
 
 def build_parser() -> argparse.ArgumentParser:
