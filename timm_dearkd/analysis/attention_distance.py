@@ -12,8 +12,8 @@ from timm.layers import Attention
 
 from distill_hooks import create_teacher
 from timm_dearkd.attention import ConvAttention
-from timm_dearkd.data_free.dataset import write_bytes
 from timm_dearkd.engine.device import select_device
+from timm_dearkd.engine.output import write_bytes
 
 __all__ = ['attention_distances', 'attention_weights', 'mean_distances', 'plot_distances']
 

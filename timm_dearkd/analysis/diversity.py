@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from distill_hooks import FeatureCapture, create_teacher
 from distill_hooks.teacher import input_normalisation
-from timm_dearkd.data_free.dataset import write_bytes
 from timm_dearkd.engine.device import select_device
+from timm_dearkd.engine.output import write_bytes
 
 __all__ = ['FeatureDistance', 'LPIPSDistance', 'class_pairs', 'measure_diversity']
 

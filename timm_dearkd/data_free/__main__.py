@@ -18,8 +18,9 @@ import timm_dearkd
 from distill_hooks import Teacher, create_teacher
 from distill_hooks.teacher import input_normalisation
 from timm_dearkd.engine.device import Precision, Ranks, select_device
+from timm_dearkd.engine.output import write_bytes
 
-from .dataset import FORMATS, SyntheticSet, folder_name, write_bytes
+from .dataset import FORMATS, SyntheticSet, folder_name
 from .inversion import DIVERSITIES, Inverter, LossWeights, Resolution, batch_targets
 from .look import contact_sheet, loss_curves
 

@@ -5,7 +5,6 @@ A batch counts once `batches/NUMBER.json` is there, which is written last; a run
 import csv
 import io
 import json
-import os
 import re
 import tarfile
 from pathlib import Path
@@ -14,21 +13,11 @@ from typing import Any, Dict, Iterator, List, Sequence, Set, Tuple
 from PIL import Image
 from timm.utils.misc import natural_key
 
-__all__ = ['FORMATS', 'SyntheticSet', 'folder_name', 'write_bytes']
+from timm_dearkd.engine.output import write_bytes
+
+__all__ = ['FORMATS', 'SyntheticSet', 'folder_name']
 
 FORMATS = ('folder', 'wds')
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _png(image: Image.Image) -> bytes:

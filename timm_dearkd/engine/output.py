@@ -21,7 +21,7 @@ from .interrupt import TrainingError
 
 __all__ = [
     'AtomicCheckpointSaver', 'Position', 'complete_export', 'export_model', 'find_checkpoint', 'remove_recovery',
-    'resume_run', 'save_images', 'trim_summary', 'write_text',
+    'resume_run', 'save_images', 'trim_summary', 'write_bytes', 'write_text',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -199,12 +199,21 @@ def resume_run(
     return position._replace(epoch=run['epoch'], update=update, meter=within['meter'])
 
 
-def write_text(folder: str, name: str, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file under a temporary name and rename it."""
-    temporary = Path(folder) / f'.{name}.tmp'
-    with temporary.open('w', newline='') as f:
-        f.write(text)
-    os.replace(temporary, Path(folder) / name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(folder: str, name: str, text: str) -> None:
+    """`write_bytes` for text."""
+    write_bytes(Path(folder) / name, text.encode())
 
 
 def export_model(
