@@ -19,6 +19,7 @@ torch.fx.wrap('maybe_add_mask')
 torch.fx.wrap('resolve_self_attn_mask')
 
 RPE_DROP_MODES = ('element', 'query')
+RPE_DELTAS = ('grid', 'zero', 'normal')
 
 
 class AdaptiveRelPos(nn.Module):
@@ -45,9 +46,11 @@ class AdaptiveRelPos(nn.Module):
             serves the whole batch.
         drop_mode: 'element' drops single scores, and needs the (heads, T, T) form to do it; 'query' drops all
             positional scores of a query token at once and keeps the factorised form.
+        alpha: Sharpness that all heads start with.
+        delta: Offsets that the heads start with: the centred 'grid', 'zero', or 'normal', N(0, 1) for each.
 
     Raises:
-        ValueError: Unknown `drop_mode`, or a `drop_rate` outside [0, 1).
+        ValueError: Unknown `drop_mode` or `delta`, or a `drop_rate` outside [0, 1).
     """
 
     grid_size: Tuple[int, int]
@@ -63,12 +66,16 @@ class AdaptiveRelPos(nn.Module):
             num_prefix_tokens: int = 1,
             drop_rate: float = 0.,
             drop_mode: str = 'element',
+            alpha: float = 1.,
+            delta: str = 'grid',
             device=None,
             dtype=None,
     ) -> None:
         super().__init__()
         if drop_mode not in RPE_DROP_MODES:
             raise ValueError(f'Unknown rpe drop_mode {drop_mode!r}, expected one of {", ".join(RPE_DROP_MODES)}.')
+        if delta not in RPE_DELTAS:
+            raise ValueError(f'Unknown rpe delta {delta!r}, expected one of {", ".join(RPE_DELTAS)}.')
         if not 0. <= drop_rate < 1.:
             raise ValueError(f'rpe drop_rate is {drop_rate}, expected a rate in [0, 1).')
         dd = {'device': device, 'dtype': dtype}
@@ -76,6 +83,7 @@ class AdaptiveRelPos(nn.Module):
         self.num_prefix_tokens = num_prefix_tokens
         self.drop_rate = drop_rate
         self.drop_mode = drop_mode
+        self.initial = (alpha, delta)
         self.alpha = nn.Parameter(torch.empty(num_heads, **dd))
         self.delta = nn.Parameter(torch.empty(num_heads, 2, **dd))
         # Constants of the token grid, in float32 whatever the model's dtype
@@ -85,14 +93,20 @@ class AdaptiveRelPos(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set alpha to 1 and delta to the offsets of a centred floor(sqrt(h)) x ceil(h / floor(sqrt(h))) grid."""
+        """Set alpha and delta to where they start; the 'grid' is floor(sqrt(h)) x ceil(h / floor(sqrt(h))), centred."""
+        alpha, delta = self.initial
         rows = math.isqrt(self.num_heads)
         cols = -(-self.num_heads // rows)
         with torch.no_grad():
             index = torch.arange(self.num_heads, device=self.delta.device)
             offsets = torch.stack([index // cols - (rows - 1) / 2, index % cols - (cols - 1) / 2], dim=1)
-            self.alpha.fill_(1.)
-            self.delta.copy_(offsets)
+            self.alpha.fill_(alpha)
+            if delta == 'grid':
+                self.delta.copy_(offsets)
+            elif delta == 'normal':
+                self.delta.normal_()
+            else:
+                self.delta.zero_()
 
     def train(self, mode: bool = True) -> 'AdaptiveRelPos':
         """Set the mode; what inference cached goes when training begins."""
@@ -320,6 +334,8 @@ class ConvAttention(Attention):
         num_prefix_tokens: Tokens in front of the patches, which have no position.
         rpe_drop_rate: Dropout rate of the positional scores, see `AdaptiveRelPos`.
         rpe_drop_mode: 'element' or 'query', see `AdaptiveRelPos`.
+        rpe_alpha: Sharpness that all heads start with.
+        rpe_delta: Offsets that they start with: 'grid', 'zero' or 'normal', see `AdaptiveRelPos`.
     """
 
     qk_norm: Final[bool]
@@ -332,6 +348,8 @@ class ConvAttention(Attention):
             num_prefix_tokens: int = 1,
             rpe_drop_rate: float = 0.,
             rpe_drop_mode: str = 'element',
+            rpe_alpha: float = 1.,
+            rpe_delta: str = 'grid',
             device=None,
             dtype=None,
             **kwargs,
@@ -344,6 +362,8 @@ class ConvAttention(Attention):
             num_prefix_tokens=num_prefix_tokens,
             drop_rate=rpe_drop_rate,
             drop_mode=rpe_drop_mode,
+            alpha=rpe_alpha,
+            delta=rpe_delta,
             device=device,
             dtype=dtype,
         )
@@ -356,6 +376,8 @@ class ConvAttention(Attention):
             num_prefix_tokens: int = 1,
             rpe_drop_rate: float = 0.,
             rpe_drop_mode: str = 'element',
+            rpe_alpha: float = 1.,
+            rpe_delta: str = 'grid',
     ) -> 'ConvAttention':
         """Make MHCA out of a timm `Attention`, keeping its submodules (so its weights) and settings."""
         mhca = cls(
@@ -376,6 +398,8 @@ class ConvAttention(Attention):
             num_prefix_tokens=num_prefix_tokens,
             drop_rate=rpe_drop_rate,
             drop_mode=rpe_drop_mode,
+            alpha=rpe_alpha,
+            delta=rpe_delta,
             device=attn.qkv.weight.device,
             dtype=attn.qkv.weight.dtype,
         )

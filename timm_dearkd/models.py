@@ -65,7 +65,7 @@ class MhcaMixin(VisionTransformer if TYPE_CHECKING else object):  # type: ignore
         return super().no_weight_decay() | rpe
 
 
-def _convert_blocks(model: VisionTransformer, num_blocks: int, rpe_drop_rate: float, rpe_drop_mode: str) -> None:
+def _convert_blocks(model: VisionTransformer, num_blocks: int, **rpe_kwargs: Any) -> None:
     """Turn the attention of the first blocks into MHCA, in place."""
     if not 0 <= num_blocks <= len(model.blocks):
         raise ValueError(
@@ -86,8 +86,7 @@ def _convert_blocks(model: VisionTransformer, num_blocks: int, rpe_drop_rate: fl
             cast(Attention, block.attn),
             model.patch_embed.grid_size,
             num_prefix_tokens=model.num_prefix_tokens,
-            rpe_drop_rate=rpe_drop_rate,
-            rpe_drop_mode=rpe_drop_mode,
+            **rpe_kwargs,
         )
 
 
@@ -100,6 +99,8 @@ class DearKD(MhcaMixin, VisionTransformer):
         num_mhca_blocks: How many of the first blocks use MHCA; 0 gives the plain ViT. The paper has 8 of 12.
         rpe_drop_rate: Dropout rate of the positional scores when training.
         rpe_drop_mode: 'element' (single scores) or 'query' (all scores of a token, cheaper). Our choice.
+        rpe_alpha: Sharpness that all heads start with. Our choice.
+        rpe_delta: Offsets that they start with, 'grid', 'zero' or 'normal', see `AdaptiveRelPos`. Our choice.
 
     Raises:
         ValueError: `num_mhca_blocks` beyond the depth, a `patch_drop_rate`, or an attention that can't be MHCA.
@@ -112,10 +113,14 @@ class DearKD(MhcaMixin, VisionTransformer):
             num_mhca_blocks: int = 8,
             rpe_drop_rate: float = 0.,
             rpe_drop_mode: str = 'element',
+            rpe_alpha: float = 1.,
+            rpe_delta: str = 'grid',
             **kwargs,
     ) -> None:
         super().__init__(*args, **kwargs)
-        _convert_blocks(self, num_mhca_blocks, rpe_drop_rate, rpe_drop_mode)
+        _convert_blocks(
+            self, num_mhca_blocks, rpe_drop_rate=rpe_drop_rate, rpe_drop_mode=rpe_drop_mode, rpe_alpha=rpe_alpha,
+            rpe_delta=rpe_delta)
 
 
 class DearKDDistilled(MhcaMixin, VisionTransformerDistilled):
@@ -131,18 +136,20 @@ def add_mhca(
         num_blocks: int = 8,
         rpe_drop_rate: float = 0.,
         rpe_drop_mode: str = 'element',
-        alpha: Optional[float] = None,
+        rpe_alpha: float = 1.,
+        rpe_delta: str = 'grid',
 ) -> VisionTransformer:
     """Turn the first blocks of a timm `VisionTransformer` into MHCA blocks, in place, keeping its weights.
 
-    With alpha = 0 the positional scores vanish and the outputs are the original's.
+    With `rpe_alpha` = 0 the positional scores vanish and the outputs are the original's.
 
     Args:
         model: A timm VisionTransformer (or DeiT), pretrained or not, with registers or without [CLS].
         num_blocks: How many of the first blocks to convert.
         rpe_drop_rate: Dropout rate of the positional scores when training.
         rpe_drop_mode: 'element' or 'query', see `DearKD`.
-        alpha: Initial sharpness of all heads; None keeps the default, 1.
+        rpe_alpha: Sharpness that all heads start with.
+        rpe_delta: Offsets that they start with, see `DearKD`.
 
     Returns:
         The same model, its class now the subclass of what it was that tells MHCA the token grid.
@@ -156,12 +163,10 @@ def add_mhca(
         raise ValueError(
             f'MHCA can be added to timm VisionTransformers, not to a {type(model).__name__}.'
             ' Use a vit_*, deit_* or deit3_* architecture.')
-    _convert_blocks(model, num_blocks, rpe_drop_rate, rpe_drop_mode)
+    _convert_blocks(
+        model, num_blocks, rpe_drop_rate=rpe_drop_rate, rpe_drop_mode=rpe_drop_mode, rpe_alpha=rpe_alpha,
+        rpe_delta=rpe_delta)
     model.__class__ = _MHCA_CLASSES[type(model)]
-    if alpha is not None:
-        for name, parameter in model.named_parameters():
-            if name.endswith('.rpe.alpha'):
-                nn.init.constant_(parameter, alpha)
     return model
 
 
@@ -275,7 +280,8 @@ def dearkd_from(
         num_mhca_blocks: int = 8,
         rpe_drop_rate: float = 0.,
         rpe_drop_mode: str = 'element',
-        alpha: Optional[float] = None,
+        rpe_alpha: float = 1.,
+        rpe_delta: str = 'grid',
         **kwargs,
 ) -> VisionTransformer:
     """Any timm `VisionTransformer` with MHCA in its first blocks, buildable by name.
@@ -287,7 +293,8 @@ def dearkd_from(
         num_mhca_blocks: How many of its first blocks to convert, see `add_mhca`.
         rpe_drop_rate: Dropout rate of the positional scores when training.
         rpe_drop_mode: 'element' or 'query', see `DearKD`.
-        alpha: Initial sharpness of all heads; None is 1, and 0 starts as the base.
+        rpe_alpha: Sharpness that all heads start with; 0 starts as the base.
+        rpe_delta: Offsets that they start with, see `DearKD`.
     """
     own_cfg = kwargs.get('pretrained_cfg')
     sources = ('file', 'hf_hub_id', 'url', 'state_dict')
@@ -302,7 +309,8 @@ def dearkd_from(
 
     def build(**model_kwargs) -> VisionTransformer:
         model = timm.create_model(base, **base_kwargs, **model_kwargs)
-        return add_mhca(cast(VisionTransformer, model), num_mhca_blocks, rpe_drop_rate, rpe_drop_mode, alpha)
+        return add_mhca(
+            cast(VisionTransformer, model), num_mhca_blocks, rpe_drop_rate, rpe_drop_mode, rpe_alpha, rpe_delta)
 
     if not has_own_weights:
         base_cfg = get_pretrained_cfg(base)

@@ -18,7 +18,7 @@ ANY_VIT = [
 def test_add_mhca_keeps_any_vit(name):
     """With alpha = 0 the outputs are the original's, in training form and in inference form."""
     original = timm.create_model(name, img_size=56 if '14' in name else 64).eval()
-    model = add_mhca(copy.deepcopy(original), num_blocks=4, alpha=0.)
+    model = add_mhca(copy.deepcopy(original), num_blocks=4, rpe_alpha=0.)
     assert type(model) is not type(original) and isinstance(model, type(original))
     x = torch.randn(2, 3, *original.patch_embed.img_size)
     expected = original(x)
@@ -73,8 +73,18 @@ def test_dearkd_from_starts_from_the_weights_of_its_base(tmp_path):
     path = tmp_path / 'base.pth'
     torch.save(base.state_dict(), path)
     model = timm.create_model(
-        'dearkd_from', base='test_vit', num_mhca_blocks=2, num_classes=4, alpha=0., pretrained=True,
+        'dearkd_from', base='test_vit', num_mhca_blocks=2, num_classes=4, rpe_alpha=0., pretrained=True,
         pretrained_cfg_overlay=dict(file=str(path), num_classes=4))
     assert model.blocks[0].attn.qkv.weight.equal(base.blocks[0].attn.qkv.weight)
     x = torch.randn(1, 3, 160, 160)
     torch.testing.assert_close(model.eval()(x), base.eval()(x), atol=1e-5, rtol=1e-4)
+
+
+def test_the_start_of_alpha_and_delta_can_be_chosen():
+    rpe = timm.create_model('test_dearkd', rpe_alpha=0.3, rpe_delta='zero').blocks[0].attn.rpe
+    assert rpe.alpha.tolist() == pytest.approx([0.3, 0.3]) and not rpe.delta.any()
+    torch.manual_seed(0)
+    first, second = (timm.create_model('test_dearkd', rpe_delta='normal').blocks[0].attn.rpe.delta for _ in range(2))
+    assert not torch.equal(first, second) and first.abs().max() < 6
+    with pytest.raises(ValueError, match="rpe delta 'ring', expected one of grid, zero, normal"):
+        timm.create_model('test_dearkd', rpe_delta='ring')

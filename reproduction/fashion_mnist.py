@@ -1,0 +1,88 @@
+"""Write Fashion-MNIST (Xiao et al., 2017) as image folders, for `train.py` and any other tool that reads such.
+
+    python reproduction/fashion_mnist.py DIR [--source FOLDER]
+
+DIR/train and DIR/validation are the 60,000 training and the 10,000 test images. DIR/tuning has the same training
+images in two parts: `train`, and 5,000 of them, 500 of each class, set aside as `validation`, on which all choices are
+made. They are links, so that nothing lies there twice.
+"""
+import argparse
+import gzip
+import os
+import shutil
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+from PIL import Image
+from torchvision.datasets import FashionMNIST
+from tqdm import tqdm
+
+DEBIAN_FOLDER = Path('/usr/share/datasets/fashion-mnist')  # of the package dataset-fashion-mnist
+NUM_SET_ASIDE = 500  # of each class
+
+
+def find_source(source: Optional[Path], folder: Path) -> Path:
+    """The folder with the four idx files, gzipped or not; downloaded by torchvision where there is none.
+
+    Raises:
+        FileNotFoundError: `source` has none.
+        OSError: The download fails.
+    """
+    for candidate in (source,) if source else (DEBIAN_FOLDER,):
+        if any(candidate.glob('train-images-idx3-ubyte*')):
+            return candidate
+    if source:
+        raise FileNotFoundError(f'{source} has no train-images-idx3-ubyte.gz. Name the folder of the four idx files.')
+    try:
+        FashionMNIST(str(folder), download=True)
+    except (OSError, RuntimeError) as e:
+        raise OSError(
+            f'Fashion-MNIST can not be downloaded ({e}). Install it (apt-get install dataset-fashion-mnist), or name'
+            ' the folder of its four idx files with --source.') from e
+    return folder / 'FashionMNIST' / 'raw'
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """An idx file of bytes, gzipped or not."""
+    packed = path.with_name(f'{path.name}.gz')
+    content = gzip.decompress(packed.read_bytes()) if packed.exists() else path.read_bytes()
+    shape = np.frombuffer(content, '>i4', count=content[3], offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape)
+
+
+def write_fashion_mnist(folder: Path, source: Optional[Path] = None) -> None:
+    """Write the folders, unless they are there. See the module."""
+    if folder.exists():
+        return
+    temporary = folder.with_name(f'.{folder.name}.tmp')
+    shutil.rmtree(temporary, ignore_errors=True)
+    source = find_source(source, temporary)
+    for split, name in (('train', 'train'), ('validation', 't10k')):
+        labels = read_idx(source / f'{name}-labels-idx1-ubyte')
+        images = read_idx(source / f'{name}-images-idx3-ubyte')
+        count = dict.fromkeys(range(10), 0)
+        for index, (image, label) in enumerate(zip(tqdm(images, desc=split, unit='image', leave=False), labels)):
+            path = temporary / split / str(label) / f'{index:05d}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+            if split == 'train':
+                count[label] += 1
+                part = 'validation' if count[label] <= NUM_SET_ASIDE else 'train'
+                link = temporary / 'tuning' / part / str(label) / path.name
+                link.parent.mkdir(parents=True, exist_ok=True)
+                os.link(path, link)
+    shutil.rmtree(temporary / 'FashionMNIST', ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('folder', type=Path)
+    parser.add_argument('--source', type=Path, help='folder of the four idx files, gzipped or not')
+    args = parser.parse_args()
+    write_fashion_mnist(args.folder, args.source)
+
+
+if __name__ == '__main__':
+    main()
