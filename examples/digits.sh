@@ -21,10 +21,11 @@ python train.py "$OUT/data" --train-split train_10pct -c recipes/digits.yaml \
     --model dearkd_nano_patch4_32 --model-kwargs num_mhca_blocks=0 \
     --batch-size 25 --epochs 120 --output "$OUT" --experiment vit
 
-# DearKD on the same 10 %, for as many epochs; stage I is the first 5/6 of them
+# DearKD on the same 10 %, for as many epochs; stage I is the first 5/6 of them. At the end it writes report.html
 python train.py "$OUT/data" --train-split train_10pct -c recipes/digits.yaml \
     --model dearkd_nano_patch4_32 --kd-model-name "local-dir:$OUT/teacher" \
-    --batch-size 25 --epochs 120 --output "$OUT" --experiment dearkd
+    --batch-size 25 --epochs 120 --output "$OUT" --experiment dearkd \
+    --track-attention-distance --report
 
 # load all three again, evaluate them, print the table and draw the picture
 python examples/digits_report.py "$OUT"

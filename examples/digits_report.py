@@ -92,6 +92,7 @@ def main() -> None:
     print_table(args.output)
     picture = draw(args.output)
     print(f'\nPicture:  {picture}')
+    print(f'Report:   {args.output / "dearkd" / "report.html"}')
     print(f'Student:  {args.output / "dearkd"}  (model_best.safetensors, config.json, summary.csv, args.yaml)')
     name = f'local-dir:{args.output / "dearkd"}'
     print(f'Load it:  import timm, timm_dearkd; timm.create_model({name!r}, pretrained=True)')

@@ -10,6 +10,8 @@ import importlib
 import json
 import logging
 import os
+import shlex
+import sys
 from functools import partial
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
@@ -22,6 +24,8 @@ from timm.utils import distribute_bn, random_seed, setup_default_logging
 
 import timm_dearkd  # noqa: F401  registers the architectures
 from distill_hooks import DearKDTask
+from timm_dearkd.analysis.report import check_available as check_report
+from timm_dearkd.analysis.report import write_report
 from timm_dearkd.engine import build
 from timm_dearkd.engine.checks import check_args
 from timm_dearkd.engine.data import class_names
@@ -55,6 +59,8 @@ def prepare(argv: Optional[Sequence[str]] = None) -> Callable[[], None]:
     for module in args.device_modules or ():
         importlib.import_module(module)
     check_args(args)
+    if args.report:
+        check_report()
     device, ranks = select_device(args.device)
     if not ranks.is_primary:
         logging.getLogger().setLevel(logging.WARNING)
@@ -64,10 +70,11 @@ def prepare(argv: Optional[Sequence[str]] = None) -> Callable[[], None]:
     precision = Precision(device, getattr(torch, args.amp_dtype) if args.amp else None)
     if args.eval_only:
         return prepare_evaluation(args, precision, ranks)
-    return prepare_training(args, args_text, precision, ranks)
+    command = shlex.join(['python', 'train.py', *(sys.argv[1:] if argv is None else argv)])
+    return prepare_training(args, args_text, command, precision, ranks)
 
 
-def prepare_training(args, args_text: str, precision: Precision, ranks: Ranks) -> Callable[[], None]:
+def prepare_training(args, args_text: str, command: str, precision: Precision, ranks: Ranks) -> Callable[[], None]:
     """The data, the task and the schedules of a run."""
     device, is_auto = precision.device, args.resume == 'auto'
     folder = os.path.join(build.output_parent(args), args.experiment)
@@ -80,6 +87,7 @@ def prepare_training(args, args_text: str, precision: Precision, ranks: Ranks) -
     mixup = build.build_mixup(args, model.num_classes)
     loader_train = build.build_train_loader(args, train_set, data_config, mixup, device, ranks)
     loader_eval = build.build_eval_loader(args, eval_set, data_config, device, ranks)
+    distance_images = build.build_distance_images(args, eval_set, data_config, model, device)
 
     task = build.build_task(args, model, data_config, device, soft_targets=mixup is not None)
     optimizer = build.build_optimizer(args, task, device, ranks)
@@ -102,7 +110,10 @@ def prepare_training(args, args_text: str, precision: Precision, ranks: Ranks) -
         task.prepare_distributed(
             device_ids=[device] if device.type != 'cpu' else None,
             **(dict(broadcast_buffers=False) if args.no_ddp_bb else {}))
-    recorder = build.build_recorder(args, args_text, trainer, model, data_config, export, start)
+    run_info = build.describe_run(args, train_set, eval_set, model, precision, ranks)
+    run_info.update(command=command, epochs=epochs.stop)
+    recorder = build.build_recorder(
+        args, args_text, trainer, model, data_config, export, start, run_info, distance_images)
     return partial(fit, args, trainer, validator, recorder, start, epochs)
 
 
@@ -186,7 +197,19 @@ def fit(
         if recorder.saver.best_metric is not None:
             _logger.info(f'*** Best metric: {recorder.saver.best_metric:.4g} (epoch {recorder.saver.best_epoch})')
             _logger.info(f"*** Load it with timm.create_model('local-dir:{recorder.folder}', pretrained=True)")
+        if args.report:
+            report(recorder.folder, trainer.precision.device)
         print_results(recorder.results, args.eval_metric)
+
+
+def report(folder: str, device: torch.device) -> None:
+    """Write the report of a run that is over; whatever is wrong with it, the run is not."""
+    try:
+        _logger.info(f'*** Report: {write_report(folder, device=str(device))}')
+    except Exception as e:
+        _logger.warning(
+            f'The report could not be written ({type(e).__name__}: {" ".join(str(e).split())}). The run is complete.'
+            f' Once that is mended: python -m timm_dearkd.analysis report {folder}')
 
 
 def evaluate_epoch(args, trainer: Trainer, validator: Optional[Validator], label: str) -> Dict[str, float]:

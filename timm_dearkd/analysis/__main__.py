@@ -1,12 +1,16 @@
 """The command `python -m timm_dearkd.analysis TOOL ...`. Each tool is a module with `add_arguments` and `run`."""
 import argparse
+import logging
 from typing import Optional, Sequence
 
 from timm.utils import setup_default_logging
 
-from . import attention_distance, diversity
+from . import attention_distance, attention_map, compare, diversity, predict, report, throughput
 
-TOOLS = {'attention-distance': attention_distance, 'diversity': diversity}
+TOOLS = {
+    'attention-distance': attention_distance, 'attention-map': attention_map, 'compare': compare,
+    'diversity': diversity, 'predict': predict, 'report': report, 'throughput': throughput,
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,6 +27,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     setup_default_logging()
+    logging.getLogger('timm').setLevel(logging.WARNING)
     try:
         TOOLS[args.tool].run(args)
     except (OSError, ValueError) as e:

@@ -2,20 +2,29 @@
 import argparse
 import csv
 import io
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
-from timm.data import ImageDataset, create_transform, resolve_model_data_config
 from timm.layers import Attention
+from timm.utils import unwrap_model
 
-from distill_hooks import create_teacher
 from timm_dearkd.attention import ConvAttention
-from timm_dearkd.engine.device import select_device
 from timm_dearkd.engine.output import write_bytes
 
-__all__ = ['attention_distances', 'attention_weights', 'mean_distances', 'plot_distances']
+from .figures import new_figure, plain, plot_series, render, shade_stage2
+from .inputs import add_model_arguments, check_counts, load_images, load_model, output_path
+from .runs import open_run
+
+__all__ = [
+    'DistanceLog', 'attention_distances', 'attention_weights', 'mean_distances', 'plot_distances', 'plot_over_epochs',
+    'read_log',
+]
+
+LOG_NAME = 'attention_distance.csv'
+LOG_HEADER = ('epoch', 'layer', 'head', 'patches')
 
 
 def attention_weights(attention: Attention, x: torch.Tensor) -> torch.Tensor:
@@ -56,6 +65,15 @@ def mean_distances(weights: torch.Tensor, grid_size: Tuple[int, int]) -> torch.T
     return (weights * distances).sum(dim=-1).mean(dim=(0, 2))
 
 
+def attention_layers(model: nn.Module) -> List[Attention]:
+    layers: List[Any] = [getattr(block, 'attn', None) for block in getattr(model, 'blocks', ())]
+    if not layers or not all(isinstance(layer, Attention) for layer in layers):
+        raise ValueError(
+            f'{type(model).__name__} has no blocks with timm\'s Attention. Attention distance is for vision'
+            ' transformers such as dearkd_tiny_patch16_224 or deit_tiny_patch16_224.')
+    return layers
+
+
 @torch.no_grad()
 def attention_distances(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Mean attention distance of every layer and head of a ViT.
@@ -70,11 +88,7 @@ def attention_distances(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: A model without blocks of timm's `Attention`.
     """
-    layers: List[Any] = [getattr(block, 'attn', None) for block in getattr(model, 'blocks', ())]
-    if not layers or not all(isinstance(layer, Attention) for layer in layers):
-        raise ValueError(
-            f'{type(model).__name__} has no blocks with timm\'s Attention. Attention distance is for vision'
-            ' transformers such as dearkd_tiny_patch16_224 or deit_tiny_patch16_224.')
+    layers = attention_layers(model)
     grid_size = model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))  # type: ignore[union-attr, operator]
     results: List[torch.Tensor] = []
     handles = [
@@ -84,7 +98,7 @@ def attention_distances(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     ]
     training = model.training
     try:
-        model.eval()(images)
+        model.eval().forward(images)  # a compiled call would not run the hooks
     finally:
         model.train(training)
         for handle in handles:
@@ -92,79 +106,117 @@ def attention_distances(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return torch.stack(results)
 
 
-def load_images(model: nn.Module, folder: str, count: int) -> torch.Tensor:
-    """Images (count, C, H, W) of an image folder, spread over its classes, as a model takes them in validation.
+class DistanceLog:
+    """Attention distances of a model on a fixed batch, epoch after epoch, in `attention_distance.csv` of a run.
+
+    Args:
+        folder: Output folder of the run.
+        model: The model; it may be compiled, in wrappers, or trained in the meantime.
+        images: Normalised images (B, C, H, W) on the device.
+        autocast: Gives the context of the forward.
 
     Raises:
-        FileNotFoundError: No such folder.
-        ValueError: A folder without images.
+        ValueError: A model whose attention can not be seen.
     """
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f'No folder {folder!r}. Give one with images.')
-    config = resolve_model_data_config(model)
-    mode = 'L' if config['input_size'][0] == 1 else 'RGB'
-    try:
-        dataset = ImageDataset(folder, transform=create_transform(**config), input_img_mode=mode)
-    except RuntimeError as e:
-        raise ValueError(f'{folder!r} holds no images.') from e
-    places = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
-    return torch.stack([dataset[place][0] for place in places])
+
+    def __init__(self, folder: str, model: nn.Module, images: torch.Tensor, autocast: Callable[[], Any] = nullcontext):
+        self.path = Path(folder) / LOG_NAME
+        self.model, self.images, self.autocast = unwrap_model(model), images, autocast
+        attention_layers(self.model)
+
+    def record(self, epoch: int) -> None:
+        """Append the rows of an epoch."""
+        with self.autocast():
+            distances = attention_distances(self.model, self.images).tolist()
+        is_new = not self.path.exists() or not self.path.stat().st_size
+        with open(self.path, 'a', newline='') as f:
+            writer = csv.writer(f)
+            writer.writerows([LOG_HEADER] if is_new else [])
+            writer.writerows(
+                [epoch, layer, head, f'{value:.4f}']
+                for layer, heads in enumerate(distances, start=1) for head, value in enumerate(heads, start=1))
 
 
-def plot_distances(distances: Dict[str, torch.Tensor], patch_size: int) -> bytes:
-    """A PNG: every head as a point over its layer, and a line through the means, for each model.
+def read_log(folder: Union[str, Path]) -> Dict[int, Dict[int, List[float]]]:
+    """What a `DistanceLog` has written so far: the heads' distances by epoch and layer; empty if there is none."""
+    path = Path(folder) / LOG_NAME
+    epochs: Dict[int, Dict[int, List[float]]] = {}
+    if path.exists():
+        with open(path, newline='') as f:
+            for row in csv.DictReader(f):
+                try:
+                    epoch, layer, value = int(row['epoch']), int(row['layer']), float(row['patches'])
+                except (KeyError, TypeError, ValueError):  # a line may be half written
+                    continue
+                epochs.setdefault(epoch, {}).setdefault(layer, []).append(value)
+    return epochs
+
+
+def plot_distances(distances: Dict[str, torch.Tensor], patch_sizes: Sequence[int]) -> Any:
+    """A figure: every head as a point over its layer, and a line through the means, for each model.
 
     Args:
         distances: (layers, heads) by name, in patches.
-        patch_size: Pixels of a patch, for the second axis.
-
-    Raises:
-        ValueError: Without matplotlib.
+        patch_sizes: Of the models. If they are all the same, a second axis has the pixels.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise ValueError('The picture needs matplotlib: pip install "timm-dearkd[analysis]".') from e
-
-    def pixels(values: Any) -> Any:
-        return values * patch_size
-
-    def patches(values: Any) -> Any:
-        return values / patch_size
-
-    figure = Figure(figsize=(7, 4), layout='constrained')
-    axes = figure.subplots()
+    figure, ((axes,),) = new_figure()
     for i, (name, values) in enumerate(distances.items()):
         layers = range(1, len(values) + 1)
         for layer, heads in zip(layers, values.tolist()):
             axes.scatter([layer] * len(heads), heads, s=8, alpha=0.4, color=f'C{i}')
-        axes.plot(layers, values.mean(dim=1).tolist(), marker='o', color=f'C{i}', label=name)
+        axes.plot(layers, values.mean(dim=1).tolist(), marker='o', color=f'C{i}', label=plain(name))
     axes.set(xlabel='layer', ylabel='mean attention distance, patches', ylim=(0, None))
-    axes.secondary_yaxis('right', functions=(pixels, patches)).set_ylabel('pixels')
+    if len(set(patch_sizes)) == 1:
+        _add_pixels(axes, patch_sizes[0])
     axes.grid(alpha=0.3)
-    axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format='png', dpi=110)
-    return buffer.getvalue()
+    axes.legend(frameon=False)
+    return figure
+
+
+def plot_over_epochs(log: Dict[int, Dict[int, List[float]]], stage2_start: Optional[int] = None) -> Any:
+    """A figure: the mean over the heads of every layer over the epochs, stage II shaded.
+
+    Args:
+        log: See `read_log`.
+        stage2_start: First epoch of stage II, if there was one.
+    """
+    from matplotlib import colormaps
+
+    figure, ((axes,),) = new_figure()
+    layers = sorted({layer for by_layer in log.values() for layer in by_layer})
+    shade_stage2(axes, stage2_start, max(log))
+    for i, layer in enumerate(layers):
+        epochs = [epoch for epoch in sorted(log) if layer in log[epoch]]
+        means = [sum(log[epoch][layer]) / len(log[epoch][layer]) for epoch in epochs]
+        color = colormaps['viridis'](0.9 * i / max(1, len(layers) - 1))
+        plot_series(axes, epochs, means, color=color, label=f'layer {layer}')
+    axes.set(xlabel='epoch', ylabel='mean attention distance, patches', ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def _add_pixels(axes: Any, patch_size: int) -> None:
+    scale = axes.secondary_yaxis('right', functions=(lambda y: y * patch_size, lambda y: y / patch_size))
+    scale.set_ylabel('pixels')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     add = parser.add_argument
-    add('images', metavar='FOLDER', help='image folder: one folder per class')
-    add('--model', required=True, nargs='+', metavar='NAME', help='ViTs: timm names, local-dir: or run folders')
-    add('--checkpoint', metavar='FILE', help='weights of the first (their pretrained ones)')
+    add('images', metavar='FOLDER',
+        help='image folder, one folder per class; or the folder of a run that was trained with'
+        ' --track-attention-distance, for a plot over its epochs')
+    add_model_arguments(parser, 'attention_distance', required=False)
     add('--num-images', type=int, default=64)
-    add('--device', help='cuda, cpu, ... (the accelerator there is, else the CPU)')
-    add('--output', default='attention_distance', metavar='PREFIX', help='writes PREFIX.csv and PREFIX.png')
 
 
-def write_csv(distances: Dict[str, torch.Tensor], patch_size: int) -> bytes:
+def write_csv(distances: Dict[str, torch.Tensor], patch_sizes: Sequence[int]) -> bytes:
     """Rows of model, layer, head, distance in patches and in pixels."""
     text = io.StringIO(newline='')
     writer = csv.writer(text)
     writer.writerow(['model', 'layer', 'head', 'patches', 'pixels'])
-    for name, values in distances.items():
+    for (name, values), patch_size in zip(distances.items(), patch_sizes):
         for layer, heads in enumerate(values.tolist(), start=1):
             for head, value in enumerate(heads, start=1):
                 writer.writerow([name, layer, head, f'{value:.4f}', f'{value * patch_size:.2f}'])
@@ -173,19 +225,34 @@ def write_csv(distances: Dict[str, torch.Tensor], patch_size: int) -> bytes:
 
 def run(args: argparse.Namespace) -> None:
     """The command: a CSV, a picture, and the means by layer."""
-    if args.num_images < 1:
-        raise ValueError(f'--num-images {args.num_images}, expected 1 or more.')
-    device, _ = select_device(args.device)
+    check_counts(args, 'num_images')
+    new_figure()  # without matplotlib, no long work
+    if not args.model:
+        _run_over_epochs(args)
+        return
     distances: Dict[str, torch.Tensor] = {}
+    patch_sizes = []
     for i, name in enumerate(args.model):
-        model: Any = create_teacher(name, args.checkpoint if i == 0 else None, device=device)
+        model = load_model(name, args.checkpoint if i == 0 else None, args.device)
+        attention_layers(model)
+        device = next(model.parameters()).device
         batches = load_images(model, args.images, args.num_images).split(16)
         sums: Any = sum(attention_distances(model, batch.to(device)).cpu() * len(batch) for batch in batches)
         distances[name] = sums / sum(map(len, batches))
-    patch_size = model.patch_embed.patch_size[0]
-    prefix = Path(args.output)
-    write_bytes(prefix.with_name(f'{prefix.name}.csv'), write_csv(distances, patch_size))
-    write_bytes(prefix.with_name(f'{prefix.name}.png'), plot_distances(distances, patch_size))
+        patch_sizes.append(model.patch_embed.patch_size[0])
+    write_bytes(output_path(args.output, '.csv'), write_csv(distances, patch_sizes))
+    write_bytes(output_path(args.output, '.png'), render(plot_distances(distances, patch_sizes)))
     for name, values in distances.items():
         print(f'{name}: ' + ' '.join(f'{value:.2f}' for value in values.mean(dim=1).tolist()) + ' patches by layer')
-    print(f'{prefix}.csv, {prefix}.png')
+    print(f'{args.output}.csv, {args.output}.png')
+
+
+def _run_over_epochs(args: argparse.Namespace) -> None:
+    log = read_log(args.images)
+    if not log:
+        raise ValueError(
+            f'{args.images!r} has no {LOG_NAME}, which train.py --track-attention-distance writes. For an image folder,'
+            ' add --model NAME.')
+    figure = plot_over_epochs(log, open_run(args.images).stage2_start)
+    write_bytes(output_path(args.output, '.png'), render(figure))
+    print(f'{len(log)} epochs. {Path(args.images) / LOG_NAME}, {args.output}.png')

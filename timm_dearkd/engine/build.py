@@ -1,9 +1,11 @@
 """From options to objects. Beside the script itself, this is the one place that reads `args`."""
 import logging
 import os
+import platform
 from datetime import datetime
 from typing import Any, Callable, Dict, Optional, Tuple, cast
 
+import timm
 import torch
 import torch.nn as nn
 from PIL import ImageMode
@@ -21,9 +23,13 @@ from timm.task import (
     TrainingTask,
 )
 from timm.utils import set_jit_fuser
+from torch.utils.data import Subset
 
 from distill_hooks import DearKDTask, TwoStageSchedule, has_content_tokens, load_class_map, resolve_teacher
 
+from .._version import __version__
+from ..analysis.attention_distance import LOG_NAME, DistanceLog, attention_layers
+from ..analysis.inputs import spread
 from .data import (
     ClassFraction,
     SkipUnreadable,
@@ -37,26 +43,29 @@ from .data import (
     open_eval_dataset,
     set_image_mode,
 )
-from .device import Precision, Ranks
+from .device import SINGLE, Precision, Ranks
 from .loop import Stepper, Trainer, Validator
 from .output import (
     AtomicCheckpointSaver,
     Position,
     find_checkpoint,
     remove_recovery,
-    trim_summary,
+    trim_table,
+    write_run_info,
     write_text,
 )
 from .recorder import Recorder
 from .tracking import Tracker
 
 __all__ = [
-    'build_datasets', 'build_eval_loader', 'build_evaluation', 'build_mixup', 'build_optimizer', 'build_recorder',
-    'build_schedule', 'build_scheduler', 'build_student', 'build_task', 'build_train_loader', 'build_trainer',
-    'build_validator', 'images_per_update', 'output_parent',
+    'build_datasets', 'build_distance_images', 'build_eval_loader', 'build_evaluation', 'build_mixup',
+    'build_optimizer', 'build_recorder', 'build_schedule', 'build_scheduler', 'build_student', 'build_task',
+    'build_train_loader', 'build_trainer', 'build_validator', 'describe_run', 'images_per_update', 'output_parent',
 ]
 
 _logger = logging.getLogger(__name__)
+
+NUM_DISTANCE_IMAGES = 32
 
 
 def _dataset_kwargs(args) -> Dict[str, Any]:
@@ -517,8 +526,10 @@ def build_recorder(
         data_config: Dict[str, Any],
         export: Callable[..., None],
         start: Position,
+        run_info: Dict[str, Any],
+        distance_images: Optional[torch.Tensor] = None,
 ) -> Recorder:
-    """The output folder with `args.yaml`, and what writes into it."""
+    """The output folder with `args.yaml` and `run.json`, and what writes into it."""
     name = args.experiment or '-'.join([
         datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(data_config['input_size'][-1])])
     folder, saver = os.path.join(output_parent(args), name), None
@@ -526,8 +537,10 @@ def build_recorder(
     if is_primary:
         os.makedirs(folder, exist_ok=True)
         write_text(folder, 'args.yaml', args_text)
+        write_run_info(folder, first_epoch=start.epoch, **run_info)
         saver = _build_saver(args, folder, model, trainer)
-        trim_summary(os.path.join(folder, 'summary.csv'), start.epoch)
+        for table in ('summary.csv', LOG_NAME):
+            trim_table(os.path.join(folder, table), start.epoch)
     wandb = dict(
         project=args.wandb_project,
         name=args.experiment or None,
@@ -549,7 +562,48 @@ def build_recorder(
         recovery_interval=args.recovery_interval,
         export_ema=trainer.task.has_ema() and not args.model_ema_force_cpu,
         saves_images=args.save_images,
+        distance_log=DistanceLog(
+            folder, cast(nn.Module, trainer.task.get_eval_model()), distance_images, trainer.precision.autocast,
+        ) if distance_images is not None and is_primary else None,
     )
+
+
+def describe_run(args, train_set, eval_set, model: nn.Module, precision: Precision, ranks: Ranks) -> Dict[str, Any]:
+    """Data and environment, for `run.json`."""
+    def count(dataset) -> Optional[int]:
+        try:
+            return len(dataset)
+        except TypeError:  # a stream, or no data set
+            return None
+
+    device = precision.device
+    data = dict(train_images=count(train_set), validation_images=count(eval_set), classes=model.num_classes)
+    environment = dict(
+        device=torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{device}, {platform.processor()}',
+        processes=ranks.world_size,
+        precision=str(precision.amp_dtype or model_dtype(args)).replace('torch.', ''),
+        **{'timm-dearkd': __version__}, timm=timm.__version__, torch=torch.__version__,
+        python=platform.python_version(), system=platform.platform())
+    return dict(data={key: value for key, value in data.items() if value is not None}, environment=environment)
+
+
+def build_distance_images(args, eval_set, data_config: Dict[str, Any], model: nn.Module, device: torch.device):
+    """The validation images (B, C, H, W) that --track-attention-distance looks at; None without it.
+
+    They are spread over the validation set; of a stream they are the first.
+
+    Raises:
+        ValueError: There are none, or the model's attention can't be seen.
+    """
+    if not args.track_attention_distance:
+        return None
+    if eval_set is None:
+        raise ValueError('--track-attention-distance looks at validation images. Set --val-split.')
+    attention_layers(model)
+    if hasattr(eval_set, '__getitem__') and hasattr(eval_set, '__len__'):
+        eval_set = Subset(eval_set, spread(len(eval_set), NUM_DISTANCE_IMAGES))
+    kwargs = dict(_loader_kwargs(args, device, SINGLE), num_workers=0)
+    return next(iter(create_eval_loader(eval_set, data_config, NUM_DISTANCE_IMAGES, **kwargs)))[0]
 
 
 def _build_saver(args, folder: str, model: nn.Module, trainer: Trainer) -> AtomicCheckpointSaver:

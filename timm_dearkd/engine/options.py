@@ -295,6 +295,9 @@ def _add_run(group) -> None:
     add('--eval-only', action='store_true', help='evaluate the model on the validation split, and print JSON')
     add('--tta', type=int, default=0, metavar='N', help='2: evaluate each image with its mirror image')
     add('--save-images', action='store_true', help='write the training batches of the log lines')
+    add('--track-attention-distance', action='store_true',
+        help='after every epoch, write how far the heads look on 32 validation images')
+    add('--report', action='store_true', help='write report.html at the end')
 
 
 def _add_logging(group) -> None:

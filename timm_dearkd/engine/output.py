@@ -1,8 +1,10 @@
 """Files of a run: its checkpoints, how it goes on from one, and the exported student."""
 import csv
 import io
+import json
 import logging
 import os
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
@@ -21,7 +23,7 @@ from .interrupt import TrainingError
 
 __all__ = [
     'AtomicCheckpointSaver', 'Position', 'complete_export', 'export_model', 'find_checkpoint', 'remove_recovery',
-    'resume_run', 'save_images', 'trim_summary', 'write_bytes', 'write_text',
+    'resume_run', 'save_images', 'trim_table', 'write_bytes', 'write_run_info', 'write_text',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -216,6 +218,27 @@ def write_text(folder: str, name: str, text: str) -> None:
     write_bytes(Path(folder) / name, text.encode())
 
 
+def write_run_info(folder: str, command: str, first_epoch: int, **info: Any) -> None:
+    """Write `run.json`: what a report says of a run that its options do not.
+
+    Args:
+        folder: Output folder of the run.
+        command: What it was started with. If it goes on, this one is added to those before.
+        first_epoch: Epoch that it starts with.
+        **info: Anything that JSON holds.
+    """
+    path = Path(folder) / 'run.json'
+    sessions = []
+    if first_epoch and path.exists():
+        try:
+            sessions = json.loads(path.read_text())['sessions']
+        except (KeyError, ValueError):
+            _logger.warning(f'{path} can not be read, and is begun anew.')
+    started = datetime.now().astimezone().isoformat(' ', 'seconds')
+    sessions.append(dict(command=command, epoch=first_epoch, started=started))
+    write_bytes(path, json.dumps(dict(info, sessions=sessions), indent=1).encode())
+
+
 def export_model(
         model: nn.Module,
         folder: str,
@@ -267,8 +290,8 @@ def complete_export(folder: str, export: Callable[[str, Dict[str, torch.Tensor]]
         export(folder, load_state_dict(str(best), use_ema=use_ema))
 
 
-def trim_summary(path: str, start_epoch: int) -> None:
-    """Drop the rows of summary.csv from an epoch on, and what a run that was killed wrote by halves."""
+def trim_table(path: str, start_epoch: int) -> None:
+    """Drop the rows of a table by epoch, such as summary.csv, from an epoch on, and what a kill left by halves."""
     if not os.path.exists(path):
         return
     with open(path, newline='') as f:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from timm.task import ClassificationEvaluator
 from timm.utils import update_summary
 
+from ..analysis.attention_distance import DistanceLog
 from .interrupt import Interrupted, StopRequest
 from .loop import Trainer, mean_lr
 from .output import AtomicCheckpointSaver, remove_recovery, save_images
@@ -30,6 +31,7 @@ class Recorder:
         recovery_interval: Updates between checkpoints within an epoch; 0 writes none.
         export_ema: The best student is the average of weights.
         saves_images: Write the images of the log lines.
+        distance_log: Records how far the heads look.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Recorder:
             recovery_interval: int = 0,
             export_ema: bool = False,
             saves_images: bool = False,
+            distance_log: Optional[DistanceLog] = None,
     ) -> None:
         self.trainer = trainer
         self.folder = folder
@@ -53,6 +56,7 @@ class Recorder:
         self.recovery_interval = recovery_interval
         self.export_ema = export_ema
         self.saves_images = saves_images
+        self.distance_log = distance_log
         self.results: List[Dict[str, Any]] = []
 
     def on_log(self, epoch: int, update: int, losses, rates, images: torch.Tensor) -> None:
@@ -132,6 +136,8 @@ class Recorder:
         update_summary(
             epoch, row, metrics or dict.fromkeys(ClassificationEvaluator.metric_names, ''),
             os.path.join(self.folder, 'summary.csv'), lr=lr)
+        if self.distance_log is not None:
+            self.distance_log.record(epoch)
         self.tracker.log({f'eval/{k}': v for k, v in metrics.items()}, (epoch + 1) * self.trainer.num_updates)
         _, best_epoch = self.saver.save_checkpoint(epoch, metric=metric)
         if milestone:

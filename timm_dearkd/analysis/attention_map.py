@@ -1,0 +1,188 @@
+"""What each head looks at: content, position and their sum on an image, and every head's alpha and delta."""
+import argparse
+import json
+import math
+from typing import Any, Dict, List, Tuple
+
+import torch
+import torch.nn as nn
+from PIL import Image
+from timm.layers import Attention
+from torchvision.transforms.functional import to_pil_image
+
+from distill_hooks.teacher import input_normalisation
+from timm_dearkd.attention import ConvAttention
+from timm_dearkd.engine.output import write_bytes
+
+from .attention_distance import attention_layers, attention_weights
+from .figures import new_figure, render
+from .inputs import add_model_arguments, check_counts, image_transform, load_model, output_path
+
+__all__ = ['attention_maps', 'head_positions', 'plot_heads', 'plot_maps']
+
+
+def _parts(attention: Attention, x: torch.Tensor) -> Dict[str, torch.Tensor]:
+    """Attention (heads, T, T) of an image's tokens (1, T, dim), by what it comes from."""
+    if not isinstance(attention, ConvAttention):
+        return {'content': attention_weights(attention, x)[0]}
+    content, position, total = attention.attention_scores(x)
+    parts = {'content': content[0], 'position': position, 'sum': total[0]}
+    return {name: scores.float().softmax(dim=-1) for name, scores in parts.items()}
+
+
+@torch.no_grad()
+def attention_maps(
+        model: nn.Module,
+        image: torch.Tensor,
+        layer: int,
+        patch: Tuple[int, int],
+) -> Dict[str, torch.Tensor]:
+    """Where the heads of a layer look from a patch.
+
+    Args:
+        model: A timm `VisionTransformer`, DearKD's or any other.
+        image: Normalised (C, H, W).
+        layer: Counted from 1.
+        patch: Row and column of the query patch, counted from 0.
+
+    Returns:
+        'content', and for MHCA 'position' and 'sum' (Eq. 3): the softmax of those scores, (heads, rows, columns).
+        Prefix tokens such as [CLS] take part in it and are left out.
+
+    Raises:
+        ValueError: A model without such attention, a layer or a patch that it does not have.
+    """
+    layers = attention_layers(model)
+    if not 1 <= layer <= len(layers):
+        raise ValueError(f'Layer {layer}, expected 1 to {len(layers)}.')
+    rows, columns = model.patch_embed.dynamic_feat_size(tuple(image.shape[-2:]))  # type: ignore[union-attr, operator]
+    if not (0 <= patch[0] < rows and 0 <= patch[1] < columns):
+        raise ValueError(f'Patch {patch[0]} {patch[1]}, expected a row from 0 to {rows - 1} and a column from 0 to'
+                         f' {columns - 1}.')
+    found: Dict[str, torch.Tensor] = {}
+    handle = layers[layer - 1].register_forward_pre_hook(lambda module, args: found.update(_parts(module, args[0])))
+    try:
+        model.eval().forward(image.unsqueeze(0))
+    finally:
+        handle.remove()
+    query = patch[0] * columns + patch[1] - rows * columns  # counted from the end, where the patches are
+    return {name: maps[:, query, -rows * columns:].unflatten(-1, (rows, columns)) for name, maps in found.items()}
+
+
+def head_positions(model: nn.Module) -> Dict[int, Tuple[List[float], List[List[float]]]]:
+    """Alpha (heads,) and delta (heads, 2) in patches, row and column, of each MHCA block, counted from 1."""
+    return {
+        number: (block.attn.rpe.alpha.tolist(), block.attn.rpe.delta.tolist())
+        for number, block in enumerate(getattr(model, 'blocks', ()), start=1)
+        if isinstance(getattr(block, 'attn', None), ConvAttention)
+    }
+
+
+def plot_maps(image: Image.Image, maps: Dict[str, torch.Tensor], patch: Tuple[int, int]) -> Any:
+    """A figure of the maps over the image: a row for each part, a column for each head. The patch has a frame."""
+    from matplotlib.patches import Rectangle
+
+    heads, rows, columns = next(iter(maps.values())).shape
+    figure, axes = new_figure(len(maps), heads, (1.3 * heads + 0.5, 1.45 * len(maps) + 0.3))
+    extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
+    for number, (row, (name, of_heads)) in enumerate(zip(axes, maps.items())):
+        for head, (ax, values) in enumerate(zip(row, of_heads.cpu()), start=1):
+            ax.imshow(image.convert('L'), cmap='gray', extent=extent)
+            ax.imshow(values, cmap='inferno', alpha=0.65, vmin=0, extent=extent)
+            ax.add_patch(Rectangle((patch[1] - 0.5, patch[0] - 0.5), 1, 1, fill=False, color='cyan'))
+            ax.set(xticks=[], yticks=[])
+            if number == 0:
+                ax.set_title(f'head {head}', fontsize=8)
+        row[0].set_ylabel(name)
+    return figure
+
+
+def plot_heads(positions: Dict[int, Tuple[List[float], List[List[float]]]]) -> Any:
+    r"""A figure of what MHCA has learned, a panel for each block.
+
+    A head is a disc round the offset :math:`\Delta` that it looks at, whose radius is the deviation
+    :math:`1 / \sqrt{2 \alpha}` of its positional term, in patches. A head with alpha <= 0, which looks everywhere or
+    away, is a cross.
+
+    Args:
+        positions: See `head_positions`; not empty.
+    """
+    from matplotlib.patches import Circle
+
+    columns = min(4, len(positions))
+    rows = -(-len(positions) // columns)
+    reach = max(
+        abs(offset) + min(2., _radius(alpha)) for alphas, deltas in positions.values()
+        for alpha, delta in zip(alphas, deltas) for offset in delta)
+    limit = math.ceil(max(2., reach)) + 0.5
+    figure, axes = new_figure(rows, columns, (2.3 * columns, 2.5 * rows), sharex=True, sharey=True)
+    for ax in axes.flat[len(positions):]:
+        ax.axis('off')
+    for ax, (number, (alphas, deltas)) in zip(axes.flat, positions.items()):
+        for head, (alpha, (y, x)) in enumerate(zip(alphas, deltas)):
+            color = f'C{head % 10}'
+            if alpha > 0:
+                ax.add_patch(Circle((x, y), _radius(alpha), color=color, alpha=0.18, lw=0))
+            ax.plot(x, y, '.' if alpha > 0 else 'x', color=color)
+        ax.plot(0, 0, '+', color='black', markersize=9)
+        ticks = range(-int(limit), int(limit) + 1, max(1, int(limit) // 3))
+        ax.set(xlim=(-limit, limit), ylim=(limit, -limit), aspect='equal', xticks=ticks, yticks=ticks)
+        ax.grid(alpha=0.3)
+        ax.set_title(f'block {number}', fontsize=9)
+    for ax in axes[-1]:
+        ax.set_xlabel('columns', fontsize=8)
+    axes[0][0].set_ylabel('rows', fontsize=8)
+    return figure
+
+
+def _radius(alpha: float) -> float:
+    return 1 / math.sqrt(2 * alpha) if alpha > 0 else 0.
+
+
+def seen_image(model: nn.Module, tensor: torch.Tensor) -> Image.Image:
+    """The picture that a model's input (C, H, W) was made from, as it was resized and cropped."""
+    mean, std = (values.float().view(-1, 1, 1) for values in input_normalisation(model, len(tensor)))
+    return to_pil_image((tensor.cpu() * std + mean).clamp(0, 1))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    add = parser.add_argument
+    add('image', metavar='IMAGE')
+    add_model_arguments(parser, 'attention_map')
+    add('--layer', type=int, default=1, help='counted from 1')
+    add('--patch', type=int, nargs=2, metavar=('ROW', 'COLUMN'), help='that looks, counted from 0 (the middle)')
+
+
+def run(args: argparse.Namespace) -> None:
+    """The command: the maps on the image, the heads on the grid, and the numbers of both."""
+    check_counts(args, 'layer')
+    if len(args.model) > 1:
+        raise ValueError(f'--model has {len(args.model)} names, expected one.')
+    new_figure()
+    model = load_model(args.model[0], args.checkpoint, args.device)
+    transform, mode = image_transform(model)
+    try:
+        with Image.open(args.image) as file:
+            tensor = transform(file.convert(mode))
+    except FileNotFoundError:
+        raise FileNotFoundError(f'No image at {args.image!r}.') from None
+    except (OSError, SyntaxError, ValueError) as e:
+        raise ValueError(f'{args.image!r} can not be read as an image ({" ".join(str(e).split())}).') from e
+    attention_layers(model)
+    rows, columns = model.patch_embed.dynamic_feat_size(tuple(tensor.shape[-2:]))
+    patch = tuple(args.patch) if args.patch else (rows // 2, columns // 2)
+    maps = attention_maps(model, tensor.to(next(model.parameters()).device), args.layer, patch)
+    positions = head_positions(model)
+    files = [output_path(args.output, ending) for ending in ('.json', '.png', '_heads.png')]
+    numbers = dict(
+        model=args.model[0], image=args.image, layer=args.layer, patch=patch,
+        maps={name: values.tolist() for name, values in maps.items()},
+        heads=[dict(layer=number, alpha=alpha, delta=delta) for number, (alpha, delta) in positions.items()])
+    write_bytes(files[0], json.dumps(numbers).encode())
+    write_bytes(files[1], render(plot_maps(seen_image(model, tensor), maps, patch)))
+    if positions:
+        write_bytes(files[2], render(plot_heads(positions)))
+    else:
+        print(f'{args.model[0]} has no MHCA, so its attention is all content, and no heads are drawn on the grid.')
+    print(', '.join(str(path) for path in files[:3 if positions else 2]))

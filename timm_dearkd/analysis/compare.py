@@ -1,0 +1,98 @@
+"""Runs side by side: a table, and accuracy and losses over the epochs."""
+import argparse
+import csv
+import io
+from typing import Any, List, Sequence
+
+from timm_dearkd.engine.output import write_bytes
+
+from .figures import new_figure, plain, plot_series, render, shade_stage2
+from .inputs import output_path
+from .runs import Run, open_run, readable
+
+__all__ = ['compare_table', 'drawn_columns', 'plot_column', 'plot_runs']
+
+COLUMNS = ('run', 'model', 'teacher', 'state', 'metric', 'best', 'at epoch', 'last')
+
+
+def compare_table(runs: Sequence[Run]) -> List[List[str]]:
+    """A row for each run; empty where a run has no such figure yet."""
+    rows = []
+    for run in runs:
+        best, last = run.best(), run.last()
+        rows.append([
+            run.name, str(run.args.get('model') or ''), str(run.args.get('kd_model_name') or ''), run.state, run.metric,
+            f'{best[1]:.4g}' if best else '', str(best[0]) if best else '', f'{last[1]:.4g}' if last else ''])
+    return rows
+
+
+def drawn_columns(runs: Sequence[Run], columns: Sequence[str] = ()) -> List[str]:
+    """Columns of summary.csv to draw: of those asked for the ones that there are, else accuracy and losses."""
+    found = list(dict.fromkeys(column for run in runs for column in run.columns))
+    wanted = list(columns) or [c for c in ('eval_top1', 'eval_loss') if c in found] + [
+        c for c in found if c.startswith('train_') and c.endswith('loss')]
+    return [column for column in wanted if column in found]
+
+
+def plot_column(axes: Any, runs: Sequence[Run], column: str) -> None:
+    """A line for each run that has the column; of a single run, stage II is shaded."""
+    for i, run in enumerate(runs):
+        epochs, values = run.series(column)
+        if epochs:
+            plot_series(axes, epochs, values, color=f'C{i % 10}', label=plain(run.name) if len(runs) > 1 else None)
+    if len(runs) == 1:
+        shade_stage2(axes, runs[0].stage2_start, int(runs[0].rows[-1]['epoch']))
+    axes.set(title=readable(column), xlabel='epoch')
+    axes.grid(alpha=0.3)
+
+
+def plot_runs(runs: Sequence[Run], columns: Sequence[str] = ()) -> Any:
+    """A figure with a panel for each column of summary.csv, by default accuracy and losses, and a line for each run.
+
+    Raises:
+        ValueError: No run has any of the columns.
+    """
+    wanted = drawn_columns(runs, columns)
+    if not wanted:
+        found = list(dict.fromkeys(column for run in runs for column in run.columns))
+        lack = f'no column {", ".join(columns)}. There are: {", ".join(found)}' if columns and found else 'no epoch yet'
+        raise ValueError(f'There is nothing to draw: the runs have {lack}.')
+    width = min(3, len(wanted))
+    height = -(-len(wanted) // width)
+    figure, axes = new_figure(height, width, (4 * width, 3 * height))
+    for ax in axes.flat[len(wanted):]:
+        ax.axis('off')
+    for ax, column in zip(axes.flat, wanted):
+        plot_column(ax, runs, column)
+    handles = {
+        label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc='outside upper center', ncols=3, frameon=False)
+    return figure
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    add = parser.add_argument
+    add('runs', nargs='+', metavar='RUN', help='output folders of train.py')
+    add('--columns', nargs='+', default=[], metavar='NAME', help='columns of summary.csv to draw (accuracy and losses)')
+    add('--output', default='compare', metavar='PREFIX', help='begin of the names of the files (compare)')
+
+
+def run(args: argparse.Namespace) -> None:
+    """The command: a table, the figures of all epochs as CSV, and a picture."""
+    new_figure()
+    runs = [open_run(folder) for folder in args.runs]
+    table = compare_table(runs)
+    print('| ' + ' | '.join(COLUMNS) + ' |\n' + '| --- ' * len(COLUMNS) + '|')
+    for row in table:
+        print('| ' + ' | '.join(row) + ' |')
+    figure = plot_runs(runs, args.columns)
+    columns = list(dict.fromkeys(column for run in runs for column in run.columns))
+    text = io.StringIO(newline='')
+    writer = csv.DictWriter(text, ['run', *columns])
+    writer.writeheader()
+    writer.writerows({'run': run.name, **values} for run in runs for values in run.rows)
+    write_bytes(output_path(args.output, '.csv'), text.getvalue().encode())
+    write_bytes(output_path(args.output, '.png'), render(figure))
+    print(f'\n{args.output}.csv, {args.output}.png')

@@ -1,0 +1,183 @@
+"""What a model says of images: the likeliest classes, and a grid of pictures, mistakes first."""
+import argparse
+import csv
+import io
+import logging
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from timm_dearkd.engine.output import write_bytes
+
+from .figures import new_figure, plain, render
+from .inputs import (
+    add_model_arguments,
+    check_counts,
+    class_names,
+    find_images,
+    image_transform,
+    load_model,
+    output_path,
+)
+
+__all__ = ['Prediction', 'mistakes_first', 'plot_predictions', 'predict']
+
+_logger = logging.getLogger(__name__)
+
+
+class Prediction(NamedTuple):
+    """Classes and probabilities of an image, best first.
+
+    `place` is its number in the data set; `label` is None where it is not known.
+    """
+    place: int
+    label: Optional[int]
+    classes: List[int]
+    probs: List[float]
+
+    @property
+    def is_mistake(self) -> bool:
+        return self.label is not None and self.label != self.classes[0]
+
+
+class _Inputs(Dataset):
+    """Model inputs of some places of a data set; None in place of an image that can not be read."""
+
+    def __init__(self, dataset: Any, places: Sequence[int], transform: Callable[..., torch.Tensor]) -> None:
+        self.dataset, self.places, self.transform = dataset, places, transform
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i: int):
+        place = self.places[i]
+        try:
+            image, label = self.dataset[place]
+            return place, label, self.transform(image)
+        except (OSError, SyntaxError, ValueError) as e:  # Pillow raises each of them for broken files
+            name = getattr(self.dataset, 'samples', {place: (place,)})[place][0]
+            _logger.warning(f'{name} can not be read as an image ({" ".join(str(e).split())}). It is left out.')
+            return place, None, None
+
+
+def predict(
+        model: nn.Module,
+        dataset: Any,
+        places: Optional[Sequence[int]] = None,
+        topk: int = 5,
+        batch_size: int = 64,
+        workers: int = 0,
+) -> List[Prediction]:
+    """The likeliest classes of images.
+
+    Args:
+        model: A timm model. Images are prepared as its `pretrained_cfg` says.
+        dataset: Gives a Pillow image and its label (or None) for a number.
+        places: The numbers; None means all.
+        topk: Classes to name.
+        batch_size: Images at a time.
+        workers: Processes that load images.
+
+    Returns:
+        One for each image that can be read.
+    """
+    places = range(len(dataset)) if places is None else places
+    device = next(model.parameters()).device
+    inputs = _Inputs(dataset, places, image_transform(model)[0])
+    loader = DataLoader(inputs, batch_size, num_workers=min(workers, len(places) // batch_size), collate_fn=list)
+    predictions = []
+    was_training = model.training
+    model.eval()
+    for samples in tqdm(loader, desc='Predict', unit='batch', leave=False, mininterval=1):
+        readable = [sample for sample in samples if sample[2] is not None]
+        if not readable:
+            continue
+        with torch.inference_mode():
+            logits = model(torch.stack([image for _, _, image in readable]).to(device))
+            probs, classes = logits.float().softmax(dim=-1).topk(min(topk, logits.shape[-1]))
+        for (place, label, _), c, p in zip(readable, classes.tolist(), probs.tolist()):
+            predictions.append(Prediction(place, None if label is None else int(label), c, p))
+    model.train(was_training)
+    return predictions
+
+
+def mistakes_first(predictions: Sequence[Prediction]) -> List[Prediction]:
+    """Mistakes in front, the surest one first; then the others, the least sure first."""
+    return sorted(predictions, key=lambda p: (not p.is_mistake, -p.probs[0] if p.is_mistake else p.probs[0]))
+
+
+def plot_predictions(dataset: Any, predictions: Sequence[Prediction], names: Sequence[str], columns: int = 6) -> Any:
+    """A figure of images with what the model takes them for; mistakes in red, with the label below."""
+    count = max(1, len(predictions))
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure, axes = new_figure(rows, columns, (1.8 * columns, 2.15 * rows))
+    for ax in axes.flat:
+        ax.axis('off')
+    for ax, prediction in zip(axes.flat, predictions):
+        image = dataset[prediction.place][0]
+        ax.imshow(image, cmap='gray' if image.mode == 'L' else None)
+        title = f'{names[prediction.classes[0]][:22]} {100 * prediction.probs[0]:.0f} %'
+        if prediction.is_mistake:
+            title += f'\nis {names[prediction.label][:22]}'  # type: ignore[index]
+        ax.set_title(plain(title), fontsize=8, color='tab:red' if prediction.is_mistake else 'black')
+    return figure
+
+
+def accuracy(predictions: Sequence[Prediction]) -> Optional[Tuple[float, int]]:
+    """Top-1 in percent, and of how many images; None without labels."""
+    labelled = [p for p in predictions if p.label is not None]
+    if not labelled:
+        return None
+    return 100 * sum(not p.is_mistake for p in labelled) / len(labelled), len(labelled)
+
+
+def _csv(rows: List[Dict[str, Any]]) -> bytes:
+    text = io.StringIO(newline='')
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    add = parser.add_argument
+    add('images', nargs='+', metavar='PATH', help='images, or folders of them; folders by class give the labels')
+    add_model_arguments(parser, 'predictions')
+    add('--topk', type=int, default=5)
+    add('--num-pictures', type=int, default=24, help='images in the picture')
+    add('-b', '--batch-size', type=int, default=64)
+    add('-j', '--workers', type=int, default=4, help='data loading processes')
+
+
+def run(args: argparse.Namespace) -> None:
+    """The command: a CSV, a picture, and the predictions of a few images."""
+    check_counts(args, 'topk', 'num_pictures', 'batch_size')
+    if len(args.model) > 1:
+        raise ValueError(f'--model has {len(args.model)} names, expected one.')
+    new_figure()
+    model = load_model(args.model[0], args.checkpoint, args.device)
+    names = class_names(model)
+    files = find_images(args.images, names, image_transform(model)[1])
+    predictions = predict(model, files, topk=args.topk, batch_size=args.batch_size, workers=args.workers)
+    if not predictions:
+        raise ValueError(f'None of the {len(files)} images can be read.')
+    rows: List[Dict[str, Any]] = []
+    for p in predictions:
+        row = {'image': files.samples[p.place][0], 'label': '' if p.label is None else names[p.label]}
+        for rank, (index, prob) in enumerate(zip(p.classes, p.probs), start=1):
+            row.update({f'class{rank}': names[index], f'prob{rank}': f'{prob:.4f}'})
+        rows.append(row)
+    write_bytes(output_path(args.output, '.csv'), _csv(rows))
+    shown = mistakes_first(predictions)[:args.num_pictures]
+    write_bytes(output_path(args.output, '.png'), render(plot_predictions(files, shown, names)))
+    for p in shown[:10]:
+        best = ', '.join(f'{names[index]} {100 * prob:.1f} %' for index, prob in zip(p.classes, p.probs))
+        print(f'{files.samples[p.place][0]}: {best}' + (f' (is {names[p.label]})' if p.is_mistake else ''))  # type: ignore[index]
+    result = accuracy(predictions)
+    print(f'{len(predictions)} images' + (f', top-1 {result[0]:.2f} % of {result[1]} with a label' if result else ''))
+    print(f'{args.output}.csv, {args.output}.png')

@@ -1,0 +1,242 @@
+"""One page about a run: figures, curves, what was learned, predictions and mistakes, and how it was made."""
+import argparse
+import base64
+import io
+import logging
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from PIL import Image
+from timm.data import resolve_model_data_config
+
+from timm_dearkd._version import __version__
+from timm_dearkd.engine.data import open_dataset, set_image_mode
+from timm_dearkd.engine.output import write_bytes
+
+from .attention_distance import plot_over_epochs, read_log
+from .attention_map import head_positions, plot_heads
+from .compare import drawn_columns, plot_column, plot_runs
+from .figures import new_figure, render
+from .inputs import check_counts, class_names, image_transform, load_model, spread
+from .predict import Prediction, accuracy, mistakes_first, predict
+from .runs import Run, open_run, readable
+
+__all__ = ['check_available', 'write_report']
+
+_logger = logging.getLogger(__name__)
+
+NUM_PICTURES = 18
+
+
+def check_available() -> None:
+    """Raises a ValueError where a package that reports need is missing."""
+    new_figure()
+    try:
+        import jinja2  # noqa: F401
+    except ImportError as e:
+        raise ValueError('Reports need jinja2: pip install "timm-dearkd[analysis]".') from e
+
+
+def write_report(
+        folder: str,
+        output: Optional[str] = None,
+        num_images: int = 512,
+        device: Optional[str] = None,
+        pictures: Optional[str] = None,
+) -> Path:
+    """Write the page of a run, finished or not. What the run does not have is said in its place.
+
+    Args:
+        folder: Output folder of train.py.
+        output: The file; None is `report.html` in the folder.
+        num_images: Validation images that are predicted.
+        device: Where the model runs.
+        pictures: Folder for the plots as PNG files too.
+
+    Returns:
+        The file.
+
+    Raises:
+        FileNotFoundError: No such folder.
+        ValueError: Not the folder of a run, or a missing package.
+    """
+    check_available()
+    import jinja2
+
+    run = open_run(folder)
+    model, problem = _load(run, device)
+    figures: Dict[str, Any] = {}
+    columns = drawn_columns([run])
+    if columns and pictures:
+        figures['curves'] = plot_runs([run])
+    log = read_log(run.folder)
+    if log:
+        figures['distances'] = plot_over_epochs(log, run.stage2_start)
+    positions = head_positions(model) if model is not None else {}
+    if positions:
+        figures['heads'] = plot_heads(positions)
+    for name, figure in figures.items() if pictures else ():
+        write_bytes(Path(pictures or '') / f'{name}.png', render(figure))
+    predictions = None
+    if model is not None:
+        predictions, problem = _predictions(run, model, num_images)
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
+        undefined=jinja2.StrictUndefined)
+    page = environment.get_template('report.html').render(
+        run=run, version=__version__, summary=_summary(run), tiles=_tiles(run, model),
+        curves=[_curve(run, column) for column in columns],
+        **{name: _svg(figures[name]) if name in figures else '' for name in ('distances', 'heads')},
+        no_heads='The model has no MHCA.' if model is not None else problem,
+        predictions=predictions, no_predictions=problem,
+        small_images=model is not None and resolve_model_data_config(model)['input_size'][-1] <= 64,
+        commands=[session['command'] for session in run.info.get('sessions', ())],
+        facts=_facts(run), options=sorted(run.args.items()))
+    path = Path(output) if output else run.folder / 'report.html'
+    write_bytes(path, page.encode())
+    return path
+
+
+def _svg(figure: Any) -> str:
+    return render(figure, 'svg').decode()
+
+
+def _curve(run: Run, column: str) -> str:
+    figure, ((axes,),) = new_figure(size=(4.6, 2.9))
+    plot_column(axes, [run], column)
+    if run.stage2_start is not None:
+        axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def _load(run: Run, device: Optional[str]) -> Tuple[Any, str]:
+    """The best model so far, or why there is none."""
+    if not (run.folder / 'config.json').exists():
+        return None, 'There is no model yet: the run has not finished an epoch.'
+    try:
+        return load_model(str(run.folder), device=device), ''
+    except (OSError, ValueError) as e:
+        return None, f'The model could not be loaded: {" ".join(str(e).split())}'
+
+
+def _summary(run: Run) -> str:
+    """What was trained on what, in a sentence or two."""
+    data = run.info.get('data', {})
+    images = f'{data["train_images"]:,} images' if data.get('train_images') else 'images'
+    classes = f' of {data["classes"]} classes' if data.get('classes') else ''
+    source = run.args.get('data_dir') or run.args.get('data') or ''
+    name = ' '.join(str(part) for part in (run.args.get('dataset'), source) if part)
+    text = f'{run.args.get("model")}, trained on {images}{classes}' + (f' ({name})' if name else '') + '.'
+    teacher = run.args.get('kd_model_name')
+    if teacher:
+        text += f' Its teacher is {teacher}'
+        if run.stage2_start is not None:
+            text += f', up to epoch {run.stage2_start} (stage I)'
+        text += '.'
+    return text
+
+
+def _tiles(run: Run, model: Any) -> List[Tuple[str, str]]:
+    unit = ' %' if run.metric.endswith(('top1', 'top5')) else ''
+    label = readable(run.metric).replace(', %', '')
+    tiles = []
+    for which, point in (('best', run.best()), ('last', run.last())):
+        if point:
+            digits = '.2f' if unit else '.4g'
+            tiles.append((f'{point[1]:{digits}}{unit}', f'{which} {label}, epoch {point[0]}'))
+    tiles.append((f'{len(run.rows)} / {run.num_epochs}', 'epochs'))
+    if model is not None:
+        tiles.append((f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M', 'parameters'))
+    images = run.info.get('data', {}).get('train_images')
+    return tiles + ([(f'{images:,}', 'training images')] if images else [])
+
+
+def _facts(run: Run) -> List[Tuple[str, Any]]:
+    data, environment = run.info.get('data', {}), run.info.get('environment', {})
+    facts = [(key.replace('_', ' '), value) for part in (data, environment) for key, value in part.items()]
+    sessions = run.info.get('sessions', ())
+    facts += [('started', session['started']) for session in sessions[:1]]
+    facts += [('went on', f'{session["started"]}, from epoch {session["epoch"]}') for session in sessions[1:]]
+    return facts or [('environment', 'not recorded')]
+
+
+def validation_set(run: Run, names: Sequence[str], mode: str) -> Any:
+    """The validation images of a run, as Pillow images with the labels of its model.
+
+    Raises:
+        FileNotFoundError: The data are not there any more.
+        ValueError: They can't be opened, or the run had none.
+    """
+    args = run.args
+    split, root = args.get('val_split') or '', args.get('data_dir') or args.get('data')
+    if not split:
+        raise ValueError('the run had no validation images.')
+    options: Dict[str, Any] = dict(is_training=False, input_img_mode=args.get('input_img_mode') or mode)
+    if not args.get('dataset'):
+        options['class_map'] = {name: index for index, name in enumerate(names)}
+    for key in ('input_key', 'target_key'):
+        if args.get(key):
+            options[key] = args[key]
+    dataset = open_dataset(args.get('dataset') or '', root, split, **options)
+    set_image_mode(dataset, options['input_img_mode'])
+    return dataset
+
+
+def _predictions(run: Run, model: Any, num_images: int) -> Tuple[Optional[Dict[str, Any]], str]:
+    """The part of the page about predictions, or why there is none."""
+    names, mode = class_names(model), image_transform(model)[1]
+    try:
+        dataset = validation_set(run, names, mode)
+        if not hasattr(dataset, '__getitem__'):  # a stream
+            dataset = list(islice(dataset, num_images))
+        found = predict(model, dataset, spread(len(dataset), num_images))
+    except (OSError, ValueError) as e:
+        return None, f'The validation images could not be read: {" ".join(str(e).split())}'
+    top1 = accuracy(found)
+    if top1 is None:
+        return None, 'None of the validation images could be read.'
+    mistakes = [p for p in mistakes_first(found) if p.is_mistake]
+    pairs = Counter((names[p.label], names[p.classes[0]]) for p in mistakes if p.label is not None)
+    return dict(
+        top1=f'{top1[0]:.1f} %',
+        count=f'{top1[1]:,} validation images' + (
+            f', spread over all {len(dataset):,}' if top1[1] < len(dataset) else ''),
+        samples=[_picture(dataset, found[i], names) for i in spread(len(found), NUM_PICTURES)],
+        mistakes=[_picture(dataset, p, names) for p in mistakes[:NUM_PICTURES]],
+        confused=[(label, says, count) for (label, says), count in pairs.most_common(10)],
+    ), ''
+
+
+def _picture(dataset: Any, prediction: Prediction, names: Sequence[str], size: int = 160) -> Dict[str, Any]:
+    """An image as the page shows it, within the page itself."""
+    image: Image.Image = dataset[prediction.place][0]
+    image.thumbnail((size, size))
+    small = max(image.size) <= 64
+    buffer = io.BytesIO()
+    image.convert('L' if image.mode == 'L' else 'RGB').save(buffer, 'PNG' if small else 'JPEG', quality=85)
+    content = base64.b64encode(buffer.getvalue()).decode()
+    return dict(
+        src=f'data:image/{"png" if small else "jpeg"};base64,{content}',
+        says=names[prediction.classes[0]],
+        prob=f'{100 * prediction.probs[0]:.0f} %',
+        label=names[prediction.label] if prediction.label is not None else '',
+        mistake=prediction.is_mistake)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    add = parser.add_argument
+    add('run', metavar='RUN', help='output folder of train.py')
+    add('--output', metavar='FILE', help='the page (RUN/report.html)')
+    add('--num-images', type=int, default=512, help='validation images that are predicted')
+    add('--pictures', metavar='DIR', help='write the plots as PNG files too')
+    add('--device', help='cuda, cpu, ... (the accelerator there is, else the CPU)')
+
+
+def run(args: argparse.Namespace) -> None:
+    """The command."""
+    check_counts(args, 'num_images')
+    print(write_report(args.run, args.output, args.num_images, args.device, args.pictures))

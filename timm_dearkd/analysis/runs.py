@@ -1,0 +1,124 @@
+"""What train.py left in the folder of a run, finished or not."""
+import csv
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import yaml
+
+__all__ = ['Run', 'open_run', 'readable']
+
+
+@dataclass
+class Run:
+    """A run.
+
+    Args:
+        folder: Its output folder.
+        args: The options of train.py.
+        rows: Numbers of summary.csv by column, an epoch each. Columns that are empty in an epoch are missing there.
+        info: What `run.json` says: commands, data and environment; empty for a run of timm's own script.
+    """
+    folder: Path
+    args: Dict[str, Any]
+    rows: List[Dict[str, float]] = field(default_factory=list)
+    info: Dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def metric(self) -> str:
+        """Column that the best epoch is chosen by."""
+        name = str(self.args.get('eval_metric') or 'top1')
+        return next((column for column in (f'eval_{name}', f'train_{name}') if self.series(column)[0]), 'train_loss')
+
+    @property
+    def num_epochs(self) -> int:
+        """How many epochs it is to have."""
+        planned = self.info.get('epochs') or int(self.args.get('epochs') or 0)
+        return int(self.args.get('stop_epoch') or planned)
+
+    @property
+    def state(self) -> str:
+        """'finished', or how far it has got."""
+        done = int(self.rows[-1]['epoch']) + 1 if self.rows else 0
+        return 'finished' if done >= self.num_epochs else f'{done} of {self.num_epochs} epochs'
+
+    @property
+    def stage2_start(self) -> Optional[int]:
+        """First epoch of stage II, counted from 0; None if the run has not come there, or has no stages."""
+        return next((int(row['epoch']) for row in self.rows if row.get('train_stage') == 2), None)
+
+    @property
+    def columns(self) -> List[str]:
+        """Columns of summary.csv that have a number in any epoch."""
+        return list(dict.fromkeys(column for row in self.rows for column in row))
+
+    @property
+    def losses(self) -> List[str]:
+        return [column for column in self.columns if column.endswith('loss')]
+
+    def series(self, column: str) -> Tuple[List[int], List[float]]:
+        """Epochs, counted from 0, and values of a column; both are empty where there is no such column."""
+        points = [(int(row['epoch']), row[column]) for row in self.rows if column in row]
+        return [epoch for epoch, _ in points], [value for _, value in points]
+
+    def best(self) -> Optional[Tuple[int, float]]:
+        """Epoch and value of the best metric."""
+        points = list(zip(*self.series(self.metric)))
+        choose = min if 'loss' in self.metric else max
+        return choose(points, key=lambda point: point[1]) if points else None
+
+    def last(self) -> Optional[Tuple[int, float]]:
+        points = list(zip(*self.series(self.metric)))
+        return points[-1] if points else None
+
+
+def readable(column: str) -> str:
+    """A column of summary.csv in words."""
+    part, _, name = column.partition('_')
+    names = {'eval': 'validation', 'train': 'training'}
+    name = {'top1': 'top-1, %', 'top5': 'top-5, %'}.get(name, name.replace('_', ' '))
+    return f'{names[part]} {name}' if part in names else column
+
+
+def _number(text: Optional[str]) -> Optional[float]:
+    try:
+        value = float(text or '')
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def open_run(folder: str) -> Run:
+    """Read the folder of a run.
+
+    Raises:
+        FileNotFoundError: No such folder.
+        ValueError: A folder that train.py did not write.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise FileNotFoundError(f'No folder {folder!r}. Give the output folder of a run, such as output/train/NAME.')
+    try:
+        args = yaml.safe_load((path / 'args.yaml').read_text())
+        info_path = path / 'run.json'
+        info = json.loads(info_path.read_text()) if info_path.exists() else {}
+    except (OSError, ValueError, yaml.YAMLError) as e:
+        raise ValueError(
+            f'{folder!r} is not the folder of a run: its args.yaml can not be read ({type(e).__name__}). Give one that'
+            ' train.py wrote.') from e
+    if not isinstance(args, dict):
+        raise ValueError(f'{folder!r} is not the folder of a run: its args.yaml holds no options.')
+    rows = []
+    if (path / 'summary.csv').exists():
+        with open(path / 'summary.csv', newline='') as f:
+            for row in csv.DictReader(f):
+                values = {key: _number(text) for key, text in row.items() if key}
+                if values.get('epoch') is not None:  # a line may be half written
+                    rows.append({key: value for key, value in values.items() if value is not None})
+    return Run(path, args, rows, info)
