@@ -4,6 +4,7 @@ import json
 import math
 from typing import Any, Dict, List, Tuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 from PIL import Image
@@ -86,8 +87,8 @@ def plot_maps(image: Image.Image, maps: Dict[str, torch.Tensor], patch: Tuple[in
     figure, axes = new_figure(len(maps), heads, (1.3 * heads + 0.5, 1.45 * len(maps) + 0.3))
     extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
     for number, (row, (name, of_heads)) in enumerate(zip(axes, maps.items())):
-        for head, (ax, values) in enumerate(zip(row, of_heads.cpu()), start=1):
-            ax.imshow(image.convert('L'), cmap='gray', extent=extent)
+        for head, (ax, values) in enumerate(zip(row, of_heads.cpu().numpy()), start=1):
+            ax.imshow(np.asarray(image.convert('L')), cmap='gray', extent=extent)
             ax.imshow(values, cmap='inferno', alpha=0.65, vmin=0, extent=extent)
             ax.add_patch(Rectangle((patch[1] - 0.5, patch[0] - 0.5), 1, 1, fill=False, color='cyan'))
             ax.set(xticks=[], yticks=[])

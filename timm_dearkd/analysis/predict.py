@@ -5,6 +5,7 @@ import io
 import logging
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch.utils.data import DataLoader, Dataset
@@ -119,7 +120,7 @@ def plot_predictions(dataset: Any, predictions: Sequence[Prediction], names: Seq
         ax.axis('off')
     for ax, prediction in zip(axes.flat, predictions):
         image = dataset[prediction.place][0]
-        ax.imshow(image, cmap='gray' if image.mode == 'L' else None)
+        ax.imshow(np.asarray(image), cmap='gray' if image.mode == 'L' else None)
         title = f'{names[prediction.classes[0]][:22]} {100 * prediction.probs[0]:.0f} %'
         if prediction.is_mistake:
             title += f'\nis {names[prediction.label][:22]}'  # type: ignore[index]

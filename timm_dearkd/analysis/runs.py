@@ -118,7 +118,9 @@ def open_run(folder: str) -> Run:
     if (path / 'summary.csv').exists():
         with open(path / 'summary.csv', newline='') as f:
             for row in csv.DictReader(f):
-                values = {key: _number(text) for key, text in row.items() if key}
-                if values.get('epoch') is not None:  # a line may be half written
+                if None in row or None in row.values():  # half written
+                    continue
+                values = {key: _number(text) for key, text in row.items()}
+                if values.get('epoch') is not None:
                     rows.append({key: value for key, value in values.items() if value is not None})
     return Run(path, args, rows, info)

@@ -145,15 +145,17 @@ def measure_throughput(
 def _prepare(name, batch_size, device, img_size, dtype, compile_backend, memory_format):
     """A model's forward, run once, and its measurement without the times; no forward where the memory is too small."""
     try:
-        model: Any = timm.create_model(name, **({} if img_size is None else {'img_size': img_size})).eval()
-    except TypeError:  # CNNs know no img_size
-        model = timm.create_model(name).eval()
+        try:
+            model: Any = timm.create_model(name, **({} if img_size is None else {'img_size': img_size})).eval()
+        except TypeError:  # CNNs know no img_size
+            model = timm.create_model(name).eval()
+        chans, *size = resolve_model_data_config(model)['input_size']
+        size = [img_size or side for side in size]
+        macs = count_macs(model, torch.zeros(1, chans, *size))
     except (AssertionError, RuntimeError, ValueError) as e:
-        raise ValueError(f'{name!r} can not be made: {" ".join(str(e).split())}') from e
-    chans, *size = resolve_model_data_config(model)['input_size']
-    size = [img_size or side for side in size]
-    result = Measurement(
-        name, batch_size, sum(p.numel() for p in model.parameters()), count_macs(model, torch.zeros(1, chans, *size)))
+        what = f' does not take images of {img_size}x{img_size}' if img_size else ' can not be made'
+        raise ValueError(f'{name!r}{what}: {" ".join(str(e).split())}') from e
+    result = Measurement(name, batch_size, sum(p.numel() for p in model.parameters()), macs)
     model = model.to(device=device, dtype=dtype, memory_format=memory_format)
     images = torch.randn(batch_size, chans, *size, device=device, dtype=dtype).to(memory_format=memory_format)
     run = torch.compile(model, backend=compile_backend) if compile_backend else model

@@ -1,0 +1,101 @@
+import csv
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+
+import timm_dearkd  # noqa: F401
+from timm_dearkd.analysis.__main__ import main
+from timm_dearkd.analysis.inputs import ImageFiles, find_images
+from timm_dearkd.analysis.predict import Prediction, mistakes_first, predict
+
+NAMES = ['blue sky', 'grass', 'rust']
+
+
+@pytest.fixture()
+def model():
+    return timm.create_model('test_dearkd', num_classes=3, img_size=32, pretrained_cfg_overlay={'label_names': NAMES})
+
+
+def test_against_one_image_at_a_time(model, image_folder):
+    files = find_images([str(image_folder / 'validation')], NAMES)
+    assert len(files) == 12
+    transform = create_transform(**resolve_model_data_config(model))
+    predictions = predict(model, files, topk=5, batch_size=5)
+    for p, (path, label) in zip(predictions, files.samples):
+        with Image.open(path) as image, torch.no_grad():
+            probs = model.eval()(transform(image.convert('RGB'))[None])[0].softmax(0)
+        assert p.classes == probs.argsort(descending=True).tolist()
+        assert p.probs == pytest.approx(sorted(probs.tolist(), reverse=True), abs=1e-5)
+        assert p.label == label == NAMES.index(path.split('/')[-2])
+
+
+def test_labels_come_from_folder_names_or_from_their_order(tmp_path):
+    for name in ('b', 'a', 'x'):
+        (tmp_path / name).mkdir()
+        Image.new('L', (8, 8)).save(tmp_path / name / '0.png')
+
+    def labels(names):
+        return [label for _, label in find_images([str(tmp_path)], names).samples]
+
+    assert labels(['x', 'b', 'c']) == [None, 1, 0]  # folders a, b, x
+    assert labels(['0', '1', '2']) == [0, 1, 2]  # a model that was saved without names
+    assert labels(['0', '1']) == [None, None, None]
+
+
+def test_mistakes_come_first_and_the_surest_before_the_others():
+    guesses = [(0, 0, 0.9), (1, 0, 0.4), (None, 1, 0.3), (1, 2, 0.8), (2, 2, 0.5)]
+    predictions = [Prediction(i, label, [says], [prob]) for i, (label, says, prob) in enumerate(guesses)]
+    assert [p.place for p in mistakes_first(predictions)] == [3, 1, 2, 4, 0]
+
+
+def test_images_that_can_not_be_read_are_named_and_left_out(model, tmp_path, caplog):
+    Image.new('RGBA', (33, 57)).save(tmp_path / 'fine.png')
+    (tmp_path / 'empty.png').touch()
+    whole = (tmp_path / 'fine.png').read_bytes()
+    (tmp_path / 'cut.png').write_bytes(whole[:len(whole) // 2])
+    files = ImageFiles([(str(tmp_path / name), None) for name in ('empty.png', 'fine.png', 'cut.png')])
+    assert [p.place for p in predict(model, files)] == [1]
+    assert [name for name in ('empty.png', 'cut.png') if name in caplog.text] == ['empty.png', 'cut.png']
+
+
+def run_command(tmp_path, *args):
+    """The command with a model that was saved at its own size, without names."""
+    torch.save(timm.create_model('test_dearkd', num_classes=3).state_dict(), tmp_path / 'weights.pth')
+    args = [*args, '--model', 'test_dearkd', '--checkpoint', tmp_path / 'weights.pth']
+    main(['predict', *map(str, args), '--output', str(tmp_path / 'out'), '--device', 'cpu', '--workers', '0'])
+    with (tmp_path / 'out.csv').open(newline='') as f:
+        return list(csv.DictReader(f))
+
+
+def test_command(image_folder, tmp_path, capsys):
+    """A single grey image of odd size beside a folder, and class names that are nobody's idea of a label."""
+    pytest.importorskip('matplotlib')
+    Image.fromarray(np.zeros((5, 301), np.uint8)).save(tmp_path / 'thin, $grey$.png')
+    rows = run_command(
+        tmp_path, image_folder / 'validation', tmp_path / 'thin, $grey$.png', '--topk', '2', '--num-pictures', '3')
+    assert len(rows) == 13 and rows[-1]['image'].endswith('thin, $grey$.png') and rows[-1]['label'] == ''
+    assert [row['label'] for row in rows[:-1]] == [str(i) for i in range(3) for _ in range(4)]
+    right = sum(row['label'] == row['class1'] for row in rows[:-1])
+    assert f'13 images, top-1 {100 * right / 12:.2f} % of 12' in capsys.readouterr().out
+    assert all(float(row['prob1']) >= float(row['prob2']) for row in rows)
+    assert (tmp_path / 'out.png').stat().st_size > 1000
+
+
+@pytest.mark.parametrize('args, message', [
+    (['MISSING'], 'No file or folder'),
+    (['EMPTY'], 'holds no images'),
+    (['BROKEN'], 'None of the 1 images can be read'),
+    (['BROKEN', '--topk', '0'], '--topk 0, expected 1 or more'),
+])
+def test_errors_are_one_line_and_status_2(args, message, tmp_path, capsys):
+    pytest.importorskip('matplotlib')
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'broken.png').touch()
+    replaced = {'MISSING': tmp_path / 'missing', 'EMPTY': tmp_path / 'empty', 'BROKEN': tmp_path / 'broken.png'}
+    with pytest.raises(SystemExit) as e:
+        run_command(tmp_path, *(replaced.get(arg, arg) for arg in args))
+    assert e.value.code == 2 and message in capsys.readouterr().err.strip().splitlines()[-1]
