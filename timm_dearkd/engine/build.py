@@ -579,7 +579,8 @@ def describe_run(args, train_set, eval_set, model: nn.Module, precision: Precisi
     device = precision.device
     data = dict(train_images=count(train_set), validation_images=count(eval_set), classes=model.num_classes)
     environment = dict(
-        device=torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{device}, {platform.processor()}',
+        device=torch.cuda.get_device_name(device) if device.type == 'cuda' else
+        f'{device} ({platform.machine()}, {torch.get_num_threads()} threads)',
         processes=ranks.world_size,
         precision=str(precision.amp_dtype or model_dtype(args)).replace('torch.', ''),
         **{'timm-dearkd': __version__}, timm=timm.__version__, torch=torch.__version__,
