@@ -107,16 +107,16 @@ def _read_state_dict(checkpoint: str) -> Dict[str, torch.Tensor]:
     """State dict in a checkpoint file, whatever mapping it lies in."""
     if os.path.isdir(checkpoint):
         raise ValueError(
-            f'Teacher checkpoint {checkpoint!r} is a folder. Name a file in it, or the folder as the teacher if it'
+            f'Checkpoint {checkpoint!r} is a folder. Name a file in it, or the folder as the model if it'
             ' holds a config.json (--kd-model-name).')
     try:
         contents = load_state_dict(checkpoint)
     except FileNotFoundError:
-        raise FileNotFoundError(f'No teacher checkpoint at {checkpoint!r}.') from None
+        raise FileNotFoundError(f'No checkpoint at {checkpoint!r}.') from None
     except Exception as e:  # torch's unpickler alone raises half a dozen kinds
         reason = re.split(r'\.\s', str(e))[0].replace('\n', ' ')
         raise ValueError(
-            f'Teacher checkpoint {checkpoint!r} can not be read ({type(e).__name__}: {reason}). It may be cut'
+            f'Checkpoint {checkpoint!r} can not be read ({type(e).__name__}: {reason}). It may be cut'
             ' short, or hold a whole model: write its tensors with torch.save(model.state_dict(), PATH).') from e
     if not any(isinstance(value, torch.Tensor) for value in contents.values()):
         inner = {
@@ -125,7 +125,7 @@ def _read_state_dict(checkpoint: str) -> Dict[str, torch.Tensor]:
         }
         if len(inner) != 1:
             raise ValueError(
-                f'Teacher checkpoint {checkpoint!r} holds {" and ".join(map(repr, inner)) or "no state dict"}, expected'
+                f'Checkpoint {checkpoint!r} holds {" and ".join(map(repr, inner)) or "no state dict"}, expected'
                 ' one state dict. Write it alone, with torch.save(model.state_dict(), PATH).')
         contents = clean_state_dict(*inner.values())
     return {key: value for key, value in contents.items() if isinstance(value, torch.Tensor)}
@@ -181,10 +181,10 @@ def _load_weights(model: nn.Module, state_dict: Dict[str, torch.Tensor], name: s
         model.load_state_dict(_match_by_order(model, state_dict))
     except ValueError as e:
         raise ValueError(
-            f'Teacher checkpoint {checkpoint!r} does not fit architecture {name!r}: {e}.'
+            f'Checkpoint {checkpoint!r} does not fit architecture {name!r}: {e}.'
             ' Name the architecture that it was trained with.') from e
     _logger.info(
-        f'Teacher: {checkpoint} names its tensors otherwise than {name} does, so they were loaded by order, in which'
+        f'{checkpoint} names its tensors otherwise than {name} does, so they were loaded by order, in which'
         ' all shapes agree. That says nothing of activations, padding or the eps of BatchNorm: check the accuracy.')
 
 
@@ -205,7 +205,7 @@ def resolve_teacher(name: str, checkpoint: Optional[str] = None) -> Tuple[str, O
     source, architecture = parse_model_name(name)
     if source is None and not is_model(architecture.split('.')[0]):
         near = ', '.join(difflib.get_close_matches(architecture, list_models(), n=4, cutoff=0.4)) or 'none'
-        raise ValueError(f'Unknown teacher {name!r}. The nearest timm names: {near}.')
+        raise ValueError(f'Unknown model {name!r}. The nearest timm names: {near}.')
     return name, checkpoint
 
 
@@ -217,8 +217,8 @@ def _architecture_of(checkpoint: str) -> str:
         contents = {}
     if not isinstance(contents.get('arch'), str):
         raise ValueError(
-            f'Teacher {checkpoint!r} is a file that does not say of which architecture. Name that with'
-            ' --kd-model-name, and the file with --kd-teacher-checkpoint.')
+            f'{checkpoint!r} is a file that does not say of which architecture. Name that as the model, and the file as'
+            ' its checkpoint.')
     return contents['arch']
 
 
@@ -249,9 +249,9 @@ def create_teacher(
         model = timm.create_model(name, pretrained=not checkpoint, **kwargs)
     except Exception as e:  # whatever the download raises, the remedy is the same
         reason = (str(e).splitlines() or [''])[0]
-        remedy = 'Check its name.' if checkpoint else 'Pass a trained checkpoint with --kd-teacher-checkpoint.'
+        remedy = 'Check its name.' if checkpoint else 'Name a trained checkpoint of it.'
         raise ValueError(
-            f'Could not get {"" if checkpoint else "weights of "}teacher {name!r} ({type(e).__name__}: {reason}).'
+            f'Could not get {"" if checkpoint else "weights of "}{name!r} ({type(e).__name__}: {reason}).'
             f' {remedy}') from e
     if checkpoint:
         _load_weights(model, state_dict, name, checkpoint)

@@ -426,7 +426,7 @@ ERRORS = {
     'betas': (['--opt-betas', '0.9', '0.9', '0.9'], '--opt-betas has 3 values, adamw takes 2'),
     'optimizer': (['--opt', 'nothing'], 'Could not create --opt nothing'),
     'start': (['--start-epoch', '-1'], '--start-epoch is -1, expected 0 or more'),
-    'teacher file': (['--kd-model-name', 'README.md'], 'and the file with --kd-teacher-checkpoint'),
+    'teacher file': (['--kd-model-name', 'README.md'], 'and the file as its checkpoint'),
     'smoothing': (['--smoothing', '1.5'], '--smoothing is 1.5, expected 0 or more, less than 1'),
     'scale': (['--scale', '0.5'], 'expected the least and the greatest'),
     'clip': (['--clip-grad', '-1'], '--clip-grad is -1.0, expected more than 0'),

@@ -17,6 +17,7 @@ from timm.models import (
     generate_default_cfgs,
     get_pretrained_cfg,
     register_model,
+    resolve_pretrained_cfg,
 )
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
@@ -182,23 +183,35 @@ def _cfg(**kwargs) -> Dict[str, Any]:
     }
 
 
-# No weights are published yet
+def _cfgs(name: str, *tags: str, **kwargs: Any) -> Dict[str, Dict[str, Any]]:
+    """Configurations of an architecture, and of the weights that a recipe gives it; see `hub.locate_weights`."""
+    return {f'{name}.{tag}': _cfg(**kwargs) for tag in ('untrained', *tags)}
+
+
+_LARGE = dict(input_size=(3, 384, 384), crop_pct=1.0)
+_SMALL = dict(input_size=(3, 32, 32), crop_pct=1.0)
+
 default_cfgs = generate_default_cfgs({
-    'dearkd_tiny_patch16_224.untrained': _cfg(),
-    'dearkd_small_patch16_224.untrained': _cfg(),
-    'dearkd_base_patch16_224.untrained': _cfg(),
-    'dearkd_tiny_patch16_384.untrained': _cfg(input_size=(3, 384, 384), crop_pct=1.0),
-    'dearkd_small_patch16_384.untrained': _cfg(input_size=(3, 384, 384), crop_pct=1.0),
-    'dearkd_base_patch16_384.untrained': _cfg(input_size=(3, 384, 384), crop_pct=1.0),
-    'dearkd_tiny_patch4_32.untrained': _cfg(input_size=(3, 32, 32), crop_pct=1.0),
-    'dearkd_nano_patch4_32.untrained': _cfg(input_size=(3, 32, 32), crop_pct=1.0),
-    'test_dearkd.untrained': _cfg(input_size=(3, 160, 160), crop_pct=0.95),
-    'dearkd_from.untrained': _cfg(),
+    **_cfgs('dearkd_tiny_patch16_224', 'in1k_300e', 'in1k_1000e'),
+    **_cfgs('dearkd_small_patch16_224', 'in1k_300e', 'in1k_1000e'),
+    **_cfgs('dearkd_base_patch16_224', 'in1k_300e', 'in1k_1000e'),
+    **_cfgs('dearkd_tiny_patch16_384', 'in1k_300e_ft', **_LARGE),
+    **_cfgs('dearkd_small_patch16_384', 'in1k_300e_ft', **_LARGE),
+    **_cfgs('dearkd_base_patch16_384', 'in1k_300e_ft', **_LARGE),
+    **_cfgs('dearkd_tiny_patch4_32', **_SMALL),
+    **_cfgs('dearkd_nano_patch4_32', **_SMALL),
+    **_cfgs('test_dearkd', input_size=(3, 160, 160), crop_pct=0.95),
+    **_cfgs('dearkd_from'),
 })
 
 
 def _create_dearkd(variant: str, pretrained: bool = False, model_cls=DearKD, **kwargs) -> DearKD:
     out_indices = kwargs.pop('out_indices', 3)
+    if pretrained:
+        from .hub import locate_weights  # here, for registering the names is to cost nothing else
+        cfg = resolve_pretrained_cfg(
+            variant, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None))
+        kwargs['pretrained_cfg'] = vars(locate_weights(cfg, kwargs.get('cache_dir')))
     return build_model_with_cfg(
         model_cls,
         variant,

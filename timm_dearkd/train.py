@@ -70,8 +70,19 @@ def prepare(argv: Optional[Sequence[str]] = None) -> Callable[[], None]:
     precision = Precision(device, getattr(torch, args.amp_dtype) if args.amp else None)
     if args.eval_only:
         return prepare_evaluation(args, precision, ranks)
-    command = shlex.join(['python', 'train.py', *(sys.argv[1:] if argv is None else argv)])
-    return prepare_training(args, args_text, command, precision, ranks)
+    return prepare_training(args, args_text, command_line(argv, ranks), precision, ranks)
+
+
+def command_line(argv: Optional[Sequence[str]], ranks: Ranks) -> str:
+    """The command that started this run, as far as it can be told from within."""
+    local = os.environ.get('LOCAL_WORLD_SIZE')
+    nodes = ranks.world_size // int(local) if local else 1
+    launcher = ['python']
+    if local and ranks.distributed:
+        launcher = ['torchrun', *(['--nnodes', str(nodes)] if nodes > 1 else []), '--nproc_per_node', local]
+    is_module = argv is None and (sys.modules['__main__'].__spec__ or None) is not None
+    script = ['-m', 'timm_dearkd.train'] if is_module else ['train.py']
+    return shlex.join([*launcher, *script, *(sys.argv[1:] if argv is None else argv)])
 
 
 def prepare_training(args, args_text: str, command: str, precision: Precision, ranks: Ranks) -> Callable[[], None]:
@@ -99,7 +110,7 @@ def prepare_training(args, args_text: str, command: str, precision: Precision, r
     if is_auto and start.epoch >= epochs.stop:
         _logger.info(f'{args.experiment} has its {start.epoch} epochs already. It is left as it is.')
         use_ema = task.has_ema() and not args.model_ema_force_cpu
-        return partial(complete_export, folder, export, use_ema) if ranks.is_primary else lambda: None
+        return partial(complete_run, args, folder, export, use_ema, device) if ranks.is_primary else lambda: None
     if start.epoch >= epochs.stop:
         raise ValueError(f'Nothing to train: the run ends after epoch {epochs.stop}, and {start.epoch} are done.')
 
@@ -115,6 +126,13 @@ def prepare_training(args, args_text: str, command: str, precision: Precision, r
     recorder = build.build_recorder(
         args, args_text, trainer, model, data_config, export, start, run_info, distance_images)
     return partial(fit, args, trainer, validator, recorder, start, epochs)
+
+
+def complete_run(args, folder: str, export: Callable[..., Any], use_ema: bool, device: torch.device) -> None:
+    """What may be missing after the last epoch: the exported student, and the report."""
+    complete_export(folder, export, use_ema)
+    if args.report:
+        report(folder, device)
 
 
 def agree(path: str, ranks: Ranks) -> str:
@@ -193,12 +211,10 @@ def fit(
                 trainer.lr_scheduler.step(epoch + 1, metric)
             recorder.on_epoch(epoch, losses, metrics, metric, lr, is_milestone)
     if recorder.saver is not None:
-        complete_export(recorder.folder, recorder.export, recorder.export_ema)
+        complete_run(args, recorder.folder, recorder.export, recorder.export_ema, trainer.precision.device)
         if recorder.saver.best_metric is not None:
             _logger.info(f'*** Best metric: {recorder.saver.best_metric:.4g} (epoch {recorder.saver.best_epoch})')
             _logger.info(f"*** Load it with timm.create_model('local-dir:{recorder.folder}', pretrained=True)")
-        if args.report:
-            report(recorder.folder, trainer.precision.device)
         print_results(recorder.results, args.eval_metric)
 
 
@@ -209,7 +225,7 @@ def report(folder: str, device: torch.device) -> None:
     except Exception as e:
         _logger.warning(
             f'The report could not be written ({type(e).__name__}: {" ".join(str(e).split())}). The run is complete.'
-            f' Once that is mended: python -m timm_dearkd.analysis report {folder}')
+            f' Once that is mended: python -m timm_dearkd.analysis report {shlex.quote(folder)}')
 
 
 def evaluate_epoch(args, trainer: Trainer, validator: Optional[Validator], label: str) -> Dict[str, float]:

@@ -392,7 +392,7 @@ def test_hooks_are_parsed(spec, hook):
     (dict(teacher=7, teacher_class_map=[0, 1, 2]), 'has 3 entries, the student 5 classes.*--kd-class-map'),
     (dict(teacher=3, teacher_class_map=[0, 1, 2, 3, 0]), 'teacher class 3, but the teacher has classes 0 to 2'),
     (dict(teacher='no layers', teacher_class_map=[0, 1, 2, 3, 4]), r'Teacher\(class_map=...\)'),
-    (dict(teacher_model='test_resnt'), "Unknown teacher 'test_resnt'.*test_resnet"),
+    (dict(teacher_model='test_resnt'), "Unknown model 'test_resnt'.*test_resnet"),
     (dict(student='test_vit', student_kwargs=dict(patch_drop_rate=0.5)), 'patch_drop_rate'),
     (dict(student='test_resnet', student_kwargs=dict(img_size=None)), '--kd-distill-type logit'),
     (dict(teacher='no layers'), r'gives 0 layer\(s\) for 1 hook'),

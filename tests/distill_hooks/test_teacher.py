@@ -282,9 +282,9 @@ def test_teachers_that_cannot_be_had(tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             create_teacher('test_resnet', str(path))
         assert '\n' not in str(error.value)
-    with pytest.raises(ValueError, match="Unknown teacher 'regnety_161'.*regnety_160"):
+    with pytest.raises(ValueError, match="Unknown model 'regnety_161'.*regnety_160"):
         create_teacher('regnety_161')
-    with pytest.raises(ValueError, match='--kd-teacher-checkpoint'):
+    with pytest.raises(ValueError, match='Name a trained checkpoint of it'):
         create_teacher('mnasnet_050')  # has no weights to download
 
 

@@ -31,7 +31,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     try:
         TOOLS[args.tool].run(args)
     except (OSError, ValueError) as e:
-        message = ' '.join(str(e).split()).replace('--kd-teacher-checkpoint', '--checkpoint')
+        message = ' '.join(str(e).split())
         parser.exit(2, f'{parser.prog} {args.tool}: error: {message}\n')
 
 

@@ -4,7 +4,7 @@ import csv
 import io
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -19,12 +19,12 @@ from .inputs import add_model_arguments, check_counts, load_images, load_model, 
 from .runs import open_run
 
 __all__ = [
-    'DistanceLog', 'attention_distances', 'attention_weights', 'mean_distances', 'plot_distances', 'plot_over_epochs',
-    'read_log',
+    'DistanceHistory', 'DistanceLog', 'attention_distances', 'attention_weights', 'mean_distances', 'plot_distances',
+    'plot_over_epochs', 'read_log',
 ]
 
 LOG_NAME = 'attention_distance.csv'
-LOG_HEADER = ('epoch', 'layer', 'head', 'patches')
+LOG_HEADER = ('epoch', 'layer', 'head', 'patches', 'pixels')
 
 
 def attention_weights(attention: Attention, x: torch.Tensor) -> torch.Tensor:
@@ -67,11 +67,17 @@ def mean_distances(weights: torch.Tensor, grid_size: Tuple[int, int]) -> torch.T
 
 def attention_layers(model: nn.Module) -> List[Attention]:
     layers: List[Any] = [getattr(block, 'attn', None) for block in getattr(model, 'blocks', ())]
-    if not layers or not all(isinstance(layer, Attention) for layer in layers):
+    has_grid = hasattr(getattr(model, 'patch_embed', None), 'dynamic_feat_size')
+    if not layers or not has_grid or not all(isinstance(layer, Attention) for layer in layers):
         raise ValueError(
-            f'{type(model).__name__} has no blocks with timm\'s Attention. Attention distance is for vision'
+            f"{type(model).__name__} has no blocks with timm's Attention on a grid of patches. This is for vision"
             ' transformers such as dearkd_tiny_patch16_224 or deit_tiny_patch16_224.')
     return layers
+
+
+def stride(model: Any) -> int:
+    """Pixels from patch to patch."""
+    return int(max(model.patch_embed.feat_ratio(as_scalar=False)))
 
 
 @torch.no_grad()
@@ -133,23 +139,34 @@ class DistanceLog:
             writer = csv.writer(f)
             writer.writerows([LOG_HEADER] if is_new else [])
             writer.writerows(
-                [epoch, layer, head, f'{value:.4f}']
+                [epoch, layer, head, f'{value:.4f}', f'{value * stride(self.model):.2f}']
                 for layer, heads in enumerate(distances, start=1) for head, value in enumerate(heads, start=1))
 
 
-def read_log(folder: Union[str, Path]) -> Dict[int, Dict[int, List[float]]]:
-    """What a `DistanceLog` has written so far: the heads' distances by epoch and layer; empty if there is none."""
+class DistanceHistory(NamedTuple):
+    """The heads' distances in patches by epoch and layer, and the pixels of a patch."""
+    epochs: Dict[int, Dict[int, List[float]]]
+    patch_size: float
+
+
+def read_log(folder: Union[str, Path]) -> Optional[DistanceHistory]:
+    """What a `DistanceLog` has written so far, without an epoch that is half written; None if there is nothing."""
     path = Path(folder) / LOG_NAME
     epochs: Dict[int, Dict[int, List[float]]] = {}
+    sums = [0., 0.]
     if path.exists():
         with open(path, newline='') as f:
             for row in csv.DictReader(f):
                 try:
-                    epoch, layer, value = int(row['epoch']), int(row['layer']), float(row['patches'])
+                    epoch, layer = int(row['epoch']), int(row['layer'])
+                    patches, pixels = float(row['patches']), float(row['pixels'])
                 except (KeyError, TypeError, ValueError):  # a line may be half written
                     continue
-                epochs.setdefault(epoch, {}).setdefault(layer, []).append(value)
-    return epochs
+                epochs.setdefault(epoch, {}).setdefault(layer, []).append(patches)
+                sums = [sums[0] + patches, sums[1] + pixels]
+    counts = {epoch: sum(map(len, layers.values())) for epoch, layers in epochs.items()}
+    whole = {epoch: layers for epoch, layers in epochs.items() if counts[epoch] == max(counts.values())}
+    return DistanceHistory(whole, round(sums[1] / sums[0], 1) if sums[0] else 1.) if whole else None
 
 
 def plot_distances(distances: Dict[str, torch.Tensor], patch_sizes: Sequence[int]) -> Any:
@@ -173,15 +190,16 @@ def plot_distances(distances: Dict[str, torch.Tensor], patch_sizes: Sequence[int
     return figure
 
 
-def plot_over_epochs(log: Dict[int, Dict[int, List[float]]], stage2_start: Optional[int] = None) -> Any:
+def plot_over_epochs(history: DistanceHistory, stage2_start: Optional[int] = None) -> Any:
     """A figure: the mean over the heads of every layer over the epochs, stage II shaded.
 
     Args:
-        log: See `read_log`.
+        history: See `read_log`.
         stage2_start: First epoch of stage II, if there was one.
     """
     from matplotlib import colormaps
 
+    log = history.epochs
     figure, ((axes,),) = new_figure()
     layers = sorted({layer for by_layer in log.values() for layer in by_layer})
     shade_stage2(axes, stage2_start, max(log))
@@ -191,12 +209,13 @@ def plot_over_epochs(log: Dict[int, Dict[int, List[float]]], stage2_start: Optio
         color = colormaps['viridis'](0.9 * i / max(1, len(layers) - 1))
         plot_series(axes, epochs, means, color=color, label=f'layer {layer}')
     axes.set(xlabel='epoch', ylabel='mean attention distance, patches', ylim=(0, None))
+    _add_pixels(axes, history.patch_size)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
+    axes.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1.12, 0.5))
     return figure
 
 
-def _add_pixels(axes: Any, patch_size: int) -> None:
+def _add_pixels(axes: Any, patch_size: float) -> None:
     scale = axes.secondary_yaxis('right', functions=(lambda y: y * patch_size, lambda y: y / patch_size))
     scale.set_ylabel('pixels')
 
@@ -230,6 +249,8 @@ def run(args: argparse.Namespace) -> None:
     if not args.model:
         _run_over_epochs(args)
         return
+    if len(set(args.model)) < len(args.model):
+        raise ValueError('--model names a model twice.')
     distances: Dict[str, torch.Tensor] = {}
     patch_sizes = []
     for i, name in enumerate(args.model):
@@ -239,7 +260,7 @@ def run(args: argparse.Namespace) -> None:
         batches = load_images(model, args.images, args.num_images).split(16)
         sums: Any = sum(attention_distances(model, batch.to(device)).cpu() * len(batch) for batch in batches)
         distances[name] = sums / sum(map(len, batches))
-        patch_sizes.append(model.patch_embed.patch_size[0])
+        patch_sizes.append(stride(model))
     write_bytes(output_path(args.output, '.csv'), write_csv(distances, patch_sizes))
     write_bytes(output_path(args.output, '.png'), render(plot_distances(distances, patch_sizes)))
     for name, values in distances.items():
@@ -255,4 +276,4 @@ def _run_over_epochs(args: argparse.Namespace) -> None:
             ' add --model NAME.')
     figure = plot_over_epochs(log, open_run(args.images).stage2_start)
     write_bytes(output_path(args.output, '.png'), render(figure))
-    print(f'{len(log)} epochs. {Path(args.images) / LOG_NAME}, {args.output}.png')
+    print(f'{len(log.epochs)} epochs. {Path(args.images) / LOG_NAME}, {args.output}.png')

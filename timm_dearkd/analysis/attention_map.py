@@ -17,7 +17,7 @@ from timm_dearkd.engine.output import write_bytes
 
 from .attention_distance import attention_layers, attention_weights
 from .figures import new_figure, render
-from .inputs import add_model_arguments, check_counts, image_transform, load_model, output_path
+from .inputs import add_model_arguments, check_counts, image_transform, load_model, open_image, output_path
 
 __all__ = ['attention_maps', 'head_positions', 'plot_heads', 'plot_maps']
 
@@ -62,9 +62,11 @@ def attention_maps(
                          f' {columns - 1}.')
     found: Dict[str, torch.Tensor] = {}
     handle = layers[layer - 1].register_forward_pre_hook(lambda module, args: found.update(_parts(module, args[0])))
+    training = model.training
     try:
         model.eval().forward(image.unsqueeze(0))
     finally:
+        model.train(training)
         handle.remove()
     query = patch[0] * columns + patch[1] - rows * columns  # counted from the end, where the patches are
     return {name: maps[:, query, -rows * columns:].unflatten(-1, (rows, columns)) for name, maps in found.items()}
@@ -163,13 +165,7 @@ def run(args: argparse.Namespace) -> None:
     new_figure()
     model = load_model(args.model[0], args.checkpoint, args.device)
     transform, mode = image_transform(model)
-    try:
-        with Image.open(args.image) as file:
-            tensor = transform(file.convert(mode))
-    except FileNotFoundError:
-        raise FileNotFoundError(f'No image at {args.image!r}.') from None
-    except (OSError, SyntaxError, ValueError) as e:
-        raise ValueError(f'{args.image!r} can not be read as an image ({" ".join(str(e).split())}).') from e
+    tensor = transform(open_image(args.image, mode))
     attention_layers(model)
     rows, columns = model.patch_embed.dynamic_feat_size(tuple(tensor.shape[-2:]))
     patch = tuple(args.patch) if args.patch else (rows // 2, columns // 2)

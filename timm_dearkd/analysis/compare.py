@@ -2,13 +2,14 @@
 import argparse
 import csv
 import io
+from pathlib import Path
 from typing import Any, List, Sequence
 
 from timm_dearkd.engine.output import write_bytes
 
 from .figures import new_figure, plain, plot_series, render, shade_stage2
 from .inputs import output_path
-from .runs import Run, open_run, readable
+from .runs import Run, distinct_names, open_run, readable
 
 __all__ = ['compare_table', 'drawn_columns', 'plot_column', 'plot_runs']
 
@@ -18,31 +19,37 @@ COLUMNS = ('run', 'model', 'teacher', 'state', 'metric', 'best', 'at epoch', 'la
 def compare_table(runs: Sequence[Run]) -> List[List[str]]:
     """A row for each run; empty where a run has no such figure yet."""
     rows = []
-    for run in runs:
+    for name, run in zip(distinct_names(runs), runs):
         best, last = run.best(), run.last()
         rows.append([
-            run.name, str(run.args.get('model') or ''), str(run.args.get('kd_model_name') or ''), run.state, run.metric,
+            name, str(run.args.get('model') or ''), str(run.args.get('kd_model_name') or ''), run.state, run.metric,
             f'{best[1]:.4g}' if best else '', str(best[0]) if best else '', f'{last[1]:.4g}' if last else ''])
     return rows
 
 
 def drawn_columns(runs: Sequence[Run], columns: Sequence[str] = ()) -> List[str]:
-    """Columns of summary.csv to draw: of those asked for the ones that there are, else accuracy and losses."""
+    """Columns of summary.csv to draw: those asked for, else accuracy and losses.
+
+    Raises:
+        ValueError: A column that no run has.
+    """
     found = list(dict.fromkeys(column for run in runs for column in run.columns))
-    wanted = list(columns) or [c for c in ('eval_top1', 'eval_loss') if c in found] + [
+    for column in columns:
+        if column not in found:
+            raise ValueError(f'No run has a column {column}. There are: {", ".join(found)}.')
+    return list(columns) or [c for c in ('eval_top1', 'eval_loss') if c in found] + [
         c for c in found if c.startswith('train_') and c.endswith('loss')]
-    return [column for column in wanted if column in found]
 
 
 def plot_column(axes: Any, runs: Sequence[Run], column: str) -> None:
     """A line for each run that has the column; of a single run, stage II is shaded."""
-    for i, run in enumerate(runs):
+    for i, (name, run) in enumerate(zip(distinct_names(runs), runs)):
         epochs, values = run.series(column)
         if epochs:
-            plot_series(axes, epochs, values, color=f'C{i % 10}', label=plain(run.name) if len(runs) > 1 else None)
+            plot_series(axes, epochs, values, color=f'C{i % 10}', label=plain(name) if len(runs) > 1 else None)
     if len(runs) == 1:
         shade_stage2(axes, runs[0].stage2_start, int(runs[0].rows[-1]['epoch']))
-    axes.set(title=readable(column), xlabel='epoch')
+    axes.set(title=plain(readable(column)), xlabel='epoch')
     axes.grid(alpha=0.3)
 
 
@@ -50,13 +57,11 @@ def plot_runs(runs: Sequence[Run], columns: Sequence[str] = ()) -> Any:
     """A figure with a panel for each column of summary.csv, by default accuracy and losses, and a line for each run.
 
     Raises:
-        ValueError: No run has any of the columns.
+        ValueError: A column that no run has, or no run has an epoch yet.
     """
     wanted = drawn_columns(runs, columns)
     if not wanted:
-        found = list(dict.fromkeys(column for run in runs for column in run.columns))
-        lack = f'no column {", ".join(columns)}. There are: {", ".join(found)}' if columns and found else 'no epoch yet'
-        raise ValueError(f'There is nothing to draw: the runs have {lack}.')
+        raise ValueError('There is nothing to draw: the runs have no epoch yet.')
     width = min(3, len(wanted))
     height = -(-len(wanted) // width)
     figure, axes = new_figure(height, width, (4 * width, 3 * height))
@@ -80,19 +85,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """The command: a table, the figures of all epochs as CSV, and a picture."""
+    """The command: a table, the figures of all epochs, both as CSV, and a picture."""
     new_figure()
     runs = [open_run(folder) for folder in args.runs]
+    columns = list(dict.fromkeys(column for run in runs for column in run.columns))
+    wanted = drawn_columns(runs, args.columns)
     table = compare_table(runs)
     print('| ' + ' | '.join(COLUMNS) + ' |\n' + '| --- ' * len(COLUMNS) + '|')
     for row in table:
         print('| ' + ' | '.join(row) + ' |')
-    figure = plot_runs(runs, args.columns)
-    columns = list(dict.fromkeys(column for run in runs for column in run.columns))
+    epochs = [
+        [name, *(values.get(column, '') for column in columns)]
+        for name, run in zip(distinct_names(runs), runs) for values in run.rows]
+    _write_csv(output_path(args.output, '.csv'), [COLUMNS, *table])
+    _write_csv(output_path(args.output, '_epochs.csv'), [['run', *columns], *epochs])
+    files = f'{args.output}.csv, {args.output}_epochs.csv'
+    if wanted:
+        write_bytes(output_path(args.output, '.png'), render(plot_runs(runs, args.columns)))
+        files += f', {args.output}.png'
+    print(f'\n{files}' + ('' if wanted else '; nothing to draw, for no run has an epoch yet'))
+
+
+def _write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
     text = io.StringIO(newline='')
-    writer = csv.DictWriter(text, ['run', *columns])
-    writer.writeheader()
-    writer.writerows({'run': run.name, **values} for run in runs for values in run.rows)
-    write_bytes(output_path(args.output, '.csv'), text.getvalue().encode())
-    write_bytes(output_path(args.output, '.png'), render(figure))
-    print(f'\n{args.output}.csv, {args.output}.png')
+    csv.writer(text).writerows(rows)
+    write_bytes(path, text.getvalue().encode())

@@ -1,8 +1,10 @@
 """Drawing that the tools share: matplotlib figures as PNG, or as SVG in the colours of the page around it."""
+import functools
 import io
 import logging
 import re
-from typing import Any, Optional, Sequence, Tuple
+import warnings
+from typing import Any, List, Optional, Sequence, Tuple
 
 __all__ = ['new_figure', 'plain', 'plot_series', 'render', 'shade_stage2']
 
@@ -34,17 +36,31 @@ def render(figure: Any, kind: str = 'png', dpi: int = 110) -> bytes:
     import matplotlib
 
     buffer = io.BytesIO()
+    options: Any = dict(bbox_inches='tight', pad_inches=0.08)
     if kind == 'png':
-        figure.savefig(buffer, format='png', dpi=dpi, bbox_inches='tight', pad_inches=0.08)
+        options.update(dpi=dpi)
+    else:
+        options.update(transparent=True, metadata={'Date': None})
+    settings: Any = {'svg.fonttype': 'none', 'svg.hashsalt': 'timm-dearkd', 'font.sans-serif': _fonts()}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='Glyph .* missing')
+        figure.savefig(buffer, format=kind, **options)
+    if kind == 'png':
         return buffer.getvalue()
-    with matplotlib.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'timm-dearkd'}):
-        figure.savefig(
-            buffer, format='svg', transparent=True, bbox_inches='tight', pad_inches=0.08, metadata={'Date': None})
     svg = buffer.getvalue().decode()
     svg = svg[svg.index('<svg'):].replace('#000000', 'currentColor')
     svg = re.sub(r'<metadata>.*?</metadata>', '', svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', '<g', svg)  # several of them share a page
     return re.sub(r'^<svg ', '<svg fill="currentColor" ', svg).encode()
+
+
+@functools.lru_cache(maxsize=None)
+def _fonts() -> List[str]:
+    """matplotlib's own font, and behind it those that are here for scripts that it lacks."""
+    from matplotlib.font_manager import get_font_names
+
+    wanted = ('Noto Sans', 'Source Han Sans', 'WenQuanYi', 'PingFang', 'Hiragino Sans', 'Microsoft YaHei')
+    return ['DejaVu Sans', *(name for name in sorted(get_font_names()) if name.startswith(wanted))]
 
 
 def plot_series(axes: Any, epochs: Sequence[int], values: Sequence[float], **kwargs: Any) -> None:
@@ -53,6 +69,6 @@ def plot_series(axes: Any, epochs: Sequence[int], values: Sequence[float], **kwa
 
 
 def shade_stage2(axes: Any, first: Optional[int], last: int, label: str = 'stage II') -> None:
-    """Shade the epochs of stage II, `first` to `last`; None has none."""
-    if first is not None:
+    """Shade the epochs of stage II, from `first` on; None has none, and neither has a figure that ends before."""
+    if first is not None and first <= last:
         axes.axvspan(first - 0.5, last + 0.5, color='tab:orange', alpha=0.15, lw=0, label=label)

@@ -1,21 +1,24 @@
 """Models and images that the tools take."""
 import argparse
+import logging
 from pathlib import Path
 from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 from PIL import Image
-from timm.data import ImageDataset, ImageNetInfo, create_transform, resolve_model_data_config
+from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
 from distill_hooks import create_teacher
-from timm_dearkd.engine.device import select_device
+from timm_dearkd.engine.device import find_device
 
 __all__ = [
-    'ImageFiles', 'add_model_arguments', 'check_counts', 'class_names', 'find_images', 'image_transform', 'load_images',
-    'load_model', 'output_path',
+    'ImageFiles', 'add_model_arguments', 'check_counts', 'class_names', 'find_images', 'image_transform',
+    'label_names', 'load_images', 'load_model', 'open_image', 'output_path', 'spread',
 ]
+
+_logger = logging.getLogger(__name__)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, output: str, required: bool = True) -> None:
@@ -36,7 +39,7 @@ def check_counts(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         values = getattr(args, name)
         for value in values if isinstance(values, list) else [values]:
-            if value is not None and value < 1:
+            if value is not None and not value >= 1:
                 raise ValueError(f'--{name.replace("_", "-")} {value}, expected 1 or more.')
 
 
@@ -53,7 +56,7 @@ def load_model(name: str, checkpoint: Optional[str] = None, device: Optional[str
         FileNotFoundError: No such checkpoint.
         ValueError: An unknown name or device, or no weights to be had.
     """
-    return create_teacher(name, checkpoint, device=select_device(device)[0]).eval()
+    return create_teacher(name, checkpoint, device=find_device(device)).eval()
 
 
 def image_transform(model: nn.Module) -> Tuple[Callable[[Image.Image], torch.Tensor], str]:
@@ -62,15 +65,37 @@ def image_transform(model: nn.Module) -> Tuple[Callable[[Image.Image], torch.Ten
     return create_transform(**config), 'L' if config['input_size'][0] == 1 else 'RGB'
 
 
-def class_names(model: Any) -> List[str]:
-    """Names of a model's classes: those it was saved with, ImageNet's, or their numbers."""
+def label_names(model: Any) -> Optional[List[str]]:
+    """Names of a model's classes: those it was saved with, or ImageNet's (as its folders are called)."""
     names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
     if names and len(names) == model.num_classes:
         return [str(name) for name in names]
-    if model.num_classes == 1000:
-        info = ImageNetInfo()
-        return [info.index_to_description(index) for index in range(1000)]
-    return [str(index) for index in range(model.num_classes)]
+    return list(ImageNetInfo().label_names()) if model.num_classes == 1000 else None
+
+
+def class_names(model: Any) -> List[str]:
+    """What to call a model's classes: by their names, ImageNet's by what they are, and unknown ones by number."""
+    names = label_names(model)
+    if names is None:
+        return [str(index) for index in range(model.num_classes)]
+    info = ImageNetInfo()
+    return [info.label_name_to_description(name) for name in names] if names == info.label_names() else names
+
+
+def open_image(path: str, mode: str = 'RGB') -> Image.Image:
+    """Read an image file.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It can not be read.
+    """
+    try:
+        with Image.open(path) as file:
+            return file.convert(mode)
+    except FileNotFoundError:
+        raise FileNotFoundError(f'No image at {path!r}.') from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:  # Pillow's for broken files
+        raise ValueError(f'{path!r} can not be read as an image ({" ".join(str(e).split())}).') from e
 
 
 class ImageFiles(Sequence):
@@ -89,17 +114,21 @@ class ImageFiles(Sequence):
 
     def __getitem__(self, index):
         path, label = self.samples[index]
-        with Image.open(path) as file:
-            return file.convert(self.mode), label
+        return open_image(path, self.mode), label
 
 
-def find_images(paths: Sequence[str], names: Sequence[str], mode: str = 'RGB') -> ImageFiles:
-    """Images of files and folders. In a folder of class folders, those that a model's classes are named like label
-    them; so do any, in order, if there are as many as classes.
+def find_images(
+        paths: Sequence[str],
+        names: Optional[Sequence[str]] = None,
+        num_classes: int = 0,
+        mode: str = 'RGB',
+) -> ImageFiles:
+    """Images of files and folders. In a folder of class folders, their names label the images.
 
     Args:
         paths: Files and folders.
-        names: The model's class names.
+        names: The model's class names. Folders with other names have no labels, and a warning says so.
+        num_classes: How many classes it has. Without names, as many folders are labelled in their order.
         mode: Image mode to convert to.
 
     Raises:
@@ -116,9 +145,14 @@ def find_images(paths: Sequence[str], names: Sequence[str], mode: str = 'RGB') -
         found, class_to_idx = find_images_and_targets(path)
         if not found:
             raise ValueError(f'{path!r} holds no images.')
-        by_name = {name: index for index, name in enumerate(names)}
-        in_order = len(class_to_idx) == len(names) and len(names) > 1 and not set(class_to_idx) & set(by_name)
+        by_name = {name: index for index, name in enumerate(names)} if names else {}
+        in_order = names is None and len(class_to_idx) == num_classes
         labels = {index: index if in_order else by_name.get(name) for name, index in class_to_idx.items()}
+        unknown = [name for name, index in class_to_idx.items() if labels[index] is None]
+        if unknown and len(class_to_idx) > 1:
+            _logger.warning(
+                f'{len(unknown)} of {len(class_to_idx)} folders in {path!r} are no class of the model, so their images'
+                f' have no label: {", ".join(unknown[:5])}.')
         samples += [(str(file), labels.get(index)) for file, index in found]
     return ImageFiles(samples, mode)
 
@@ -133,11 +167,16 @@ def load_images(model: nn.Module, folder: str, count: int) -> torch.Tensor:
     if not Path(folder).is_dir():
         raise FileNotFoundError(f'No folder {folder!r}. Give one with images.')
     transform, mode = image_transform(model)
-    try:
-        dataset = ImageDataset(folder, transform=transform, input_img_mode=mode)
-    except RuntimeError as e:
-        raise ValueError(f'{folder!r} holds no images.') from e
-    return torch.stack([dataset[place][0] for place in spread(len(dataset), count)])
+    files = find_images([folder], mode=mode)
+    images = []
+    for place in spread(len(files), count):
+        try:
+            images.append(transform(files[place][0]))
+        except ValueError as e:
+            _logger.warning(f'{e} It is left out.')
+    if not images:
+        raise ValueError(f'None of the images in {folder!r} can be read.')
+    return torch.stack(images)
 
 
 def spread(length: int, count: int) -> List[int]:

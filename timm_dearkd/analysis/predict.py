@@ -3,6 +3,7 @@ import argparse
 import csv
 import io
 import logging
+import os
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from .inputs import (
     class_names,
     find_images,
     image_transform,
+    label_names,
     load_model,
     output_path,
 )
@@ -58,9 +60,8 @@ class _Inputs(Dataset):
         try:
             image, label = self.dataset[place]
             return place, label, self.transform(image)
-        except (OSError, SyntaxError, ValueError) as e:  # Pillow raises each of them for broken files
-            name = getattr(self.dataset, 'samples', {place: (place,)})[place][0]
-            _logger.warning(f'{name} can not be read as an image ({" ".join(str(e).split())}). It is left out.')
+        except (OSError, ValueError) as e:
+            _logger.warning(f'{" ".join(str(e).split())} It is left out.')
             return place, None, None
 
 
@@ -88,7 +89,8 @@ def predict(
     places = range(len(dataset)) if places is None else places
     device = next(model.parameters()).device
     inputs = _Inputs(dataset, places, image_transform(model)[0])
-    loader = DataLoader(inputs, batch_size, num_workers=min(workers, len(places) // batch_size), collate_fn=list)
+    workers = min(workers, os.cpu_count() or 1, len(places) // batch_size)
+    loader = DataLoader(inputs, batch_size, num_workers=workers, collate_fn=list)
     predictions = []
     was_training = model.training
     model.eval()
@@ -120,6 +122,7 @@ def plot_predictions(dataset: Any, predictions: Sequence[Prediction], names: Seq
         ax.axis('off')
     for ax, prediction in zip(axes.flat, predictions):
         image = dataset[prediction.place][0]
+        image.thumbnail((256, 256))
         ax.imshow(np.asarray(image), cmap='gray' if image.mode == 'L' else None)
         title = f'{names[prediction.classes[0]][:22]} {100 * prediction.probs[0]:.0f} %'
         if prediction.is_mistake:
@@ -158,12 +161,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """The command: a CSV, a picture, and the predictions of a few images."""
     check_counts(args, 'topk', 'num_pictures', 'batch_size')
+    if args.workers < 0:
+        raise ValueError(f'--workers {args.workers}, expected 0 or more.')
     if len(args.model) > 1:
         raise ValueError(f'--model has {len(args.model)} names, expected one.')
     new_figure()
     model = load_model(args.model[0], args.checkpoint, args.device)
     names = class_names(model)
-    files = find_images(args.images, names, image_transform(model)[1])
+    files = find_images(args.images, label_names(model), model.num_classes, image_transform(model)[1])
     predictions = predict(model, files, topk=args.topk, batch_size=args.batch_size, workers=args.workers)
     if not predictions:
         raise ValueError(f'None of the {len(files)} images can be read.')

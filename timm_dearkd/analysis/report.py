@@ -19,7 +19,7 @@ from .attention_distance import plot_over_epochs, read_log
 from .attention_map import head_positions, plot_heads
 from .compare import drawn_columns, plot_column, plot_runs
 from .figures import new_figure, render
-from .inputs import check_counts, class_names, image_transform, load_model, spread
+from .inputs import ImageFiles, check_counts, class_names, image_transform, load_model, spread
 from .predict import Prediction, accuracy, mistakes_first, predict
 from .runs import Run, open_run, readable
 
@@ -134,7 +134,7 @@ def _summary(run: Run) -> str:
     if teacher:
         text += f' Its teacher is {teacher}'
         if run.stage2_start is not None:
-            text += f', up to epoch {run.stage2_start} (stage I)'
+            text += f', for the first {run.stage2_start} epochs (stage I)'
         text += '.'
     return text
 
@@ -181,6 +181,8 @@ def validation_set(run: Run, names: Sequence[str], mode: str) -> Any:
         if args.get(key):
             options[key] = args[key]
     dataset = open_dataset(args.get('dataset') or '', root, split, **options)
+    if not args.get('dataset'):  # timm's data set would give the next image for one that can't be read
+        return ImageFiles(dataset.reader.samples, options['input_img_mode'])
     set_image_mode(dataset, options['input_img_mode'])
     return dataset
 
@@ -192,7 +194,8 @@ def _predictions(run: Run, model: Any, num_images: int) -> Tuple[Optional[Dict[s
         dataset = validation_set(run, names, mode)
         if not hasattr(dataset, '__getitem__'):  # a stream
             dataset = list(islice(dataset, num_images))
-        found = predict(model, dataset, spread(len(dataset), num_images))
+        places = spread(len(dataset), num_images)
+        found = predict(model, dataset, places)
     except (OSError, ValueError) as e:
         return None, f'The validation images could not be read: {" ".join(str(e).split())}'
     top1 = accuracy(found)
@@ -203,7 +206,8 @@ def _predictions(run: Run, model: Any, num_images: int) -> Tuple[Optional[Dict[s
     return dict(
         top1=f'{top1[0]:.1f} %',
         count=f'{top1[1]:,} validation images' + (
-            f', spread over all {len(dataset):,}' if top1[1] < len(dataset) else ''),
+            f', spread over all {len(dataset):,}' if len(places) < len(dataset) else '') + (
+            f'; {len(places) - len(found)} can not be read' if len(found) < len(places) else ''),
         samples=[_picture(dataset, found[i], names) for i in spread(len(found), NUM_PICTURES)],
         mistakes=[_picture(dataset, p, names) for p in mistakes[:NUM_PICTURES]],
         confused=[(label, says, count) for (label, says), count in pairs.most_common(10)],

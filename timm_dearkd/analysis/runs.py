@@ -1,14 +1,15 @@
 """What train.py left in the folder of a run, finished or not."""
 import csv
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import yaml
 
-__all__ = ['Run', 'open_run', 'readable']
+from timm_dearkd.engine.output import read_run_info
+
+__all__ = ['Run', 'distinct_names', 'open_run', 'readable']
 
 
 @dataclass
@@ -58,10 +59,6 @@ class Run:
         """Columns of summary.csv that have a number in any epoch."""
         return list(dict.fromkeys(column for row in self.rows for column in row))
 
-    @property
-    def losses(self) -> List[str]:
-        return [column for column in self.columns if column.endswith('loss')]
-
     def series(self, column: str) -> Tuple[List[int], List[float]]:
         """Epochs, counted from 0, and values of a column; both are empty where there is no such column."""
         points = [(int(row['epoch']), row[column]) for row in self.rows if column in row]
@@ -106,8 +103,6 @@ def open_run(folder: str) -> Run:
         raise FileNotFoundError(f'No folder {folder!r}. Give the output folder of a run, such as output/train/NAME.')
     try:
         args = yaml.safe_load((path / 'args.yaml').read_text())
-        info_path = path / 'run.json'
-        info = json.loads(info_path.read_text()) if info_path.exists() else {}
     except (OSError, ValueError, yaml.YAMLError) as e:
         raise ValueError(
             f'{folder!r} is not the folder of a run: its args.yaml can not be read ({type(e).__name__}). Give one that'
@@ -123,4 +118,15 @@ def open_run(folder: str) -> Run:
                 values = {key: _number(text) for key, text in row.items()}
                 if values.get('epoch') is not None:
                     rows.append({key: value for key, value in values.items() if value is not None})
-    return Run(path, args, rows, info)
+    return Run(path, args, rows, read_run_info(path))
+
+
+def distinct_names(runs: Sequence[Run]) -> List[str]:
+    """Names of runs; those of the same name with as many folders above as tell them apart."""
+    names = [run.name for run in runs]
+    for depth in range(2, max(len(run.folder.resolve().parts) for run in runs) + 1):
+        if len(set(names)) == len(names):
+            break
+        names = ['/'.join(run.folder.resolve().parts[-depth:]) if names.count(name) > 1 else name
+                 for run, name in zip(runs, names)]
+    return names

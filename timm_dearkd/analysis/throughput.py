@@ -2,6 +2,8 @@
 import argparse
 import csv
 import io
+import math
+import os
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -11,11 +13,12 @@ import timm
 import torch
 import torch.nn as nn
 from timm.data import resolve_model_data_config
+from torch._dynamo import config as dynamo_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from timm_dearkd.engine.device import select_device
+from timm_dearkd.engine.device import find_device
 from timm_dearkd.engine.output import write_bytes
 
 from .figures import new_figure, plain, render
@@ -65,19 +68,14 @@ class Measurement:
 def count_macs(model: nn.Module, image: torch.Tensor) -> int:
     """Multiply-adds of the matrix products and convolutions for one image (1, C, H, W), attention included."""
     counter = FlopCounterMode(display=False)
-    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), counter:
+    model.requires_grad_(False)  # its module tracker trips over parameters that are inputs of modules
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(image)
     return counter.get_total_flops() // 2
 
 
-def _status(key: str) -> int:
-    """Bytes that Linux names in this process's status."""
-    with open('/proc/self/status') as f:
-        return next(1024 * int(line.split()[1]) for line in f if line.startswith(key + ':'))
-
-
 def _peak_memory(forward: Callable[[], Any], device: torch.device) -> Optional[int]:
-    """Bytes that a forward takes at its peak beside what is there before; None where nothing tells."""
+    """Bytes that a forward allocates at its peak; None where nothing tells."""
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -85,14 +83,17 @@ def _peak_memory(forward: Callable[[], Any], device: torch.device) -> Optional[i
         forward()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    try:
-        with open('/proc/self/clear_refs', 'w') as f:
-            f.write('5')  # VmHWM begins anew
-        before = _status('VmRSS')
-        forward()
-        return max(0, _status('VmHWM') - before)
-    except OSError:  # not Linux
+    if device.type != 'cpu':
         return None
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # it reports its own start and end
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        forward()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == '[memory]']  # type: ignore[union-attr]
+    current = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        current += event.nbytes()
+        peak = max(peak, current)
+    return peak
 
 
 def measure_throughput(
@@ -123,9 +124,10 @@ def measure_throughput(
         One for each model.
 
     Raises:
-        ValueError: An unknown model, or a size that it does not take.
+        ValueError: An unknown model, a size that it does not take, or one that can't be compiled.
     """
     forwards, results = [], []
+    torch.compiler.reset()  # else the sizes of an earlier call turn into dynamic shapes
     for name in tqdm(names, desc='Prepare', unit='model', leave=False):
         forward, result = _prepare(
             name, batch_size, device, img_size, dtype, compile_backend,
@@ -156,22 +158,35 @@ def _prepare(name, batch_size, device, img_size, dtype, compile_backend, memory_
         what = f' does not take images of {img_size}x{img_size}' if img_size else ' can not be made'
         raise ValueError(f'{name!r}{what}: {" ".join(str(e).split())}') from e
     result = Measurement(name, batch_size, sum(p.numel() for p in model.parameters()), macs)
-    model = model.to(device=device, dtype=dtype, memory_format=memory_format)
-    images = torch.randn(batch_size, chans, *size, device=device, dtype=dtype).to(memory_format=memory_format)
-    run = torch.compile(model, backend=compile_backend) if compile_backend else model
-
-    def forward() -> Any:
-        with torch.inference_mode():
-            return run(images)
-
     try:
+        model = model.to(device=device, dtype=dtype, memory_format=memory_format)
+        images = torch.randn(batch_size, chans, *size, device=device, dtype=dtype).to(memory_format=memory_format)
+        forward = _Forward(model, images, compile_backend)
         forward()
         peak = _peak_memory(forward, device)
     except torch.OutOfMemoryError:
         return None, result
+    except RuntimeError as e:
+        if "can't allocate memory" in str(e):  # what a CPU says
+            return None, result
+        raise ValueError(f'{name!r} can not run: {" ".join(str(e).split())[:300]}') from e
     weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     result.peak_memory = None if peak is None else peak + weights
     return forward, result
+
+
+class _Forward:
+    """A model's forward of a batch. Each is compiled by itself, however many there are."""
+
+    def __init__(self, model: nn.Module, images: torch.Tensor, compile_backend: Optional[str]) -> None:
+        self.run: Callable[..., Any] = model
+        if compile_backend:
+            self.run = torch.compile(model, backend=compile_backend, dynamic=False)
+        self.images = images
+
+    def __call__(self) -> Any:
+        with torch.inference_mode(), dynamo_config.patch(recompile_limit=1000, accumulated_recompile_limit=1000):
+            return self.run(self.images)
 
 
 def _time(forward: Callable[[], Any], count: int, device: torch.device) -> float:
@@ -238,15 +253,18 @@ def _cells(result: Measurement) -> List[str]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """The command: a table, the same as CSV, and a picture."""
+    """The command: a table, the same as CSV, and a picture, written anew after each batch size."""
     check_counts(args, 'batch_size', 'img_size', 'rounds')
-    if args.seconds <= 0:
+    if not 0 < args.seconds < math.inf:
         raise ValueError(f'--seconds {args.seconds}, expected more than 0.')
     unknown = [name for name in args.models if ':' not in name and not timm.is_model(name)]
     if unknown:
         raise ValueError(f'timm knows no {unknown[0]!r}. timm.list_models("*NAME*") lists what there is.')
+    if args.torchcompile and args.torchcompile not in torch.compiler.list_backends(exclude_tags=()):
+        backends = ', '.join(torch.compiler.list_backends())
+        raise ValueError(f'--torchcompile is {args.torchcompile!r}, expected one of {backends}.')
     new_figure()
-    device, _ = select_device(args.device)
+    device = find_device(args.device)
     results: List[Measurement] = []
     print('| ' + ' | '.join(COLUMNS) + ' |\n' + '| --- ' * len(COLUMNS) + '|')
     for batch_size in args.batch_size:
@@ -256,11 +274,12 @@ def run(args: argparse.Namespace) -> None:
         results += measured
         for result in measured:
             print('| ' + ' | '.join(_cells(result)) + ' |', flush=True)
-    text = io.StringIO(newline='')
-    csv.writer(text).writerows([COLUMNS, *map(_cells, results)])
-    write_bytes(output_path(args.output, '.csv'), text.getvalue().encode())
-    write_bytes(output_path(args.output, '.png'), render(plot_throughput(results)))
-    where = f'{device}, {args.dtype}, {args.torchcompile or "eager"}'
-    if device.type == 'cpu':
-        where += f', {torch.get_num_threads()} threads'
-    print(f'\n{where}; medians of {args.rounds} rounds. {args.output}.csv, {args.output}.png')
+        text = io.StringIO(newline='')
+        csv.writer(text).writerows([COLUMNS, *map(_cells, results)])
+        write_bytes(output_path(args.output, '.csv'), text.getvalue().encode())
+        write_bytes(output_path(args.output, '.png'), render(plot_throughput(results)))
+    where = f'{device}, {torch.get_num_threads()} threads' if device.type == 'cpu' else str(device)
+    if device.type == 'cuda':
+        where = f'{torch.cuda.get_device_name(device)}, TF32 for float32'
+    print(f'\n{where}; {args.dtype}, {args.torchcompile or "eager"}; medians of {args.rounds} rounds.'
+          f' {args.output}.csv, {args.output}.png')

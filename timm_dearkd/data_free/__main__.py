@@ -374,7 +374,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     try:
         run(args)
     except (OSError, ValueError) as e:
-        message = ' '.join(str(e).split()).replace('--kd-teacher-checkpoint', '--checkpoint')
+        message = ' '.join(str(e).split())
         parser.exit(2, f'{parser.prog}: error: {message}\n')
     finally:
         if dist.is_initialized():

@@ -537,7 +537,7 @@ def build_recorder(
     if is_primary:
         os.makedirs(folder, exist_ok=True)
         write_text(folder, 'args.yaml', args_text)
-        write_run_info(folder, first_epoch=start.epoch, **run_info)
+        write_run_info(folder, position=start, **run_info)
         saver = _build_saver(args, folder, model, trainer)
         for table in ('summary.csv', LOG_NAME):
             trim_table(os.path.join(folder, table), start.epoch)

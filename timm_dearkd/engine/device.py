@@ -6,7 +6,7 @@ import torch
 from timm.utils import NativeScaler
 from timm.utils.distributed import init_distributed_device_so, is_distributed_env, world_info_from_env
 
-__all__ = ['SINGLE', 'Precision', 'Ranks', 'select_device']
+__all__ = ['SINGLE', 'Precision', 'Ranks', 'find_device', 'select_device']
 
 _logger = logging.getLogger(__name__)
 
@@ -29,10 +29,8 @@ class Ranks(NamedTuple):
 SINGLE = Ranks()
 
 
-def select_device(name: Optional[str]) -> Tuple[torch.device, Ranks]:
+def find_device(name: Optional[str]) -> torch.device:
     """The device asked for, else the accelerator there is, else the CPU, with the backend settings that suit it.
-
-    Under torchrun or Slurm, joins the other processes; each takes the device of its local rank.
 
     Raises:
         ValueError: An accelerator that is not here.
@@ -58,6 +56,16 @@ def select_device(name: Optional[str]) -> Tuple[torch.device, Ranks]:
     elif device.type == 'cpu':
         # far patches get denormal attention, which CPUs are many times slower at than at zeros
         torch.set_flush_denormal(True)
+    return device
+
+
+def select_device(name: Optional[str]) -> Tuple[torch.device, Ranks]:
+    """`find_device`, and under torchrun or Slurm, joins the other processes; each takes the device of its local rank.
+
+    Raises:
+        ValueError: An accelerator that is not here.
+    """
+    device = find_device(name)
     result = init_distributed_device_so(device.type if is_distributed_env() else str(device))
     ranks = Ranks(result['global_rank'], result['local_rank'], result['world_size'])
     of = f', {ranks.world_size} processes' if ranks.distributed else ''

@@ -6,7 +6,7 @@ import logging
 import os
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import safetensors.torch
 import torch
@@ -22,8 +22,8 @@ from .device import Precision
 from .interrupt import TrainingError
 
 __all__ = [
-    'AtomicCheckpointSaver', 'Position', 'complete_export', 'export_model', 'find_checkpoint', 'remove_recovery',
-    'resume_run', 'save_images', 'trim_table', 'write_bytes', 'write_run_info', 'write_text',
+    'AtomicCheckpointSaver', 'Position', 'complete_export', 'export_model', 'find_checkpoint', 'read_run_info',
+    'remove_recovery', 'resume_run', 'save_images', 'trim_table', 'write_bytes', 'write_run_info', 'write_text',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -218,25 +218,35 @@ def write_text(folder: str, name: str, text: str) -> None:
     write_bytes(Path(folder) / name, text.encode())
 
 
-def write_run_info(folder: str, command: str, first_epoch: int, **info: Any) -> None:
+def read_run_info(folder: Union[str, Path]) -> Dict[str, Any]:
+    """What `write_run_info` wrote; empty where there is nothing to be read."""
+    path = Path(folder) / 'run.json'
+    try:
+        info = json.loads(path.read_text())
+        if isinstance(info, dict):
+            return info
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError):
+        pass
+    _logger.warning(f'{path} can not be read, and is left out.')
+    return {}
+
+
+def write_run_info(folder: str, command: str, position: Position, **info: Any) -> None:
     """Write `run.json`: what a report says of a run that its options do not.
 
     Args:
         folder: Output folder of the run.
         command: What it was started with. If it goes on, this one is added to those before.
-        first_epoch: Epoch that it starts with.
+        position: Where it starts.
         **info: Anything that JSON holds.
     """
-    path = Path(folder) / 'run.json'
-    sessions = []
-    if first_epoch and path.exists():
-        try:
-            sessions = json.loads(path.read_text())['sessions']
-        except (KeyError, ValueError):
-            _logger.warning(f'{path} can not be read, and is begun anew.')
+    goes_on = position.epoch or position.update
+    sessions = read_run_info(folder).get('sessions', []) if goes_on else []
     started = datetime.now().astimezone().isoformat(' ', 'seconds')
-    sessions.append(dict(command=command, epoch=first_epoch, started=started))
-    write_bytes(path, json.dumps(dict(info, sessions=sessions), indent=1).encode())
+    sessions.append(dict(command=command, epoch=position.epoch, started=started))
+    write_text(folder, 'run.json', json.dumps(dict(info, sessions=sessions), indent=1))
 
 
 def export_model(

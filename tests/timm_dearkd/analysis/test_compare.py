@@ -60,17 +60,43 @@ def test_runs_that_are_not_like_the_others(make_run):
 def test_command(make_run, tmp_path, capsys):
     folders = [make_run('a$b_$'), make_run('second', ROWS[:3])]
     main(['compare', *folders, '--columns', 'eval_top1', 'lr', '--output', str(tmp_path / 'out')])
-    with (tmp_path / 'out.csv').open(newline='') as f:
+    with (tmp_path / 'out_epochs.csv').open(newline='') as f:
         rows = list(csv.DictReader(f))
     assert [(row['run'], row['epoch']) for row in rows][3:5] == [('a$b_$', '3.0'), ('second', '0.0')]
     assert [row['eval_top1'] for row in rows[:4]] == ['', '20.5', '30.5', '29.5']
+    with (tmp_path / 'out.csv').open(newline='') as f:
+        assert [(row['run'], row['best']) for row in csv.DictReader(f)] == [('a$b_$', '30.5'), ('second', '30.5')]
     assert '| second | test_vit |  | 3 of 4 epochs |' in capsys.readouterr().out
     assert (tmp_path / 'out.png').stat().st_size > 5000
 
 
+def test_runs_of_the_same_name_are_told_apart(make_run, tmp_path):
+    for parent in ('x', 'y'):
+        (tmp_path / parent).mkdir()
+    runs = [open_run(make_run(name)) for name in ('x/seed0', 'y/seed0', 'other')]
+    assert [row[0] for row in compare_table(runs)] == ['x/seed0', 'y/seed0', 'other']
+    assert list(lines(plot_runs(runs))['training loss']) == ['x/seed0', 'y/seed0', 'other']
+
+
+def test_runs_without_an_epoch_have_a_table(make_run, tmp_path, capsys):
+    main(['compare', make_run('empty', []), '--output', str(tmp_path / 'out')])
+    assert 'no run has an epoch yet' in capsys.readouterr().out
+    assert '0 of 4 epochs' in (tmp_path / 'out.csv').read_text() and not (tmp_path / 'out.png').exists()
+
+
+@pytest.mark.parametrize('text', ['[]', '{"sess', '{"sessions": [], "epochs": 7}'])
+def test_a_damaged_run_json_is_left_out(text, make_run, caplog):
+    folder = make_run('run')
+    with open(f'{folder}/run.json', 'w') as f:
+        f.write(text)
+    run = open_run(folder)
+    assert run.num_epochs == (7 if '7' in text else 4)
+    assert ('can not be read' in caplog.text) == ('7' not in text)
+
+
 @pytest.mark.parametrize('folders, message', [
     (['nowhere'], 'No folder'), (['bare'], 'args.yaml can not be read'), (['list'], 'holds no options'),
-    (['whole', '--columns', 'eval_top9'], 'no column eval_top9. There are: epoch, train_stage'),
+    (['whole', '--columns', 'eval_top9'], 'No run has a column eval_top9. There are: epoch, train_stage'),
 ])
 def test_errors_are_one_line_and_status_2(folders, message, make_run, tmp_path, capsys):
     make_run('whole')

@@ -9,7 +9,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 import timm_dearkd  # noqa: F401
 from timm_dearkd.analysis.__main__ import main
-from timm_dearkd.analysis.inputs import ImageFiles, find_images
+from timm_dearkd.analysis.inputs import ImageFiles, class_names, find_images, label_names
 from timm_dearkd.analysis.predict import Prediction, mistakes_first, predict
 
 NAMES = ['blue sky', 'grass', 'rust']
@@ -33,17 +33,25 @@ def test_against_one_image_at_a_time(model, image_folder):
         assert p.label == label == NAMES.index(path.split('/')[-2])
 
 
-def test_labels_come_from_folder_names_or_from_their_order(tmp_path):
+def test_labels_come_from_folder_names_or_from_their_order(tmp_path, caplog):
     for name in ('b', 'a', 'x'):
         (tmp_path / name).mkdir()
         Image.new('L', (8, 8)).save(tmp_path / name / '0.png')
 
-    def labels(names):
-        return [label for _, label in find_images([str(tmp_path)], names).samples]
+    def labels(names, num_classes):
+        return [label for _, label in find_images([str(tmp_path)], names, num_classes).samples]
 
-    assert labels(['x', 'b', 'c']) == [None, 1, 0]  # folders a, b, x
-    assert labels(['0', '1', '2']) == [0, 1, 2]  # a model that was saved without names
-    assert labels(['0', '1']) == [None, None, None]
+    assert labels(['x', 'b', 'c'], 3) == [None, 1, 0]  # folders a, b, x
+    assert '1 of 3 folders' in caplog.text and ': a.' in caplog.text
+    assert labels(None, 3) == [0, 1, 2]  # a model that was saved without names
+    assert labels(None, 2) == [None, None, None]
+
+
+def test_imagenet_folders_are_known_by_their_synsets():
+    model = timm.create_model('test_dearkd', img_size=32)
+    assert label_names(model)[281] == 'n02123045' and class_names(model)[281].startswith('tabby')
+    model = timm.create_model('test_dearkd', img_size=32, num_classes=3)
+    assert label_names(model) is None and class_names(model) == ['0', '1', '2']
 
 
 def test_mistakes_come_first_and_the_surest_before_the_others():
@@ -52,21 +60,23 @@ def test_mistakes_come_first_and_the_surest_before_the_others():
     assert [p.place for p in mistakes_first(predictions)] == [3, 1, 2, 4, 0]
 
 
-def test_images_that_can_not_be_read_are_named_and_left_out(model, tmp_path, caplog):
-    Image.new('RGBA', (33, 57)).save(tmp_path / 'fine.png')
+def test_images_that_can_not_be_read_are_named_and_left_out(model, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 50_000)
+    Image.new('L', (400, 400)).save(tmp_path / 'huge.png')
+    Image.new('RGBA', (13, 27)).save(tmp_path / 'fine.png')
     (tmp_path / 'empty.png').touch()
     whole = (tmp_path / 'fine.png').read_bytes()
     (tmp_path / 'cut.png').write_bytes(whole[:len(whole) // 2])
-    files = ImageFiles([(str(tmp_path / name), None) for name in ('empty.png', 'fine.png', 'cut.png')])
+    files = ImageFiles([(str(tmp_path / name), None) for name in ('empty.png', 'fine.png', 'cut.png', 'huge.png')])
     assert [p.place for p in predict(model, files)] == [1]
-    assert [name for name in ('empty.png', 'cut.png') if name in caplog.text] == ['empty.png', 'cut.png']
+    assert all(name in caplog.text for name in ('empty.png', 'cut.png', 'huge.png'))
 
 
 def run_command(tmp_path, *args):
     """The command with a model that was saved at its own size, without names."""
     torch.save(timm.create_model('test_dearkd', num_classes=3).state_dict(), tmp_path / 'weights.pth')
     args = [*args, '--model', 'test_dearkd', '--checkpoint', tmp_path / 'weights.pth']
-    main(['predict', *map(str, args), '--output', str(tmp_path / 'out'), '--device', 'cpu', '--workers', '0'])
+    main(['predict', *map(str, args), '--output', str(tmp_path / 'out'), '--device', 'cpu'])
     with (tmp_path / 'out.csv').open(newline='') as f:
         return list(csv.DictReader(f))
 
@@ -90,6 +100,7 @@ def test_command(image_folder, tmp_path, capsys):
     (['EMPTY'], 'holds no images'),
     (['BROKEN'], 'None of the 1 images can be read'),
     (['BROKEN', '--topk', '0'], '--topk 0, expected 1 or more'),
+    (['BROKEN', '--workers', '-1'], '--workers -1, expected 0 or more'),
 ])
 def test_errors_are_one_line_and_status_2(args, message, tmp_path, capsys):
     pytest.importorskip('matplotlib')

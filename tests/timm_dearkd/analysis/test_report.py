@@ -13,7 +13,12 @@ from timm.data import create_transform, resolve_model_data_config
 
 import timm_dearkd  # noqa: F401
 from timm_dearkd.analysis.__main__ import main
-from timm_dearkd.analysis.attention_distance import attention_distances, read_log
+from timm_dearkd.analysis.attention_distance import (
+    DistanceHistory,
+    attention_distances,
+    plot_over_epochs,
+    read_log,
+)
 from timm_dearkd.analysis.report import write_report
 
 pytest.importorskip('matplotlib')
@@ -82,7 +87,7 @@ def test_the_page_of_a_run(dearkd_run):
     with (dearkd_run / 'summary.csv').open(newline='') as f:
         top1 = [float(row['eval_top1']) for row in csv.DictReader(f)]
     assert f'{max(top1):.2f} % best validation top-1' in page.words and f'{top1[-1]:.2f} % last' in page.words
-    assert 'trained on 48 images of 3 classes' in page.words and 'up to epoch 2 (stage I)' in page.words
+    assert 'trained on 48 images of 3 classes' in page.words and 'for the first 2 epochs (stage I)' in page.words
     assert 'python train.py' in page.words and '--track-attention-distance' in page.words
     assert f'torch {torch.__version__}' in page.words
     # six curves, the distances and the heads
@@ -108,7 +113,8 @@ def test_it_needs_nothing_else_and_runs_nothing(dearkd_run):
 
 def test_distances_of_every_epoch_are_those_of_its_weights(dearkd_run, data):
     """The fixed batch are all 12 validation images; the last row is measured again from the exported student."""
-    log = read_log(dearkd_run)
+    log, patch_size = read_log(dearkd_run)
+    assert patch_size == 16
     assert list(log) == [0, 1, 2] and {len(heads) for layers in log.values() for heads in layers.values()} == {2}
     with (dearkd_run / 'summary.csv').open(newline='') as f:
         rows = list(csv.DictReader(f))
@@ -134,9 +140,11 @@ def test_a_run_that_still_goes_on(dearkd_run, tmp_path):
     folder = copy_run(dearkd_run, tmp_path / 'run')
     lines = (folder / 'summary.csv').read_text().splitlines()
     (folder / 'summary.csv').write_text('\n'.join([*lines[:2], lines[2][:9]]))
-    (folder / 'attention_distance.csv').write_text('epoch,layer,head,patches\n0,1,1,0.5\n0,1,2,0.6\n0,2')
+    (folder / 'attention_distance.csv').write_text('\n'.join([
+        'epoch,layer,head,patches,pixels', '0,1,1,0.5,8', '0,1,2,0.6,9.6', '1,1,1,0.5,8', '1,1,2,0.']))
     words = read_report(folder)
     assert 'Not finished: 1 of 3 epochs so far.' in words and '1 / 3 epochs' in words and 'layer 1' in words
+    assert list(read_log(folder).epochs) == [0]
 
 
 def test_a_run_without_an_epoch(dearkd_run, tmp_path):
@@ -162,7 +170,7 @@ def test_broken_weights_and_broken_images(dearkd_run, data, tmp_path):
         path.write_bytes(b'')
     args = yaml.safe_load((folder / 'args.yaml').read_text())
     (folder / 'args.yaml').write_text(yaml.safe_dump({**args, 'data': str(images)}))
-    assert 'Top-1 is' in read_report(folder)
+    assert 'on 6 validation images; 6 can not be read.' in read_report(folder)
     (folder / 'model_best.safetensors').write_bytes(b'cut short')
     assert 'The model could not be loaded' in read_report(folder)
 
@@ -204,6 +212,24 @@ def test_a_resumed_run_records_every_epoch_once(train_cli, tmp_path):
     assert len(rows) == 1 + 2 * 6 * 2 and '1,1,1,9.9' not in rows and rows[:13] == whole.splitlines()
     sessions = json.loads((run / 'run.json').read_text())['sessions']
     assert [session['epoch'] for session in sessions] == [0, 1] and '--resume auto' in sessions[1]['command']
+    assert all(session['command'].startswith('python train.py ') for session in sessions)
+    # it has its epochs; what is asked for now is the report
+    result = train_cli(*args, '--resume', 'auto', '--report')
+    assert result.returncode == 0 and (run / 'report.html').exists(), result.stderr
+
+
+def test_a_report_of_two_processes(train_cli, tmp_path):
+    """Written by the first one, which is in a process group then."""
+    launcher = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2')
+    result = train_cli('--output', tmp_path, '--experiment', 'run', '--epochs', '1', '--report', launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    words = Page(tmp_path / 'run' / 'report.html').words
+    assert 'Top-1 is' in words and 'block 4' in words and 'torchrun --nproc_per_node 2 train.py' in words
+
+
+def test_stage_2_is_not_shaded_in_a_figure_that_ends_before():
+    history = DistanceHistory({0: {1: [0.5]}, 1: {1: [0.6]}}, 16)
+    assert [len(plot_over_epochs(history, start).axes[0].patches) for start in (None, 5, 1)] == [0, 0, 1]
 
 
 @pytest.mark.parametrize('args, message', [

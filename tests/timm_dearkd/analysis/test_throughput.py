@@ -37,6 +37,35 @@ def test_models_take_turns_and_ratios_are_of_the_same_round(monkeypatch):
     assert first.params == sum(p.numel() for p in timm.create_model('test_vit', img_size=32).parameters())
 
 
+def test_peak_memory_on_a_cpu_is_that_of_the_tensors():
+    """Two hidden layers of which one has gone when the next is there: 4 MB of input stay, and at most 12 MB are new."""
+    x = torch.zeros(1024, 1024)
+
+    def forward():
+        y = x + 1
+        y = y + y  # both are there, then the first is gone
+        return y.sum()
+
+    forward()
+    assert throughput._peak_memory(forward, torch.device('cpu')) == pytest.approx(2 * 4 * 2 ** 20, rel=0.01)
+
+
+def test_every_model_and_batch_size_is_compiled_by_itself(monkeypatch):
+    """More graphs than TorchDynamo keeps of a function by default (8), all of fixed shape."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append([tuple(i.shape) for i in inputs if isinstance(i, torch.Tensor) and i.ndim == 4])
+        assert not any(isinstance(i, torch.SymInt) for i in inputs)
+        return graph.forward
+
+    for batch_size in (1, 2, 3):
+        throughput.measure_throughput(
+            ['test_vit', 'test_vit2', 'test_vit3'], batch_size, torch.device('cpu'), 32, rounds=1, seconds=0.001,
+            compile_backend=count)
+    assert [shapes[0][0] for shapes in graphs] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
 def test_command(tmp_path, capsys):
     pytest.importorskip('matplotlib')
     main(['throughput', 'test_vit', 'test_resnet', 'test_dearkd', '--batch-size', '1', '16', '--rounds', '2',
@@ -56,6 +85,8 @@ def test_command(tmp_path, capsys):
     (['no_such_vit'], "timm knows no 'no_such_vit'"),
     (['test_vit', '--batch-size', '0'], '--batch-size 0, expected 1 or more'),
     (['test_vit', '--seconds', '0'], 'expected more than 0'),
+    (['test_vit', '--seconds', 'nan'], 'expected more than 0'),
+    (['test_vit', '--torchcompile', 'nonsense'], "--torchcompile is 'nonsense'"),
     (['test_vit', '--img-size', '33'], "'test_vit' does not take images of 33"),
 ])
 def test_errors_are_one_line_and_status_2(args, message, tmp_path, capsys):

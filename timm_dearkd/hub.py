@@ -1,0 +1,386 @@
+"""Models on the Hugging Face Hub: push a run with its model card, and get weights that are what was pushed.
+
+    python -m timm_dearkd.hub push output/train/student --repo org/name [--private] [--dry-run]
+    python -m timm_dearkd.hub pull org/name
+"""
+import argparse
+import dataclasses
+import hashlib
+import logging
+import os
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any, List, Optional, Sequence, Union
+
+import timm
+from huggingface_hub import (
+    EvalResult,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    constants,
+    hf_hub_download,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from timm.models import PretrainedCfg
+from timm.models._hub import HF_SAFE_WEIGHTS_NAME, hf_split, save_for_hf
+from timm.utils import setup_default_logging
+
+import timm_dearkd  # noqa: F401  registers the architectures
+from timm_dearkd.analysis.compare import drawn_columns, plot_runs
+from timm_dearkd.analysis.figures import render
+from timm_dearkd.analysis.runs import Run, open_run
+from timm_dearkd.engine.output import write_bytes
+
+__all__ = ['HubError', 'download_weights', 'locate_weights', 'model_card', 'prepare_folder', 'pull', 'push']
+
+NAMESPACE_VARIABLE = 'TIMM_DEARKD_HUB'
+CITATION = '''@inproceedings{chen2022dearkd,
+  title={DearKD: Data-Efficient Early Knowledge Distillation for Vision Transformers},
+  author={Chen, Xianing and Cao, Qiong and Zhong, Yujie and Zhang, Jing and Gao, Shenghua and Tao, Dacheng},
+  booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year={2022}
+}'''
+
+
+class HubError(OSError):
+    """What the Hub can't do, in a line, with what to do about it."""
+
+
+def _explain(error: Exception, repo: str) -> HubError:
+    """The client's error in a line."""
+    where = f'{repo!r} at {constants.ENDPOINT}'
+    response = getattr(error, 'response', None)
+    status = getattr(response, 'status_code', None)
+    if isinstance(error, HFValidationError):
+        return HubError(f'{repo!r} is not the name of a Hub repository. Expected ORG/NAME.')
+    if isinstance(error, GatedRepoError):
+        return HubError(f'{where} asks for permission. Ask for it on its page, and log in with `hf auth login`.')
+    if isinstance(error, RevisionNotFoundError):
+        return HubError(f'{where} has no such revision. Check what is behind the @.')
+    if isinstance(error, RepositoryNotFoundError) or status == 401:
+        return HubError(
+            f'{where} does not exist, or is private. Check the name; if it is private, log in with `hf auth login` or'
+            ' set HF_TOKEN.')
+    if isinstance(error, LocalEntryNotFoundError):
+        return HubError(
+            f'{where} can not be reached, and is not in the cache. Check the connection, or unset HF_HUB_OFFLINE.')
+    if isinstance(error, EntryNotFoundError):
+        return HubError(f'{where} is no timm model: a file is missing. {" ".join(str(error).split())}')
+    if status == 403:
+        return HubError(f'{where}: the token has no right to do that (403). Make one with write access.')
+    if status is not None:
+        return HubError(f'{where}: the Hub answers with an error ({status}). Try again later.')
+    return HubError(
+        f'{where}: the transfer was cut off or took too long ({type(error).__name__}: {" ".join(str(error).split())}).'
+        f' Try again; HF_HUB_DOWNLOAD_TIMEOUT sets how many seconds to wait ({constants.HF_HUB_DOWNLOAD_TIMEOUT}).')
+
+
+def _is_client_error(error: Exception) -> bool:
+    """Whether it comes from the Hub's client, whose HTTP library has changed over its versions."""
+    modules = {cls.__module__.partition('.')[0] for cls in type(error).__mro__}
+    return isinstance(error, OSError) or bool(modules & {'huggingface_hub', 'httpx', 'httpx2', 'httpcore', 'requests'})
+
+
+def _verify(path: Path) -> None:
+    """Remove a file of the Hub's cache that is not what its name, for large files its SHA-256, says.
+
+    Raises:
+        HubError: It was not.
+    """
+    blob = path.resolve()
+    if len(blob.name) != 64:  # small files are named by git's hash
+        return
+    digest = hashlib.sha256()
+    with open(blob, 'rb') as f:
+        while chunk := f.read(2 ** 22):
+            digest.update(chunk)
+    if digest.hexdigest() != blob.name:
+        path.unlink()
+        blob.unlink(missing_ok=True)
+        raise HubError(
+            f'{path.name} arrived with another SHA-256 ({digest.hexdigest()[:12]}…) than the Hub names'
+            f' ({blob.name[:12]}…). It was removed from the cache. Try again.')
+
+
+def download_weights(
+        repo: str,
+        filename: str = HF_SAFE_WEIGHTS_NAME,
+        cache_dir: Optional[Union[str, Path]] = None,
+) -> Path:
+    """A file of a Hub repository, whose hash is checked when it is new in the cache.
+
+    Args:
+        repo: ORG/NAME, or ORG/NAME@REVISION.
+        filename: The file.
+        cache_dir: The Hub's cache; None is the user's.
+
+    Raises:
+        HubError: It can not be had, or is not what was pushed. The cache holds no broken file then.
+    """
+    name, revision = hf_split(repo)
+    cached = try_to_load_from_cache(name, filename, cache_dir=cache_dir, revision=revision)
+    try:
+        path = Path(hf_hub_download(name, filename, revision=revision, cache_dir=cache_dir))
+    except Exception as e:
+        if not _is_client_error(e):
+            raise
+        raise _explain(e, repo) from e
+    if str(path) != cached:
+        _verify(path)
+    return path
+
+
+def pull(repo: str, cache_dir: Optional[Union[str, Path]] = None) -> Path:
+    """All files of a Hub repository, as a folder of the cache that `local-dir:` loads, with their hashes checked.
+
+    Raises:
+        HubError: See `download_weights`.
+    """
+    name, revision = hf_split(repo)
+    download_weights(repo, 'config.json', cache_dir)
+    try:
+        folder = Path(snapshot_download(name, revision=revision, cache_dir=cache_dir))
+    except Exception as e:
+        if not _is_client_error(e):
+            raise
+        raise _explain(e, repo) from e
+    for path in folder.rglob('*'):
+        if path.is_file():
+            _verify(path)
+    return folder
+
+
+def locate_weights(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]] = None) -> PretrainedCfg:
+    """Where the pretrained weights of one of our models are: a pretrained configuration with a source.
+
+    Those of the recipes (`in1k_300e` and the like) come from the Hub namespace that the environment variable
+    TIMM_DEARKD_HUB names, for nobody has published any yet.
+
+    Args:
+        cfg: The model's. One that has a source other than the Hub is left as it is.
+        cache_dir: The Hub's cache.
+
+    Raises:
+        HubError: See `download_weights`.
+        ValueError: There are no weights.
+    """
+    if cfg.source != 'hf-hub' and (cfg.file or cfg.url or cfg.state_dict):
+        return cfg
+    if not cfg.hf_hub_id:
+        namespace, name = os.environ.get(NAMESPACE_VARIABLE), f'{cfg.architecture}.{_recipe_tag(cfg)}'
+        if not namespace or name.endswith('.'):
+            where = '' if name.endswith('.') else f' set {NAMESPACE_VARIABLE} to the Hub namespace that has {name},'
+            raise ValueError(
+                f'No weights of {cfg.architecture} are published. Train it with train.py,{where} or load a trained one:'
+                ' local-dir:FOLDER, hf-hub:ORG/NAME.')
+        cfg = dataclasses.replace(cfg, hf_hub_id=f'{namespace}/{name}')
+    if cfg.source == 'local-dir' or cfg.custom_load:
+        return cfg
+    path = download_weights(str(cfg.hf_hub_id), cfg.hf_hub_filename or HF_SAFE_WEIGHTS_NAME, cache_dir)
+    return dataclasses.replace(cfg, file=str(path), source='')
+
+
+def _recipe_tag(cfg: PretrainedCfg) -> str:
+    """The tag of the recipe whose weights are meant; '' for a model that has no recipe."""
+    if cfg.tag and cfg.tag != 'untrained':
+        return cfg.tag
+    tags = [name.partition('.')[2] for name in timm.list_models(f'{cfg.architecture}.*', include_tags=True)]
+    return next((tag for tag in ('in1k_300e', 'in1k_300e_ft') if tag in tags), '')
+
+
+def model_card(run: Run, model: Any, repo: str, license: str = 'apache-2.0') -> ModelCard:
+    """A model card made from what the folder of a run says.
+
+    Args:
+        run: The run.
+        model: Its model.
+        repo: ORG/NAME that it is for.
+        license: Licence of the weights, by the Hub's name for it.
+    """
+    args, best = run.args, run.best()
+    data = run.info.get('data', {})
+    source = args.get('dataset') or Path(args.get('data_dir') or args.get('data') or 'images').name
+    results = [EvalResult(
+        task_type='image-classification', dataset_type='imagefolder', dataset_name=f'{source}, validation split',
+        metric_type='accuracy', metric_name='top-1', metric_value=round(best[1] / 100, 4),
+    )] if best and run.metric == 'eval_top1' else []
+    metadata = ModelCardData(
+        license=license, library_name='timm', pipeline_tag='image-classification',
+        tags=['image-classification', 'timm', 'dearkd', 'knowledge-distillation'], metrics=['accuracy'],
+        model_name=repo.split('/')[-1], eval_results=results or None)
+    facts = [
+        ('Model', args.get('model')), ('Parameters', f'{sum(p.numel() for p in model.parameters()):,}'),
+        ('Data', source), ('Training images', data.get('train_images')), ('Classes', model.num_classes),
+        ('Image size', ' x '.join(map(str, model.pretrained_cfg['input_size']))),
+        ('Teacher', _without_folders(args.get('kd_model_name') or 'none')), ('Epochs', len(run.rows)), *_stages(run),
+        ('Optimizer', f'{args.get("opt")}, lr {args.get("lr")}, weight decay {args.get("weight_decay")}, batch size'
+         f' {args.get("batch_size")}')]
+    lines = [f'- **{key}:** {value}' for key, value in facts if value not in (None, '')]
+    figure = f'Best {run.metric.replace("_", " ")}: {best[1]:.2f}, after epoch {best[0]}.' if best else ''
+    commands = '\n'.join(_without_folders(session['command']) for session in run.info.get('sessions', ()))
+    trained = f'\n## How it was trained\n\n```sh\n{commands}\n```\n' if commands else ''
+    return ModelCard(f"""---
+{metadata.to_yaml()}
+---
+
+# {repo.split('/')[-1]}
+
+A {'DearKD ' if args.get('kd_model_name') else ''}image classifier for [timm](https://github.com/huggingface/pytorch-image-models),
+trained with timm-dearkd.
+
+{chr(10).join(lines)}
+
+## Results
+
+{figure}
+
+![Accuracy and losses over the epochs](curves.png)
+
+## How to use it
+
+```sh
+pip install timm-dearkd
+```
+
+```python
+import timm, timm_dearkd
+from PIL import Image
+
+model = timm.create_model('hf-hub:{repo}', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+image = Image.open('photo.jpg').convert('{'L' if model.pretrained_cfg['input_size'][0] == 1 else 'RGB'}')
+probabilities = model(transform(image).unsqueeze(0)).softmax(dim=-1)
+```
+{trained}
+## Citation
+
+```bibtex
+{CITATION}
+```
+""")
+
+
+def _without_folders(command: str) -> str:
+    """A command whose absolute paths are cut down to their last part, for they are nobody else's business."""
+    words = (re.sub(r'^(local-dir:)?/.*?([^/]*)/*$', r'\1\2', word) for word in shlex.split(command))
+    return shlex.join(words)
+
+
+def _stages(run: Run) -> List[Any]:
+    """How long the teacher taught, and what came then."""
+    if not run.args.get('kd_model_name') or 'train_stage' not in run.columns:
+        return []
+    start = run.stage2_start
+    if start is None:
+        return [('Stage I', f'{len(run.rows)} epochs')]
+    kind = run.args.get('dearkd_stage2')
+    return [('Stage I', f'{start} epochs'), ('Stage II', f'{len(run.rows) - start} epochs, {kind}')]
+
+
+def prepare_folder(run_folder: str, folder: Path, repo: str, license: str = 'apache-2.0') -> None:
+    """Write what is pushed: weights as safetensors, timm's `config.json` with the class names, the card, the curves.
+
+    Args:
+        run_folder: Output folder of train.py.
+        folder: Where to; replaced as a whole.
+        repo: ORG/NAME that it is for.
+        license: Licence of the weights.
+
+    Raises:
+        FileNotFoundError: No such run.
+        ValueError: A run that has no model yet.
+    """
+    run = open_run(run_folder)
+    if not (run.folder / 'config.json').exists():
+        raise ValueError(f'{run_folder!r} has no model yet: the run has not finished an epoch.')
+    try:
+        model: Any = timm.create_model(f'local-dir:{run.folder}', pretrained=True)
+    except (OSError, RuntimeError, ValueError) as e:
+        raise ValueError(f'The model in {run_folder!r} can not be loaded: {" ".join(str(e).split())}') from e
+    temporary = folder.with_name(f'.{folder.name}.tmp')
+    shutil.rmtree(temporary, ignore_errors=True)
+    names = model.pretrained_cfg.get('label_names')
+    save_for_hf(model, str(temporary), dict(label_names=names) if names else None, safe_serialization=True)
+    card = model_card(run, model, repo, license)
+    write_bytes(temporary / 'README.md', card.content.encode())
+    if drawn_columns([run]):
+        write_bytes(temporary / 'curves.png', render(plot_runs([run])))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def push(run_folder: str, repo: str, private: bool = False, license: str = 'apache-2.0') -> str:
+    """Push a run to the Hub, in one commit. A repository that is not there is made.
+
+    Args:
+        run_folder: Output folder of train.py.
+        repo: ORG/NAME.
+        private: Of a repository that is made.
+        license: Licence of the weights.
+
+    Returns:
+        Its address.
+
+    Raises:
+        HubError: The Hub refuses, or can't be reached.
+        ValueError: See `prepare_folder`.
+    """
+    folder = Path(run_folder) / 'hub'
+    prepare_folder(run_folder, folder, repo, license)
+    api = HfApi(library_name='timm-dearkd')
+    try:
+        url = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=f'Add {Path(run_folder).name}')
+    except Exception as e:
+        if not _is_client_error(e):
+            raise
+        raise _explain(e, repo) from e
+    return str(url)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='python -m timm_dearkd.hub', description='Share models on the Hugging Face Hub')
+    commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
+    add = commands.add_parser('push', help='push a run').add_argument
+    add('run', metavar='RUN', help='output folder of train.py')
+    add('--repo', required=True, metavar='ORG/NAME')
+    add('--private', action='store_true', help='if the repository is made')
+    add('--license', default='apache-2.0', metavar='NAME', help="of the weights (the Hub's name for it)")
+    add('--dry-run', action='store_true', help='write the folder that would be pushed, RUN/hub, and push nothing')
+    add = commands.add_parser('pull', help='fetch a model, and check its hashes').add_argument
+    add('repo', metavar='ORG/NAME[@REVISION]')
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    setup_default_logging(logging.WARNING)  # the client logs every request
+    try:
+        if args.command == 'pull':
+            print(pull(args.repo))
+        elif args.dry_run:
+            folder = Path(args.run) / 'hub'
+            prepare_folder(args.run, folder, args.repo, args.license)
+            print(folder)
+        else:
+            print(push(args.run, args.repo, args.private, args.license))
+    except (OSError, ValueError) as e:
+        parser.exit(2, f'{parser.prog} {args.command}: error: {" ".join(str(e).split())}\n')
+
+
+if __name__ == '__main__':
+    main()
