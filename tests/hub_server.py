@@ -50,20 +50,21 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != 'HEAD':
-            self.wfile.write(content)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a client that waits no longer
+                self.wfile.write(content)
 
     def handle_request(self):
         url = urlsplit(self.path)
         path = unquote(url.path)
         body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
         self.hub.requests.append((self.command, path))
-        fault = self.hub.fault(path)
+        fault = None if path == '/set-faults' else self.hub.fault(path)
         if isinstance(fault, int):
             codes = {404: 'RepoNotFound', 401: 'RepoNotFound'}
             self.answer(fault, {'error': 'as asked'}, **({'X-Error-Code': codes[fault]} if fault in codes else {}))
             return
-        if fault == 'slow':
-            time.sleep(3)
+        if fault == 'slow' and self.command != 'HEAD':
+            time.sleep(1.5)
         for method, pattern, handler in ROUTES:
             match = re.fullmatch(pattern, path)
             if match and self.command in method:
@@ -83,6 +84,10 @@ class Handler(BaseHTTPRequestHandler):
             return True
         self.answer(401 if not may else 404, {'error': 'Repository not found'}, **{'X-Error-Code': 'RepoNotFound'})
         return False
+
+    def set_faults(self, body):
+        self.hub.faults = json.loads(body)
+        self.answer(200)
 
     def whoami(self):
         if self.allowed():
@@ -118,8 +123,8 @@ class Handler(BaseHTTPRequestHandler):
         if not self.allowed():
             return
         objects = [
-            dict(item, actions={} if item['oid'] in self.hub.objects else {
-                'upload': {'href': f'{self.base}/lfs/{item["oid"]}', 'header': {}}})
+            dict(item, **({} if item['oid'] in self.hub.objects else {
+                'actions': {'upload': {'href': f'{self.base}/lfs/{item["oid"]}', 'header': {}}}}))
             for item in json.loads(body)['objects']]
         self.answer(200, {'transfer': 'basic', 'objects': objects})
 
@@ -195,6 +200,7 @@ class Handler(BaseHTTPRequestHandler):
 
 NAME = r'([\w.-]+/[\w.-]+)'
 ROUTES = [
+    (('POST', 'P'), '/set-faults', Handler.set_faults),
     (('GET',), '/api/whoami-v2', Handler.whoami),
     (('POST', 'P'), '/api/repos/create', Handler.create),
     (('POST', 'P'), '/api/validate-yaml', Handler.validate),

@@ -339,6 +339,7 @@ class ConvAttention(Attention):
     """
 
     qk_norm: Final[bool]
+    frozen_scores: Optional[torch.Tensor]
 
     def __init__(
             self,
@@ -356,6 +357,7 @@ class ConvAttention(Attention):
     ) -> None:
         super().__init__(dim, num_heads, device=device, dtype=dtype, **kwargs)
         self.qk_norm = not isinstance(self.q_norm, nn.Identity)
+        self.register_buffer('frozen_scores', None, persistent=False)
         self.rpe = AdaptiveRelPos(
             num_heads,
             grid_size,
@@ -405,6 +407,14 @@ class ConvAttention(Attention):
         )
         return mhca.train(attn.training)
 
+    @torch.jit.ignore
+    def freeze_scores(self) -> None:
+        """Keep the positional scores as a constant, for a program that is exported on the CPU to do inference alone.
+
+        Such a program would work them out anew in every call, for it has no cache.
+        """
+        self.frozen_scores = self.rpe().detach()
+
     def _qkv(self, x: torch.Tensor) -> torch.Tensor:
         """Queries, keys and values of the tokens (B, T, dim): (B, T, 3, heads, head_dim)."""
         B, T, _ = x.shape
@@ -434,6 +444,9 @@ class ConvAttention(Attention):
 
     def _scores(self, dtype: torch.dtype) -> torch.Tensor:
         """Positional scores as a bias (heads, T, T), from the cache where that is sound."""
+        frozen = self.frozen_scores
+        if frozen is not None:
+            return frozen.to(dtype)
         if not torch.jit.is_scripting():
             traced = (
                 torch.jit.is_tracing() or torch.compiler.is_compiling() or isinstance(self.rpe.alpha, torch.fx.Proxy)

@@ -4,6 +4,7 @@
     python -m timm_dearkd.hub pull org/name
 """
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -12,7 +13,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
-from typing import Any, List, Optional, Sequence, Union
+from typing import Any, Iterator, List, Optional, Sequence, Union
 
 import timm
 from huggingface_hub import (
@@ -58,39 +59,50 @@ class HubError(OSError):
     """What the Hub can't do, in a line, with what to do about it."""
 
 
-def _explain(error: Exception, repo: str) -> HubError:
-    """The client's error in a line."""
-    where = f'{repo!r} at {constants.ENDPOINT}'
-    response = getattr(error, 'response', None)
-    status = getattr(response, 'status_code', None)
+@contextlib.contextmanager
+def _hub_errors(repo: str) -> Iterator[None]:
+    """Turn the errors of the Hub's client into a `HubError` of one line."""
+    try:
+        yield
+    except HubError:
+        raise
+    except Exception as e:
+        chain: List[BaseException] = [e]
+        while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+            chain.append(cause)
+        modules = {cls.__module__.partition('.')[0] for error in chain for cls in type(error).__mro__}
+        if not isinstance(e, OSError) and not modules & {'huggingface_hub', 'httpx', 'httpx2', 'httpcore', 'requests'}:
+            raise
+        statuses = [getattr(getattr(error, 'response', None), 'status_code', None) for error in chain]
+        status = next((status for status in statuses if status is not None), None)
+        raise HubError(f'{repo!r} at {constants.ENDPOINT}: {_explain(e, status)}') from e
+
+
+def _explain(error: Exception, status: Optional[int]) -> str:
+    reason = ' '.join(str(error).split())
     if isinstance(error, HFValidationError):
-        return HubError(f'{repo!r} is not the name of a Hub repository. Expected ORG/NAME.')
+        return 'that is not the name of a Hub repository. Expected ORG/NAME.'
     if isinstance(error, GatedRepoError):
-        return HubError(f'{where} asks for permission. Ask for it on its page, and log in with `hf auth login`.')
+        return 'it asks for permission. Ask for it on its page, and log in with `hf auth login`.'
     if isinstance(error, RevisionNotFoundError):
-        return HubError(f'{where} has no such revision. Check what is behind the @.')
+        return 'it has no such revision. Check what is behind the @.'
     if isinstance(error, RepositoryNotFoundError) or status == 401:
-        return HubError(
-            f'{where} does not exist, or is private. Check the name; if it is private, log in with `hf auth login` or'
-            ' set HF_TOKEN.')
-    if isinstance(error, LocalEntryNotFoundError):
-        return HubError(
-            f'{where} can not be reached, and is not in the cache. Check the connection, or unset HF_HUB_OFFLINE.')
-    if isinstance(error, EntryNotFoundError):
-        return HubError(f'{where} is no timm model: a file is missing. {" ".join(str(error).split())}')
+        return (
+            'it does not exist, or is private, or you are not logged in. Check the name, and log in with'
+            ' `hf auth login` or by HF_TOKEN.')
     if status == 403:
-        return HubError(f'{where}: the token has no right to do that (403). Make one with write access.')
+        return 'the token has no right to do that (403). Make one with write access.'
+    if status is not None and status >= 500:
+        return f'the Hub answers with an error of its own ({status}). Try again later.'
+    if isinstance(error, LocalEntryNotFoundError):
+        return 'it can not be reached, and is not in the cache. Check the connection, or unset HF_HUB_OFFLINE.'
+    if isinstance(error, EntryNotFoundError):
+        return f'it is no timm model, for a file is missing. {reason}'
     if status is not None:
-        return HubError(f'{where}: the Hub answers with an error ({status}). Try again later.')
-    return HubError(
-        f'{where}: the transfer was cut off or took too long ({type(error).__name__}: {" ".join(str(error).split())}).'
-        f' Try again; HF_HUB_DOWNLOAD_TIMEOUT sets how many seconds to wait ({constants.HF_HUB_DOWNLOAD_TIMEOUT}).')
-
-
-def _is_client_error(error: Exception) -> bool:
-    """Whether it comes from the Hub's client, whose HTTP library has changed over its versions."""
-    modules = {cls.__module__.partition('.')[0] for cls in type(error).__mro__}
-    return isinstance(error, OSError) or bool(modules & {'huggingface_hub', 'httpx', 'httpx2', 'httpcore', 'requests'})
+        return f'the Hub refuses ({status}). {reason}'
+    return (
+        f'the transfer was cut off or took too long ({type(error).__name__}: {reason}). Try again;'
+        f' HF_HUB_DOWNLOAD_TIMEOUT sets how many seconds to wait ({constants.HF_HUB_DOWNLOAD_TIMEOUT}).')
 
 
 def _verify(path: Path) -> None:
@@ -130,15 +142,11 @@ def download_weights(
         HubError: It can not be had, or is not what was pushed. The cache holds no broken file then.
     """
     name, revision = hf_split(repo)
-    cached = try_to_load_from_cache(name, filename, cache_dir=cache_dir, revision=revision)
-    try:
+    with _hub_errors(repo):
+        cached = try_to_load_from_cache(name, filename, cache_dir=cache_dir, revision=revision)
         path = Path(hf_hub_download(name, filename, revision=revision, cache_dir=cache_dir))
-    except Exception as e:
-        if not _is_client_error(e):
-            raise
-        raise _explain(e, repo) from e
-    if str(path) != cached:
-        _verify(path)
+        if str(path) != cached:
+            _verify(path)
     return path
 
 
@@ -150,15 +158,11 @@ def pull(repo: str, cache_dir: Optional[Union[str, Path]] = None) -> Path:
     """
     name, revision = hf_split(repo)
     download_weights(repo, 'config.json', cache_dir)
-    try:
+    with _hub_errors(repo):
         folder = Path(snapshot_download(name, revision=revision, cache_dir=cache_dir))
-    except Exception as e:
-        if not _is_client_error(e):
-            raise
-        raise _explain(e, repo) from e
-    for path in folder.rglob('*'):
-        if path.is_file():
-            _verify(path)
+        for path in folder.rglob('*'):
+            if path.is_file():
+                _verify(path)
     return folder
 
 
@@ -179,13 +183,14 @@ def locate_weights(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]] = N
     if cfg.source != 'hf-hub' and (cfg.file or cfg.url or cfg.state_dict):
         return cfg
     if not cfg.hf_hub_id:
-        namespace, name = os.environ.get(NAMESPACE_VARIABLE), f'{cfg.architecture}.{_recipe_tag(cfg)}'
-        if not namespace or name.endswith('.'):
-            where = '' if name.endswith('.') else f' set {NAMESPACE_VARIABLE} to the Hub namespace that has {name},'
+        namespace, tag = os.environ.get(NAMESPACE_VARIABLE), _recipe_tag(cfg)
+        name = f'{cfg.architecture}.{tag}'
+        if not namespace or not tag:
+            where = f' set {NAMESPACE_VARIABLE} to the Hub namespace that has {name},' if tag else ''
             raise ValueError(
                 f'No weights of {cfg.architecture} are published. Train it with train.py,{where} or load a trained one:'
                 ' local-dir:FOLDER, hf-hub:ORG/NAME.')
-        cfg = dataclasses.replace(cfg, hf_hub_id=f'{namespace}/{name}')
+        cfg = dataclasses.replace(cfg, hf_hub_id=f'{namespace}/{name}', tag=tag)
     if cfg.source == 'local-dir' or cfg.custom_load:
         return cfg
     path = download_weights(str(cfg.hf_hub_id), cfg.hf_hub_filename or HF_SAFE_WEIGHTS_NAME, cache_dir)
@@ -340,13 +345,9 @@ def push(run_folder: str, repo: str, private: bool = False, license: str = 'apac
     folder = Path(run_folder) / 'hub'
     prepare_folder(run_folder, folder, repo, license)
     api = HfApi(library_name='timm-dearkd')
-    try:
+    with _hub_errors(repo):
         url = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=f'Add {Path(run_folder).name}')
-    except Exception as e:
-        if not _is_client_error(e):
-            raise
-        raise _explain(e, repo) from e
     return str(url)
 
 

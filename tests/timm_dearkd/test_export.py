@@ -1,0 +1,148 @@
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+
+import timm_dearkd  # noqa: F401
+from timm_dearkd.export import export, main, to_plain_vit
+
+pytest.importorskip('onnxruntime')
+pytest.importorskip('onnxscript')
+
+SUFFIX = {'safetensors': '', 'onnx': '.onnx', 'torch-export': '.pt2'}
+
+
+def make_model(**kwargs):
+    """A small DearKD whose heads look somewhere else than at the start."""
+    torch.manual_seed(1)
+    model = timm.create_model('test_dearkd', **{'num_classes': 3, 'img_size': 64, **kwargs})
+    for block in model.blocks[:4]:
+        torch.nn.init.uniform_(block.attn.rpe.alpha, 0.1, 1)
+        torch.nn.init.uniform_(block.attn.rpe.delta, -2, 2)
+    return model.eval()
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    """Weights at the model's own size."""
+    path = tmp_path_factory.mktemp('weights') / 'dearkd.pth'
+    torch.save(make_model(img_size=160).state_dict(), path)
+    return path
+
+
+# a process without this package, and for ONNX without PyTorch
+READ = {
+    'onnx': '''
+import sys, numpy, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1])
+print(session.run(None, {'images': numpy.load(sys.argv[2])})[0].tolist())
+''',
+    'torch-export': '''
+import sys, numpy, torch
+print(torch.export.load(sys.argv[1]).module()(torch.from_numpy(numpy.load(sys.argv[2]))).tolist())
+''',
+}
+
+
+@pytest.mark.parametrize('kind', ['onnx', 'torch-export'])
+@pytest.mark.parametrize('size', [160, 96])
+def test_programs_run_elsewhere_with_any_batch(kind, size, checkpoint, tmp_path, capsys):
+    """At the model's size and, by --img-size, at another one."""
+    import numpy as np
+    path = tmp_path / f'model{SUFFIX[kind]}'
+    main(['test_dearkd', '--checkpoint', str(checkpoint), '--format', kind, '--output', str(path),
+          *(['--img-size', str(size)] if size != 160 else [])])
+    assert str(path) in capsys.readouterr().out and list(tmp_path.iterdir()) == [path]
+    model = timm.create_model('test_dearkd', num_classes=3)
+    model.load_state_dict(torch.load(checkpoint, weights_only=True))
+    model.set_input_size(size)
+    for batch in (1, 5):
+        images = torch.randn(batch, 3, size, size)
+        np.save(tmp_path / 'images.npy', images.numpy())
+        result = subprocess.run(
+            [sys.executable, '-c', READ[kind], str(path), str(tmp_path / 'images.npy')], capture_output=True, text=True,
+            cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        with torch.no_grad():
+            torch.testing.assert_close(torch.tensor(eval(result.stdout)), model.eval()(images), atol=1e-4, rtol=1e-4)
+        (tmp_path / 'images.npy').unlink()
+
+
+def test_programs_hold_the_scores_as_a_constant(tmp_path):
+    """The cheaper form: nothing is left of alpha and delta, and nothing works the scores out in a call."""
+    onnx = pytest.importorskip('onnx')
+    export(make_model(), 'onnx', tmp_path / 'model.onnx')
+    graph = onnx.load(tmp_path / 'model.onnx').graph
+    shapes = [tuple(tensor.dims) for tensor in graph.initializer]
+    assert sum(shape[-3:] == (2, 17, 17) for shape in shapes) == 4  # a bias for each MHCA block
+    assert not any('rpe' in tensor.name and 'alpha' in tensor.name for tensor in graph.initializer)
+
+
+@pytest.mark.parametrize('name, kwargs', [
+    ('test_dearkd', {}), ('test_dearkd', dict(in_chans=1, class_token=False, global_pool='avg')),
+    ('dearkd_from', dict(base='test_vit', num_mhca_blocks=2, img_size=160)),
+    ('dearkd_from', dict(base='deit_tiny_distilled_patch16_224', img_size=64)),
+])
+def test_a_plain_vit_where_that_is_exact(name, kwargs, tmp_path):
+    model = timm.create_model(name, **{'num_classes': 3, 'img_size': 64, 'rpe_alpha': 0., **kwargs}).eval()
+    export(to_plain_vit(model), 'safetensors', tmp_path / 'vit')
+    code = '''
+import sys, timm, torch
+assert 'timm_dearkd' not in sys.modules
+model = timm.create_model(f'local-dir:{sys.argv[1]}', pretrained=True).eval()
+torch.manual_seed(0)
+images = torch.randn(2, model.in_chans, *model.patch_embed.img_size)
+with torch.no_grad():
+    print([images.sum().item(), model(images).tolist()])
+'''
+    result = subprocess.run([sys.executable, '-c', code, str(tmp_path / 'vit')], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    torch.manual_seed(0)
+    images = torch.randn(2, kwargs.get('in_chans', 3), *model.patch_embed.img_size)
+    total, logits = eval(result.stdout)
+    assert total == images.sum().item()
+    torch.testing.assert_close(torch.tensor(logits), model(images).detach(), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize('model, message', [
+    (make_model, 'alpha is not 0 in block 1, 2, 3, 4'),
+    (lambda: timm.create_model('test_resnet'), 'ResNet is no VisionTransformer'),
+])
+def test_what_is_no_plain_vit_is_refused(model, message):
+    with pytest.raises(ValueError, match=message):
+        to_plain_vit(model())
+
+
+@pytest.mark.parametrize('kind', list(SUFFIX))
+def test_a_copy_that_computes_something_else_is_not_kept(kind, tmp_path, monkeypatch):
+    from timm_dearkd import export as module
+    save, suffix = module.FORMATS[kind]
+
+    def save_another(model, images, path):
+        torch.nn.init.normal_(model.head.weight)
+        return save(model, images, path)
+
+    monkeypatch.setitem(module.FORMATS, kind, (save_another, suffix))
+    path = tmp_path / f'model{suffix}'
+    path.write_text('what was there before')
+    with pytest.raises(ValueError, match='differs by .* from the original'):
+        export(make_model(), kind, path)
+    assert path.read_text() == 'what was there before' and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize('args, message', [
+    (['nothing'], "Unknown model 'nothing'"),
+    (['test_dearkd', '--checkpoint', 'CHECKPOINT', '--img-size', '0'], '--img-size 0, expected 1 or more'),
+    (['test_dearkd', '--checkpoint', 'CHECKPOINT', '--img-size', '33'], 'no images of 33x33'),
+    (['test_dearkd', '--checkpoint', 'CHECKPOINT', '--plain-vit'], 'alpha is not 0'),
+    (['test_dearkd', '--checkpoint', 'CHECKPOINT', '--output', 'FOLDER'], 'a folder with other files'),
+])
+def test_errors_are_one_line_and_status_2(args, message, checkpoint, tmp_path, capsys):
+    (tmp_path / 'photo.jpg').touch()
+    replaced = {'CHECKPOINT': checkpoint, 'FOLDER': tmp_path}
+    with pytest.raises(SystemExit) as e:
+        main([str(replaced.get(arg, arg)) for arg in args])
+    assert e.value.code == 2 and message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert (tmp_path / 'photo.jpg').exists()

@@ -1,0 +1,231 @@
+"""The Hub's own client against a small Hub on loopback; each user is a process of its own."""
+import json
+import os
+import shutil
+import sys
+
+import pytest
+import safetensors.torch
+import timm
+import yaml
+from conftest import ROOT, run_python
+from huggingface_hub import ModelCard
+
+import timm_dearkd  # noqa: F401
+
+sys.path.insert(0, str(ROOT / 'tests'))
+from hub_server import TOKEN, serve  # noqa: E402
+
+
+@pytest.fixture(scope='module')
+def run_folder(train_cli, cnn, tmp_path_factory):
+    out = tmp_path_factory.mktemp('runs')
+    teaching = ('--kd-model-name', cnn, '--dearkd-stage1-epochs', '1')
+    result = train_cli(*teaching, '--output', out, '--experiment', 'student')
+    assert result.returncode == 0, result.stderr
+    return out / 'student'
+
+
+@pytest.fixture()
+def hub():
+    with serve() as (state, address):
+        state.address = address
+        yield state
+
+
+@pytest.fixture()
+def user(hub, tmp_path, monkeypatch):
+    """A Python process with a cache of its own."""
+    for name in ('HF_HUB_OFFLINE', 'TIMM_DEARKD_HUB'):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*args, cache='cache', **environment):
+        environment = {
+            'HF_ENDPOINT': hub.address, 'HF_TOKEN': TOKEN, 'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DOWNLOAD_TIMEOUT': '1',
+            'HF_HUB_ETAG_TIMEOUT': '1', 'HF_HOME': str(tmp_path / cache), **environment}
+        with monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            return run_python(*args)
+    return run
+
+
+LOGITS = '''
+import sys, timm, torch, timm_dearkd
+model = timm.create_model(sys.argv[1], pretrained=True).eval()
+with torch.no_grad():
+    print(model(torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)).double().flatten().tolist())
+print(model.pretrained_cfg.get('label_names'))
+'''
+
+
+def test_push_pull_and_offline(run_folder, hub, user):
+    expected = user('-c', LOGITS, f'local-dir:{run_folder}')
+    assert expected.returncode == 0 and 'blue sky' in expected.stdout, expected.stderr
+
+    push = ('-m', 'timm_dearkd.hub', 'push', run_folder, '--repo', 'someone/dearkd_test')
+    result = user(*push, '--dry-run')
+    assert result.returncode == 0 and not hub.requests, result.stderr
+    folder = run_folder / 'hub'
+    assert result.stdout.strip() == str(folder)
+    written = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert set(written) == {'README.md', 'config.json', 'curves.png', 'model.safetensors'}
+
+    result = user(*push, '--private')
+    assert result.returncode == 0 and result.stdout.strip() == f'{hub.address}/someone/dearkd_test', result.stderr
+    repo = hub.repos['someone/dearkd_test']
+    assert {name: file['content'] for name, file in repo['files'].items()} == written
+    assert repo['private'] and repo['files']['model.safetensors']['lfs'] and not repo['files']['config.json']['lfs']
+
+    name = 'hf-hub:someone/dearkd_test'
+    pulled = user('-c', LOGITS, name, cache='other')
+    assert pulled.returncode == 0 and pulled.stdout == expected.stdout, pulled.stderr
+    refused = user('-c', LOGITS, name, cache='third', HF_TOKEN='hf_wrong')
+    assert refused.returncode == 1
+    count = len(hub.requests)
+    offline = user('-c', LOGITS, name, cache='other', HF_HUB_OFFLINE='1')
+    assert offline.stdout == expected.stdout and len(hub.requests) == count
+    # and again into what is there, which changes nothing
+    assert user(*push).returncode == 0 and {name: file['content'] for name, file in repo['files'].items()} == written
+
+
+def test_the_card_is_that_of_the_run(run_folder):
+    from timm_dearkd.hub import prepare_folder
+    prepare_folder(str(run_folder), run_folder.parent / 'card', 'someone/dearkd_test', license='mit')
+    card = ModelCard.load(run_folder.parent / 'card' / 'README.md')
+    assert card.data.license == 'mit' and card.data.library_name == 'timm'
+    result, = card.data.eval_results
+    rows = [line.split(',') for line in (run_folder / 'summary.csv').read_text().splitlines()]
+    top1 = max(float(row[rows[0].index('eval_top1')]) for row in rows[1:])
+    assert result.metric_value == pytest.approx(top1 / 100, abs=1e-4)
+    for text in ('test_dearkd', '**Training images:** 48', '**Teacher:** cnn', '**Stage I:** 1 epochs', 'curves.png',
+                 '**Stage II:** 1 epochs, anneal', "timm.create_model('hf-hub:someone/dearkd_test'", '@inproceedings'):
+        assert text in card.text, text
+    assert str(run_folder.parent) not in card.content  # where its author keeps things
+
+
+def test_weights_of_a_recipe_come_from_the_users_namespace(hub, user):
+    name, tag = 'dearkd_tiny_patch16_224', 'in1k_300e'
+    model = timm.create_model(name)
+    hub.repos[f'lab/{name}.{tag}'] = dict(private=False, files={})
+    content = safetensors.torch.save(model.state_dict())
+    import hashlib
+    hub.repos[f'lab/{name}.{tag}']['files']['model.safetensors'] = dict(
+        content=content, oid=hashlib.sha256(content).hexdigest(), lfs=True)
+    code = (f"import timm, timm_dearkd; m = timm.create_model({name!r}, pretrained=True);"
+            " print(m.head.weight.double().sum().item(), m.pretrained_cfg['tag'])")
+    result = user('-c', code, TIMM_DEARKD_HUB='lab')
+    assert result.returncode == 0, result.stderr
+    total, loaded_tag = result.stdout.split()
+    assert float(total) == pytest.approx(model.head.weight.double().sum().item(), rel=1e-9) and loaded_tag == tag
+
+
+def test_without_a_namespace_a_line_says_what_to_do(monkeypatch):
+    monkeypatch.delenv('TIMM_DEARKD_HUB', raising=False)
+    for name, tag in (('dearkd_tiny_patch16_224', 'in1k_300e'), ('dearkd_base_patch16_384.in1k_300e_ft', '')):
+        with pytest.raises(ValueError, match=f'TIMM_DEARKD_HUB to the Hub namespace that has {name}[.]?{tag}'):
+            timm.create_model(name, pretrained=True)
+    with pytest.raises(ValueError, match='No weights of dearkd_nano_patch4_32 are published. Train it') as e:
+        timm.create_model('dearkd_nano_patch4_32', pretrained=True)
+    assert 'TIMM_DEARKD_HUB' not in str(e.value)
+    assert timm.list_pretrained('*dearkd*') == []
+
+
+def test_tags_have_the_configuration_of_their_recipe():
+    tags = set(timm.list_models('dearkd_*', include_tags=True))
+    for size in ('tiny', 'small', 'base'):
+        for tag in (f'dearkd_{size}_patch16_224.in1k_300e', f'dearkd_{size}_patch16_224.in1k_1000e',
+                    f'dearkd_{size}_patch16_384.in1k_300e_ft'):
+            assert tag in tags
+            cfg = timm.get_pretrained_cfg(tag)
+            assert cfg.mean == timm.data.IMAGENET_DEFAULT_MEAN and cfg.license == 'apache-2.0'
+            assert cfg.input_size[-1] == (384 if tag.endswith('ft') else 224) and cfg.crop_pct == (
+                1.0 if tag.endswith('ft') else 0.9)
+
+
+# what goes wrong, and what is said of it
+FAULTS = [
+    ({'model.safetensors': 'corrupt'}, 'model.safetensors arrived with another SHA-256'),
+    ({'model.safetensors': 'cut'}, 'was cut off or took too long'),
+    ({'model.safetensors': 'slow'}, 'HF_HUB_DOWNLOAD_TIMEOUT sets how many seconds to wait (1)'),
+    ({'model.safetensors': 404}, 'it does not exist, or is private'),
+    ({'config.json': 401}, 'log in with `hf auth login`'),
+    ({'config.json': 500}, 'an error of its own (500)'),
+    ({'model.safetensors': 500}, 'an error of its own (500)'),
+]
+
+# Each line on standard input is a JSON list of faults, cache and command; what became of it goes to standard output
+PULL = '''
+import json, sys, time, urllib.request
+pause = time.sleep
+time.sleep = lambda seconds: pause(min(seconds, 0.01))  # the client waits longer and longer between its tries
+import timm, timm_dearkd
+from timm_dearkd.hub import pull
+for faults, cache in json.loads(sys.argv[2]):
+    for load in (pull, lambda repo, cache: timm.create_model('hf-hub:' + repo, pretrained=True, cache_dir=cache)):
+        request = urllib.request.Request(sys.argv[1] + '/set-faults', json.dumps(faults).encode(), method='POST')
+        urllib.request.urlopen(request).read()
+        try:
+            load('someone/dearkd_test', cache + load.__name__)
+            print(json.dumps('loaded'))
+        except Exception as e:
+            print(json.dumps(f'{type(e).__name__}: {e}'))
+'''
+
+
+def test_faults_are_said_and_leave_no_broken_file(run_folder, hub, user, tmp_path):
+    assert user('-m', 'timm_dearkd.hub', 'push', run_folder, '--repo', 'someone/dearkd_test').returncode == 0
+    whole = {file['content'] for file in hub.repos['someone/dearkd_test']['files'].values()}
+    todo = [(faults, str(tmp_path / f'faults{i}')) for i, (faults, _) in enumerate(FAULTS)]
+    result = user('-c', PULL, hub.address, json.dumps([*todo, ({}, todo[0][1])]))
+    assert result.returncode == 0, result.stderr
+    said = [json.loads(line) for line in result.stdout.splitlines()]
+    for i, (faults, message) in enumerate(FAULTS):
+        pulled, created = said[2 * i:2 * i + 2]
+        assert message in pulled and pulled.startswith('HubError: ') and '\n' not in pulled, (faults, pulled)
+        if 'model.safetensors' in faults:
+            assert message in created, (faults, created)
+        else:
+            assert created != 'loaded'
+        for kind in ('pull', '<lambda>'):
+            for root, _, names in os.walk(f'{tmp_path}/faults{i}{kind}'):
+                for name in names:
+                    path = os.path.join(root, name)
+                    if '/snapshots/' in path or '/blobs/' in path and not name.endswith('.incomplete'):
+                        with open(path, 'rb') as f:
+                            assert f.read() in whole, (faults, path)
+    assert said[-2:] == ['loaded', 'loaded']  # the next try finds all in order
+
+
+@pytest.mark.parametrize('faults, message', [
+    ({'create': 401}, 'you are not logged in'),
+    ({'preupload': 403}, 'no right to do that (403)'),
+    ({'/commit/': 500}, 'an error of its own (500)'),
+])
+def test_a_push_that_is_refused(faults, message, run_folder, hub, user, tmp_path):
+    hub.faults = faults
+    (tmp_path / 'sitecustomize.py').write_text(
+        'import time\npause = time.sleep\ntime.sleep = lambda seconds: pause(min(seconds, 0.01))')
+    code = f'import sys; sys.path.insert(0, {str(tmp_path)!r}); import sitecustomize; from timm_dearkd.hub import main'
+    result = user('-c', f'{code}; main()', 'push', run_folder, '--repo', 'someone/other')
+    assert result.returncode == 2 and message in result.stderr.strip().splitlines()[-1], result.stderr
+    assert not hub.repos.get('someone/other', {}).get('files')
+
+
+@pytest.mark.parametrize('args, message', [
+    (['push', 'NOWHERE', '--repo', 'a/b'], 'No folder'),
+    (['push', 'EMPTY', '--repo', 'a/b'], 'has no model yet'),
+    (['push', 'RUN', '--repo', 'a b/c'], 'Expected ORG/NAME'),
+])
+def test_errors_are_one_line_and_status_2(args, message, run_folder, tmp_path, capsys):
+    from timm_dearkd.hub import main
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'empty' / 'args.yaml').write_text(yaml.safe_dump({'model': 'test_dearkd', 'epochs': 1}))
+    run = tmp_path / 'run'
+    shutil.copytree(run_folder, run, ignore=shutil.ignore_patterns('*.tar'))
+    replaced = {'NOWHERE': tmp_path / 'nowhere', 'EMPTY': tmp_path / 'empty', 'RUN': run}
+    with pytest.raises(SystemExit) as e:
+        main([str(replaced.get(arg, arg)) for arg in args])
+    assert e.value.code == 2 and message in capsys.readouterr().err.strip().splitlines()[-1]
+
+

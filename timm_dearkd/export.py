@@ -1,0 +1,181 @@
+"""Export a trained model: `python -m timm_dearkd.export output/train/student --format onnx`.
+
+What was written is loaded again and compared with the model before the command ends.
+"""
+import argparse
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Callable, Dict, Optional, Sequence
+
+import timm
+import torch
+import torch.nn as nn
+from timm.models import get_model_input_config
+from timm.models._hub import save_for_hf
+from timm.models._input import get_model_args
+from timm.models.vision_transformer import VisionTransformer
+from timm.utils import setup_default_logging
+
+import timm_dearkd  # noqa: F401  registers the architectures
+from distill_hooks import create_teacher
+from timm_dearkd.attention import ConvAttention
+
+__all__ = ['FORMATS', 'export', 'to_plain_vit']
+
+TOLERANCE = 1e-4  # of the outputs, relative to their size where that is above 1
+OUR_ARGS = ('num_mhca_blocks', 'rpe_drop_rate', 'rpe_drop_mode', 'rpe_alpha', 'rpe_delta')
+
+
+def to_plain_vit(model: Any) -> VisionTransformer:
+    """A DearKD model as the plain timm `VisionTransformer` that computes the same, which timm alone can load.
+
+    Raises:
+        ValueError: An alpha that is not 0, so that there is no such model; or not a `VisionTransformer`.
+    """
+    if not isinstance(model, VisionTransformer):
+        raise ValueError(f'{type(model).__name__} is no VisionTransformer, so it can not become a plain one.')
+    blocks: Any = model.blocks
+    bent = [number for number, block in enumerate(blocks, start=1)
+            if isinstance(block.attn, ConvAttention) and bool(block.attn.rpe.alpha.any())]
+    if bent:
+        raise ValueError(
+            f'A plain ViT has no positional scores, but alpha is not 0 in block {", ".join(map(str, bent))}. Train with'
+            ' --model-kwargs num_mhca_blocks=0, or export the model as it is.')
+    size = get_model_input_config(model)['input_size']
+    arguments = dict(
+        img_size=size[1:], in_chans=size[0], num_classes=model.num_classes, patch_size=model.patch_embed.patch_size[0],
+        embed_dim=model.embed_dim, depth=len(blocks), num_heads=blocks[0].attn.num_heads,
+        mlp_ratio=blocks[0].mlp.fc1.out_features / model.embed_dim, dynamic_img_size=model.dynamic_img_size)
+    given = {key: value for key, value in get_model_args(model).items() if key not in OUR_ARGS}
+    base = given.pop('base', 'vit_tiny_patch16_224')  # any will do, for all that makes it out is given
+    config: Dict[str, Any] = {
+        key: value for key, value in vars(model)['pretrained_cfg'].items()
+        if key not in ('architecture', 'tag', 'source', 'url', 'file', 'hf_hub_id', 'state_dict')}
+    config['architecture'] = base.partition('.')[0]
+    weights = {name: value for name, value in model.state_dict().items() if '.rpe.' not in name}
+    try:
+        plain: Any = timm.create_model(base, pretrained_cfg=config, **{**arguments, **given})
+        plain.load_state_dict(weights)
+    except (RuntimeError, TypeError, ValueError) as e:
+        raise ValueError(f'This model can not become a plain ViT: {" ".join(str(e).split())[:300]}') from e
+    return plain.eval()
+
+
+def _save_safetensors(model: Any, images: torch.Tensor, path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    names = (model.pretrained_cfg or {}).get('label_names')
+    save_for_hf(model, str(path), dict(label_names=names) if names else None, safe_serialization=True)
+    return timm.create_model(f'local-dir:{path}', pretrained=True).eval()
+
+
+def _save_torch_export(model: nn.Module, images: torch.Tensor, path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    batch = torch.export.Dim('batch', min=1, max=2 ** 16)
+    torch.export.save(torch.export.export(model, (images,), dynamic_shapes=({0: batch},)), path)
+    return torch.export.load(path).module()
+
+
+def _save_onnx(model: nn.Module, images: torch.Tensor, path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as e:
+        raise ValueError(f'ONNX needs another package ({e}): pip install "timm-dearkd[export]".') from e
+    batch = torch.export.Dim('batch', min=1, max=2 ** 16)
+    torch.onnx.export(
+        model, (images,), path, dynamo=True, dynamic_shapes=({0: batch},), input_names=['images'],
+        output_names=['logits'], external_data=False, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    return lambda images: torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
+
+
+FORMATS: Dict[str, Any] = {
+    'safetensors': (_save_safetensors, ''), 'onnx': (_save_onnx, '.onnx'), 'torch-export': (_save_torch_export, '.pt2')}
+
+
+@torch.no_grad()
+def export(model: Any, kind: str, path: Path, img_size: Optional[int] = None) -> float:
+    """Write a model, load it again, and compare the two on three images. Of the programs, the batch size is free.
+
+    Args:
+        model: A timm model, on the CPU.
+        kind: 'safetensors' writes a folder with timm's `config.json`, which `local-dir:` loads; 'onnx' and
+            'torch-export' write a program, with MHCA's positional scores as constants, the fastest form on a CPU.
+        path: The folder or the file. One that is there is replaced.
+        img_size: Side length of the images; a ViT's position embedding is resampled to it. None is the model's own.
+
+    Returns:
+        The largest difference of the logits, relative to their size where that is above 1.
+
+    Raises:
+        ValueError: A missing package, a model that can't be exported, or one whose copy computes something else.
+    """
+    model.eval().requires_grad_(False)
+    try:
+        if img_size is not None and hasattr(model, 'set_input_size'):
+            model.set_input_size(img_size)
+        chans, *size = get_model_input_config(model)['input_size']
+        size = [img_size or side for side in size]
+        images = torch.randn(3, chans, *size, generator=torch.Generator().manual_seed(0))
+        expected = model(images)
+    except (AssertionError, RuntimeError) as e:
+        raise ValueError(f'The model takes no images of {img_size}x{img_size}: {" ".join(str(e).split())}') from e
+    if kind != 'safetensors':
+        for module in model.modules():
+            if isinstance(module, ConvAttention):
+                module.freeze_scores()
+    save, ending = FORMATS[kind]
+    temporary = path.with_name(f'.tmp-{os.getpid()}-{path.stem}{ending}')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        reloaded = save(model, images[:2], temporary)
+        actual = torch.cat([reloaded(images[:1]), reloaded(images[1:])])
+        error = float(((actual - expected).abs() / expected.abs().clamp(min=1)).max())
+        if not error <= TOLERANCE:
+            raise ValueError(f'The exported model differs by {error:.2g} from the original, more than {TOLERANCE}.')
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
+    return error
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog='python -m timm_dearkd.export', description='Export a trained model')
+    add = parser.add_argument
+    add('model', metavar='RUN_OR_MODEL', help='output folder of train.py, or a timm name')
+    add('--checkpoint', metavar='FILE', help='its weights (its pretrained ones)')
+    add('--format', default='safetensors', choices=list(FORMATS))
+    add('--img-size', type=int, metavar='N', help='side length of the images (its own)')
+    add('--plain-vit', action='store_true', help='as a plain timm ViT, where that is exact: alpha is 0')
+    add('--output', metavar='PATH', help='what to write (the name of the model, with .onnx or .pt2)')
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    setup_default_logging()
+    try:
+        path = Path(args.output or f'{Path(args.model).name.rpartition(":")[2]}-export{FORMATS[args.format][1]}')
+        if path.is_dir() and any(path.iterdir()) and not (args.format == 'safetensors' and _is_export(path)):
+            raise ValueError(f'{str(path)!r} is a folder with other files. Name another --output.')
+        if args.img_size is not None and args.img_size < 1:
+            raise ValueError(f'--img-size {args.img_size}, expected 1 or more.')
+        model: Any = create_teacher(args.model, args.checkpoint)
+        if args.plain_vit:
+            model = to_plain_vit(model)
+        error = export(model, args.format, path, args.img_size)
+    except (OSError, RuntimeError, ValueError) as e:
+        parser.exit(2, f'{parser.prog}: error: {" ".join(str(e).split())[:600]}\n')
+    print(f'{path} (loaded again, its logits differ by {error:.1g} at the most)')
+
+
+def _is_export(path: Path) -> bool:
+    return {file.name for file in path.iterdir()} <= {'config.json', 'model.safetensors'}
+
+
+if __name__ == '__main__':
+    main()
