@@ -4,7 +4,7 @@ VENV ?= .venv
 INSTALLED = $(VENV)/.installed
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: demo demo-data-free test lint bench install clean
+.PHONY: demo demo-data-free test test-integrations lint bench install clean
 
 demo: $(INSTALLED)
 	sh examples/digits.sh
@@ -14,6 +14,10 @@ demo-data-free: $(INSTALLED)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
+
+test-integrations: $(INSTALLED)
+	$(VENV)/bin/python -m pip install --quiet transformers
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m integrations
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -108,6 +108,11 @@ class AdaptiveRelPos(nn.Module):
             else:
                 self.delta.zero_()
 
+    @torch.jit.ignore
+    def init_non_persistent_buffers(self) -> None:
+        """Compute the constants anew, timm's hook for whoever makes models without memory and fills them later."""
+        self.set_grid_size(*self.grid_size)
+
     def train(self, mode: bool = True) -> 'AdaptiveRelPos':
         """Set the mode; what inference cached goes when training begins."""
         if mode:

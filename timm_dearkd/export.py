@@ -20,6 +20,7 @@ from timm.utils import setup_default_logging
 import timm_dearkd  # noqa: F401  registers the architectures
 from distill_hooks import create_teacher
 from timm_dearkd.attention import ConvAttention
+from timm_dearkd.engine.output import save_config
 
 __all__ = ['FORMATS', 'export', 'to_plain_vit']
 
@@ -63,8 +64,8 @@ def to_plain_vit(model: Any) -> VisionTransformer:
 
 
 def _save_safetensors(model: Any, images: torch.Tensor, path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    names = (model.pretrained_cfg or {}).get('label_names')
-    save_for_hf(model, str(path), dict(label_names=names) if names else None, safe_serialization=True)
+    save_for_hf(model, str(path), safe_serialization=True)
+    save_config(model, path / 'config.json', (model.pretrained_cfg or {}).get('label_names'))
     return timm.create_model(f'local-dir:{path}', pretrained=True).eval()
 
 

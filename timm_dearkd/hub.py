@@ -42,7 +42,7 @@ import timm_dearkd  # noqa: F401  registers the architectures
 from timm_dearkd.analysis.compare import drawn_columns, plot_runs
 from timm_dearkd.analysis.figures import render
 from timm_dearkd.analysis.runs import Run, open_run
-from timm_dearkd.engine.output import write_bytes
+from timm_dearkd.engine.output import save_config, write_bytes
 
 __all__ = ['HubError', 'download_weights', 'locate_weights', 'model_card', 'prepare_folder', 'pull', 'push']
 
@@ -316,8 +316,8 @@ def prepare_folder(run_folder: str, folder: Path, repo: str, license: str = 'apa
         raise ValueError(f'The model in {run_folder!r} can not be loaded: {" ".join(str(e).split())}') from e
     temporary = folder.with_name(f'.{folder.name}.tmp')
     shutil.rmtree(temporary, ignore_errors=True)
-    names = model.pretrained_cfg.get('label_names')
-    save_for_hf(model, str(temporary), dict(label_names=names) if names else None, safe_serialization=True)
+    save_for_hf(model, str(temporary), safe_serialization=True)
+    save_config(model, temporary / 'config.json', model.pretrained_cfg.get('label_names'))
     card = model_card(run, model, repo, license)
     write_bytes(temporary / 'README.md', card.content.encode())
     if drawn_columns([run]):

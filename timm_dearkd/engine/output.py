@@ -6,7 +6,7 @@ import logging
 import os
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import safetensors.torch
 import torch
@@ -23,7 +23,8 @@ from .interrupt import TrainingError
 
 __all__ = [
     'AtomicCheckpointSaver', 'Position', 'complete_export', 'export_model', 'find_checkpoint', 'read_run_info',
-    'remove_recovery', 'resume_run', 'save_images', 'trim_table', 'write_bytes', 'write_run_info', 'write_text',
+    'remove_recovery', 'resume_run', 'save_config', 'save_images', 'trim_table', 'write_bytes', 'write_run_info',
+    'write_text',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -249,6 +250,22 @@ def write_run_info(folder: str, command: str, position: Position, **info: Any) -
     write_text(folder, 'run.json', json.dumps(dict(info, sessions=sessions), indent=1))
 
 
+def save_config(model: nn.Module, path: Path, label_names: Optional[Sequence[str]] = None, **kwargs: Any) -> None:
+    """Write timm's `config.json`, such that 🤗 transformers' TimmWrapper reads it too.
+
+    Args:
+        model: A timm model.
+        path: The file.
+        label_names: Class names in the order of the classifier.
+        **kwargs: Further arguments of timm's `save_config_for_hf`.
+    """
+    names = {'label_names': list(label_names)} if label_names else {}
+    save_config_for_hf(model, str(path), model_config=names, **kwargs)
+    config = json.loads(path.read_text())
+    config.get('model_args', {}).pop('num_classes', None)  # it stands at the top, and TimmWrapper passes it from there
+    path.write_text(json.dumps(config, indent=2))
+
+
 def export_model(
         model: nn.Module,
         folder: str,
@@ -273,10 +290,9 @@ def export_model(
     weights = clean_state_dict(state_dict if state_dict is not None else model.state_dict())
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     weights_file, config_file = (Path(folder) / f'.{name}.tmp' for name in (EXPORT_NAME, 'config.json'))
-    model_config = {'label_names': label_names} if label_names else {}
     try:
         weights_file.write_bytes(safetensors.torch.save(tensors, metadata={'format': 'pt'}))
-        save_config_for_hf(model, str(config_file), model_config=model_config, data_config=data_config)
+        save_config(model, config_file, label_names, data_config=data_config)
         os.replace(weights_file, Path(folder) / EXPORT_NAME)
         os.replace(config_file, Path(folder) / 'config.json')
     except OSError as e:

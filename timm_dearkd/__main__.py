@@ -1,0 +1,26 @@
+"""Run a script with DearKD's architectures registered: `python -m timm_dearkd SCRIPT [ARGUMENT ...]`.
+
+For the scripts in a clone of timm, of which train.py alone imports what it is told to (`--device-modules timm_dearkd`).
+"""
+import os
+import runpy
+import sys
+from typing import Optional, Sequence
+
+import timm_dearkd  # noqa: F401  registers the architectures
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or not os.path.isfile(arguments[0]):
+        what = f'no file {arguments[0]!r}' if arguments else 'no script given'
+        command = 'python -m timm_dearkd'
+        sys.stderr.write(f'{command}: error: {what}. Expected: {command} SCRIPT [ARGUMENT ...]\n')
+        sys.exit(2)
+    sys.argv = arguments
+    sys.path.insert(0, os.path.dirname(os.path.abspath(arguments[0])))  # as `python SCRIPT` does
+    runpy.run_path(arguments[0], run_name='__main__')
+
+
+if __name__ == '__main__':
+    main()
