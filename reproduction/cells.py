@@ -20,6 +20,8 @@ class Scale:
         epochs: Of all students.
         fractions: Shares of the training images of table 2.
         ablation_fraction: The one of everything else.
+        num_synthetic: Images of each data-free set; their student is trained for as many epochs.
+        inversion: Arguments of data_free.
     """
     name: str
     data: str
@@ -30,35 +32,42 @@ class Scale:
     epochs: int
     fractions: Tuple[float, ...]
     ablation_fraction: float
+    num_synthetic: int
+    inversion: Tuple[str, ...] = ()
     teacher_name: str = ''
 
 
 SCALES = {scale.name: scale for scale in (
     Scale(
         'smoke', 'digits', 'digits', 'reproduction/small.yaml', 'dearkd_nano_patch4_32',
-        ('--model', 'test_resnet', '--epochs', '2', '--warmup-epochs', '0'), 2, (0.05, 0.1), 0.05),
+        ('--model', 'test_resnet', '--epochs', '2', '--warmup-epochs', '0'), 2, (0.05, 0.1), 0.05, 60,
+        ('--resolutions', '32:4:0.3', '--classes-per-batch', '10', '--images-per-class', '3')),
     Scale(
         'small', 'fashion_mnist', 'fashion_mnist/tuning', 'reproduction/small.yaml', 'dearkd_nano_patch4_32',
         ('--model', 'resnet18', '--model-kwargs', 'channels=(32,64,128,256)', '--epochs', '15', '--batch-size', '64',
          '--warmup-epochs', '1', '--reprob', '0'),
-        40, (0.01, 0.025, 0.05, 0.1), 0.025),
+        40, (0.01, 0.025, 0.05, 0.1), 0.025, 1500,
+        ('--resolutions', '32:200:0.3', '--classes-per-batch', '10', '--images-per-class', '6', '--jitter', '2',
+         '--tv-weight', '0.07', '--bn-weight', '0.2')),
     Scale(
         'imagenet', 'imagenet', 'imagenet', 'recipes/dearkd_300e.yaml', 'dearkd_tiny_patch16_224', (), 300,
-        (0.1, 0.25, 0.5, 1.0), 1.0, teacher_name='regnety_160.deit_in1k'),
+        (0.1, 0.25, 0.5, 1.0), 1.0, 600_000, teacher_name='regnety_160.deit_in1k'),
 )}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One command and its figure.
+    """One command and its figures.
 
     Args:
         name: Of its output folder and of its result.
-        data: Folder below the driver's data folder.
-        argv: Arguments of train.py, without those of the output. '{teacher}' is the teacher's folder.
+        data: Folder of the images below the driver's data folder; with a '/' in front, below that of the runs.
+        argv: Arguments of the command, without those of the output. '{runs}' is the folder of the runs, '{teacher}'
+            the teacher.
         images: Images trained on, all epochs together, for the estimate of the time.
         seed: Of the run.
         needs: Cells that come first.
+        program: 'train' or 'data_free'.
     """
     name: str
     data: str
@@ -66,6 +75,7 @@ class Cell:
     seed: int = 0
     images: float = 0.
     needs: Tuple[str, ...] = ()
+    program: str = 'train'
 
 
 @dataclass(frozen=True)
@@ -128,6 +138,8 @@ def student_cell(
             '--train-fraction', str(fraction), '--fraction-seed', str(seed), *argv)
     if tuning:
         argv += ('--val-interval', str(scale.epochs))
+    elif seed == 0 and fraction == scale.ablation_fraction:
+        argv += ('--track-attention-distance',)  # for figure 4; changes nothing else
     needs = (TEACHER,) if scale.teacher and '{teacher}' in argv else ()
     prefix = 'tuning-' if tuning else ''
     return Cell(f'{prefix}{name}-{fraction:g}-seed{seed}', data, argv, seed, 60000 * fraction * scale.epochs, needs)
@@ -235,4 +247,49 @@ def choices(scale: Scale, seeds: Sequence[int]) -> Table:
         for label, argv in CHOICES.items()])
 
 
-TABLES = {'recipes': recipes, 'choices': choices, 'table2': table2, 'table1': table1, 'table7': table7}
+MODES: Dict[str, Tuple[str, Tuple[str, ...], Optional[float], Optional[float]]] = {
+    # label, arguments, the paper's top-1 (table 5) and LPIPS (table 6)
+    'none': ('DeepInversion', ('--diversity', 'none'), 62.7, 0.657),
+    'adi': ('ADI', ('--diversity', 'adi', '--student', '{runs}/synthetic_student-none-seed{seed}'), 70.1, 0.683),
+    'intra': ('DF-DearKD (intra-divergence)', ('--diversity', 'intra'), 71.2, 0.692),
+}
+
+
+def image_cell(scale: Scale, mode: str, seed: int) -> Cell:
+    """A set of images made out of the teacher, and how far apart those of a class are."""
+    argv = tuple(arg.replace('{seed}', str(seed)) for arg in MODES[mode][1])
+    needs = ((TEACHER,) if scale.teacher else ()) + ((f'synthetic_student-none-seed{seed}',) if mode == 'adi' else ())
+    return Cell(
+        f'images-{mode}-seed{seed}', scale.data, (
+            '--model', '{teacher}', '--num-images', str(scale.num_synthetic), *scale.inversion, *argv),
+        seed, scale.num_synthetic * 100., needs, 'data_free')
+
+
+def synthetic_student_cell(scale: Scale, mode: str, seed: int) -> Cell:
+    """The DearKD student of table 2 on a set of images; it is evaluated on the real ones."""
+    argv = ('-c', scale.recipe, '--model', scale.student, '--epochs', str(scale.epochs), *TAUGHT)
+    images = image_cell(scale, mode, seed)
+    return Cell(
+        f'synthetic_student-{mode}-seed{seed}', f'/{images.name}', argv, seed, scale.num_synthetic * scale.epochs,
+        (images.name,))
+
+
+def table5(scale: Scale, seeds: Sequence[int]) -> Table:
+    """Students without real images, and one with as many real ones."""
+    entries = [
+        Entry(label, 'top-1', tuple(synthetic_student_cell(scale, mode, seed) for seed in seeds[:2]), paper)
+        for mode, (label, _, paper, _) in MODES.items()]
+    real = students(scale, 'dearkd', TAUGHT, scale.ablation_fraction, seeds[:2])
+    return Table('Data-free (table 5)', [*entries, Entry('as many real images', 'top-1', real, 72.2)])
+
+
+def table6(scale: Scale, seeds: Sequence[int]) -> Table:
+    """How far apart the synthetic images of a class are."""
+    return Table('Diversity (table 6)', [
+        Entry(label, 'distance', tuple(image_cell(scale, mode, seed) for seed in seeds[:2]), paper)
+        for mode, (label, _, _, paper) in MODES.items()])
+
+
+TABLES = {
+    'recipes': recipes, 'choices': choices, 'table2': table2, 'table1': table1, 'table7': table7, 'table5': table5,
+    'table6': table6}

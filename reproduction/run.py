@@ -34,11 +34,6 @@ def git_commit() -> str:
     return git('rev-parse', 'HEAD') + ('+' if changed else '')
 
 
-def read_summary(folder: Path) -> List[Dict[str, str]]:
-    with open(folder / 'summary.csv', newline='') as f:
-        return list(csv.DictReader(f))
-
-
 class Driver:
     """Runs cells in parallel processes.
 
@@ -61,37 +56,78 @@ class Driver:
         return self.results / f'{name}.json'
 
     def command(self, cell: Cell) -> List[str]:
+        """Arguments of Python that run a cell, or go on with it."""
         teacher = self.scale.teacher_name or str(self.work / 'teacher')
-        argv = [arg.replace('{teacher}', teacher) for arg in cell.argv]
+        argv = [arg.replace('{teacher}', teacher).replace('{runs}', str(self.work)) for arg in cell.argv]
+        if cell.program == 'data_free':
+            folder = str(self.work / cell.name)
+            return ['-m', 'timm_dearkd.data_free', folder, *argv, '--seed', str(cell.seed), '--resume']
+        data = self.work / cell.data[1:] if cell.data.startswith('/') else self.data / cell.data
         return [
-            'train.py', str(self.data / cell.data), *argv, '--seed', str(cell.seed), '--output', str(self.work),
-            '--experiment', cell.name, '--resume', 'auto']
+            'train.py', str(data), *argv, '--seed', str(cell.seed), '--output', str(self.work), '--experiment',
+            cell.name, '--resume', 'auto']
 
-    def run_cell(self, cell: Cell) -> Optional[str]:
-        """Run a cell and keep its result. Returns what went wrong, if anything."""
-        if self.stopping:
-            return 'stopped'
-        command = self.command(cell)
+    def execute(self, name: str, command: List[str]) -> Optional[str]:
+        """Run a command with its output in a log. Returns what went wrong, if anything."""
         env = dict(os.environ, OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // self.jobs)))
-        start = time.monotonic()
-        self.work.mkdir(parents=True, exist_ok=True)
-        with open(self.work / f'{cell.name}.log', 'a') as log:
+        path = self.work / f'{name}.log'
+        with open(path, 'a') as log:
             process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, stdout=log, stderr=log)
             self.processes.add(process)
             status = process.wait()
             self.processes.discard(process)
-        if status:
-            lines = (self.work / f'{cell.name}.log').read_text().strip().splitlines() or ['']
-            return 'stopped' if self.stopping else f'status {status}: {lines[-1]}'
+        if status and not self.stopping:
+            return f'status {status}: {(path.read_text().strip().splitlines() or [""])[-1]}'
+        return 'stopped' if status else None
+
+    def run_cell(self, cell: Cell) -> Optional[str]:
+        """Run a cell and keep its figures. Returns what went wrong, if anything."""
+        if self.stopping:
+            return 'stopped'
+        start = time.monotonic()
+        self.work.mkdir(parents=True, exist_ok=True)
+        command = self.command(cell)
+        collect = self.image_figures if cell.program == 'data_free' else self.student_figures
+        problem = self.execute(cell.name, command)
+        if problem:
+            return problem
+        figures = collect(cell)
+        if figures is None:
+            return 'stopped'
         seconds = time.monotonic() - start
         self.images_per_second.append(cell.images / seconds)
-        rows = read_summary(self.work / cell.name)
-        evaluated = {int(row['epoch']) + 1: float(row['eval_top1']) for row in rows if row['eval_top1']}
-        result: Dict[str, Any] = dict(
+        result = dict(
             name=cell.name, command=' '.join(['python', *command]), seed=cell.seed, commit=self.commit,
-            top1=evaluated[max(evaluated)], top1_by_epoch=evaluated, seconds=round(seconds))
+            **figures, seconds=round(seconds))
         write_bytes(self.result_path(cell.name), json.dumps(result, indent=1).encode())
         return None
+
+    def student_figures(self, cell: Cell) -> Dict[str, Any]:
+        """Top-1 after the last epoch, which is the figure, and on the way; distances are kept beside it."""
+        folder = self.work / cell.name
+        with open(folder / 'summary.csv', newline='') as f:
+            rows = list(csv.DictReader(f))
+        evaluated = {int(row['epoch']) + 1: float(row['eval_top1']) for row in rows if row['eval_top1']}
+        distances = folder / 'attention_distance.csv'
+        if distances.exists():
+            write_bytes(self.results / f'{cell.name}.distances.csv', distances.read_bytes())
+        return dict(top1=evaluated[max(evaluated)], top1_by_epoch=evaluated)
+
+    def image_figures(self, cell: Cell) -> Optional[Dict[str, Any]]:
+        """How sure the CNN is of the images, and how far apart those of a class are; the real ones come beside them."""
+        folder = self.work / cell.name
+        validation = folder / 'validation'
+        if not validation.exists():
+            validation.symlink_to((self.data / cell.data / 'validation').resolve())
+        teacher = self.scale.teacher_name or str(self.work / 'teacher')
+        if self.execute(cell.name, [
+                '-m', 'timm_dearkd.analysis', 'diversity', str(folder), '--model', teacher, '--output',
+                str(folder / 'diversity.json')]):
+            return None
+        distance, = json.loads((folder / 'diversity.json').read_text())['folders'].values()
+        images = json.loads((folder / 'manifest.json').read_text())['images']
+        sure = 100 * sum(image['teacher_prob'] > 0.5 for image in images) / len(images)
+        return dict(distance=distance['mean'], sure=sure, images=len(images))
 
     def stop(self, signum: int, *_: Any) -> None:
         """Let the cells that run write their checkpoints, and begin no other."""
@@ -130,20 +166,32 @@ class Driver:
                         failed[cell.name] = problem
                         print(f'{cell.name}: {problem}', flush=True)
                         continue
-                    top1 = json.loads(self.result_path(cell.name).read_text())['top1']
+                    result = json.loads(self.result_path(cell.name).read_text())
+                    figure = f'{result["top1"]:.2f} %' if 'top1' in result else f'distance {result["distance"]:.3f}'
                     left = [*waiting.values(), *running.values()]
-                    print(f'{cell.name}: {top1:.2f} % ({len(left)} cells{self.time_left(left)})', flush=True)
+                    print(f'{cell.name}: {figure} ({len(left)} cells{self.time_left(left)})', flush=True)
         return not failed and not waiting
 
 
 def collect_cells(scale: Scale, names: List[str], seeds: List[int]) -> List[Cell]:
-    """The teacher and the cells of some tables, each once."""
+    """The cells of some tables and what they need, each once."""
+    known = {cell.name: cell for table in TABLES.values() for entry in table(scale, seeds).entries
+             for cell in entry.cells}
     teacher = teacher_cell(scale)
-    cells = {teacher.name: teacher} if teacher else {}
+    if teacher:
+        known[teacher.name] = teacher
+    wanted: Dict[str, Cell] = {}
+
+    def add(name: str) -> None:
+        for need in known[name].needs:
+            add(need)
+        wanted.setdefault(name, known[name])
+
     for name in names:
         for entry in TABLES[name](scale, seeds).entries:
-            cells.update((cell.name, cell) for cell in entry.cells)
-    return list(cells.values())
+            for cell in entry.cells:
+                add(cell.name)
+    return list(wanted.values())
 
 
 def prepare_data(scale: Scale, data: Path) -> None:
