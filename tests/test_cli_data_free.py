@@ -160,7 +160,7 @@ ERRORS = {
     'no images': (['--images-per-class', '0'], 'expected 1 or more'),
     'jitter': (['--jitter', '-1'], 'is not 0, 1, 2'),
     'betas': (['--betas', '0.9', '1.5'], 'not from 0 to below 1'),
-    'weights': (['--model', 'resnet18'], 'Pass a trained checkpoint with --checkpoint'),
+    'weights': (['--model', 'resnet18'], 'Name a trained checkpoint of it'),
     'student classes': (
         ['--diversity', 'adi', '--student', 'test_vit', '--student-checkpoint', 'FOUR'], 'knows 4 classes, the CNN 3'),
     'no norm': (

@@ -473,7 +473,7 @@ ERRORS = {
     'rpe rate': (['--dearkd-rpe-drop', '1.5'], 'expected a rate in [0, 1)'),
     'kwargs': (['--model-kwargs', 'foo=1'], "'foo'"),
     'kwargs form': (['--model-kwargs', 'depth'], 'KEY=VALUE'),
-    'weights': (['--pretrained'], 'No pretrained weights'),
+    'weights': (['--pretrained'], 'No weights of test_dearkd are published'),
     'device name': (['--device', 'gpu'], 'expected cpu, cuda'),
     'clip mode': (['--clip-mode', 'x'], 'norm, value, agc'),
     'mixup': (['--mixup', '0.5', '--batch-size', '7'], 'Make it even'),

@@ -418,7 +418,7 @@ class ConvAttention(Attention):
 
         Such a program would work them out anew in every call, for it has no cache.
         """
-        self.frozen_scores = self.rpe().detach()
+        self.frozen_scores = self.rpe.cached_scores(torch.float32)
 
     def _qkv(self, x: torch.Tensor) -> torch.Tensor:
         """Queries, keys and values of the tokens (B, T, dim): (B, T, 3, heads, head_dim)."""

@@ -3,6 +3,7 @@
 What was written is loaded again and compared with the model before the command ends.
 """
 import argparse
+import copy
 import os
 import shutil
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any, Callable, Dict, Optional, Sequence
 import timm
 import torch
 import torch.nn as nn
+from safetensors import SafetensorError
 from timm.models import get_model_input_config
-from timm.models._hub import save_for_hf
 from timm.models._input import get_model_args
 from timm.models.vision_transformer import VisionTransformer
 from timm.utils import setup_default_logging
@@ -20,7 +21,7 @@ from timm.utils import setup_default_logging
 import timm_dearkd  # noqa: F401  registers the architectures
 from distill_hooks import create_teacher
 from timm_dearkd.attention import ConvAttention
-from timm_dearkd.engine.output import save_config
+from timm_dearkd.engine.output import save_folder
 
 __all__ = ['FORMATS', 'export', 'to_plain_vit']
 
@@ -64,8 +65,7 @@ def to_plain_vit(model: Any) -> VisionTransformer:
 
 
 def _save_safetensors(model: Any, images: torch.Tensor, path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    save_for_hf(model, str(path), safe_serialization=True)
-    save_config(model, path / 'config.json', (model.pretrained_cfg or {}).get('label_names'))
+    save_folder(model, path, data_config=dict(input_size=tuple(images.shape[1:])))
     return timm.create_model(f'local-dir:{path}', pretrained=True).eval()
 
 
@@ -98,7 +98,7 @@ def export(model: Any, kind: str, path: Path, img_size: Optional[int] = None) ->
     """Write a model, load it again, and compare the two on three images. Of the programs, the batch size is free.
 
     Args:
-        model: A timm model, on the CPU.
+        model: A timm model, which stays as it is. Its copy is exported for the CPU, in float32.
         kind: 'safetensors' writes a folder with timm's `config.json`, which `local-dir:` loads; 'onnx' and
             'torch-export' write a program, with MHCA's positional scores as constants, the fastest form on a CPU.
         path: The folder or the file. One that is there is replaced.
@@ -110,7 +110,7 @@ def export(model: Any, kind: str, path: Path, img_size: Optional[int] = None) ->
     Raises:
         ValueError: A missing package, a model that can't be exported, or one whose copy computes something else.
     """
-    model.eval().requires_grad_(False)
+    model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     try:
         if img_size is not None and hasattr(model, 'set_input_size'):
             model.set_input_size(img_size)
@@ -119,7 +119,8 @@ def export(model: Any, kind: str, path: Path, img_size: Optional[int] = None) ->
         images = torch.randn(3, chans, *size, generator=torch.Generator().manual_seed(0))
         expected = model(images)
     except (AssertionError, RuntimeError) as e:
-        raise ValueError(f'The model takes no images of {img_size}x{img_size}: {" ".join(str(e).split())}') from e
+        of_size = f' of {img_size}x{img_size}' if img_size else ''
+        raise ValueError(f'The model takes no images{of_size}: {" ".join(str(e).split())}') from e
     if kind != 'safetensors':
         for module in model.modules():
             if isinstance(module, ConvAttention):
@@ -160,7 +161,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parser.parse_args(argv)
     setup_default_logging()
     try:
-        path = Path(args.output or f'{Path(args.model).name.rpartition(":")[2]}-export{FORMATS[args.format][1]}')
+        path = Path(args.output or f'{_file_name(args.model)}-export{FORMATS[args.format][1]}')
         if path.is_dir() and any(path.iterdir()) and not (args.format == 'safetensors' and _is_export(path)):
             raise ValueError(f'{str(path)!r} is a folder with other files. Name another --output.')
         if args.img_size is not None and args.img_size < 1:
@@ -169,9 +170,14 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         if args.plain_vit:
             model = to_plain_vit(model)
         error = export(model, args.format, path, args.img_size)
-    except (OSError, RuntimeError, ValueError) as e:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as e:
         parser.exit(2, f'{parser.prog}: error: {" ".join(str(e).split())[:600]}\n')
     print(f'{path} (loaded again, its logits differ by {error:.1g} at the most)')
+
+
+def _file_name(model: str) -> str:
+    folder = Path(model.rpartition(':')[2])
+    return (folder.resolve() if folder.is_dir() else folder).name
 
 
 def _is_export(path: Path) -> bool:

@@ -6,13 +6,14 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import logging
 import os
 import re
 import shlex
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Iterator, List, Optional, Sequence, Union
 
 import timm
@@ -31,18 +32,21 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
     LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import logging as hub_logging
+from safetensors import SafetensorError
 from timm.models import PretrainedCfg
-from timm.models._hub import HF_SAFE_WEIGHTS_NAME, hf_split, save_for_hf
-from timm.utils import setup_default_logging
+from timm.models._hub import HF_SAFE_WEIGHTS_NAME, hf_split
 
 import timm_dearkd  # noqa: F401  registers the architectures
 from timm_dearkd.analysis.compare import drawn_columns, plot_runs
 from timm_dearkd.analysis.figures import render
 from timm_dearkd.analysis.runs import Run, open_run
-from timm_dearkd.engine.output import save_config, write_bytes
+from timm_dearkd.attention import ConvAttention
+from timm_dearkd.engine.output import save_folder, write_bytes
 
 __all__ = ['HubError', 'download_weights', 'locate_weights', 'model_card', 'prepare_folder', 'pull', 'push']
 
@@ -70,6 +74,8 @@ def _hub_errors(repo: str) -> Iterator[None]:
         chain: List[BaseException] = [e]
         while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
             chain.append(cause)
+        if isinstance(e, OSError) and e.errno in (errno.EACCES, errno.ENOSPC, errno.ENOTDIR, errno.EROFS, errno.EDQUOT):
+            raise HubError(f'{e}. Make room for the cache of the Hub, or set HF_HOME to another folder.') from e
         modules = {cls.__module__.partition('.')[0] for error in chain for cls in type(error).__mro__}
         if not isinstance(e, OSError) and not modules & {'huggingface_hub', 'httpx', 'httpx2', 'httpcore', 'requests'}:
             raise
@@ -106,15 +112,15 @@ def _explain(error: Exception, status: Optional[int]) -> str:
 
 
 def _verify(path: Path) -> None:
-    """Remove a file of the Hub's cache that is not what its name, for large files its SHA-256, says.
+    """Remove a file of the Hub's cache that is not what its name says: the SHA-256 of a large file, git's of others.
 
     Raises:
         HubError: It was not.
     """
     blob = path.resolve()
-    if len(blob.name) != 64:  # small files are named by git's hash
+    if len(blob.name) not in (40, 64):
         return
-    digest = hashlib.sha256()
+    digest = hashlib.sha256() if len(blob.name) == 64 else hashlib.sha1(b'blob %d\0' % blob.stat().st_size)
     with open(blob, 'rb') as f:
         while chunk := f.read(2 ** 22):
             digest.update(chunk)
@@ -122,7 +128,7 @@ def _verify(path: Path) -> None:
         path.unlink()
         blob.unlink(missing_ok=True)
         raise HubError(
-            f'{path.name} arrived with another SHA-256 ({digest.hexdigest()[:12]}…) than the Hub names'
+            f'{path.name} arrived with another hash ({digest.hexdigest()[:12]}…) than the Hub names'
             f' ({blob.name[:12]}…). It was removed from the cache. Try again.')
 
 
@@ -193,7 +199,12 @@ def locate_weights(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]] = N
         cfg = dataclasses.replace(cfg, hf_hub_id=f'{namespace}/{name}', tag=tag)
     if cfg.source == 'local-dir' or cfg.custom_load:
         return cfg
-    path = download_weights(str(cfg.hf_hub_id), cfg.hf_hub_filename or HF_SAFE_WEIGHTS_NAME, cache_dir)
+    try:
+        path = download_weights(str(cfg.hf_hub_id), cfg.hf_hub_filename or HF_SAFE_WEIGHTS_NAME, cache_dir)
+    except HubError as e:
+        if isinstance(e.__cause__, RemoteEntryNotFoundError) and not cfg.hf_hub_filename:
+            return cfg  # it may have weights of another kind, which timm looks for
+        raise
     return dataclasses.replace(cfg, file=str(path), source='')
 
 
@@ -205,44 +216,51 @@ def _recipe_tag(cfg: PretrainedCfg) -> str:
     return next((tag for tag in ('in1k_300e', 'in1k_300e_ft') if tag in tags), '')
 
 
-def model_card(run: Run, model: Any, repo: str, license: str = 'apache-2.0') -> ModelCard:
+def model_card(run: Run, model: Any, repo: str, license: Optional[str] = None) -> ModelCard:
     """A model card made from what the folder of a run says.
 
     Args:
         run: The run.
         model: Its model.
         repo: ORG/NAME that it is for.
-        license: Licence of the weights, by the Hub's name for it.
+        license: Licence of the weights, by the Hub's name for it; None is what the model says, else apache-2.0.
     """
     args, best = run.args, run.best()
     data = run.info.get('data', {})
-    source = args.get('dataset') or Path(args.get('data_dir') or args.get('data') or 'images').name
+    folder = Path(args.get('data_dir') or args.get('data') or 'images')
+    source = args.get('dataset') or '/'.join(folder.parts[-2:]).lstrip('/')
+    is_dearkd = any(isinstance(module, ConvAttention) for module in model.modules()) or 'train_stage' in run.columns
     results = [EvalResult(
         task_type='image-classification', dataset_type='imagefolder', dataset_name=f'{source}, validation split',
         metric_type='accuracy', metric_name='top-1', metric_value=round(best[1] / 100, 4),
     )] if best and run.metric == 'eval_top1' else []
     metadata = ModelCardData(
-        license=license, library_name='timm', pipeline_tag='image-classification',
-        tags=['image-classification', 'timm', 'dearkd', 'knowledge-distillation'], metrics=['accuracy'],
+        license=license or model.pretrained_cfg.get('license') or 'apache-2.0', library_name='timm',
+        pipeline_tag='image-classification', metrics=['accuracy'],
+        tags=['image-classification', 'timm', *(['dearkd', 'knowledge-distillation'] if is_dearkd else [])],
         model_name=repo.split('/')[-1], eval_results=results or None)
     facts = [
         ('Model', args.get('model')), ('Parameters', f'{sum(p.numel() for p in model.parameters()):,}'),
         ('Data', source), ('Training images', data.get('train_images')), ('Classes', model.num_classes),
         ('Image size', ' x '.join(map(str, model.pretrained_cfg['input_size']))),
-        ('Teacher', _without_folders(args.get('kd_model_name') or 'none')), ('Epochs', len(run.rows)), *_stages(run),
+        ('Teacher', _without_folders(args.get('kd_model_name') or 'none')),
+        ('Epochs', len(run.rows) if run.state == 'finished' else f'{run.state}, not finished'), *_stages(run),
         ('Optimizer', f'{args.get("opt")}, lr {args.get("lr")}, weight decay {args.get("weight_decay")}, batch size'
          f' {args.get("batch_size")}')]
     lines = [f'- **{key}:** {value}' for key, value in facts if value not in (None, '')]
     figure = f'Best {run.metric.replace("_", " ")}: {best[1]:.2f}, after epoch {best[0]}.' if best else ''
-    commands = '\n'.join(_without_folders(session['command']) for session in run.info.get('sessions', ()))
+    commands = '\n'.join(
+        shlex.join(_without_folders(word) for word in shlex.split(session['command']))
+        for session in run.info.get('sessions', ()))
     trained = f'\n## How it was trained\n\n```sh\n{commands}\n```\n' if commands else ''
+    cited = f'\n## Citation\n\n```bibtex\n{CITATION}\n```\n' if is_dearkd else ''
     return ModelCard(f"""---
 {metadata.to_yaml()}
 ---
 
 # {repo.split('/')[-1]}
 
-A {'DearKD ' if args.get('kd_model_name') else ''}image classifier for [timm](https://github.com/huggingface/pytorch-image-models),
+{'A DearKD' if is_dearkd else 'An'} image classifier for [timm](https://github.com/huggingface/pytorch-image-models),
 trained with timm-dearkd.
 
 {chr(10).join(lines)}
@@ -268,19 +286,13 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 image = Image.open('photo.jpg').convert('{'L' if model.pretrained_cfg['input_size'][0] == 1 else 'RGB'}')
 probabilities = model(transform(image).unsqueeze(0)).softmax(dim=-1)
 ```
-{trained}
-## Citation
-
-```bibtex
-{CITATION}
-```
-""")
+{trained}{cited}""")
 
 
-def _without_folders(command: str) -> str:
-    """A command whose absolute paths are cut down to their last part, for they are nobody else's business."""
-    words = (re.sub(r'^(local-dir:)?/.*?([^/]*)/*$', r'\1\2', word) for word in shlex.split(command))
-    return shlex.join(words)
+def _without_folders(word: str) -> str:
+    """A word of a command with its paths cut down to their last part: where things lie is nobody else's business."""
+    return re.sub(
+        r'(^|=|:)((?:~|\.{1,2})?/.*)$', lambda match: match[1] + PurePosixPath(match[2]).name, word, flags=re.DOTALL)
 
 
 def _stages(run: Run) -> List[Any]:
@@ -294,46 +306,54 @@ def _stages(run: Run) -> List[Any]:
     return [('Stage I', f'{start} epochs'), ('Stage II', f'{len(run.rows) - start} epochs, {kind}')]
 
 
-def prepare_folder(run_folder: str, folder: Path, repo: str, license: str = 'apache-2.0') -> None:
+def prepare_folder(run_folder: str, folder: Path, repo: str, license: Optional[str] = None) -> None:
     """Write what is pushed: weights as safetensors, timm's `config.json` with the class names, the card, the curves.
 
     Args:
         run_folder: Output folder of train.py.
         folder: Where to; replaced as a whole.
         repo: ORG/NAME that it is for.
-        license: Licence of the weights.
+        license: Licence of the weights, see `model_card`.
 
     Raises:
         FileNotFoundError: No such run.
-        ValueError: A run that has no model yet.
+        ValueError: A run that has no model yet, or no name of a repository.
     """
+    if not re.fullmatch(r'[\w.-]+/[\w.-]+', repo):
+        raise ValueError(f'{repo!r} is not the name of a Hub repository. Expected ORG/NAME.')
     run = open_run(run_folder)
     if not (run.folder / 'config.json').exists():
-        raise ValueError(f'{run_folder!r} has no model yet: the run has not finished an epoch.')
+        by_timm = any(run.folder.glob('*.pth.tar'))
+        reason = "its checkpoints are of timm's own script, which writes no config.json" if by_timm else (
+            'the run has not finished an epoch')
+        raise ValueError(f'{run_folder!r} has no model: {reason}.')
     try:
         model: Any = timm.create_model(f'local-dir:{run.folder}', pretrained=True)
-    except (OSError, RuntimeError, ValueError) as e:
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as e:
         raise ValueError(f'The model in {run_folder!r} can not be loaded: {" ".join(str(e).split())}') from e
+    if license:
+        model.pretrained_cfg['license'] = license
     temporary = folder.with_name(f'.{folder.name}.tmp')
     shutil.rmtree(temporary, ignore_errors=True)
-    save_for_hf(model, str(temporary), safe_serialization=True)
-    save_config(model, temporary / 'config.json', model.pretrained_cfg.get('label_names'))
-    card = model_card(run, model, repo, license)
-    write_bytes(temporary / 'README.md', card.content.encode())
-    if drawn_columns([run]):
-        write_bytes(temporary / 'curves.png', render(plot_runs([run])))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    try:
+        save_folder(model, temporary)
+        write_bytes(temporary / 'README.md', model_card(run, model, repo, license).content.encode())
+        if drawn_columns([run]):
+            write_bytes(temporary / 'curves.png', render(plot_runs([run])))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def push(run_folder: str, repo: str, private: bool = False, license: str = 'apache-2.0') -> str:
+def push(run_folder: str, repo: str, private: bool = False, license: Optional[str] = None) -> str:
     """Push a run to the Hub, in one commit. A repository that is not there is made.
 
     Args:
         run_folder: Output folder of train.py.
         repo: ORG/NAME.
-        private: Of a repository that is made.
-        license: Licence of the weights.
+        private: Make it private; refuse to push to one that is public.
+        license: Licence of the weights, see `model_card`.
 
     Returns:
         Its address.
@@ -347,6 +367,9 @@ def push(run_folder: str, repo: str, private: bool = False, license: str = 'apac
     api = HfApi(library_name='timm-dearkd')
     with _hub_errors(repo):
         url = api.create_repo(repo, private=private, exist_ok=True)
+        if private and not api.model_info(repo).private:
+            raise HubError(
+                f'{repo!r} is there already, and public. Make it private on its page, or push without --private.')
         api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=f'Add {Path(run_folder).name}')
     return str(url)
 
@@ -358,8 +381,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = commands.add_parser('push', help='push a run').add_argument
     add('run', metavar='RUN', help='output folder of train.py')
     add('--repo', required=True, metavar='ORG/NAME')
-    add('--private', action='store_true', help='if the repository is made')
-    add('--license', default='apache-2.0', metavar='NAME', help="of the weights (the Hub's name for it)")
+    add('--private', action='store_true', help='make it private; refuse one that is public')
+    add('--license', metavar='NAME', help="of the weights, by the Hub's name (the model's own, else apache-2.0)")
     add('--dry-run', action='store_true', help='write the folder that would be pushed, RUN/hub, and push nothing')
     add = commands.add_parser('pull', help='fetch a model, and check its hashes').add_argument
     add('repo', metavar='ORG/NAME[@REVISION]')
@@ -369,7 +392,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
-    setup_default_logging(logging.WARNING)  # the client logs every request
+    hub_logging.set_verbosity_error()  # it logs every try
+    logging.getLogger('timm').setLevel(logging.WARNING)
     try:
         if args.command == 'pull':
             print(pull(args.repo))

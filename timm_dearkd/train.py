@@ -247,7 +247,7 @@ def prepare_evaluation(args, precision: Precision, ranks: Ranks) -> Callable[[],
     if args.resume == 'auto':
         args.resume = find_checkpoint(os.path.join(build.output_parent(args), args.experiment))
     args.initial_checkpoint = args.initial_checkpoint or args.pretrained_path or args.resume
-    args.pretrained_path, args.pretrained = None, args.pretrained or not args.initial_checkpoint
+    args.pretrained_path, args.pretrained = None, not args.initial_checkpoint
     model, data_config, eval_set = build.build_evaluation(args, precision.device, create_model)
     loader = build.build_eval_loader(args, eval_set, data_config, precision.device, ranks)
     task = ClassificationTask(model, device=precision.device)

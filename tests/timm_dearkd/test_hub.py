@@ -71,6 +71,10 @@ def test_push_pull_and_offline(run_folder, hub, user):
     written = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert set(written) == {'README.md', 'config.json', 'curves.png', 'model.safetensors'}
 
+    hub.repos['someone/public'] = dict(private=False, files={})
+    result = user(*push[:-1], 'someone/public', '--private')
+    assert result.returncode == 2 and 'is there already, and public' in result.stderr.strip().splitlines()[-1]
+    assert not hub.repos['someone/public']['files']
     result = user(*push, '--private')
     assert result.returncode == 0 and result.stdout.strip() == f'{hub.address}/someone/dearkd_test', result.stderr
     repo = hub.repos['someone/dearkd_test']
@@ -143,9 +147,38 @@ def test_tags_have_the_configuration_of_their_recipe():
                 1.0 if tag.endswith('ft') else 0.9)
 
 
+@pytest.mark.parametrize('word, shown', [
+    ('/home/bob/photos', 'photos'), ('--data-dir=/home/bob/photos/', '--data-dir=photos'), ('~/cnn', 'cnn'),
+    ('base=/home/bob/x', 'base=x'), ('../../home/bob/x', 'x'), ("local-dir:/home/bob's/my cnn", 'local-dir:my cnn'),
+    ('/home/new\nline/x', 'x'), ('resnet50', 'resnet50'), ('hf-hub:org/name', 'hf-hub:org/name'),
+    ('output/digits/teacher', 'output/digits/teacher'), ('torch/fashion_mnist', 'torch/fashion_mnist'),
+])
+def test_paths_do_not_go_into_the_card(word, shown):
+    from timm_dearkd.hub import _without_folders
+    assert _without_folders(word) == shown
+
+
+def test_the_card_of_a_cnn_that_is_not_finished(cnn, tmp_path):
+    from timm_dearkd.hub import prepare_folder
+    run = tmp_path / 'run'
+    shutil.copytree(cnn, run, ignore=shutil.ignore_patterns('*.tar'))
+    args = yaml.safe_load((run / 'args.yaml').read_text())
+    (run / 'args.yaml').write_text(yaml.safe_dump({**args, 'epochs': 9, 'kd_model_name': "/home/bob's cnn"}))
+    (run / 'run.json').unlink()
+    config = json.loads((run / 'config.json').read_text())
+    config['pretrained_cfg']['license'] = 'cc-by-nc-4.0'
+    (run / 'config.json').write_text(json.dumps(config))
+    prepare_folder(str(run), run / 'hub', 'someone/cnn')
+    card = ModelCard.load(run / 'hub' / 'README.md')
+    assert card.data.license == 'cc-by-nc-4.0' and 'dearkd' not in card.data.tags
+    assert 'An image classifier' in card.text and '1 of 9 epochs, not finished' in card.text
+    assert "**Teacher:** bob's cnn" in card.text and '@inproceedings' not in card.text
+
+
 # what goes wrong, and what is said of it
 FAULTS = [
-    ({'model.safetensors': 'corrupt'}, 'model.safetensors arrived with another SHA-256'),
+    ({'model.safetensors': 'corrupt'}, 'model.safetensors arrived with another hash'),
+    ({'config.json': 'corrupt'}, 'config.json arrived with another hash'),
     ({'model.safetensors': 'cut'}, 'was cut off or took too long'),
     ({'model.safetensors': 'slow'}, 'HF_HUB_DOWNLOAD_TIMEOUT sets how many seconds to wait (1)'),
     ({'model.safetensors': 404}, 'it does not exist, or is private'),
@@ -177,7 +210,7 @@ def test_faults_are_said_and_leave_no_broken_file(run_folder, hub, user, tmp_pat
     assert user('-m', 'timm_dearkd.hub', 'push', run_folder, '--repo', 'someone/dearkd_test').returncode == 0
     whole = {file['content'] for file in hub.repos['someone/dearkd_test']['files'].values()}
     todo = [(faults, str(tmp_path / f'faults{i}')) for i, (faults, _) in enumerate(FAULTS)]
-    result = user('-c', PULL, hub.address, json.dumps([*todo, ({}, todo[0][1])]))
+    result = user('-c', PULL, hub.address, json.dumps([*todo, ({}, todo[0][1]), ({}, todo[2][1])]))
     assert result.returncode == 0, result.stderr
     said = [json.loads(line) for line in result.stdout.splitlines()]
     for i, (faults, message) in enumerate(FAULTS):
@@ -187,14 +220,14 @@ def test_faults_are_said_and_leave_no_broken_file(run_folder, hub, user, tmp_pat
             assert message in created, (faults, created)
         else:
             assert created != 'loaded'
-        for kind in ('pull', '<lambda>'):
+        for kind in ('pull', '<lambda>') if 'config.json' not in faults else ('pull',):  # timm itself fetches that
             for root, _, names in os.walk(f'{tmp_path}/faults{i}{kind}'):
                 for name in names:
                     path = os.path.join(root, name)
                     if '/snapshots/' in path or '/blobs/' in path and not name.endswith('.incomplete'):
                         with open(path, 'rb') as f:
                             assert f.read() in whole, (faults, path)
-    assert said[-2:] == ['loaded', 'loaded']  # the next try finds all in order
+    assert said[-4:] == ['loaded'] * 4  # the next try finds all in order
 
 
 @pytest.mark.parametrize('faults, message', [
@@ -214,8 +247,10 @@ def test_a_push_that_is_refused(faults, message, run_folder, hub, user, tmp_path
 
 @pytest.mark.parametrize('args, message', [
     (['push', 'NOWHERE', '--repo', 'a/b'], 'No folder'),
-    (['push', 'EMPTY', '--repo', 'a/b'], 'has no model yet'),
-    (['push', 'RUN', '--repo', 'a b/c'], 'Expected ORG/NAME'),
+    (['push', 'EMPTY', '--repo', 'a/b'], 'the run has not finished an epoch'),
+    (['push', 'TIMM', '--repo', 'a/b'], "of timm's own script"),
+    (['push', 'CUT', '--repo', 'a/b', '--dry-run'], 'can not be loaded'),
+    (['push', 'RUN', '--repo', 'a b/c', '--dry-run'], 'Expected ORG/NAME'),
 ])
 def test_errors_are_one_line_and_status_2(args, message, run_folder, tmp_path, capsys):
     from timm_dearkd.hub import main
@@ -223,7 +258,12 @@ def test_errors_are_one_line_and_status_2(args, message, run_folder, tmp_path, c
     (tmp_path / 'empty' / 'args.yaml').write_text(yaml.safe_dump({'model': 'test_dearkd', 'epochs': 1}))
     run = tmp_path / 'run'
     shutil.copytree(run_folder, run, ignore=shutil.ignore_patterns('*.tar'))
-    replaced = {'NOWHERE': tmp_path / 'nowhere', 'EMPTY': tmp_path / 'empty', 'RUN': run}
+    shutil.copytree(tmp_path / 'empty', tmp_path / 'timm')
+    (tmp_path / 'timm' / 'last.pth.tar').touch()
+    shutil.copytree(run, tmp_path / 'cut')
+    weights = (run / 'model_best.safetensors').read_bytes()
+    (tmp_path / 'cut' / 'model_best.safetensors').write_bytes(weights[:1000])
+    replaced = {name: tmp_path / name.lower() for name in ('NOWHERE', 'EMPTY', 'RUN', 'TIMM', 'CUT')}
     with pytest.raises(SystemExit) as e:
         main([str(replaced.get(arg, arg)) for arg in args])
     assert e.value.code == 2 and message in capsys.readouterr().err.strip().splitlines()[-1]

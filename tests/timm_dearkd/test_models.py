@@ -95,7 +95,7 @@ def test_pretrained_cfg(name):
 
 
 def test_pretrained_without_weights_says_so():
-    with pytest.raises(RuntimeError, match='No pretrained weights'):
+    with pytest.raises(ValueError, match='No weights of test_dearkd are published'):
         timm.create_model('test_dearkd', pretrained=True)
 
 

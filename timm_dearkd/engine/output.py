@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torchvision
 from timm.models import clean_state_dict, load_state_dict
-from timm.models._hub import save_config_for_hf
+from timm.models._hub import save_config_for_hf, save_for_hf
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, unwrap_model
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
@@ -23,8 +23,8 @@ from .interrupt import TrainingError
 
 __all__ = [
     'AtomicCheckpointSaver', 'Position', 'complete_export', 'export_model', 'find_checkpoint', 'read_run_info',
-    'remove_recovery', 'resume_run', 'save_config', 'save_images', 'trim_table', 'write_bytes', 'write_run_info',
-    'write_text',
+    'remove_recovery', 'resume_run', 'save_config', 'save_folder', 'save_images', 'trim_table', 'write_bytes',
+    'write_run_info', 'write_text',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -264,6 +264,13 @@ def save_config(model: nn.Module, path: Path, label_names: Optional[Sequence[str
     config = json.loads(path.read_text())
     config.get('model_args', {}).pop('num_classes', None)  # it stands at the top, and TimmWrapper passes it from there
     path.write_text(json.dumps(config, indent=2))
+
+
+def save_folder(model: nn.Module, folder: Path, **kwargs: Any) -> None:
+    """Write a model as a folder for the Hub or `local-dir:`: `model.safetensors`, and what `save_config` writes."""
+    save_for_hf(model, str(folder), safe_serialization=True)
+    names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
+    save_config(model, folder / 'config.json', names, **kwargs)
 
 
 def export_model(
