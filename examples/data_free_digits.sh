@@ -26,7 +26,8 @@ make_images() {
     ln -sfn ../data/validation "$OUT/$name/validation"
 }
 
-# a DearKD student, the same for all: the labels are the CNN's throughout, for it alone knows what a shifted image shows
+# a DearKD student, the same for all: the labels are the classes that the images were made for, and the CNN teaches by
+# its features alone (alpha 1), throughout
 train_student() {
     data=$1; name=$2; shift 2
     python train.py "$OUT/$data" -c recipes/digits.yaml --model dearkd_nano_patch4_32 \
