@@ -13,7 +13,7 @@ demo-data-free: $(INSTALLED)
 	sh examples/data_free_digits.sh
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 test-integrations: $(INSTALLED)
 	$(VENV)/bin/python -m pip install --quiet transformers
