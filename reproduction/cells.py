@@ -201,9 +201,10 @@ RECIPES: Dict[str, Tuple[str, ...]] = {
     'no random erasing': ('--reprob', '0'),
     'RandAugment': ('--aa', 'rand-m9-mstd0.5-inc1'),
 }
+DEFAULT = 'default'
 # One change each from the default
 CHOICES: Dict[str, Tuple[str, ...]] = {
-    'default': (),
+    DEFAULT: (),
     'RPE dropout 0.1, of single scores': ('--dearkd-rpe-drop', '0.1'),
     'RPE dropout 0.3, of single scores': ('--dearkd-rpe-drop', '0.3'),
     'RPE dropout 0.1, by query': ('--dearkd-rpe-drop', '0.1', '--model-kwargs', 'rpe_drop_mode=query'),
@@ -232,11 +233,14 @@ def _slug(label: str) -> str:
 
 def recipes(scale: Scale, seeds: Sequence[int]) -> Table:
     """The recipe of all students, on training images set aside."""
+    def cells(label: str, name: str) -> Tuple[Cell, ...]:
+        is_default = name == 'dearkd' and not RECIPES[label]
+        return students(
+            scale, f'choice-{DEFAULT}' if is_default else f'recipe-{_slug(label)}-{name}',
+            methods(scale)[name] + RECIPES[label], scale.ablation_fraction, seeds[:1], tuning=True)
+
     return Table('Recipe, on training images set aside', [
-        Entry(label, name, students(
-            scale, f'recipe-{_slug(label)}-{name}', methods(scale)[name] + argv, scale.ablation_fraction, seeds[:1],
-            tuning=True))
-        for label, argv in RECIPES.items() for name in ('vit', 'hard', 'dearkd')])
+        Entry(label, name, cells(label, name)) for label in RECIPES for name in ('vit', 'hard', 'dearkd')])
 
 
 def choices(scale: Scale, seeds: Sequence[int]) -> Table:
