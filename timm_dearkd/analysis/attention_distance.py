@@ -206,7 +206,7 @@ def plot_over_epochs(history: DistanceHistory, stage2_start: Optional[int] = Non
     for i, layer in enumerate(layers):
         epochs = [epoch for epoch in sorted(log) if layer in log[epoch]]
         means = [sum(log[epoch][layer]) / len(log[epoch][layer]) for epoch in epochs]
-        color = colormaps['viridis'](0.9 * i / max(1, len(layers) - 1))
+        color = colormaps['viridis'](0.25 + 0.7 * i / max(1, len(layers) - 1))
         plot_series(axes, epochs, means, color=color, label=f'layer {layer}')
     axes.set(xlabel='epoch', ylabel='mean attention distance, patches', ylim=(0, None))
     _add_pixels(axes, history.patch_size)
