@@ -4,7 +4,7 @@ VENV ?= .venv
 INSTALLED = $(VENV)/.installed
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: demo demo-data-free test test-integrations lint bench install clean
+.PHONY: demo demo-data-free test test-integrations lint bench reproduction-report install clean
 
 demo: $(INSTALLED)
 	sh examples/digits.sh
@@ -27,6 +27,9 @@ bench: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/attention.py
 	$(VENV)/bin/python benchmarks/train_step.py
 	$(VENV)/bin/python benchmarks/inversion.py
+
+reproduction-report: $(INSTALLED)
+	$(VENV)/bin/python reproduction/report.py
 
 install: $(INSTALLED)
 
