@@ -276,7 +276,8 @@ def run_script(argv: Optional[Sequence[str]] = None) -> None:
         parser.error(str(e).strip().splitlines()[-1])
     except Interrupted as e:
         status, message = 128 + e.signum, f'{parser.prog}: {e}\n'
-    if dist.is_initialized():  # with all processes here; after an error some may wait for others
+    if dist.is_initialized():  # after an error some may wait for others, but not here
+        dist.barrier()  # a process that leaves while others still talk to it may be torn down with them
         dist.destroy_process_group()
     if status:
         parser.exit(status, message)
