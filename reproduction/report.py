@@ -171,12 +171,7 @@ def write_figure4(scale: Scale, results: Path, folder: Path) -> List[str]:
     lines = []
     for path in sorted(results.glob('*.distances.csv')):
         name = path.name.replace('.distances.csv', '')
-        link = folder / f'.{name}'
-        link.mkdir(parents=True, exist_ok=True)
-        (link / 'attention_distance.csv').write_bytes(path.read_bytes())
-        history = read_log(link)
-        (link / 'attention_distance.csv').unlink()
-        link.rmdir()
+        history = read_log(path)
         if history is None:
             continue
         is_dearkd = name.startswith('dearkd')

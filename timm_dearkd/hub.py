@@ -197,8 +197,6 @@ def locate_weights(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]] = N
                 f'No weights of {cfg.architecture} are published. Train it with train.py,{where} or load a trained one:'
                 ' local-dir:FOLDER, hf-hub:ORG/NAME.')
         cfg = dataclasses.replace(cfg, hf_hub_id=f'{namespace}/{name}', tag=tag)
-    if cfg.source == 'local-dir' or cfg.custom_load:
-        return cfg
     try:
         path = download_weights(str(cfg.hf_hub_id), cfg.hf_hub_filename or HF_SAFE_WEIGHTS_NAME, cache_dir)
     except HubError as e:

@@ -80,7 +80,7 @@ def command_line(argv: Optional[Sequence[str]], ranks: Ranks) -> str:
     launcher = ['python']
     if local and ranks.distributed:
         launcher = ['torchrun', *(['--nnodes', str(nodes)] if nodes > 1 else []), '--nproc_per_node', local]
-    is_module = argv is None and (sys.modules['__main__'].__spec__ or None) is not None
+    is_module = argv is None and sys.modules['__main__'].__spec__ is not None
     script = ['-m', 'timm_dearkd.train'] if is_module else ['train.py']
     return shlex.join([*launcher, *script, *(sys.argv[1:] if argv is None else argv)])
 

@@ -1,7 +1,6 @@
 """How far the heads look: the mean distance between a query patch and what it attends to (figure 4)."""
 import argparse
 import csv
-import io
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
@@ -12,7 +11,7 @@ from timm.layers import Attention
 from timm.utils import unwrap_model
 
 from timm_dearkd.attention import ConvAttention
-from timm_dearkd.engine.output import write_bytes
+from timm_dearkd.engine.output import write_bytes, write_table
 
 from .figures import new_figure, plain, plot_series, render, shade_stage2
 from .inputs import add_model_arguments, check_counts, load_images, load_model, output_path
@@ -134,12 +133,13 @@ class DistanceLog:
         """Append the rows of an epoch."""
         with self.autocast():
             distances = attention_distances(self.model, self.images).tolist()
+        pixels = stride(self.model)
         is_new = not self.path.exists() or not self.path.stat().st_size
         with open(self.path, 'a', newline='') as f:
             writer = csv.writer(f)
             writer.writerows([LOG_HEADER] if is_new else [])
             writer.writerows(
-                [epoch, layer, head, f'{value:.4f}', f'{value * stride(self.model):.2f}']
+                [epoch, layer, head, f'{value:.4f}', f'{value * pixels:.2f}']
                 for layer, heads in enumerate(distances, start=1) for head, value in enumerate(heads, start=1))
 
 
@@ -149,9 +149,14 @@ class DistanceHistory(NamedTuple):
     patch_size: float
 
 
-def read_log(folder: Union[str, Path]) -> Optional[DistanceHistory]:
-    """What a `DistanceLog` has written so far, without an epoch that is half written; None if there is nothing."""
-    path = Path(folder) / LOG_NAME
+def read_log(path: Union[str, Path]) -> Optional[DistanceHistory]:
+    """What a `DistanceLog` has written so far, without an epoch that is half written; None if there is nothing.
+
+    Args:
+        path: Its file, or the folder of the run.
+    """
+    path = Path(path)
+    path = path / LOG_NAME if path.is_dir() else path
     epochs: Dict[int, Dict[int, List[float]]] = {}
     sums = [0., 0.]
     if path.exists():
@@ -230,16 +235,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--num-images', type=int, default=64)
 
 
-def write_csv(distances: Dict[str, torch.Tensor], patch_sizes: Sequence[int]) -> bytes:
-    """Rows of model, layer, head, distance in patches and in pixels."""
-    text = io.StringIO(newline='')
-    writer = csv.writer(text)
-    writer.writerow(['model', 'layer', 'head', 'patches', 'pixels'])
-    for (name, values), patch_size in zip(distances.items(), patch_sizes):
-        for layer, heads in enumerate(values.tolist(), start=1):
-            for head, value in enumerate(heads, start=1):
-                writer.writerow([name, layer, head, f'{value:.4f}', f'{value * patch_size:.2f}'])
-    return text.getvalue().encode()
+def _rows(distances: Dict[str, torch.Tensor], patch_sizes: Sequence[int]) -> List[Sequence[Any]]:
+    """Model, layer, head, distance in patches and in pixels."""
+    return [('model', 'layer', 'head', 'patches', 'pixels')] + [
+        (name, layer, head, f'{value:.4f}', f'{value * patch_size:.2f}')
+        for (name, values), patch_size in zip(distances.items(), patch_sizes)
+        for layer, heads in enumerate(values.tolist(), start=1) for head, value in enumerate(heads, start=1)]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -261,7 +262,7 @@ def run(args: argparse.Namespace) -> None:
         sums: Any = sum(attention_distances(model, batch.to(device)).cpu() * len(batch) for batch in batches)
         distances[name] = sums / sum(map(len, batches))
         patch_sizes.append(stride(model))
-    write_bytes(output_path(args.output, '.csv'), write_csv(distances, patch_sizes))
+    write_table(output_path(args.output, '.csv'), _rows(distances, patch_sizes))
     write_bytes(output_path(args.output, '.png'), render(plot_distances(distances, patch_sizes)))
     for name, values in distances.items():
         print(f'{name}: ' + ' '.join(f'{value:.2f}' for value in values.mean(dim=1).tolist()) + ' patches by layer')

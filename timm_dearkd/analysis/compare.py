@@ -1,11 +1,8 @@
 """Runs side by side: a table, and accuracy and losses over the epochs."""
 import argparse
-import csv
-import io
-from pathlib import Path
 from typing import Any, List, Sequence
 
-from timm_dearkd.engine.output import write_bytes
+from timm_dearkd.engine.output import write_bytes, write_table
 
 from .figures import new_figure, plain, plot_series, render, shade_stage2
 from .inputs import output_path
@@ -97,16 +94,10 @@ def run(args: argparse.Namespace) -> None:
     epochs = [
         [name, *(values.get(column, '') for column in columns)]
         for name, run in zip(distinct_names(runs), runs) for values in run.rows]
-    _write_csv(output_path(args.output, '.csv'), [COLUMNS, *table])
-    _write_csv(output_path(args.output, '_epochs.csv'), [['run', *columns], *epochs])
+    write_table(output_path(args.output, '.csv'), [COLUMNS, *table])
+    write_table(output_path(args.output, '_epochs.csv'), [['run', *columns], *epochs])
     files = f'{args.output}.csv, {args.output}_epochs.csv'
     if wanted:
         write_bytes(output_path(args.output, '.png'), render(plot_runs(runs, args.columns)))
         files += f', {args.output}.png'
     print(f'\n{files}' + ('' if wanted else '; nothing to draw, for no run has an epoch yet'))
-
-
-def _write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
-    text = io.StringIO(newline='')
-    csv.writer(text).writerows(rows)
-    write_bytes(path, text.getvalue().encode())

@@ -17,8 +17,10 @@ from tqdm import tqdm
 
 from distill_hooks import FeatureCapture, create_teacher
 from distill_hooks.teacher import input_normalisation
-from timm_dearkd.engine.device import select_device
+from timm_dearkd.engine.device import find_device
 from timm_dearkd.engine.output import write_bytes
+
+from .inputs import check_counts, open_image
 
 __all__ = ['FeatureDistance', 'LPIPSDistance', 'class_pairs', 'measure_diversity']
 
@@ -132,11 +134,7 @@ def class_pairs(
 
 def _load(path: str, size: int, in_chans: int) -> torch.Tensor:
     """An image (C, size, size) from 0 to 1: the shorter side resized, the centre cut out."""
-    try:
-        with Image.open(path) as file:
-            image = file.convert('L' if in_chans == 1 else 'RGB')
-    except OSError as e:
-        raise ValueError(f'{path} can not be read as an image ({e}). Remove it.') from e
+    image = open_image(path, 'L' if in_chans == 1 else 'RGB')
     scale = size / min(image.size)
     image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
     left, top = ((side - size) // 2 for side in image.size)
@@ -213,11 +211,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """The command: a table with a row for each folder."""
-    for name in ('pairs_per_class', 'batch_size', 'img_size'):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f'--{name.replace("_", "-")} {value}, expected 1 or more.')
-    device, _ = select_device(args.device)
+    check_counts(args, 'pairs_per_class', 'batch_size', 'img_size')
+    device = find_device(args.device)
     distance: Any
     if args.model:
         distance = FeatureDistance(create_teacher(args.model, args.checkpoint, device=device), args.model)

@@ -1,7 +1,5 @@
 """What a model says of images: the likeliest classes, and a grid of pictures, mistakes first."""
 import argparse
-import csv
-import io
 import logging
 import os
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
@@ -12,7 +10,7 @@ import torch.nn as nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from timm_dearkd.engine.output import write_bytes
+from timm_dearkd.engine.output import write_bytes, write_table
 
 from .figures import new_figure, plain, render
 from .inputs import (
@@ -139,14 +137,6 @@ def accuracy(predictions: Sequence[Prediction]) -> Optional[Tuple[float, int]]:
     return 100 * sum(not p.is_mistake for p in labelled) / len(labelled), len(labelled)
 
 
-def _csv(rows: List[Dict[str, Any]]) -> bytes:
-    text = io.StringIO(newline='')
-    writer = csv.DictWriter(text, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     add = parser.add_argument
@@ -178,7 +168,7 @@ def run(args: argparse.Namespace) -> None:
         for rank, (index, prob) in enumerate(zip(p.classes, p.probs), start=1):
             row.update({f'class{rank}': names[index], f'prob{rank}': f'{prob:.4f}'})
         rows.append(row)
-    write_bytes(output_path(args.output, '.csv'), _csv(rows))
+    write_table(output_path(args.output, '.csv'), [list(rows[0]), *(list(row.values()) for row in rows)])
     shown = mistakes_first(predictions)[:args.num_pictures]
     write_bytes(output_path(args.output, '.png'), render(plot_predictions(files, shown, names)))
     for p in shown[:10]:

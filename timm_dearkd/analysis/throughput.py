@@ -1,25 +1,24 @@
 """Speed and cost of models side by side: images/s, latency, memory, parameters and multiply-adds (table 3)."""
 import argparse
-import csv
-import io
+import contextlib
+import copy
 import math
 import os
 import statistics
 import time
 from dataclasses import dataclass, field
-from typing import Any, Callable, List, Optional
+from typing import Any, Callable, Iterator, List, Optional
 
 import timm
 import torch
 import torch.nn as nn
 from timm.data import resolve_model_data_config
-from torch._dynamo import config as dynamo_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from timm_dearkd.engine.device import find_device
-from timm_dearkd.engine.output import write_bytes
+from timm_dearkd.engine.output import write_bytes, write_table
 
 from .figures import new_figure, plain, render
 from .inputs import check_counts, output_path
@@ -68,7 +67,8 @@ class Measurement:
 def count_macs(model: nn.Module, image: torch.Tensor) -> int:
     """Multiply-adds of the matrix products and convolutions for one image (1, C, H, W), attention included."""
     counter = FlopCounterMode(display=False)
-    model.requires_grad_(False)  # its module tracker trips over parameters that are inputs of modules
+    # its module tracker trips over parameters that are inputs of modules
+    model = copy.deepcopy(model).requires_grad_(False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(image)
     return counter.get_total_flops() // 2
@@ -126,22 +126,34 @@ def measure_throughput(
     Raises:
         ValueError: An unknown model, a size that it does not take, or one that can't be compiled.
     """
-    forwards, results = [], []
+    with _compiles_each(compile_backend):
+        forwards, results = [], []
+        for name in tqdm(names, desc='Prepare', unit='model', leave=False):
+            forward, result = _prepare(
+                name, batch_size, device, img_size, dtype, compile_backend,
+                torch.channels_last if channels_last else torch.contiguous_format)
+            forwards.append(forward)
+            results.append(result)
+        repeats = [0 if forward is None else max(1, round(seconds / _time(forward, 1, device))) for forward in forwards]
+        for _ in tqdm(range(rounds), desc=f'Batch size {batch_size}', unit='round', leave=False):
+            for forward, result, count in zip(forwards, results, repeats):
+                if forward is not None:
+                    result.seconds.append(_time(forward, count, device))
+                    if results[0].seconds:
+                        result.ratios.append(results[0].seconds[-1] / result.seconds[-1])
+        return results
+
+
+@contextlib.contextmanager
+def _compiles_each(backend: Optional[str]) -> Iterator[None]:
+    """Compile every model for its own batch size, however many there are and whatever was compiled before."""
+    if backend is None:
+        yield
+        return
+    from torch._dynamo import config  # slow to import
     torch.compiler.reset()  # else the sizes of an earlier call turn into dynamic shapes
-    for name in tqdm(names, desc='Prepare', unit='model', leave=False):
-        forward, result = _prepare(
-            name, batch_size, device, img_size, dtype, compile_backend,
-            torch.channels_last if channels_last else torch.contiguous_format)
-        forwards.append(forward)
-        results.append(result)
-    repeats = [0 if forward is None else max(1, round(seconds / _time(forward, 1, device))) for forward in forwards]
-    for _ in tqdm(range(rounds), desc=f'Batch size {batch_size}', unit='round', leave=False):
-        for forward, result, count in zip(forwards, results, repeats):
-            if forward is not None:
-                result.seconds.append(_time(forward, count, device))
-                if results[0].seconds:
-                    result.ratios.append(results[0].seconds[-1] / result.seconds[-1])
-    return results
+    with config.patch(recompile_limit=1000, accumulated_recompile_limit=1000):
+        yield
 
 
 def _prepare(name, batch_size, device, img_size, dtype, compile_backend, memory_format):
@@ -161,7 +173,12 @@ def _prepare(name, batch_size, device, img_size, dtype, compile_backend, memory_
     try:
         model = model.to(device=device, dtype=dtype, memory_format=memory_format)
         images = torch.randn(batch_size, chans, *size, device=device, dtype=dtype).to(memory_format=memory_format)
-        forward = _Forward(model, images, compile_backend)
+        run = torch.compile(model, backend=compile_backend, dynamic=False) if compile_backend else model
+
+        def forward() -> Any:
+            with torch.inference_mode():
+                return run(images)
+
         forward()
         peak = _peak_memory(forward, device)
     except torch.OutOfMemoryError:
@@ -173,20 +190,6 @@ def _prepare(name, batch_size, device, img_size, dtype, compile_backend, memory_
     weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     result.peak_memory = None if peak is None else peak + weights
     return forward, result
-
-
-class _Forward:
-    """A model's forward of a batch. Each is compiled by itself, however many there are."""
-
-    def __init__(self, model: nn.Module, images: torch.Tensor, compile_backend: Optional[str]) -> None:
-        self.run: Callable[..., Any] = model
-        if compile_backend:
-            self.run = torch.compile(model, backend=compile_backend, dynamic=False)
-        self.images = images
-
-    def __call__(self) -> Any:
-        with torch.inference_mode(), dynamo_config.patch(recompile_limit=1000, accumulated_recompile_limit=1000):
-            return self.run(self.images)
 
 
 def _time(forward: Callable[[], Any], count: int, device: torch.device) -> float:
@@ -274,9 +277,7 @@ def run(args: argparse.Namespace) -> None:
         results += measured
         for result in measured:
             print('| ' + ' | '.join(_cells(result)) + ' |', flush=True)
-        text = io.StringIO(newline='')
-        csv.writer(text).writerows([COLUMNS, *map(_cells, results)])
-        write_bytes(output_path(args.output, '.csv'), text.getvalue().encode())
+        write_table(output_path(args.output, '.csv'), [COLUMNS, *map(_cells, results)])
         write_bytes(output_path(args.output, '.png'), render(plot_throughput(results)))
     where = f'{device}, {torch.get_num_threads()} threads' if device.type == 'cpu' else str(device)
     if device.type == 'cuda':

@@ -6,7 +6,7 @@ import logging
 import os
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import safetensors.torch
 import torch
@@ -24,7 +24,7 @@ from .interrupt import TrainingError
 __all__ = [
     'AtomicCheckpointSaver', 'Position', 'complete_export', 'export_model', 'find_checkpoint', 'read_run_info',
     'remove_recovery', 'resume_run', 'save_config', 'save_folder', 'save_images', 'trim_table', 'write_bytes',
-    'write_run_info', 'write_text',
+    'write_run_info', 'write_table', 'write_text',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -214,6 +214,13 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise
 
 
+def write_table(path: Path, rows: Iterable[Sequence[Any]]) -> None:
+    """`write_bytes` for rows of a CSV file, the header first."""
+    text = io.StringIO(newline='')
+    csv.writer(text).writerows(rows)
+    write_bytes(path, text.getvalue().encode())
+
+
 def write_text(folder: str, name: str, text: str) -> None:
     """`write_bytes` for text."""
     write_bytes(Path(folder) / name, text.encode())
@@ -330,9 +337,7 @@ def trim_table(path: str, start_epoch: int) -> None:
     with open(path, newline='') as f:
         header, *rows = list(csv.reader(f)) or [[]]
     kept = [row for row in rows if len(row) == len(header) and row[0].isdecimal() and int(row[0]) < start_epoch]
-    text = io.StringIO(newline='')
-    csv.writer(text).writerows([header, *kept] if kept else [])
-    write_text(os.path.dirname(path), os.path.basename(path), text.getvalue())
+    write_table(Path(path), [header, *kept] if kept else [])
 
 
 def save_images(output_dir: str, update: int, images: torch.Tensor) -> None:

@@ -98,7 +98,7 @@ def test_lpips(folder, capsys, monkeypatch):
 ERRORS = {
     'folder': (['missing'], 'No folder'),
     'empty': (['EMPTY'], 'no class with two'),
-    'broken': (['BROKEN'], 'broken.png can not be read'),
+    'broken': (['BROKEN'], "broken.png' can not be read"),
     'pairs': (['FOLDER', '--pairs-per-class', '0'], 'expected 1 or more'),
     'no maps': (['FOLDER', '--model', 'test_vit', '--checkpoint', 'VIT'], 'not feature maps'),
     'device': (['FOLDER', '--device', 'cuda:77'], 'is not available here'),

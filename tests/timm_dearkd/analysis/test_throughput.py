@@ -38,7 +38,7 @@ def test_models_take_turns_and_ratios_are_of_the_same_round(monkeypatch):
 
 
 def test_peak_memory_on_a_cpu_is_that_of_the_tensors():
-    """Two hidden layers of which one has gone when the next is there: 4 MB of input stay, and at most 12 MB are new."""
+    """Two tensors of 4 MB are there at a time, beside the input, which was there before."""
     x = torch.zeros(1024, 1024)
 
     def forward():
