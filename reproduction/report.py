@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
 from reproduction.cells import SCALES, TABLES, Entry, Scale, Table  # noqa: E402
-from timm_dearkd.analysis.attention_distance import plot_over_epochs, read_log  # noqa: E402
+from timm_dearkd.analysis.attention_distance import DistanceHistory, plot_over_epochs, read_log  # noqa: E402
 from timm_dearkd.analysis.figures import new_figure, render  # noqa: E402
 from timm_dearkd.engine.output import write_bytes  # noqa: E402
 
@@ -168,17 +168,28 @@ PLOTS = {'table2': plot_table2, 'table7': plot_table7}
 
 def write_figure4(scale: Scale, results: Path, folder: Path) -> List[str]:
     """Attention distance over the epochs, of the runs that recorded it."""
-    lines = []
-    for path in sorted(results.glob('*.distances.csv')):
-        name = path.name.replace('.distances.csv', '')
+    lines, pictures = [], []
+    for name in ('vit', 'hard', 'dearkd'):
+        path = results / f'{name}-{scale.ablation_fraction:g}-seed0.distances.csv'
         history = read_log(path)
         if history is None:
             continue
-        is_dearkd = name.startswith('dearkd')
+        stage1 = round(scale.epochs * 5 / 6) if name == 'dearkd' else None
+        moments = {'after the first epoch': min(history.epochs), 'at the end': max(history.epochs)}
+        if stage1 is not None and stage1 - 1 in history.epochs:
+            moments = {'after the first epoch': min(history.epochs), 'after stage I': stage1 - 1,
+                       'at the end': max(history.epochs)}
+        means = [f'{mean_distance(history, epoch):.2f} {moment}' for moment, epoch in moments.items()]
+        lines.append(f'- {name}: mean over layers and heads, in patches: {", ".join(means)}.')
         picture = folder / f'figure4-{name}.png'
-        write_bytes(picture, render(plot_over_epochs(history, round(scale.epochs * 5 / 6) if is_dearkd else None)))
-        lines += [f'![Attention distance of {name}](reproduction/plots/{picture.name})', '']
-    return lines
+        write_bytes(picture, render(plot_over_epochs(history, stage1)))
+        pictures += [f'![Attention distance of {name}](reproduction/plots/{picture.name})', '']
+    return [*lines, '', *pictures] if lines else []
+
+
+def mean_distance(history: DistanceHistory, epoch: int) -> float:
+    layers = history.epochs[epoch]
+    return statistics.mean(distance for heads in layers.values() for distance in heads)
 
 
 def write_report(scale: Scale, results: Path, seeds: Sequence[int], output: Path) -> None:
@@ -198,6 +209,10 @@ def write_report(scale: Scale, results: Path, seeds: Sequence[int], output: Path
         ' standard error.', '']
     for name, make in TABLES.items():
         table = make(scale, seeds)
+        if name == 'figure4':
+            figure4 = write_figure4(scale, results, pictures)
+            lines += [f'## {table.title}', '', *figure4] if figure4 else []
+            continue
         figures = found.table(table)
         if not figures:
             continue
@@ -206,9 +221,6 @@ def write_report(scale: Scale, results: Path, seeds: Sequence[int], output: Path
             picture = pictures / f'{name}.png'
             write_bytes(picture, PLOTS[name](figures))
             lines += [f'![{table.title}]({picture.relative_to(output.parent).as_posix()})', '']
-    figure4 = write_figure4(scale, results, pictures)
-    if figure4:
-        lines += ['## Attention distance over the epochs (figure 4)', '', *figure4]
     write_bytes(output, ('\n'.join(lines).rstrip() + '\n').encode())
 
 

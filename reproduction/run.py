@@ -71,20 +71,30 @@ class Driver:
         """Run a command with its output in a log. Returns what went wrong, if anything."""
         env = dict(os.environ, OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // self.jobs)))
         path = self.work / f'{name}.log'
+        start = time.monotonic()
         with open(path, 'a') as log:
             process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, stdout=log, stderr=log)
             self.processes.add(process)
             status = process.wait()
             self.processes.discard(process)
+        seconds = self.seconds(name) + time.monotonic() - start
+        write_bytes(self.seconds_path(name), f'{seconds:.1f}'.encode())
         if status and not self.stopping:
             return f'status {status}: {(path.read_text().strip().splitlines() or [""])[-1]}'
         return 'stopped' if status else None
+
+    def seconds_path(self, name: str) -> Path:
+        return self.work / f'{name}.seconds'
+
+    def seconds(self, name: str) -> float:
+        """What a cell has taken so far, in however many goes."""
+        path = self.seconds_path(name)
+        return float(path.read_text()) if path.exists() else 0.
 
     def run_cell(self, cell: Cell) -> Optional[str]:
         """Run a cell and keep its figures. Returns what went wrong, if anything."""
         if self.stopping:
             return 'stopped'
-        start = time.monotonic()
         self.work.mkdir(parents=True, exist_ok=True)
         command = self.command(cell)
         collect = self.image_figures if cell.program == 'data_free' else self.student_figures
@@ -94,7 +104,7 @@ class Driver:
         figures = collect(cell)
         if figures is None:
             return 'stopped'
-        seconds = time.monotonic() - start
+        seconds = max(self.seconds(cell.name), 1.)
         self.images_per_second.append(cell.images / seconds)
         result = dict(
             name=cell.name, command=' '.join(['python', *command]), seed=cell.seed, commit=self.commit,

@@ -60,6 +60,9 @@ def test_what_is_written(whole):
     assert Image.open(out / 'losses.png').size[0] > 500
     assert manifest['seconds'] > 0
     assert '24 of 24 images kept' in result.stdout
+    sure = sum(image['teacher_prob'] > 0.5 for image in images)
+    assert f'{100 * sure / 24:.0f} % of them more than half' in result.stdout
+    assert ('not of their class' in result.stderr) == (sure < 12)
     assert not [p for p in out.rglob('*') if 'tmp' in p.name]
 
 
@@ -227,6 +230,16 @@ def test_a_competitor_trained_on_some_classes(cnn, tmp_path):
     main([
         str(tmp_path / 'images'), '--model', str(cnn), *QUICK, '--num-images', '6', '--diversity', 'adi',
         '--student', f'local-dir:{tmp_path / "run"}'])
+
+
+@pytest.mark.parametrize('flags, culprit', [
+    (('--tv-weight', '1000'), '--tv-weight'),
+    (('--ep-weight', '1e6'), '--ep-weight and --triplet-weight'),
+])
+def test_images_of_no_class_are_said(flags, culprit, make, tmp_path):
+    result = make(tmp_path / 'images', '--num-images', '12', *flags)
+    assert result.returncode == 0, result.stderr
+    assert 'not of their class to the CNN' in result.stderr and f'lower {culprit}, or' in result.stderr
 
 
 def test_a_batch_that_is_lost(make, tmp_path):

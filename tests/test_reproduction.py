@@ -89,6 +89,34 @@ def test_what_is_there_is_skipped_and_what_needs_a_failure_waits(driver, capsys)
     assert driver.run(cells) and not driver.ran
 
 
+def test_seconds_of_a_cell_add_up_over_its_goes(tmp_path):
+    driver = run.Driver(SCALES['smoke'], tmp_path, tmp_path, tmp_path / 'results', jobs=1)
+    assert driver.seconds('cell') == 0
+    assert driver.execute('cell', ['-c', 'import time, sys; time.sleep(0.3); sys.exit(2)']).startswith('status 2')
+    first = driver.seconds('cell')
+    assert first >= 0.3
+    assert driver.execute('cell', ['-c', 'import time; time.sleep(0.2)']) is None
+    assert driver.seconds('cell') >= first + 0.2
+
+
+def test_figure4_is_told_in_numbers(tmp_path):
+    lines = ['epoch,layer,head,patches,pixels']
+    for epoch in range(40):
+        for layer in (1, 2):
+            for head in range(2):
+                patches = layer + 0.1 * epoch + 0.01 * head
+                lines.append(f'{epoch},{layer},{head},{patches},{4 * patches}')
+    results = tmp_path / 'results'
+    results.mkdir()
+    (results / 'dearkd-0.025-seed0.distances.csv').write_text('\n'.join(lines) + '\n')
+    report.write_report(SCALES['small'], results, SEEDS, tmp_path / 'RESULTS.md')
+    text = (tmp_path / 'RESULTS.md').read_text()
+    expected = [statistics.mean(layer + 0.1 * epoch + 0.005 for layer in (1, 2)) for epoch in (0, 32, 39)]
+    assert 'after the first epoch, {:.2f} after stage I, {:.2f} at the end'.format(*expected[1:]) in text
+    assert f'in patches: {expected[0]:.2f}' in text
+    assert (tmp_path / 'reproduction' / 'plots' / 'figure4-dearkd.png').exists()
+
+
 def test_the_report_is_made_of_the_files_alone(tmp_path):
     scale = SCALES['small']
     values = {'vit': [60., 62., 61.], 'hard': [61., 60., 63.5], 'dearkd': [70., 71., 72.]}
@@ -114,5 +142,7 @@ def test_command_line():
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert len(lines) == 12 and all('recipes/dearkd_300e.yaml' in line for line in lines)
+    result = run_python('reproduction/run.py', 'figure4', '--list')
+    assert result.stdout.count('--track-attention-distance') == 3
     result = run_python('reproduction/run.py', 'table9')
     assert result.returncode == 2 and 'table9' in result.stderr.strip().splitlines()[-1]

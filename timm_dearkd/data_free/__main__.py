@@ -343,6 +343,27 @@ def make_images(
                 write_bytes(dataset.root / 'samples.png', contact_sheet(dataset.samples()))
 
 
+def advice(args, losses: Sequence[Dict[str, Any]]) -> str:
+    """Which loss kept the images from their classes, and what can be done.
+
+    Args:
+        args: The options.
+        losses: Rows of the batches' losses, unweighted but for the diversity.
+    """
+    last = [row for row in losses if row['step'] == max(row['step'] for row in losses)]
+    mean = {name: sum(row[name] for row in last) / len(last) for name in last[0] if name not in ('batch', 'step')}
+    scale = dict(bn=args.bn_weight, tv=args.tv_weight, l2=args.l2_weight,
+                 diversity=args.adi_weight if args.diversity == 'adi' else 1.)
+    terms = {name: abs(mean[name]) * weight for name, weight in scale.items() if name in mean}
+    flags = dict(bn='--bn-weight (or try --bn-norm relative)', tv='--tv-weight', l2='--l2-weight',
+                 diversity='--adi-weight' if args.diversity == 'adi' else '--ep-weight and --triplet-weight')
+    largest = max(terms, key=terms.__getitem__)
+    listed = ', '.join(f'{name} {value:.3g}' for name, value in terms.items())
+    return (
+        f'Most images are not of their class to the CNN: in the end the cross-entropy is {mean["ce"]:.2g} beside'
+        f' {listed} (weighted). The weights are the network\'s own: lower {flags[largest]}, or take more steps.')
+
+
 def report(args, dataset: SyntheticSet, num_classes: int) -> None:
     """What has been made, and how to train on it."""
     counts, class_map = dataset.finish()
@@ -355,6 +376,11 @@ def report(args, dataset: SyntheticSet, num_classes: int) -> None:
             _logger.info('The curves of losses.csv are drawn when matplotlib is installed (timm-dearkd[analysis]).')
     failed = f', {counts["failed"]} batches failed' if counts['failed'] else ''
     print(f'{counts["kept"]} of {counts["made"]} images kept{failed}: {dataset.root}/train, manifest.json, samples.png')
+    if counts['made']:
+        sure = f'{100 * counts["sure"] / counts["made"]:.0f} %'
+        print(f'{args.model} gives {sure} of them more than half of its probability for their class.')
+    if losses and counts['sure'] < counts['made'] / 2:
+        _logger.warning(advice(args, losses))
     if not counts['kept']:
         return
     missing = len(dataset.classes) - len(class_map)

@@ -142,7 +142,8 @@ class SyntheticSet:
         self._write_losses(batches)
         if self.data_format == 'wds':
             self._write_info(kept)
-        return dict(made=len(images), kept=len(kept), failed=len(failed)), self.class_map(kept)
+        sure = sum(image['teacher_prob'] > 0.5 for image in images)
+        return dict(made=len(images), kept=len(kept), sure=sure, failed=len(failed)), self.class_map(kept)
 
     def class_map(self, kept: Sequence[Dict[str, Any]]) -> List[int]:
         """The CNN's class for each class that a student of these images has: of image folders, those with images."""
