@@ -254,15 +254,15 @@ class DearKDTask(TrainingTask):
             _log_set_up(student, parsed, specs, schedule)
 
     @property
-    def loss_names(self) -> List[str]:
-        """Names of the losses that some stage has, in the order of `forward`."""
+    def log_names(self) -> List[str]:
+        """Names of the losses and shares that some stage has, in the order of `forward`."""
         stage1 = self.schedule.stage1_epochs > 0
         names = ['loss', 'ce_loss']
         if self.schedule.alpha < 1. and (stage1 or self.schedule.stage2 == 'anneal'):
             names.append('logit_loss')
         if self.schedule.uses_features:
             names.append('hidden_loss')
-        return names
+        return names + (['teacher_agreement'] if len(names) > 2 else [])
 
     def _build_teacher(
             self,
@@ -365,7 +365,7 @@ class DearKDTask(TrainingTask):
             ValueError: State of another teacher or other hooks, or none (if `strict`) where the schedule needs it.
         """
         if not state:
-            if strict and len(self.loss_names) > 2:
+            if strict and len(self.log_names) > 2:
                 raise ValueError(
                     'The checkpoint has no aligner and no head_dist: it was trained without DearKD.'
                     ' To start from its weights, use --initial-checkpoint instead of --resume.')
@@ -407,8 +407,9 @@ class DearKDTask(TrainingTask):
             target: What the criterion takes: class indices (B,) or soft labels (B, classes).
 
         Returns:
-            'loss' (Eq. 6 or 7), 'output' (logits of `head`), and those of 'ce_loss', 'logit_loss' and 'hidden_loss'
-            that the stage has.
+            'loss' (Eq. 6 or 7), 'output' (logits of `head`), those of 'ce_loss', 'logit_loss' and 'hidden_loss' that
+            the stage has, and while the teacher teaches 'teacher_agreement', the share of the images whose label (the
+            larger one, after Mixup) is its decision.
         """
         alpha, beta = self.weights.alpha, self.weights.beta
         features: List[torch.Tensor] = []
@@ -427,6 +428,9 @@ class DearKDTask(TrainingTask):
                 hidden_loss(a, f, std) for a, f, std in zip(aligned, features, stds)) / len(features)
         loss = dearkd_loss(
             losses['ce_loss'], losses.get('logit_loss', 0.), losses.get('hidden_loss', 0.), alpha, beta)
+        if self.weights.uses_teacher:
+            labels = target if target.ndim == 1 else target.argmax(dim=1)
+            losses['teacher_agreement'] = (teacher_logits.argmax(dim=1) == labels).float().mean()
         return {'loss': loss, 'output': logits, **losses}
 
 

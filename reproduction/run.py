@@ -113,7 +113,8 @@ class Driver:
         return None
 
     def student_figures(self, cell: Cell) -> Dict[str, Any]:
-        """Top-1 after the last epoch, which is the figure, and on the way; distances are kept beside it."""
+        """Top-1 after the last epoch, which is the figure, and on the way; how often the teacher's decision was the label
+        when it last taught. Distances are kept in a file beside it."""
         folder = self.work / cell.name
         with open(folder / 'summary.csv', newline='') as f:
             rows = list(csv.DictReader(f))
@@ -121,7 +122,10 @@ class Driver:
         distances = folder / 'attention_distance.csv'
         if distances.exists():
             write_bytes(self.results / f'{cell.name}.distances.csv', distances.read_bytes())
-        return dict(top1=evaluated[max(evaluated)], top1_by_epoch=evaluated)
+        agreement = [row['train_teacher_agreement'] for row in rows if row.get('train_teacher_agreement')]
+        return dict(
+            top1=evaluated[max(evaluated)], top1_by_epoch=evaluated,
+            **(dict(teacher_agreement=float(agreement[-1])) if agreement else {}))
 
     def image_figures(self, cell: Cell) -> Optional[Dict[str, Any]]:
         """How sure the CNN is of the images, and how far apart those of a class are; the real ones come beside them."""

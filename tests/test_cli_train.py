@@ -67,7 +67,7 @@ def test_summary_has_the_stage_and_each_loss(run):
     table = rows(run[0])
     assert list(table[0]) == [
         'epoch', 'train_stage', 'train_alpha', 'train_loss', 'train_ce_loss', 'train_logit_loss', 'train_hidden_loss',
-        'eval_loss', 'eval_top1', 'eval_top5', 'lr']
+        'train_teacher_agreement', 'eval_loss', 'eval_top1', 'eval_top5', 'lr']
     assert [row['train_stage'] for row in table] == ['1'] * 4 + ['2'] * 2
     assert [float(row['train_alpha']) for row in table] == [0.5] * 4 + [0.75, 1.]
     assert [bool(row['train_hidden_loss']) for row in table] == [True] * 4 + [False] * 2
@@ -376,6 +376,18 @@ def test_a_teacher_of_more_classes(train_cli, tmp_path):
         assert result.returncode == 0, result.stderr
         assert (rows(tmp_path / 'map') == rows(tmp_path / name)) == equal
         (tmp_path / 'map.txt').write_text('3\n4\n5\n')
+
+
+def test_a_teacher_whose_classes_are_in_another_order_is_said(train_cli, teacher, tmp_path):
+    (tmp_path / 'map.txt').write_text('1\n2\n0\n')
+    agreements = []
+    for name, extra in (('right', []), ('wrong', ['--kd-class-map', tmp_path / 'map.txt'])):
+        result = train_cli('--kd-model-name', f'local-dir:{teacher}', '--epochs', '1', '--no-aug', '--output', tmp_path,
+                           '--experiment', name, *extra)
+        assert result.returncode == 0, result.stderr
+        assert ('the same order? If not: --kd-class-map FILE' in result.stderr) == (name == 'wrong')
+        agreements.append(float(rows(tmp_path / name)[0]['train_teacher_agreement']))
+    assert agreements[0] > 0.8 and agreements[1] < 0.2
 
 
 def test_trackers(train_cli, teacher, tmp_path):

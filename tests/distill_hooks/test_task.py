@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.task import ClassificationTask, load_task_ema_checkpoint, resume_task_checkpoint
 
@@ -61,7 +62,7 @@ def test_losses_are_those_of_the_equations(epoch, student):
     torch.testing.assert_close(result['output'], model(images))
     torch.testing.assert_close(result['ce_loss'], ce)
     assert ('hidden_loss' in result) == (epoch == 0) and ('logit_loss' in result) == (epoch < 9)
-    assert set(result) - {'output'} <= set(task.loss_names)
+    assert set(result) - {'output'} <= set(task.log_names)
 
 
 @pytest.mark.parametrize('stage2', ['anneal', 'ce'])
@@ -226,7 +227,7 @@ def test_no_hidden_loss_takes_any_teacher_and_has_no_aligner():
     task = make(teacher=teacher, schedule=TwoStageSchedule(10, beta=0.))
     result = task(*batch())
     assert 'hidden_loss' not in result and not task.trainable_module.aligners
-    assert task.loss_names == ['loss', 'ce_loss', 'logit_loss']
+    assert task.log_names == ['loss', 'ce_loss', 'logit_loss', 'teacher_agreement']
 
 
 @pytest.mark.parametrize('stage2', ['anneal', 'ce'])
@@ -365,7 +366,13 @@ def test_teacher_with_more_classes():
     hard = [max(range(5), key=lambda i, row=row: row[class_map[i]]) for row in logits]
     assert len(set(hard)) > 1 and any(row.index(max(row)) not in class_map for row in logits)
     dist_logits = task.trainable_module(images, [(4, 4)])[1]
-    torch.testing.assert_close(task(images, labels)['logit_loss'], F.cross_entropy(dist_logits, torch.tensor(hard)))
+    result = task(images, labels)
+    torch.testing.assert_close(result['logit_loss'], F.cross_entropy(dist_logits, torch.tensor(hard)))
+    agreement = sum(a == b for a, b in zip(hard, labels.tolist())) / 16
+    mixed = 0.7 * F.one_hot(labels, 5) + 0.3 * F.one_hot(labels.flip(0), 5)
+    assert result['teacher_agreement'].item() == pytest.approx(agreement)
+    task.criterion = SoftTargetCrossEntropy()
+    assert task(images, mixed)['teacher_agreement'].item() == pytest.approx(agreement)
 
 
 def test_a_teacher_is_copied_whole():

@@ -1,5 +1,6 @@
 """What a run writes as it goes: checkpoints, summary.csv, the exported student, and what its trackers are told."""
 import json
+import logging
 import os
 from typing import Any, Callable, Dict, List, Optional
 
@@ -16,6 +17,8 @@ from .seeding import get_rng_state
 from .tracking import Tracker, mhca_stats, scalars
 
 __all__ = ['Recorder', 'print_results']
+
+_logger = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -128,6 +131,8 @@ class Recorder:
             lr: The epoch's learning rate.
             milestone: Keep its checkpoint for good.
         """
+        if not self.results:
+            self._check_agreement(losses)
         row = summary_row(self.trainer.task, losses)
         self.results.append({'epoch': epoch, 'train': row, **({'validation': metrics} if metrics else {})})
         self._collect_state()
@@ -146,6 +151,19 @@ class Recorder:
         if best_epoch == epoch:
             state = self.trainer.task.get_checkpoint_state(ema=self.export_ema)
             self.export(self.folder, state['state_dict_ema' if self.export_ema else 'state_dict'])
+
+    def _check_agreement(self, losses: Dict[str, float]) -> None:
+        """Say so if the teacher's decisions look as if its classes were others, or in another order."""
+        agreement = losses.get('teacher_agreement')
+        if agreement is None:
+            return
+        model: Any = self.trainer.task.get_eval_model()
+        guessing = 1 / model.num_classes
+        if agreement < 1.2 * guessing:
+            _logger.warning(
+                f'The teacher finds the label of {100 * agreement:.1f} % of the training images, guessing would find'
+                f' {100 * guessing:.1f} %. Are its classes those of the images, in the same order? If not:'
+                ' --kd-class-map FILE.')
 
     def _collect_state(self, **state: Any) -> None:
         """Bring together what the next checkpoint holds beside the task and the optimizer."""
@@ -169,10 +187,10 @@ class Recorder:
 
 def summary_row(task, losses: Dict[str, float]) -> Dict[str, Any]:
     """Training columns of summary.csv: the same in every epoch, empty where a stage has no such loss."""
-    if not hasattr(task, 'loss_names'):
+    if not hasattr(task, 'log_names'):
         return dict(losses)
     return dict(
-        stage=task.weights.stage, alpha=task.weights.alpha, **{name: losses.get(name, '') for name in task.loss_names})
+        stage=task.weights.stage, alpha=task.weights.alpha, **{name: losses.get(name, '') for name in task.log_names})
 
 
 def print_results(results: List[Dict[str, Any]], eval_metric: str) -> None:
