@@ -113,8 +113,10 @@ class Driver:
         return None
 
     def student_figures(self, cell: Cell) -> Dict[str, Any]:
-        """Top-1 after the last epoch, which is the figure, and on the way; how often the teacher's decision was the label
-        when it last taught. Distances are kept in a file beside it."""
+        """Top-1 after the last epoch, which is the figure, and on the way; and how often the teacher found the label.
+
+        Attention distances are kept in a file beside the result.
+        """
         folder = self.work / cell.name
         with open(folder / 'summary.csv', newline='') as f:
             rows = list(csv.DictReader(f))

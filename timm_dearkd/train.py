@@ -26,7 +26,7 @@ import timm_dearkd  # noqa: F401  registers the architectures
 from distill_hooks import DearKDTask
 from timm_dearkd.analysis.report import check_available as check_report
 from timm_dearkd.analysis.report import write_report
-from timm_dearkd.engine import build
+from timm_dearkd.engine import build, build_data, build_run
 from timm_dearkd.engine.checks import check_args
 from timm_dearkd.engine.data import class_names
 from timm_dearkd.engine.device import Precision, Ranks, select_device
@@ -88,22 +88,22 @@ def command_line(argv: Optional[Sequence[str]], ranks: Ranks) -> str:
 def prepare_training(args, args_text: str, command: str, precision: Precision, ranks: Ranks) -> Callable[[], None]:
     """The data, the task and the schedules of a run."""
     device, is_auto = precision.device, args.resume == 'auto'
-    folder = os.path.join(build.output_parent(args), args.experiment)
+    folder = os.path.join(build_run.output_parent(args), args.experiment)
     if is_auto:
         args.resume = agree(find_checkpoint(folder) if ranks.is_primary else '', ranks)
-    train_set, eval_set = build.build_datasets(args)
+    train_set, eval_set = build_data.build_datasets(args)
     if eval_set is None:
         args.eval_metric = 'loss'
     model, data_config = build.build_student(args, train_set, device, create_model)
-    mixup = build.build_mixup(args, model.num_classes)
-    loader_train = build.build_train_loader(args, train_set, data_config, mixup, device, ranks)
-    loader_eval = build.build_eval_loader(args, eval_set, data_config, device, ranks)
-    distance_images = build.build_distance_images(args, eval_set, data_config, model, device)
+    mixup = build_data.build_mixup(args, model.num_classes)
+    loader_train = build_data.build_train_loader(args, train_set, data_config, mixup, device, ranks)
+    loader_eval = build_data.build_eval_loader(args, eval_set, data_config, device, ranks)
+    distance_images = build_data.build_distance_images(args, eval_set, data_config, model, device)
 
     task = build.build_task(args, model, data_config, device, soft_targets=mixup is not None)
     optimizer = build.build_optimizer(args, task, device, ranks)
-    trainer = build.build_trainer(args, task, loader_train, optimizer, precision, ranks)
-    validator = build.build_validator(args, task, loader_eval, precision, ranks)
+    trainer = build_run.build_trainer(args, task, loader_train, optimizer, precision, ranks)
+    validator = build_run.build_validator(args, task, loader_eval, precision, ranks)
     start, epochs = schedule_run(args, trainer)
     export = partial(
         export_model, model, data_config=data_config, label_names=class_names(train_set))
@@ -121,9 +121,9 @@ def prepare_training(args, args_text: str, command: str, precision: Precision, r
         task.prepare_distributed(
             device_ids=[device] if device.type != 'cpu' else None,
             **(dict(broadcast_buffers=False) if args.no_ddp_bb else {}))
-    run_info = build.describe_run(args, train_set, eval_set, model, precision, ranks)
+    run_info = build_run.describe_run(args, train_set, eval_set, model, precision, ranks)
     run_info.update(command=command, epochs=epochs.stop)
-    recorder = build.build_recorder(
+    recorder = build_run.build_recorder(
         args, args_text, trainer, model, data_config, export, start, run_info, distance_images)
     return partial(fit, args, trainer, validator, recorder, start, epochs)
 
@@ -245,13 +245,13 @@ def evaluate_epoch(args, trainer: Trainer, validator: Optional[Validator], label
 def prepare_evaluation(args, precision: Precision, ranks: Ranks) -> Callable[[], None]:
     """`--eval-only`: the metrics of a model on the validation split, as JSON on standard output."""
     if args.resume == 'auto':
-        args.resume = find_checkpoint(os.path.join(build.output_parent(args), args.experiment))
+        args.resume = find_checkpoint(os.path.join(build_run.output_parent(args), args.experiment))
     args.initial_checkpoint = args.initial_checkpoint or args.pretrained_path or args.resume
     args.pretrained_path, args.pretrained = None, not args.initial_checkpoint
     model, data_config, eval_set = build.build_evaluation(args, precision.device, create_model)
-    loader = build.build_eval_loader(args, eval_set, data_config, precision.device, ranks)
+    loader = build_data.build_eval_loader(args, eval_set, data_config, precision.device, ranks)
     task = ClassificationTask(model, device=precision.device)
-    validator: Any = build.build_validator(args, task, loader, precision, ranks)
+    validator: Any = build_run.build_validator(args, task, loader, precision, ranks)
 
     def evaluate() -> None:
         metrics = validator(model)

@@ -1,0 +1,189 @@
+"""From options to data sets and loaders."""
+import logging
+from typing import Any, Dict, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from PIL import ImageMode
+from timm.data import FastCollateMixup, Mixup
+from torch.utils.data import Subset
+
+from ..analysis.attention_distance import attention_layers
+from ..analysis.inputs import spread
+from .data import (
+    ClassFraction,
+    SkipUnreadable,
+    TrainLoader,
+    create_eval_loader,
+    create_train_loader,
+    open_dataset,
+    open_eval_dataset,
+    set_image_mode,
+)
+from .device import SINGLE, Ranks
+
+__all__ = [
+    'build_datasets', 'build_distance_images', 'build_eval_loader', 'build_mixup', 'build_train_loader',
+    'dataset_kwargs', 'model_dtype',
+]
+
+_logger = logging.getLogger(__name__)
+
+NUM_DISTANCE_IMAGES = 32
+
+
+def dataset_kwargs(args) -> Dict[str, Any]:
+    """Options of both data sets."""
+    return dict(
+        download=args.dataset_download,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        input_img_mode=args.input_img_mode or 'RGB',
+        input_key=args.input_key,
+        target_key=args.target_key,
+        trust_remote_code=args.dataset_trust_remote_code,
+        class_map=args.class_map,
+    )
+
+
+def build_datasets(args) -> Tuple[Any, Any]:
+    """The training and the validation set; without a --val-split, there is no validation set."""
+    common, root = dataset_kwargs(args), args.data_dir or args.data
+    train_set = open_dataset(
+        args.dataset, root, args.train_split, is_training=True,
+        repeats=args.epoch_repeats, num_samples=args.train_num_samples, **common)
+    if args.train_fraction < 1.:
+        skips = isinstance(train_set, SkipUnreadable)
+        train_set = ClassFraction(
+            train_set.dataset if skips else train_set, args.train_fraction, args.fraction_seed,
+            keep_length=args.fraction_keep == 'steps')
+        train_set = SkipUnreadable(train_set) if skips else train_set  # the next image is one of the fraction
+        _logger.info(f'Training on {len(train_set.indices)} images, {100 * args.train_fraction:g} % of every class.')
+    if not args.val_split:
+        return train_set, None
+    eval_set = open_eval_dataset(
+        train_set, args.dataset, root, args.val_split, is_training=False,
+        num_samples=args.val_num_samples, **common)
+    roots = [getattr(getattr(dataset, 'reader', None), 'root', None) for dataset in (train_set, eval_set)]
+    if not args.dataset and roots[0] == roots[1]:
+        _logger.warning(
+            f'{root} has no splits, so the validation images are those of the training, and their accuracy says little.'
+            f' Make {root}/train and {root}/validation.')
+    return train_set, eval_set
+
+
+def build_mixup(args, num_classes: int) -> Optional[Mixup]:
+    """timm's Mixup/CutMix, as the prefetcher's collate function or for whole batches; None when off."""
+    if not (args.mixup > 0. or args.cutmix > 0. or args.cutmix_minmax):
+        return None
+    return (Mixup if args.no_prefetcher else FastCollateMixup)(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def model_dtype(args) -> torch.dtype:
+    return getattr(torch, args.model_dtype or 'float32')
+
+
+def _loader_kwargs(args, device: torch.device, ranks: Ranks) -> Dict[str, Any]:
+    return dict(
+        device=device,
+        ranks=ranks,
+        num_workers=args.workers,
+        pin_memory=args.pin_mem,
+        use_prefetcher=not args.no_prefetcher,
+        img_dtype=model_dtype(args),
+    )
+
+
+def build_train_loader(
+        args,
+        dataset,
+        data_config: Dict[str, Any],
+        mixup: Optional[Mixup],
+        device: torch.device,
+        ranks: Ranks,
+) -> TrainLoader:
+    """The training loader, with the input sizes and batch sizes that are asked for."""
+    set_image_mode(dataset, _image_mode(args, data_config))
+    sizes = args.train_img_sizes or (args.train_batches_per_epoch and [data_config['input_size'][-2:]]) or None
+    return create_train_loader(
+        dataset,
+        data_config,
+        args.batch_size,
+        seed=args.seed,
+        mixup=mixup,
+        mixup_off_epoch=args.mixup_off_epoch,
+        num_aug_splits=args.aug_splits,
+        num_aug_repeats=args.aug_repeats,
+        no_aug=args.no_aug,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        re_split=args.resplit,
+        train_crop_mode=args.train_crop_mode,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        color_jitter_prob=args.color_jitter_prob,
+        grayscale_prob=args.grayscale_prob or 0.,
+        gaussian_blur_prob=args.gaussian_blur_prob or 0.,
+        auto_augment=args.aa,
+        interpolation=(not args.no_aug and args.train_interpolation) or data_config['interpolation'],
+        use_multi_epochs_loader=args.use_multi_epochs_loader and not sizes,  # ours keeps its workers anyway
+        worker_seeding=args.worker_seeding,
+        input_size_choices=sizes,
+        batch_size_choices=args.train_batch_sizes if sizes else None,
+        batch_choice_weights=args.train_size_probs,
+        batch_choice_schedule=args.train_size_schedule,
+        batch_schedule_epochs=args.epochs,
+        batch_schedule_spread=args.train_size_schedule_spread,
+        batch_schedule_random_mix=args.train_size_random_mix,
+        num_batches=args.train_batches_per_epoch,
+        **_loader_kwargs(args, device, ranks),
+    )
+
+
+def build_eval_loader(args, dataset, data_config: Dict[str, Any], device: torch.device, ranks: Ranks):
+    """The validation loader; None without a validation set."""
+    if dataset is None:
+        return None
+    set_image_mode(dataset, _image_mode(args, data_config))
+    return create_eval_loader(
+        dataset, data_config, args.validation_batch_size or args.batch_size, **_loader_kwargs(args, device, ranks))
+
+
+def build_distance_images(args, eval_set, data_config: Dict[str, Any], model: nn.Module, device: torch.device):
+    """The validation images (B, C, H, W) that --track-attention-distance looks at; None without it.
+
+    They are spread over the validation set; of a stream they are the first.
+
+    Raises:
+        ValueError: There are none, or the model's attention can't be seen.
+    """
+    if not args.track_attention_distance:
+        return None
+    if eval_set is None:
+        raise ValueError('--track-attention-distance looks at validation images. Set --val-split.')
+    attention_layers(model)
+    if hasattr(eval_set, '__getitem__') and hasattr(eval_set, '__len__'):
+        eval_set = Subset(eval_set, spread(len(eval_set), NUM_DISTANCE_IMAGES))
+    kwargs = dict(_loader_kwargs(args, device, SINGLE), num_workers=0)
+    return next(iter(create_eval_loader(eval_set, data_config, NUM_DISTANCE_IMAGES, **kwargs)))[0]
+
+
+def _image_mode(args, data_config: Dict[str, Any]) -> str:
+    in_chans = data_config['input_size'][0]
+    mode = args.input_img_mode or ('RGB' if in_chans == 3 else 'L')
+    if len(ImageMode.getmode(mode).bands) != in_chans:
+        raise ValueError(f'--input-img-mode {mode} gives another number of channels than the model takes, {in_chans}.')
+    return mode

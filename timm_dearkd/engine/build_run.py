@@ -1,0 +1,166 @@
+"""From options to what runs the epochs and what records them."""
+import os
+import platform
+from datetime import datetime
+from typing import Any, Callable, Dict, Optional, cast
+
+import timm
+import torch
+import torch.nn as nn
+from timm.models import safe_model_name
+from timm.task import TrainingTask
+
+from .._version import __version__
+from ..analysis.attention_distance import LOG_NAME, DistanceLog
+from .build import images_per_update
+from .build_data import model_dtype
+from .data import TrainLoader
+from .device import Precision, Ranks
+from .loop import Stepper, Trainer, Validator
+from .output import (
+    AtomicCheckpointSaver,
+    Position,
+    find_checkpoint,
+    remove_recovery,
+    trim_table,
+    write_run_info,
+    write_text,
+)
+from .recorder import Recorder
+from .tracking import Tracker
+
+__all__ = ['build_recorder', 'build_trainer', 'build_validator', 'describe_run', 'output_parent']
+
+
+def build_trainer(
+        args,
+        task: TrainingTask,
+        loader: TrainLoader,
+        optimizer: torch.optim.Optimizer,
+        precision: Precision,
+        ranks: Ranks,
+) -> Trainer:
+    """What runs the epochs."""
+    power = dict(none=0., sqrt=0.5, linear=1.)[args.variable_batch_loss_scale]
+    on_host = precision.device.type == 'cpu'
+    return Trainer(
+        task,
+        loader,
+        Stepper(task, optimizer, precision.scaler, args.clip_grad, args.clip_mode, on_host),
+        precision,
+        ranks,
+        grad_accum_steps=args.grad_accum_steps,
+        channels_last=args.channels_last,
+        log_interval=args.log_interval,
+        skip_nan_steps=args.skip_nan_steps,
+        loss_scale=(lambda batch_size: (batch_size / args.batch_size) ** power) if power else None,
+        synchronize=args.synchronize_step,
+    )
+
+
+def build_validator(args, task: TrainingTask, loader, precision: Precision, ranks: Ranks) -> Optional[Validator]:
+    """What evaluates; None without a validation set."""
+    if loader is None:
+        return None
+    return Validator(
+        task, loader, precision, ranks,
+        channels_last=args.channels_last,
+        tta=args.tta,
+        log_interval=args.log_interval,
+    )
+
+
+def output_parent(args) -> str:
+    """Folder that the output folders are made in."""
+    return args.output or os.path.join('.', 'output', 'train')
+
+
+def build_recorder(
+        args,
+        args_text: str,
+        trainer: Trainer,
+        model: nn.Module,
+        data_config: Dict[str, Any],
+        export: Callable[..., None],
+        start: Position,
+        run_info: Dict[str, Any],
+        distance_images: Optional[torch.Tensor] = None,
+) -> Recorder:
+    """The output folder with `args.yaml` and `run.json`, and what writes into it."""
+    name = args.experiment or '-'.join([
+        datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(data_config['input_size'][-1])])
+    folder, saver = os.path.join(output_parent(args), name), None
+    is_primary = trainer.ranks.is_primary
+    if is_primary:
+        os.makedirs(folder, exist_ok=True)
+        write_text(folder, 'args.yaml', args_text)
+        write_run_info(folder, position=start, **run_info)
+        saver = _build_saver(args, folder, model, trainer)
+        for table in ('summary.csv', LOG_NAME):
+            trim_table(os.path.join(folder, table), start.epoch)
+    wandb = dict(
+        project=args.wandb_project,
+        name=args.experiment or None,
+        config=vars(args),
+        tags=args.wandb_tags,
+        resume='must' if args.wandb_resume_id else None,
+        id=args.wandb_resume_id or None,
+    )
+    tracker = Tracker(
+        folder,
+        tensorboard=args.log_tensorboard and is_primary,
+        wandb=wandb if args.log_wandb and is_primary else None,
+        first_step=start.epoch * trainer.num_updates + start.update + 1,
+    )
+    return Recorder(
+        trainer, folder, saver, tracker,
+        export,
+        images_per_update=images_per_update(args, trainer.ranks),
+        recovery_interval=args.recovery_interval,
+        export_ema=trainer.task.has_ema() and not args.model_ema_force_cpu,
+        saves_images=args.save_images,
+        distance_log=DistanceLog(
+            folder, cast(nn.Module, trainer.task.get_eval_model()), distance_images, trainer.precision.autocast,
+        ) if distance_images is not None and is_primary else None,
+    )
+
+
+def describe_run(args, train_set, eval_set, model: nn.Module, precision: Precision, ranks: Ranks) -> Dict[str, Any]:
+    """Data and environment, for `run.json`."""
+    def count(dataset) -> Optional[int]:
+        try:
+            return len(dataset)
+        except TypeError:  # a stream, or no data set
+            return None
+
+    device = precision.device
+    data = dict(train_images=count(train_set), validation_images=count(eval_set), classes=model.num_classes)
+    environment = dict(
+        device=torch.cuda.get_device_name(device) if device.type == 'cuda' else
+        f'{device} ({platform.machine()}, {torch.get_num_threads()} threads)',
+        processes=ranks.world_size,
+        precision=str(precision.amp_dtype or model_dtype(args)).replace('torch.', ''),
+        **{'timm-dearkd': __version__}, timm=timm.__version__, torch=torch.__version__,
+        python=platform.python_version(), system=platform.platform())
+    return dict(data={key: value for key, value in data.items() if value is not None}, environment=environment)
+
+
+def _build_saver(args, folder: str, model: nn.Module, trainer: Trainer) -> AtomicCheckpointSaver:
+    saver = AtomicCheckpointSaver(
+        model=model,
+        task=trainer.task,
+        optimizer=trainer.step.optimizer,
+        args=args,
+        amp_scaler=trainer.precision.scaler,
+        checkpoint_dir=folder,
+        recovery_dir=folder,
+        decreasing='loss' in args.eval_metric,
+        max_history=args.checkpoint_hist,
+    )
+    if args.resume and os.path.dirname(os.path.abspath(args.resume)) == os.path.abspath(folder):
+        saver.load_state_dict_from_checkpoint(args.resume)
+        if not os.path.samefile(args.resume, find_checkpoint(folder)):
+            saver.go_back_to(args.resume)
+    else:
+        remove_recovery(folder)  # of another run, which this one replaces
+    return saver
