@@ -271,6 +271,14 @@ def input_normalisation(model: nn.Module, in_chans: int) -> Tuple[torch.Tensor, 
     return _per_channel(mean, in_chans), _per_channel(std, in_chans)
 
 
+@torch.no_grad()
+def weights_fingerprint(model: nn.Module, more: str = '') -> str:
+    """A hash of some values of every tensor of a model, and of what more is to be told apart."""
+    tensors = [t.flatten()[:16].double() for t in model.state_dict().values()]
+    values = torch.cat(tensors).cpu().numpy().tobytes()
+    return hashlib.sha256(values + more.encode()).hexdigest()[:16]
+
+
 class Teacher(nn.Module):
     """A frozen classifier that gives logits and feature maps in one forward without gradients.
 
@@ -366,10 +374,8 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def fingerprint(self) -> str:
         """Tells teachers apart: a hash of some values of every tensor, the layers and the class map."""
-        tensors = [t.flatten()[:16].double() for t in self.model.state_dict().values()]
-        values = torch.cat(tensors).cpu().numpy().tobytes()
         class_map = None if self.class_map is None else self.class_map.tolist()
-        return hashlib.sha256(values + repr((self.layers, class_map)).encode()).hexdigest()[:16]
+        return weights_fingerprint(self.model, repr((self.layers, class_map)))
 
     def prepare_input(self, x: torch.Tensor) -> torch.Tensor:
         """Student input (B, C, H, W) as the teacher wants it: its channels, its normalisation, its size."""

@@ -1,8 +1,8 @@
 """The cells of every table: which command each figure of the reproduction comes from."""
 from dataclasses import dataclass, field
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-__all__ = ['SCALES', 'TABLES', 'Cell', 'Entry', 'Scale', 'Table', 'teacher_cell']
+__all__ = ['METHODS', 'SCALES', 'TABLES', 'Cell', 'Claim', 'Entry', 'Scale', 'Table', 'tables_of', 'teacher_cell']
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,9 @@ class Scale:
     Args:
         name: 'smoke', 'small' or 'imagenet'.
         data: Folder of the images below the driver's data folder, with `train` and `validation`.
-        tuning_data: The same for choices: training images alone.
+        tuning_data: The same for choices: training images alone. Without it, nothing is chosen at this scale.
+        num_train: Training images in `data`.
+        num_eval: Validation images in `data`.
         recipe: YAML file of all students.
         student: Model of all students.
         teacher: Arguments of the run that trains the teacher; empty where timm has its weights.
@@ -22,10 +24,13 @@ class Scale:
         ablation_fraction: The one of everything else.
         num_synthetic: Images of each data-free set; their student is trained for as many epochs.
         inversion: Arguments of data_free.
+        untaught: Arguments that turn the recipe's teacher off.
     """
     name: str
     data: str
     tuning_data: str
+    num_train: int
+    num_eval: int
     recipe: str
     student: str
     teacher: Tuple[str, ...]
@@ -35,25 +40,28 @@ class Scale:
     num_synthetic: int
     inversion: Tuple[str, ...] = ()
     teacher_name: str = ''
+    untaught: Tuple[str, ...] = ()
 
 
 SCALES = {scale.name: scale for scale in (
     Scale(
-        'smoke', 'digits', 'digits', 'reproduction/small.yaml', 'dearkd_nano_patch4_32',
+        'smoke', 'digits', '', 1257, 540, 'reproduction/small.yaml', 'dearkd_nano_patch4_32',
         ('--model', 'test_resnet', '--epochs', '2', '--warmup-epochs', '0'), 2, (0.05, 0.1), 0.05, 60,
         ('--resolutions', '32:4:0.3', '--classes-per-batch', '10', '--images-per-class', '3')),
     Scale(
-        'small', 'fashion_mnist', 'fashion_mnist/tuning', 'reproduction/small.yaml', 'dearkd_nano_patch4_32',
+        'small', 'fashion_mnist', 'fashion_mnist/tuning', 60000, 10000, 'reproduction/small.yaml',
+        'dearkd_nano_patch4_32',
         ('--model', 'resnet18', '--model-kwargs', 'channels=(32,64,128,256)', '--epochs', '15', '--batch-size', '64',
          '--warmup-epochs', '1', '--reprob', '0'),
         40, (0.01, 0.025, 0.05, 0.1), 0.025, 1500,
         # found by the CNN's own confidence: ep as large as leaves 95 % of the images with over half of it
         ('--resolutions', '32:200:0.2', '--classes-per-batch', '10', '--images-per-class', '6', '--jitter', '2',
          '--bn-norm', 'relative', '--bn-weight', '0.05', '--tv-weight', '0.003', '--ep-weight', '0.5',
-         '--triplet-weight', '0.5')),
+         '--triplet-weight', '0.5', '--adi-weight', '1')),
     Scale(
-        'imagenet', 'imagenet', 'imagenet', 'recipes/dearkd_300e.yaml', 'dearkd_tiny_patch16_224', (), 300,
-        (0.1, 0.25, 0.5, 1.0), 1.0, 600_000, teacher_name='regnety_160.deit_in1k'),
+        'imagenet', 'imagenet', '', 1281167, 50000, 'recipes/dearkd_300e.yaml', 'dearkd_tiny_patch16_224', (), 300,
+        (0.1, 0.25, 0.5, 1.0), 1.0, 600_000, ('--verifier', 'resnet101', '--min-prob', '0.1'),
+        teacher_name='regnety_160.deit_in1k', untaught=('--kd-model-name', '')),
 )}
 
 
@@ -66,7 +74,7 @@ class Cell:
         data: Folder of the images below the driver's data folder; with a '/' in front, below that of the runs.
         argv: Arguments of the command, without those of the output. '{runs}' is the folder of the runs, '{teacher}'
             the teacher.
-        images: Images trained on, all epochs together, for the estimate of the time.
+        cost: For the estimate of the time: images trained on, in all epochs, of a ViT alone.
         seed: Of the run.
         needs: Cells that come first.
         program: 'train' or 'data_free'.
@@ -74,43 +82,68 @@ class Cell:
     name: str
     data: str
     argv: Tuple[str, ...]
+    cost: float
     seed: int = 0
-    images: float = 0.
-    needs: Tuple[str, ...] = ()
+    needs: Tuple['Cell', ...] = ()
     program: str = 'train'
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A figure of a table: the mean over the seeds of its cells."""
+    """A figure of a table: the mean over the seeds of its cells.
+
+    Args:
+        row: Label.
+        column: Label; 'distance' is read from the sets of images, anything else is top-1.
+        cells: One for each seed.
+        paper: The paper's figure, on ImageNet.
+    """
     row: str
     column: str
     cells: Tuple[Cell, ...]
     paper: Optional[float] = None
 
 
+class Claim(NamedTuple):
+    """That one figure is above another, each named by row and column."""
+    text: str
+    higher: Tuple[str, str]
+    lower: Tuple[str, str]
+
+
 @dataclass(frozen=True)
 class Table:
+    """A table of the report.
+
+    Args:
+        title: Heading.
+        note: What a reader has to know of it.
+        entries: Its figures.
+        claims: What the paper says of them.
+    """
     title: str
-    entries: List[Entry] = field(default_factory=list)
+    note: str
+    entries: List[Entry]
+    claims: List[Claim] = field(default_factory=list)
 
 
-TEACHER = 'teacher'
 # What makes each method, beside the recipe that all share
 PLAIN = ('--model-kwargs', 'num_mhca_blocks=0')
 TAUGHT = ('--kd-model-name', '{teacher}')
 NO_HIDDEN = ('--dearkd-beta', '0')
+METHODS = {'vit': 'ViT', 'hard': 'ViT, hard-label distillation', 'dearkd': 'DearKD'}
 
 
 def one_stage(scale: Scale) -> Tuple[str, ...]:
+    """The teacher teaches to the end."""
     return ('--dearkd-stage1-epochs', str(scale.epochs))
 
 
 def methods(scale: Scale) -> Dict[str, Tuple[str, ...]]:
     """Arguments of the rows of table 1; 'vit', 'hard' and 'dearkd' are the methods of table 2."""
     return {
-        'vit': PLAIN,
-        'mhca': (),
+        'vit': PLAIN + scale.untaught,
+        'mhca': scale.untaught,
         'hard': PLAIN + TAUGHT + NO_HIDDEN + one_stage(scale),
         'hidden': PLAIN + TAUGHT + one_stage(scale),
         'mhca_hidden': TAUGHT + one_stage(scale),
@@ -123,7 +156,13 @@ def teacher_cell(scale: Scale) -> Optional[Cell]:
     if not scale.teacher:
         return None
     argv = ('-c', scale.recipe, *scale.teacher, '--val-interval', '1000')
-    return Cell(TEACHER, scale.data, argv, images=60000 * 5)  # about a third of a student's cost per image
+    epochs = int(scale.teacher[scale.teacher.index('--epochs') + 1])
+    return Cell('teacher', scale.data, argv, cost=scale.num_train * epochs / 3)
+
+
+def training_cost(scale: Scale, num_images: float, argv: Sequence[str], num_evaluations: int) -> float:
+    """See `Cell`; the factors are measured."""
+    return num_images * scale.epochs * (1.3 if TAUGHT[1] in argv else 1.) + num_evaluations * scale.num_eval / 3
 
 
 def student_cell(
@@ -135,19 +174,32 @@ def student_cell(
         tuning: bool = False,
 ) -> Cell:
     """A student; on the tuning images only the last epoch is evaluated, as nothing else is looked at."""
-    data = scale.tuning_data if tuning else scale.data
     argv = ('-c', scale.recipe, '--model', scale.student, '--epochs', str(scale.epochs),
             '--train-fraction', str(fraction), '--fraction-seed', str(seed), *argv)
     if tuning:
         argv += ('--val-interval', str(scale.epochs))
     elif seed == 0 and fraction == scale.ablation_fraction:
         argv += ('--track-attention-distance',)  # for figure 4; changes nothing else
-    needs = (TEACHER,) if scale.teacher and '{teacher}' in argv else ()
-    prefix = 'tuning-' if tuning else ''
-    return Cell(f'{prefix}{name}-{fraction:g}-seed{seed}', data, argv, seed, 60000 * fraction * scale.epochs, needs)
+    teacher = teacher_cell(scale)
+    return Cell(
+        f'{"tuning-" if tuning else ""}{name}-{fraction:g}-seed{seed}',
+        scale.tuning_data if tuning else scale.data,
+        argv,
+        training_cost(scale, scale.num_train * fraction, argv, 1 if tuning else scale.epochs // 5),
+        seed,
+        (teacher,) if teacher is not None and TAUGHT[1] in argv else (),
+    )
 
 
-def students(scale, name, argv, fraction, seeds, tuning=False) -> Tuple[Cell, ...]:
+def students(
+        scale: Scale,
+        name: str,
+        argv: Tuple[str, ...],
+        fraction: float,
+        seeds: Sequence[int],
+        tuning: bool = False,
+) -> Tuple[Cell, ...]:
+    """The same student for several seeds."""
     return tuple(student_cell(scale, name, argv, fraction, seed, tuning) for seed in seeds)
 
 
@@ -158,20 +210,46 @@ def table1(scale: Scale, seeds: Sequence[int]) -> Table:
         'hidden': '+ hard labels + hidden loss', 'mhca_hidden': '+ hard labels + hidden loss + MHCA',
         'dearkd': 'all, in two stages (DearKD)'}
     paper = dict(zip(labels, (72.3, 72.5, 74.3, 74.1, 74.6, 74.8)))
-    return Table('Ablation (table 1)', [
+
+    def claim(text: str, higher: str, lower: str) -> Claim:
+        return Claim(text, (labels[higher], 'top-1'), (labels[lower], 'top-1'))
+
+    return Table('Ablation (table 1)', f'On {100 * scale.ablation_fraction:g} % of the images.', [
         Entry(labels[name], 'top-1', students(scale, name, argv, scale.ablation_fraction, seeds), paper[name])
-        for name, argv in methods(scale).items()])
+        for name, argv in methods(scale).items()
+    ], [
+        claim('MHCA alone helps', 'mhca', 'vit'),
+        claim('Hard labels help', 'hard', 'vit'),
+        claim('The hidden loss without MHCA hurts', 'hard', 'hidden'),
+        claim('MHCA and the hidden loss above MHCA alone', 'mhca_hidden', 'mhca'),
+        claim('MHCA and the hidden loss above the hidden loss alone', 'mhca_hidden', 'hidden'),
+        claim('MHCA and the hidden loss above hard labels alone', 'mhca_hidden', 'hard'),
+        claim('Two stages above one', 'dearkd', 'mhca_hidden'),
+    ])
 
 
 def table2(scale: Scale, seeds: Sequence[int]) -> Table:
     """Three methods at four sizes of the training set; the largest with two seeds at the most."""
-    labels = {'vit': 'ViT', 'hard': 'ViT, hard-label distillation', 'dearkd': 'DearKD'}
     paper = {
         'vit': (40.5, 61.1, 68.3, 72.2), 'hard': (50.3, 64.3, 71.6, 74.5), 'dearkd': (54.3, 67.1, 72.3, 74.8)}
-    return Table('Data efficiency (table 2)', [
-        Entry(label, f'{100 * fraction:g} %', students(
-            scale, name, methods(scale)[name], fraction, seeds[:2] if i == 3 else seeds), paper[name][i])
-        for name, label in labels.items() for i, fraction in enumerate(scale.fractions)])
+    columns = [f'{100 * fraction:g} %' for fraction in scale.fractions]
+    vit, hard, dearkd = METHODS.values()
+    claims = []
+    for column in columns:
+        claims += [
+            Claim(f'{column}: hard labels above the plain ViT', (hard, column), (vit, column)),
+            Claim(f'{column}: DearKD above hard labels', (dearkd, column), (hard, column)),
+            Claim(f'{column}: DearKD above the plain ViT', (dearkd, column), (vit, column))]
+    for fewer, more, shares in zip(columns, columns[1:], zip(scale.fractions, scale.fractions[1:])):
+        if shares[1] <= 2.5 * shares[0]:
+            claims.append(Claim(
+                f'DearKD on {fewer} of the images above the plain ViT on {more}', (dearkd, fewer), (vit, more)))
+    return Table(
+        'Data efficiency (table 2)', 'The paper\'s four sizes are 10, 25, 50 and 100 % of ImageNet.', [
+            Entry(METHODS[name], column, students(
+                scale, name, methods(scale)[name], fraction, seeds[:2] if i == 3 else seeds), paper[name][i])
+            for name in METHODS for i, (column, fraction) in enumerate(zip(columns, scale.fractions))],
+        claims)
 
 
 def table7(scale: Scale, seeds: Sequence[int]) -> Table:
@@ -184,13 +262,24 @@ def table7(scale: Scale, seeds: Sequence[int]) -> Table:
             name, argv = f'stage{epochs}_{kind}', TAUGHT + (
                 '--dearkd-stage1-epochs', str(epochs), '--dearkd-stage2', kind)
             if share == 1.:
-                name, argv = 'mhca_hidden', methods(scale)['mhca_hidden']  # there is no stage II
+                if kind == 'ce':  # there is no stage II
+                    continue
+                name, argv = 'mhca_hidden', methods(scale)['mhca_hidden']
             elif share == 5 / 6 and kind == 'anneal':
                 name, argv = 'dearkd', methods(scale)['dearkd']
+            elif share == 0. and kind == 'ce':  # nobody teaches
+                name, argv = 'mhca', methods(scale)['mhca']
             entries.append(Entry(
                 f'{100 * share:.0f} %', kind, students(scale, name, argv, scale.ablation_fraction, seeds[:2]),
                 paper.get(share) if kind == 'anneal' else None))
-    return Table('Length of stage I (table 7)', entries)
+    default = ('83 %', 'anneal')
+    return Table(
+        'Length of stage I (table 7)',
+        f'On {100 * scale.ablation_fraction:g} % of the images; stage I in percent of the epochs, and what follows it.'
+        ' 100 % has no stage II, and 0 % with `ce` is MHCA without a teacher. The paper\'s figures are of 300 epochs.',
+        entries,
+        [Claim(f'83 %, `anneal`, above {entry.row}, `{entry.column}`', default, (entry.row, entry.column))
+         for entry in entries if (entry.row, entry.column) != default])
 
 
 # Recipes tried, one change each: learning rates and stronger augmentation for all methods, weaker for the ViT alone
@@ -230,6 +319,11 @@ CHOICES: Dict[str, Tuple[str, ...]] = {
 }
 
 
+SET_ASIDE = (
+    'Students on {:g} % of 55,000 training images, figures on the other 5,000, which no student has seen. The teacher'
+    ' has seen all 60,000.')
+
+
 def _slug(label: str) -> str:
     return ''.join(c if c.isalnum() or c == '.' else '_' for c in label).replace('__', '_').strip('_')
 
@@ -243,16 +337,18 @@ def recipes(scale: Scale, seeds: Sequence[int]) -> Table:
             scale, f'choice-{DEFAULT}' if is_default else f'recipe-{_slug(label)}-{name}',
             methods(scale)[name] + argv, scale.ablation_fraction, seeds[:1], tuning=True)
 
-    return Table('Recipe, on training images set aside', [
-        Entry(label, name, cells(label, name)) for label, (_, names) in RECIPES.items() for name in names])
+    return Table('Recipe', SET_ASIDE.format(100 * scale.ablation_fraction), [
+        Entry(label, METHODS[name], cells(label, name)) for label, (_, names) in RECIPES.items() for name in names])
 
 
 def choices(scale: Scale, seeds: Sequence[int]) -> Table:
     """What the paper leaves open, on training images set aside."""
-    return Table('Settled choices, on training images set aside', [
+    return Table('Settled choices', SET_ASIDE.format(100 * scale.ablation_fraction), [
         Entry(label, 'top-1', students(
             scale, f'choice-{_slug(label)}', TAUGHT + argv, scale.ablation_fraction, seeds[:2], tuning=True))
-        for label, argv in CHOICES.items()])
+        for label, argv in CHOICES.items()
+    ], [Claim(f'{label}: above the default', (label, 'top-1'), (DEFAULT, 'top-1'))
+        for label in CHOICES if label != DEFAULT])
 
 
 MODES: Dict[str, Tuple[str, Tuple[str, ...], Optional[float], Optional[float]]] = {
@@ -261,50 +357,77 @@ MODES: Dict[str, Tuple[str, Tuple[str, ...], Optional[float], Optional[float]]] 
     'adi': ('ADI', ('--diversity', 'adi', '--student', '{runs}/synthetic_student-none-seed{seed}'), 70.1, 0.683),
     'intra': ('DF-DearKD (intra-divergence)', ('--diversity', 'intra'), 71.2, 0.692),
 }
+REAL = 'real images'
 
 
 def image_cell(scale: Scale, mode: str, seed: int) -> Cell:
     """A set of images made out of the teacher, and how far apart those of a class are."""
     argv = tuple(arg.replace('{seed}', str(seed)) for arg in MODES[mode][1])
-    needs = ((TEACHER,) if scale.teacher else ()) + ((f'synthetic_student-none-seed{seed}',) if mode == 'adi' else ())
+    teacher = teacher_cell(scale)
+    needs = ((teacher,) if teacher else ()) + ((synthetic_student_cell(scale, 'none', seed),) if mode == 'adi' else ())
     return Cell(
         f'images-{mode}-seed{seed}', scale.data, (
             '--model', '{teacher}', '--num-images', str(scale.num_synthetic), *scale.inversion, *argv),
-        seed, scale.num_synthetic * 100., needs, 'data_free')
+        scale.num_synthetic * 40., seed, needs, 'data_free')
 
 
 def synthetic_student_cell(scale: Scale, mode: str, seed: int) -> Cell:
-    """The DearKD student of table 2 on a set of images; it is evaluated on the real ones."""
-    argv = ('-c', scale.recipe, '--model', scale.student, '--epochs', str(scale.epochs), *TAUGHT)
+    """The DearKD student of table 2 on a set of images; it is evaluated on the real ones, once."""
+    argv = ('-c', scale.recipe, '--model', scale.student, '--epochs', str(scale.epochs), '--val-interval',
+            str(scale.epochs), *TAUGHT)
     images = image_cell(scale, mode, seed)
     return Cell(
-        f'synthetic_student-{mode}-seed{seed}', f'/{images.name}', argv, seed, scale.num_synthetic * scale.epochs,
-        (images.name,))
+        f'synthetic_student-{mode}-seed{seed}', f'/{images.name}', argv,
+        training_cost(scale, scale.num_synthetic, argv, 1), seed, (images,))
+
+
+def _ordered(column: str) -> List[Claim]:
+    none, adi, intra = ((label, column) for label, *_ in MODES.values())
+    return [Claim('ADI above DeepInversion', adi, none), Claim('Intra-divergence above ADI', intra, adi),
+            Claim('Intra-divergence above DeepInversion', intra, none)]
 
 
 def table5(scale: Scale, seeds: Sequence[int]) -> Table:
-    """Students without real images, and one with as many real ones."""
+    """Students without real images, and one with about as many real ones."""
     entries = [
         Entry(label, 'top-1', tuple(synthetic_student_cell(scale, mode, seed) for seed in seeds[:2]), paper)
         for mode, (label, _, paper, _) in MODES.items()]
     real = students(scale, 'dearkd', TAUGHT, scale.ablation_fraction, seeds[:2])
-    return Table('Data-free (table 5)', [*entries, Entry('as many real images', 'top-1', real, 72.2)])
-
-
-def figure4(scale: Scale, seeds: Sequence[int]) -> Table:
-    """The runs of table 2 that record the attention distance."""
-    return Table('Attention distance over the epochs (figure 4)', [
-        Entry(name, 'top-1', students(scale, name, methods(scale)[name], scale.ablation_fraction, (0,)))
-        for name in ('vit', 'hard', 'dearkd')])
+    count = round(scale.num_train * scale.ablation_fraction)
+    intra = (MODES['intra'][0], 'top-1')
+    return Table(
+        'Data-free (table 5)',
+        f'DearKD students on {scale.num_synthetic} images made out of the teacher, and on {count} real ones; the'
+        ' paper\'s last row is a DeiT on all of ImageNet.',
+        [*entries, Entry(REAL, 'top-1', real, 72.2)],
+        [*_ordered('top-1'), Claim('Real images above intra-divergence', (REAL, 'top-1'), intra)])
 
 
 def table6(scale: Scale, seeds: Sequence[int]) -> Table:
     """How far apart the synthetic images of a class are."""
-    return Table('Diversity (table 6)', [
-        Entry(label, 'distance', tuple(image_cell(scale, mode, seed) for seed in seeds[:2]), paper)
-        for mode, (label, _, _, paper) in MODES.items()])
+    return Table(
+        'Diversity (table 6)',
+        'Mean squared distance between features of the teacher, of two images of a class. The paper\'s figures are'
+        ' LPIPS, on another scale.', [
+            Entry(label, 'distance', tuple(image_cell(scale, mode, seed) for seed in seeds[:2]), paper)
+            for mode, (label, _, _, paper) in MODES.items()],
+        _ordered('distance'))
 
 
-TABLES = {
+def figure4(scale: Scale, seeds: Sequence[int]) -> Table:
+    """The runs of table 2 that record the attention distance, whatever the seeds."""
+    return Table(
+        'Attention distance over the epochs (figure 4)',
+        f'The runs of table 2 on {100 * scale.ablation_fraction:g} % of the images, seed 0.',
+        [Entry(METHODS[name], 'top-1', students(scale, name, methods(scale)[name], scale.ablation_fraction, (0,)))
+         for name in METHODS])
+
+
+TABLES: Dict[str, Callable[[Scale, Sequence[int]], Table]] = {
     'recipes': recipes, 'choices': choices, 'table2': table2, 'table1': table1, 'table7': table7, 'table5': table5,
     'table6': table6, 'figure4': figure4}
+
+
+def tables_of(scale: Scale) -> Dict[str, Callable[[Scale, Sequence[int]], Table]]:
+    """The tables that a scale has: nothing is chosen where there are no images for it."""
+    return {name: make for name, make in TABLES.items() if scale.tuning_data or name not in ('recipes', 'choices')}

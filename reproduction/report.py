@@ -1,59 +1,163 @@
 """Write RESULTS.md and its plots out of the files in reproduction/results: `python reproduction/report.py`."""
 import argparse
-import json
 import math
 import statistics
 import sys
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from reproduction.cells import SCALES, TABLES, Entry, Scale, Table  # noqa: E402
+from reproduction.cells import METHODS, SCALES, Claim, Entry, Scale, Table, tables_of, teacher_cell  # noqa: E402
+from reproduction.run import definition, read_result  # noqa: E402
 from timm_dearkd.analysis.attention_distance import DistanceHistory, plot_over_epochs, read_log  # noqa: E402
 from timm_dearkd.analysis.figures import new_figure, render  # noqa: E402
 from timm_dearkd.engine.output import write_bytes  # noqa: E402
 
+# Two-sided 95 % quantiles of Student's t by degrees of freedom
+T_QUANTILES = {
+    1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26, 10: 2.23, 12: 2.18, 15: 2.13,
+    20: 2.09, 30: 2.04, 60: 2.00}
+Key = Tuple[str, str]
+
+
+def t_quantile(degrees: int) -> float:
+    """Of that many degrees of freedom, or of the next lower number in the table."""
+    return T_QUANTILES[max(n for n in T_QUANTILES if n <= degrees)]
+
 
 class Figure(NamedTuple):
-    """Mean over seeds, standard error of it (None for one seed), and how many seeds."""
-    mean: float
-    error: Optional[float]
-    count: int
+    """The figures of an entry's seeds, and the digits that they are printed with."""
+    values: Tuple[float, ...]
+    digits: int
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.values)
+
+    @property
+    def error(self) -> Optional[float]:
+        """Standard error of the mean; None for one seed."""
+        return statistics.stdev(self.values) / math.sqrt(len(self.values)) if len(self.values) > 1 else None
 
     def __str__(self) -> str:
-        digits = 3 if self.mean < 10 else 1
-        spread = f' ± {self.error:.{digits}f}' if self.error is not None else ''
-        return f'{self.mean:.{digits}f}{spread}' + ('' if self.count > 1 else ' (one seed)')
+        if self.error is None:
+            return f'{self.mean:.{self.digits}f} (1 seed)'
+        seeds = ' (2 seeds)' if len(self.values) == 2 else ''
+        return f'{self.mean:.{self.digits}f} ± {self.error:.{self.digits}f}{seeds}'
 
 
 class Results:
-    """Figures of cells by name."""
+    """Figures by cell.
 
-    def __init__(self, folder: Path) -> None:
-        self.cells = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob('*.json'))}
+    Args:
+        scale: Of the experiments.
+        folder: Of the JSON files.
+        seeds: That may be there.
+    """
+
+    def __init__(self, scale: Scale, folder: Path, seeds: Sequence[int]) -> None:
+        self.tables = {name: make(scale, seeds) for name, make in tables_of(scale).items()}
+        cells = {cell.name: cell for table in self.tables.values() for entry in table.entries for cell in entry.cells}
+        teacher = teacher_cell(scale)
+        if teacher is not None:
+            cells[teacher.name] = teacher
+        results = {name: read_result(folder / f'{name}.json') for name in cells}
+        self.cells = {name: result for name, result in results.items()
+                      if result is not None and result['definition'] == definition(cells[name])}
+        self.stale = [name for name, result in results.items() if result is not None and name not in self.cells]
 
     def figure(self, entry: Entry) -> Optional[Figure]:
         """Of the cells that are there; None without any."""
-        key = 'distance' if entry.column == 'distance' else 'top1'
-        values = [self.cells[cell.name][key] for cell in entry.cells if cell.name in self.cells]
-        if not values:
-            return None
-        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-        return Figure(statistics.mean(values), error, len(values))
+        key, digits = ('distance', 3) if entry.column == 'distance' else ('top1', 1)
+        values = tuple(self.cells[cell.name][key] for cell in entry.cells if cell.name in self.cells)
+        return Figure(values, digits) if values else None
 
-    def table(self, table: Table) -> Dict[str, Dict[str, Figure]]:
+    def figures(self, table: Table) -> Dict[Key, Figure]:
         """Figures by row and column."""
-        rows: Dict[str, Dict[str, Figure]] = {}
-        for entry in table.entries:
-            figure = self.figure(entry)
-            if figure:
-                rows.setdefault(entry.row, {})[entry.column] = figure
-        return rows
+        found = {(entry.row, entry.column): self.figure(entry) for entry in table.entries}
+        return {key: figure for key, figure in found.items() if figure is not None}
 
 
-def markdown(table: Table, figures: Dict[str, Dict[str, Figure]]) -> List[str]:
+class Noise(NamedTuple):
+    """Deviation from seed to seed, and its degrees of freedom."""
+    deviation: float
+    degrees: int
+
+
+def pooled_noise(figures: Sequence[Figure]) -> Optional[Noise]:
+    """Of some figures' seeds together; None where all have but one."""
+    squares = sum((value - figure.mean) ** 2 for figure in figures for value in figure.values)
+    degrees = sum(len(figure.values) - 1 for figure in figures)
+    return Noise(math.sqrt(squares / degrees), degrees) if degrees else None
+
+
+class Gap(NamedTuple):
+    """A difference, and half of its 95 % interval; None where nothing is known of the noise."""
+    value: float
+    margin: Optional[float]
+
+    def verdict(self) -> str:
+        """What the paper says, held against it."""
+        if self.margin is None:
+            return 'not to be told from one seed'
+        if abs(self.value) > self.margin:
+            return 'holds' if self.value > 0 else '**does not hold, the other way round**'
+        return f'not to be told from the noise, leaning {"this way" if self.value > 0 else "the other way"}'
+
+    def text(self, digits: int) -> str:
+        margin = f' ± {self.margin:.{digits}f}' if self.margin is not None else ''
+        return f'{self.value:+.{digits}f}{margin}'
+
+
+def measure_gap(pairs: Sequence[Tuple[Figure, float, Optional[Noise]]]) -> Gap:
+    """A sum of means with factors, each with the noise of its column."""
+    value = sum(factor * figure.mean for figure, factor, _ in pairs)
+    if any(noise is None for _, _, noise in pairs):
+        return Gap(value, None)
+    variance = sum(factor ** 2 * noise.deviation ** 2 / len(figure.values) for figure, factor, noise in pairs if noise)
+    return Gap(value, t_quantile(min(noise.degrees for _, _, noise in pairs if noise)) * math.sqrt(variance))
+
+
+def column_noise(table: Table, figures: Dict[Key, Figure]) -> Dict[str, Optional[Noise]]:
+    """By column, where columns are training sets; otherwise that of all figures together."""
+    by_row = len({entry.row for entry in table.entries}) == len(METHODS)
+    columns = dict.fromkeys(column for _, column in figures)
+    return {column: pooled_noise([figure for (_, c), figure in figures.items() if c == column or not by_row])
+            for column in columns}
+
+
+def judge(table: Table, figures: Dict[Key, Figure]) -> List[str]:
+    """What the paper says, held against the figures."""
+    noise = column_noise(table, figures)
+
+    def gap(claim: Claim) -> Gap:
+        higher, lower = figures[claim.higher], figures[claim.lower]
+        return measure_gap([(higher, 1., noise[claim.higher[1]]), (lower, -1., noise[claim.lower[1]])])
+
+    known = [claim for claim in table.claims if claim.higher in figures and claim.lower in figures]
+    return [f'- {claim.text}: {gap(claim).verdict()} ({gap(claim).text(figures[claim.higher].digits)}).'
+            for claim in known]
+
+
+def judge_growth(table: Table, figures: Dict[Key, Figure]) -> List[str]:
+    """Whether the gap between DearKD and the ViT is larger at the smallest size than at the largest."""
+    vit, _, dearkd = METHODS.values()
+    noise = column_noise(table, figures)
+    columns = [column for column in noise if (vit, column) in figures and (dearkd, column) in figures]
+    if len(columns) < 2:
+        return []
+    first, last = columns[0], columns[-1]
+    gap = measure_gap([
+        (figures[row, column], sign, noise[column])
+        for row, column, sign in ((dearkd, first, 1.), (vit, first, -1.), (dearkd, last, -1.), (vit, last, 1.))])
+    listed = ', '.join(f'{figures[dearkd, c].mean - figures[vit, c].mean:+.1f} at {c}' for c in columns)
+    return [f'- The gap between DearKD and the ViT is larger at {first} than at {last}: {gap.verdict()}'
+            f' ({gap.text(1)}; {listed}).']
+
+
+def markdown(table: Table, figures: Dict[Key, Figure]) -> List[str]:
     """The table, with the paper's figures in brackets."""
     columns = list(dict.fromkeys(entry.column for entry in table.entries))
     paper = {(entry.row, entry.column): entry.paper for entry in table.entries}
@@ -61,86 +165,21 @@ def markdown(table: Table, figures: Dict[str, Dict[str, Figure]]) -> List[str]:
     for row in dict.fromkeys(entry.row for entry in table.entries):
         cells = []
         for column in columns:
-            figure, ours = figures.get(row, {}).get(column), paper.get((row, column))
-            cells.append((str(figure) if figure else '') + (f' [{ours:g}]' if ours is not None else ''))
+            figure, reference = figures.get((row, column)), paper.get((row, column))
+            cells.append((str(figure) if figure else '') + (f' [{reference:g}]' if reference is not None else ''))
         lines.append(f'| {row} | ' + ' | '.join(cells) + ' |')
     return lines
 
 
-def compare(higher: Optional[Figure], lower: Optional[Figure], what: str) -> List[str]:
-    """Whether a figure is above another one: yes, no, or not to be told from the spread of the seeds."""
-    if higher is None or lower is None:
-        return []
-    gap = higher.mean - lower.mean
-    errors = [figure.error for figure in (higher, lower) if figure.error is not None]
-    spread = math.hypot(*errors) if len(errors) == 2 else None
-    verdict = 'holds' if gap > 0 else '**does not hold**'
-    if spread is None or abs(gap) < 2 * spread:
-        verdict = f'{"leans that way" if gap > 0 else "leans the other way"}, within the spread of the seeds'
-    return [f'- {what}: {verdict} ({gap:+.2f}{f" ± {spread:.2f}" if spread is not None else ""}).']
-
-
-def claims(name: str, figures: Dict[str, Dict[str, Figure]]) -> List[str]:
-    """What the paper says, held against the figures."""
-    def of(row: str, column: str = 'top-1') -> Optional[Figure]:
-        return figures.get(row, {}).get(column)
-
-    lines: List[str] = []
-    if name == 'table2':
-        columns = list(dict.fromkeys(column for row in figures.values() for column in row))
-        vit, hard, dearkd = 'ViT', 'ViT, hard-label distillation', 'DearKD'
-        for column in columns:
-            lines += compare(of(hard, column), of(vit, column), f'{column}: hard labels above the plain ViT')
-            lines += compare(of(dearkd, column), of(hard, column), f'{column}: DearKD above hard labels')
-        for fewer, more in zip(columns, columns[1:]):
-            if float(more.split()[0]) <= 2.5 * float(fewer.split()[0]):
-                lines += compare(
-                    of(dearkd, fewer), of(vit, more), f'DearKD on {fewer} of the images above the plain ViT on {more}')
-        gaps = [(column, of(dearkd, column), of(vit, column)) for column in columns]
-        known = [(column, a.mean - b.mean) for column, a, b in gaps if a and b]
-        if len(known) > 1:
-            listed = ', '.join(f'{gap:+.1f} at {column}' for column, gap in known)
-            grows = all(first[1] >= second[1] for first, second in zip(known, known[1:]))
-            verdict = 'holds' if grows else '**not throughout**'
-            lines.append(f'- The gap between DearKD and the ViT grows as data shrinks: {verdict} ({listed}).')
-    elif name == 'table1':
-        rows = ['ViT', '+ MHCA', '+ hard labels, pooled tokens', '+ hard labels + hidden loss',
-                '+ hard labels + hidden loss + MHCA', 'all, in two stages (DearKD)']
-        vit, mhca, hard, hidden, both, two = map(of, rows)
-        lines += compare(mhca, vit, 'MHCA alone helps')
-        lines += compare(hard, vit, 'hard labels help')
-        lines += compare(hard, hidden, 'the hidden loss without MHCA hurts')
-        lines += compare(both, hidden, 'MHCA and the hidden loss above the hidden loss alone')
-        lines += compare(both, hard, 'MHCA and the hidden loss above hard labels alone')
-        lines += compare(two, both, 'two stages above one')
-    elif name in ('table5', 'table6'):
-        column = 'top-1' if name == 'table5' else 'distance'
-        none, adi, intra = (of(row, column) for row in ('DeepInversion', 'ADI', 'DF-DearKD (intra-divergence)'))
-        lines += compare(adi, none, 'ADI above DeepInversion')
-        lines += compare(intra, adi, 'intra-divergence above ADI')
-        if name == 'table5':
-            lines += compare(of('as many real images'), intra, 'as many real images above intra-divergence')
-    elif name == 'table7':
-        kind, row = max(
-            ((kind, row) for row in figures for kind in figures[row]), key=lambda at: figures[at[1]][at[0]].mean)
-        lines.append(f'- Best: stage I of {row} of the epochs, then `{kind}` (the paper: 83 %, `anneal`).')
-    elif name == 'choices' and 'default' in figures:
-        default = figures['default']['top-1']
-        for row in figures:
-            if row != 'default' and abs(figures[row]['top-1'].mean - default.mean) >= 1:
-                lines.append(f'- {row}: {figures[row]["top-1"].mean - default.mean:+.1f} against the default.')
-    return lines
-
-
-def plot_table2(figures: Dict[str, Dict[str, Figure]]) -> bytes:
+def plot_table2(figures: Dict[Key, Figure]) -> bytes:
     """Top-1 over the share of the images, a line for each method."""
     figure, ((axes,),) = new_figure(size=(6, 3.6))
-    for i, (row, columns) in enumerate(figures.items()):
-        shares = [float(column.split()[0]) for column in columns]
+    ticks = sorted({float(column.split()[0]) for _, column in figures})
+    for method, color in zip(METHODS.values(), ('tab:gray', 'tab:green', 'tab:blue')):
+        points = [(float(column.split()[0]), value) for (row, column), value in figures.items() if row == method]
         axes.errorbar(
-            shares, [value.mean for value in columns.values()], [value.error or 0. for value in columns.values()],
-            marker='o', capsize=3, color=('tab:gray', 'tab:green', 'tab:blue')[i], label=row)
-    ticks = sorted({float(column.split()[0]) for columns in figures.values() for column in columns})
+            [share for share, _ in points], [value.mean for _, value in points],
+            [value.error or 0. for _, value in points], marker='o', capsize=3, color=color, label=method)
     axes.set(xscale='log', xticks=ticks, xticklabels=[f'{tick:g} %' for tick in ticks], ylabel='top-1, %',
              xlabel='training images')
     axes.minorticks_off()
@@ -149,11 +188,11 @@ def plot_table2(figures: Dict[str, Dict[str, Figure]]) -> bytes:
     return render(figure)
 
 
-def plot_table7(figures: Dict[str, Dict[str, Figure]]) -> bytes:
+def plot_table7(figures: Dict[Key, Figure]) -> bytes:
     """Top-1 over the length of stage I, a line for each kind of stage II."""
     figure, ((axes,),) = new_figure(size=(6, 3.2))
     for kind in ('anneal', 'ce'):
-        points = [(float(row.split()[0]), figures[row][kind]) for row in figures if kind in figures[row]]
+        points = [(float(row.split()[0]), value) for (row, column), value in figures.items() if column == kind]
         axes.errorbar(
             [x for x, _ in points], [value.mean for _, value in points], [value.error or 0. for _, value in points],
             marker='o', capsize=3, label=f'stage II: {kind}')
@@ -166,61 +205,76 @@ def plot_table7(figures: Dict[str, Dict[str, Figure]]) -> bytes:
 PLOTS = {'table2': plot_table2, 'table7': plot_table7}
 
 
+def describe_distances(history: DistanceHistory, num_stage1: Optional[int]) -> str:
+    """The mean over the heads of each layer, at the beginning, after stage I where there is one, and at the end."""
+    epochs = {'the first epoch': min(history.epochs)}
+    if num_stage1 is not None and num_stage1 - 1 in history.epochs:
+        epochs['stage I'] = num_stage1 - 1
+    epochs['the last'] = max(history.epochs)
+    return '; '.join(
+        f'after {moment} ' + ', '.join(
+            f'{statistics.mean(heads):.2f}' for _, heads in sorted(history.epochs[epoch].items()))
+        for moment, epoch in epochs.items())
+
+
 def write_figure4(scale: Scale, results: Path, folder: Path) -> List[str]:
     """Attention distance over the epochs, of the runs that recorded it."""
     lines, pictures = [], []
-    for name in ('vit', 'hard', 'dearkd'):
-        path = results / f'{name}-{scale.ablation_fraction:g}-seed0.distances.csv'
-        history = read_log(path)
+    for name, label in METHODS.items():
+        history = read_log(results / f'{name}-{scale.ablation_fraction:g}-seed0.distances.csv')
         if history is None:
             continue
-        stage1 = round(scale.epochs * 5 / 6) if name == 'dearkd' else None
-        moments = {'after the first epoch': min(history.epochs), 'at the end': max(history.epochs)}
-        if stage1 is not None and stage1 - 1 in history.epochs:
-            moments = {'after the first epoch': min(history.epochs), 'after stage I': stage1 - 1,
-                       'at the end': max(history.epochs)}
-        means = [f'{mean_distance(history, epoch):.2f} {moment}' for moment, epoch in moments.items()]
-        lines.append(f'- {name}: mean over layers and heads, in patches: {", ".join(means)}.')
+        num_stage1 = round(scale.epochs * 5 / 6) if name == 'dearkd' else None
+        lines.append(f'- {label}, patches by layer: {describe_distances(history, num_stage1)}.')
         picture = folder / f'figure4-{name}.png'
-        write_bytes(picture, render(plot_over_epochs(history, stage1)))
-        pictures += [f'![Attention distance of {name}](reproduction/plots/{picture.name})', '']
+        write_bytes(picture, render(plot_over_epochs(history, num_stage1)))
+        pictures += [f'![Attention distance of {label}](reproduction/plots/{picture.name})', '']
     return [*lines, '', *pictures] if lines else []
 
 
-def mean_distance(history: DistanceHistory, epoch: int) -> float:
-    layers = history.epochs[epoch]
-    return statistics.mean(distance for heads in layers.values() for distance in heads)
+def describe_runs(scale: Scale, found: Results) -> List[str]:
+    """What all figures have in common."""
+    cells = found.cells.values()
+    hours = sum(cell['seconds'] * cell.get('threads', 1) for cell in cells) / 3600
+    teacher = found.cells.get('teacher', {}).get('top1')
+    agreements = [cell['teacher_agreement'] for cell in cells if 'teacher_agreement' in cell]
+    text = (
+        f'Student: `{scale.student}`, {scale.epochs} epochs at every size; recipe: `{scale.recipe}`.'
+        + (f' Teacher: a CNN with {teacher:.1f} % top-1.' if teacher else ''))
+    if agreements:
+        text += (f' It finds the label of {100 * min(agreements):.0f} to {100 * max(agreements):.0f} % of the augmented'
+                 ' images that it teaches on.')
+    return [
+        f'Made by `python reproduction/report.py --scale {scale.name}` from the {len(cells)} files in'
+        f' `reproduction/results/{scale.name}`, each of which holds its command, seed and commits'
+        f' (`python reproduction/run.py all --scale {scale.name}`; {hours:.1f} hours of one core).', '',
+        text, '',
+        'Figures are top-1 in percent after the last epoch, a mean over three seeds unless another number is given, ±'
+        ' its standard error; a seed is also another choice of images. In square brackets: the paper\'s figure, on'
+        ' ImageNet. A claim holds, or does not, where 0 is outside of the 95 % interval of the difference (±, by'
+        ' Student\'s t; the noise is that of all figures of a table, or of a column of table 2).', '',
+        *([f'Left out, as made by another definition: {", ".join(found.stale)}.', ''] if found.stale else [])]
 
 
 def write_report(scale: Scale, results: Path, seeds: Sequence[int], output: Path) -> None:
     """RESULTS.md, from what is there."""
-    found, pictures = Results(results), output.parent / 'reproduction' / 'plots'
-    hours = sum(cell['seconds'] for cell in found.cells.values()) / 3600
-    teacher = found.cells.get('teacher', {}).get('top1')
-    lines = [
-        '# Results', '',
-        f'Made by `python reproduction/report.py --scale {scale.name}` from the {len(found.cells)} files in'
-        f' `reproduction/results/{scale.name}`, each of which holds its command, seed and commit'
-        f' (`python reproduction/run.py all --scale {scale.name}`; {hours:.1f} hours of one core in all).', '',
-        f'Student: `{scale.student}`, {scale.epochs} epochs. '
-        + (f'Teacher: {teacher:.1f} % top-1. ' if teacher else '')
-        + 'Figures are top-1 in percent after the last epoch, ± the standard error over seeds; the paper\'s, on'
-        ' ImageNet, in square brackets. "Holds" and "does not hold" are said where a difference is above twice its'
-        ' standard error.', '']
-    for name, make in TABLES.items():
-        table = make(scale, seeds)
+    found, pictures = Results(scale, results, seeds), output.parent / 'reproduction' / 'plots'
+    lines = ['# Results', '', *describe_runs(scale, found)]
+    for name, table in found.tables.items():
+        heading = [f'## {table.title}', '', table.note, '']
         if name == 'figure4':
             figure4 = write_figure4(scale, results, pictures)
-            lines += [f'## {table.title}', '', *figure4] if figure4 else []
+            lines += [*heading, *figure4] if figure4 else []
             continue
-        figures = found.table(table)
+        figures = found.figures(table)
         if not figures:
             continue
-        lines += [f'## {table.title}', '', *markdown(table, figures), '', *claims(name, figures), '']
+        verdicts = judge(table, figures) + (judge_growth(table, figures) if name == 'table2' else [])
+        lines += [*heading, *markdown(table, figures), '', *verdicts, '']
         if name in PLOTS:
             picture = pictures / f'{name}.png'
             write_bytes(picture, PLOTS[name](figures))
-            lines += [f'![{table.title}]({picture.relative_to(output.parent).as_posix()})', '']
+            lines += [f'![{table.title}](reproduction/plots/{picture.name})', '']
     write_bytes(output, ('\n'.join(lines).rstrip() + '\n').encode())
 
 

@@ -1,24 +1,30 @@
 """Run the paper's experiments: `python reproduction/run.py table2 --scale small --jobs 2`.
 
-Every figure is one train.py command. What is there is skipped, what is half done goes on, and each result is kept as
-JSON with its command, seed and commit. `python reproduction/report.py` makes RESULTS.md out of those files.
+Every figure is one train.py or data_free command. What is there is skipped, what is half done goes on, and each result
+is kept as JSON with its command, seed and commits. `python reproduction/report.py` makes RESULTS.md out of those files.
 """
 import argparse
 import csv
+import fcntl
+import hashlib
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Set
+from typing import Any, Dict, List, Optional, Sequence, Set
+
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from reproduction.cells import SCALES, TABLES, Cell, Scale, teacher_cell  # noqa: E402
+from reproduction.cells import SCALES, TABLES, Cell, Scale, tables_of  # noqa: E402
 from reproduction.fashion_mnist import write_fashion_mnist  # noqa: E402
 from timm_dearkd.engine.output import write_bytes  # noqa: E402
 
@@ -30,8 +36,37 @@ def git_commit() -> str:
     def git(*args: str) -> str:
         return subprocess.run(['git', *args], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
+    if not shutil.which('git'):
+        return ''
     changed = git('status', '--porcelain', '--untracked-files=no', '--', ':!reproduction/results')
     return git('rev-parse', 'HEAD') + ('+' if changed else '')
+
+
+def definition(cell: Cell) -> str:
+    """Of what a cell does: its arguments, what is in its recipe, and the same of the cells that it needs."""
+    recipe = ROOT / cell.argv[cell.argv.index('-c') + 1] if '-c' in cell.argv else None
+    parts = [
+        cell.program, cell.data, cell.argv, cell.seed, yaml.safe_load(recipe.read_text()) if recipe else None,
+        [definition(need) for need in cell.needs]]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_result(path: Path) -> Optional[Dict[str, Any]]:
+    """What is in a result's file; None, with a warning, where it holds none."""
+    try:
+        result = json.loads(path.read_text())
+        if {'definition', 'seconds'} <= set(result) and ('top1' in result or 'distance' in result):
+            return result
+    except FileNotFoundError:
+        return None
+    except (TypeError, ValueError):
+        pass
+    print(f'{path} is not a result of the driver. It is left out.', file=sys.stderr)
+    return None
+
+
+class CellError(Exception):
+    """Why a cell has no figures."""
 
 
 class Driver:
@@ -43,74 +78,111 @@ class Driver:
         work: Folder of the runs.
         results: Folder of the JSON files.
         jobs: Cells at a time. Each gets its share of the cores.
+        launcher: What starts a program: Python, or torchrun with its arguments.
     """
 
-    def __init__(self, scale: Scale, data: Path, work: Path, results: Path, jobs: int) -> None:
-        self.scale, self.data, self.work, self.results, self.jobs = scale, data, work, results, jobs
+    def __init__(
+            self,
+            scale: Scale,
+            data: Path,
+            work: Path,
+            results: Path,
+            jobs: int,
+            launcher: Sequence[str] = (sys.executable,),
+    ) -> None:
+        self.scale, self.jobs, self.launcher = scale, jobs, list(launcher)
+        self.data, self.work, self.results = data.resolve(), work.resolve(), results.resolve()
+        self.threads = max(1, (os.cpu_count() or 1) // jobs)
         self.processes: Set[subprocess.Popen] = set()
         self.stopping = False
-        self.images_per_second: List[float] = []  # of the cells of this run
-        self.commit = git_commit()
+        self.cost = self.seconds = 0.  # of the cells of this session
 
     def result_path(self, name: str) -> Path:
         return self.results / f'{name}.json'
 
+    def has_result(self, cell: Cell) -> bool:
+        """Whether there is one, and it is of the cell as it is defined now."""
+        result = read_result(self.result_path(cell.name))
+        return result is not None and result['definition'] == definition(cell)
+
+    def has_output(self, cell: Cell) -> bool:
+        """Whether there is what other cells need of it."""
+        return (self.work / cell.name / (
+            'manifest.json' if cell.program == 'data_free' else 'model_best.safetensors')).exists()
+
+    def path(self, path: Path) -> str:
+        """As it is named in commands: relative to the repository, if it is in there."""
+        return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+    def teacher(self) -> str:
+        return self.scale.teacher_name or self.path(self.work / 'teacher')
+
     def command(self, cell: Cell) -> List[str]:
         """Arguments of Python that run a cell, or go on with it."""
-        teacher = self.scale.teacher_name or str(self.work / 'teacher')
-        argv = [arg.replace('{teacher}', teacher).replace('{runs}', str(self.work)) for arg in cell.argv]
+        work = self.path(self.work)
+        argv = [arg.replace('{teacher}', self.teacher()).replace('{runs}', work) for arg in cell.argv]
         if cell.program == 'data_free':
-            folder = str(self.work / cell.name)
-            return ['-m', 'timm_dearkd.data_free', folder, *argv, '--seed', str(cell.seed), '--resume']
+            return ['-m', 'timm_dearkd.data_free', f'{work}/{cell.name}', *argv, '--seed', str(cell.seed), '--resume']
         data = self.work / cell.data[1:] if cell.data.startswith('/') else self.data / cell.data
         return [
-            'train.py', str(data), *argv, '--seed', str(cell.seed), '--output', str(self.work), '--experiment',
-            cell.name, '--resume', 'auto']
+            'train.py', self.path(data), *argv, '--seed', str(cell.seed), '--output', work, '--experiment', cell.name,
+            '--resume', 'auto']
 
-    def execute(self, name: str, command: List[str]) -> Optional[str]:
-        """Run a command with its output in a log. Returns what went wrong, if anything."""
-        env = dict(os.environ, OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // self.jobs)))
-        path = self.work / f'{name}.log'
-        start = time.monotonic()
+    def execute(self, name: str, command: List[str]) -> float:
+        """Run a command with its output in a log. Returns the seconds.
+
+        Raises:
+            CellError: It ends with another status than 0.
+        """
+        env = dict(os.environ, OMP_NUM_THREADS=str(self.threads))
+        path, start = self.work / f'{name}.log', time.monotonic()
         with open(path, 'a') as log:
-            process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, stdout=log, stderr=log)
+            try:
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by the process, which may outlive this one
+            except BlockingIOError:
+                raise CellError('another process works on it') from None
+            if self.stopping:
+                raise CellError('stopped')
+            process = subprocess.Popen([*self.launcher, *command], cwd=ROOT, env=env, stdout=log, stderr=log)
             self.processes.add(process)
+            if self.stopping:  # the signal came between
+                process.send_signal(signal.SIGTERM)
             status = process.wait()
             self.processes.discard(process)
-        seconds = self.seconds(name) + time.monotonic() - start
-        write_bytes(self.seconds_path(name), f'{seconds:.1f}'.encode())
-        if status and not self.stopping:
-            return f'status {status}: {(path.read_text().strip().splitlines() or [""])[-1]}'
-        return 'stopped' if status else None
+        if status:
+            last = (path.read_text(errors='replace').strip().splitlines() or [''])[-1]
+            raise CellError('stopped' if self.stopping else f'status {status}: {last}')
+        return time.monotonic() - start
 
-    def seconds_path(self, name: str) -> Path:
-        return self.work / f'{name}.seconds'
+    def run_cell(self, cell: Cell) -> Dict[str, Any]:
+        """Run a cell and keep its figures, which are returned.
 
-    def seconds(self, name: str) -> float:
-        """What a cell has taken so far, in however many goes."""
-        path = self.seconds_path(name)
-        return float(path.read_text()) if path.exists() else 0.
-
-    def run_cell(self, cell: Cell) -> Optional[str]:
-        """Run a cell and keep its figures. Returns what went wrong, if anything."""
-        if self.stopping:
-            return 'stopped'
+        Raises:
+            CellError: There are none.
+        """
         self.work.mkdir(parents=True, exist_ok=True)
-        command = self.command(cell)
-        collect = self.image_figures if cell.program == 'data_free' else self.student_figures
-        problem = self.execute(cell.name, command)
-        if problem:
-            return problem
-        figures = collect(cell)
-        if figures is None:
-            return 'stopped'
-        seconds = max(self.seconds(cell.name), 1.)
-        self.images_per_second.append(cell.images / seconds)
+        log_path = self.work / f'{cell.name}.json'  # what is known of the run so far
+        log = json.loads(log_path.read_text()) if log_path.exists() else {}
+        command, commit = self.command(cell), git_commit()
+        if log.get('definition') != definition(cell):  # of another run
+            shutil.rmtree(self.work / cell.name, ignore_errors=True)
+            log = dict(definition=definition(cell), commits=[], seconds=0.)
+        if commit not in log['commits']:
+            log['commits'].append(commit)
+        start = time.monotonic()
+        try:
+            write_bytes(log_path, json.dumps(log).encode())
+            self.execute(cell.name, command)
+        finally:
+            log['seconds'] += time.monotonic() - start
+            write_bytes(log_path, json.dumps(log).encode())
+        figures = self.image_figures(cell) if cell.program == 'data_free' else self.student_figures(cell)
         result = dict(
-            name=cell.name, command=' '.join(['python', *command]), seed=cell.seed, commit=self.commit,
-            **figures, seconds=round(seconds))
+            name=cell.name, command=shlex.join(['python', *command]), seed=cell.seed, **log, **figures,
+            threads=self.threads)
+        result['seconds'] = max(1, round(log['seconds']))
         write_bytes(self.result_path(cell.name), json.dumps(result, indent=1).encode())
-        return None
+        return result
 
     def student_figures(self, cell: Cell) -> Dict[str, Any]:
         """Top-1 after the last epoch, which is the figure, and on the way; and how often the teacher found the label.
@@ -120,6 +192,8 @@ class Driver:
         folder = self.work / cell.name
         with open(folder / 'summary.csv', newline='') as f:
             rows = list(csv.DictReader(f))
+        if not rows or None in rows[-1] or not rows[-1].get('eval_top1'):
+            raise CellError(f'{folder}/summary.csv does not end with an evaluation. Remove the folder.')
         evaluated = {int(row['epoch']) + 1: float(row['eval_top1']) for row in rows if row['eval_top1']}
         distances = folder / 'attention_distance.csv'
         if distances.exists():
@@ -129,17 +203,15 @@ class Driver:
             top1=evaluated[max(evaluated)], top1_by_epoch=evaluated,
             **(dict(teacher_agreement=float(agreement[-1])) if agreement else {}))
 
-    def image_figures(self, cell: Cell) -> Optional[Dict[str, Any]]:
+    def image_figures(self, cell: Cell) -> Dict[str, Any]:
         """How sure the CNN is of the images, and how far apart those of a class are; the real ones come beside them."""
         folder = self.work / cell.name
-        validation = folder / 'validation'
-        if not validation.exists():
-            validation.symlink_to((self.data / cell.data / 'validation').resolve())
-        teacher = self.scale.teacher_name or str(self.work / 'teacher')
-        if self.execute(cell.name, [
-                '-m', 'timm_dearkd.analysis', 'diversity', str(folder), '--model', teacher, '--output',
-                str(folder / 'diversity.json')]):
-            return None
+        link = folder / 'validation'
+        link.unlink(missing_ok=True)
+        link.symlink_to(validation_folder(self.data / cell.data))
+        self.execute(cell.name, [
+            '-m', 'timm_dearkd.analysis', 'diversity', str(folder), '--model', self.teacher(), '--output',
+            str(folder / 'diversity.json')])
         distance, = json.loads((folder / 'diversity.json').read_text())['folders'].values()
         images = json.loads((folder / 'manifest.json').read_text())['images']
         sure = 100 * sum(image['teacher_prob'] > 0.5 for image in images) / len(images)
@@ -152,69 +224,104 @@ class Driver:
             process.send_signal(signal.SIGTERM)
 
     def time_left(self, cells: List[Cell]) -> str:
-        if not self.images_per_second:
+        if not self.cost:
             return ''
-        rate = sum(self.images_per_second) / len(self.images_per_second) * self.jobs
-        minutes = round(sum(cell.images for cell in cells) / rate / 60)
+        minutes = round(sum(cell.cost for cell in cells) * self.seconds / self.cost / self.jobs / 60)
         return f', about {minutes // 60}:{minutes % 60:02} h left'
 
-    def run(self, cells: List[Cell]) -> bool:
+    def missing(self, cells: Sequence[Cell]) -> Dict[str, Cell]:
+        """The cells without a result, and those whose output they need and that is not there, in order."""
+        todo: Dict[str, Cell] = {}
+
+        def add(cell: Cell) -> None:
+            for need in cell.needs:
+                if not self.has_output(need):
+                    add(need)
+            todo.setdefault(cell.name, cell)
+
+        for cell in cells:
+            if not self.has_result(cell):
+                add(cell)
+        return todo
+
+    def run(self, cells: Sequence[Cell]) -> bool:
         """Run what has no result yet. Returns whether all cells have one in the end."""
-        todo = {cell.name: cell for cell in cells if not self.result_path(cell.name).exists()}
-        print(f'{len(cells)} cells, {len(cells) - len(todo)} of them done', flush=True)
-        waiting, running, failed = dict(todo), {}, {}  # type: ignore[var-annotated]
+        todo = self.missing(cells)
+        print(f'{len(cells)} cells, {sum(cell.name not in todo for cell in cells)} of them done', flush=True)
+        waiting, failed = dict(todo), {}  # type: ignore[var-annotated]
         futures: Dict[Future, Cell] = {}
+        finished: Set[str] = set()
         with ThreadPoolExecutor(self.jobs) as pool:
-            while (waiting or futures) and not (self.stopping and not futures):
+            while futures or (waiting and not self.stopping):
                 for name, cell in list(waiting.items()):
-                    unmet = [need for need in cell.needs if need in todo and not self.result_path(need).exists()]
+                    unmet = [need.name for need in cell.needs if need.name in todo and need.name not in finished]
                     if any(need in failed for need in unmet):
                         failed[name] = f'needs {", ".join(unmet)}'
                         del waiting[name]
-                    elif not unmet and len(futures) < self.jobs:
-                        futures[pool.submit(self.run_cell, cell)] = running[name] = waiting.pop(name)
-                done, _ = wait(futures, return_when=FIRST_COMPLETED) if futures else (set(), None)
-                for future in done:
+                    elif not unmet and len(futures) < self.jobs and not self.stopping:
+                        futures[pool.submit(self.run_cell, cell)] = waiting.pop(name)
+                for future in wait(futures, return_when=FIRST_COMPLETED).done if futures else ():
                     cell = futures.pop(future)
-                    del running[cell.name]
-                    problem = future.result()
-                    if problem:
-                        failed[cell.name] = problem
-                        print(f'{cell.name}: {problem}', flush=True)
+                    finished.add(cell.name)
+                    try:
+                        result = future.result()
+                    except Exception as e:  # of one cell; the others go on
+                        finished.discard(cell.name)
+                        failed[cell.name] = str(e) if isinstance(e, CellError) else f'{type(e).__name__}: {e}'
+                        print(f'{cell.name}: {failed[cell.name]}', flush=True)
                         continue
-                    result = json.loads(self.result_path(cell.name).read_text())
+                    self.cost, self.seconds = self.cost + cell.cost, self.seconds + result['seconds']
                     figure = f'{result["top1"]:.2f} %' if 'top1' in result else f'distance {result["distance"]:.3f}'
-                    left = [*waiting.values(), *running.values()]
+                    left = [*waiting.values(), *futures.values()]
                     print(f'{cell.name}: {figure} ({len(left)} cells{self.time_left(left)})', flush=True)
+        for name, problem in failed.items():
+            print(f'No result: {name}: {problem}', file=sys.stderr)
+        if self.stopping:
+            print('Stopped. The same command goes on.', file=sys.stderr)
         return not failed and not waiting
 
 
-def collect_cells(scale: Scale, names: List[str], seeds: List[int]) -> List[Cell]:
+def collect_cells(scale: Scale, names: Sequence[str], seeds: Sequence[int]) -> List[Cell]:
     """The cells of some tables and what they need, each once."""
-    known = {cell.name: cell for table in TABLES.values() for entry in table(scale, seeds).entries
-             for cell in entry.cells}
-    teacher = teacher_cell(scale)
-    if teacher:
-        known[teacher.name] = teacher
     wanted: Dict[str, Cell] = {}
 
-    def add(name: str) -> None:
-        for need in known[name].needs:
+    def add(cell: Cell) -> None:
+        for need in cell.needs:
             add(need)
-        wanted.setdefault(name, known[name])
+        wanted.setdefault(cell.name, cell)
 
     for name in names:
         for entry in TABLES[name](scale, seeds).entries:
             for cell in entry.cells:
-                add(cell.name)
+                add(cell)
     return list(wanted.values())
 
 
+def validation_folder(data: Path) -> Path:
+    """Of an image folder, by the names that timm knows.
+
+    Raises:
+        FileNotFoundError: It has none.
+    """
+    for name in ('validation', 'val'):
+        if (data / name).is_dir():
+            return (data / name).resolve()
+    raise FileNotFoundError(
+        f'{data} has no folder validation (or val). Images go into train/CLASS and validation/CLASS.')
+
+
 def prepare_data(scale: Scale, data: Path) -> None:
+    """Write the images that can be written, and see if the others are there.
+
+    Raises:
+        OSError: They are not.
+    """
     if scale.name == 'small':
         write_fashion_mnist(data / 'fashion_mnist')
     elif scale.name == 'smoke' and not (data / 'digits').exists():
-        subprocess.run([sys.executable, 'examples/digits_data.py', str(data / 'digits')], cwd=ROOT, check=True)
+        digits = str(data.resolve() / 'digits')
+        subprocess.run([sys.executable, 'examples/digits_data.py', digits], cwd=ROOT, check=True)
+    validation_folder(data / scale.data)
 
 
 def main() -> None:
@@ -224,21 +331,29 @@ def main() -> None:
     parser.add_argument('--scale', default='small', choices=list(SCALES))
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--jobs', type=int, default=max(1, (os.cpu_count() or 1) // 2), help='cells at a time')
-    parser.add_argument('--data', type=Path, default=Path('output/reproduction/data'), help='folder of the data sets')
+    parser.add_argument('--launcher', help='what starts a cell, say "torchrun --nproc_per_node 8" (with --jobs 1)')
+    parser.add_argument('--data', type=Path, default=ROOT / 'output/reproduction/data', help='folder of the data sets')
     parser.add_argument('--work', type=Path, help='folder of the runs (output/reproduction/SCALE)')
     parser.add_argument('--results', type=Path, help='folder of the results (reproduction/results/SCALE)')
     parser.add_argument('--list', action='store_true', help='print the commands, and run none')
     args = parser.parse_args()
 
     scale = SCALES[args.scale]
-    work = args.work or Path('output/reproduction') / scale.name
-    driver = Driver(scale, args.data, work, args.results or RESULTS / scale.name, args.jobs)
-    cells = collect_cells(scale, list(TABLES) if 'all' in args.tables else args.tables, args.seeds)
+    tables = list(tables_of(scale)) if 'all' in args.tables else args.tables
+    if not set(tables) <= set(tables_of(scale)):
+        parser.error(f'Scale {scale.name} sets no images aside to choose by. It has {", ".join(tables_of(scale))}.')
+    work = args.work or ROOT / 'output/reproduction' / scale.name
+    launcher = shlex.split(args.launcher) if args.launcher else [sys.executable]
+    driver = Driver(scale, args.data, work, args.results or RESULTS / scale.name, max(1, args.jobs), launcher)
+    cells = collect_cells(scale, tables, args.seeds)
     if args.list:
         for cell in cells:
-            print('python', *driver.command(cell))
+            print(shlex.join([*(launcher if args.launcher else ['python']), *driver.command(cell)]))
         return
-    prepare_data(scale, args.data)
+    try:
+        prepare_data(scale, args.data)
+    except (OSError, ValueError, subprocess.CalledProcessError) as e:
+        parser.error(' '.join(str(e).split()))
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, driver.stop)
     sys.exit(0 if driver.run(cells) else 1)

@@ -1,32 +1,36 @@
 """The driver of the reproduction and its report; what the cells train is train.py's to test."""
+import fcntl
+import gzip
 import json
 import math
 import statistics
+import subprocess
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from conftest import run_python
+from PIL import Image
 
 from reproduction import report, run
-from reproduction.cells import SCALES, TABLES, teacher_cell
+from reproduction.cells import SCALES, TABLES, Claim, Entry, Table, tables_of, teacher_cell
+from reproduction.fashion_mnist import write_fashion_mnist
 from timm_dearkd.data_free.__main__ import build_parser as data_free_parser
 from timm_dearkd.engine.options import build_config_parser, build_parser, parse_args
 
 SEEDS = [0, 1, 2]
 
 
-def all_cells(scale):
-    cells = [cell for table in TABLES.values() for entry in table(scale, SEEDS).entries for cell in entry.cells]
-    teacher = teacher_cell(scale)
-    return cells + ([teacher] if teacher else [])
+def make_driver(tmp_path, scale='smoke', jobs=2):
+    return run.Driver(SCALES[scale], tmp_path / 'data', tmp_path / 'work', tmp_path / 'results', jobs)
 
 
 @pytest.mark.parametrize('name', list(SCALES))
 def test_every_cell_is_a_command_that_can_be_parsed(name, tmp_path, monkeypatch):
     monkeypatch.chdir(run.ROOT)
-    scale = SCALES[name]
-    driver = run.Driver(scale, tmp_path / 'data', tmp_path / 'work', tmp_path / 'results', jobs=1)
+    driver = make_driver(tmp_path, name)
     commands = {}
-    for cell in all_cells(scale):
+    for cell in run.collect_cells(driver.scale, list(tables_of(driver.scale)), SEEDS):
         command = driver.command(cell)
         assert not any('{' in word for word in command), command
         if cell.program == 'train':
@@ -39,33 +43,64 @@ def test_every_cell_is_a_command_that_can_be_parsed(name, tmp_path, monkeypatch)
     assert len(set(bare)) == len(bare)
 
 
-def test_methods_differ_in_what_the_tables_say_and_share_the_rest():
-    scale = SCALES['small']
-    rows = {entry.row: entry.cells[0].argv for entry in TABLES['table2'](scale, SEEDS).entries if entry.column == '5 %'}
-    shared = set.intersection(*(set(argv) for argv in rows.values()))
-    assert {scale.recipe, scale.student, '0.05', str(scale.epochs)} <= shared
-    assert set(rows['ViT']) - shared == {'--model-kwargs', 'num_mhca_blocks=0'}
-    assert set(rows['DearKD']) - shared == {'--kd-model-name', '{teacher}'}
-    assert not any(cell.data.endswith('tuning') for name in ('table1', 'table2', 'table5', 'table7')
-                   for entry in TABLES[name](scale, SEEDS).entries for cell in entry.cells)
-    assert all(cell.data.endswith('tuning') for name in ('choices', 'recipes')
-               for entry in TABLES[name](scale, SEEDS).entries for cell in entry.cells)
+@pytest.mark.parametrize('name', list(SCALES))
+def test_methods_differ_in_what_the_tables_say_and_share_the_rest(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(run.ROOT)
+    driver = make_driver(tmp_path, name)
+    column = f'{100 * driver.scale.fractions[1]:g} %'
+    options = {
+        entry.row: vars(parse_args(build_parser(), build_config_parser(), driver.command(entry.cells[0])[1:])[0])
+        for entry in TABLES['table2'](driver.scale, [1]).entries if entry.column == column}
+    vit, hard, dearkd = options.values()
+    assert not vit['kd_model_name'] and hard['kd_model_name'] == dearkd['kd_model_name'] == driver.teacher()
+    assert vit['model_kwargs'] == hard['model_kwargs'] == {'num_mhca_blocks': 0} and not dearkd['model_kwargs']
+    assert hard['dearkd_beta'] == 0 and dearkd['dearkd_beta'] == 1
+    method = {'kd_model_name', 'model_kwargs', 'dearkd_beta', 'dearkd_stage1_epochs', 'experiment'}
+    for other in (hard, dearkd):
+        assert {key for key in vit if vit[key] != other[key]} <= method
+    for table, make in tables_of(driver.scale).items():
+        cells = [cell for entry in make(driver.scale, SEEDS).entries for cell in entry.cells]
+        chooses = table in ('choices', 'recipes')
+        assert all(cell.data.endswith('tuning') == chooses for cell in cells)
+
+
+def test_sets_of_images(tmp_path):
+    """What is set aside is no training image of the tuning set, and all come from the training file."""
+    source, rng = tmp_path / 'source', np.random.default_rng(0)
+    source.mkdir()
+    pixels = {}
+    for name, count in (('train', 6000), ('t10k', 20)):
+        labels = np.arange(count) % 10
+        pixels[name] = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        for kind, array in (('images-idx3', pixels[name]), ('labels-idx1', labels.astype(np.uint8))):
+            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, '>i4').tobytes()
+            (source / f'{name}-{kind}-ubyte.gz').write_bytes(gzip.compress(header + array.tobytes(), 1))
+    write_fashion_mnist(tmp_path / 'out', source)
+    files = {part: {(p.parent.name, p.name) for p in (tmp_path / 'out' / part).rglob('*.png')}
+             for part in ('train', 'validation', 'tuning/train', 'tuning/validation')}
+    assert [len(files[part]) for part in files] == [6000, 20, 1000, 5000]
+    assert not files['tuning/train'] & files['tuning/validation']
+    assert files['tuning/train'] | files['tuning/validation'] == files['train']
+    image = np.asarray(Image.open(tmp_path / 'out' / 'validation' / '7' / '00017.png'))
+    np.testing.assert_array_equal(image, pixels['t10k'][17])
+    with pytest.raises(FileNotFoundError, match='Name the folder'):
+        write_fashion_mnist(tmp_path / 'other', tmp_path)
 
 
 @pytest.fixture()
 def driver(tmp_path, monkeypatch):
     """A driver whose commands fail or write the summary of a run, by name, and note that they ran."""
-    driver = run.Driver(SCALES['smoke'], tmp_path / 'data', tmp_path / 'work', tmp_path / 'results', jobs=2)
+    driver = make_driver(tmp_path)
     driver.ran, driver.broken = [], set()
 
     def execute(name, command):
         driver.ran.append(name)
         if name in driver.broken:
-            return 'status 2: no data'
+            raise run.CellError('status 2: no data')
         folder = tmp_path / 'work' / name
-        folder.mkdir(parents=True)
-        (folder / 'summary.csv').write_text('epoch,eval_top1\n0,\n1,50.5\n2,49.5\n')
-        return None
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / 'summary.csv').write_text('epoch,train_teacher_agreement,eval_top1\n0,0.8,\n1,0.9,50.5\n2,,49.5\n')
+        (folder / 'model_best.safetensors').touch()
 
     monkeypatch.setattr(driver, 'execute', execute)
     return driver
@@ -83,20 +118,145 @@ def test_what_is_there_is_skipped_and_what_needs_a_failure_waits(driver, capsys)
     assert driver.run(cells)
     assert sorted(driver.ran) == sorted(set(names) - untaught) and driver.ran[0] == 'teacher'
     result = json.loads((driver.results / 'dearkd-0.05-seed0.json').read_text())
-    assert result['top1'] == 49.5 and result['top1_by_epoch'] == {'2': 50.5, '3': 49.5} and len(result['commit']) >= 40
-    assert '--kd-model-name' in result['command'] and result['seed'] == 0
+    assert result['top1'] == 49.5 and result['top1_by_epoch'] == {'2': 50.5, '3': 49.5}
+    assert result['teacher_agreement'] == 0.9 and result['seed'] == 0 and result['commits'] == [run.git_commit()]
+    assert '--kd-model-name' in result['command']
     driver.ran = []
     assert driver.run(cells) and not driver.ran
 
 
-def test_seconds_of_a_cell_add_up_over_its_goes(tmp_path):
-    driver = run.Driver(SCALES['smoke'], tmp_path, tmp_path, tmp_path / 'results', jobs=1)
-    assert driver.seconds('cell') == 0
-    assert driver.execute('cell', ['-c', 'import time, sys; time.sleep(0.3); sys.exit(2)']).startswith('status 2')
-    first = driver.seconds('cell')
-    assert first >= 0.3
-    assert driver.execute('cell', ['-c', 'import time; time.sleep(0.2)']) is None
-    assert driver.seconds('cell') >= first + 0.2
+def test_a_changed_cell_starts_anew_and_the_report_leaves_its_figure_out(driver):
+    cell = TABLES['table2'](driver.scale, [0]).entries[0].cells[0]
+    assert driver.run([cell])
+    left_over = driver.work / cell.name / 'old'
+    left_over.touch()
+    assert driver.run([cell]) and driver.ran == [cell.name] and left_over.exists()
+    changed = replace(cell, argv=(*cell.argv, '--lr', '1'))
+    assert not driver.has_result(changed)
+    assert driver.run([changed]) and driver.ran == [cell.name] * 2 and not left_over.exists()
+    found = report.Results(driver.scale, driver.results, [0])
+    assert found.stale == [cell.name] and not found.cells
+
+
+def test_what_is_needed_is_made_where_only_its_result_is_there(driver):
+    cells = run.collect_cells(driver.scale, ['table2'], [0])
+    assert driver.run(cells)
+    (driver.work / 'teacher' / 'model_best.safetensors').unlink()
+    (driver.results / 'dearkd-0.05-seed0.json').write_text('')
+    driver.ran = []
+    assert driver.run(cells) and driver.ran == ['teacher', 'dearkd-0.05-seed0']
+
+
+def test_one_exception_is_one_cell(driver, monkeypatch, capsys):
+    cells = run.collect_cells(driver.scale, ['table2'], [0])
+    collect = driver.student_figures
+    monkeypatch.setattr(
+        driver, 'student_figures', lambda cell: {}['x'] if cell.name.startswith('vit-0.05') else collect(cell))
+    assert not driver.run(cells)
+    assert len(list(driver.results.glob('*.json'))) == len(cells) - 1
+    assert "No result: vit-0.05-seed0: KeyError: 'x'" in capsys.readouterr().err
+
+
+def test_commands_that_fail_run_twice_or_are_stopped(tmp_path):
+    driver = make_driver(tmp_path)
+    driver.work.mkdir()
+    assert driver.execute('cell', ['-c', 'import time; time.sleep(0.2)']) >= 0.2
+    with pytest.raises(run.CellError, match='status 2: no such file'):
+        driver.execute('cell', ['-c', 'import sys; print("no such file"); sys.exit(2)'])
+    with open(driver.work / 'cell.log', 'a') as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        with pytest.raises(run.CellError, match='another process'):
+            driver.execute('cell', ['-c', ''])
+    driver.stop(15)
+    with pytest.raises(run.CellError, match='stopped'):
+        driver.execute('cell', ['-c', ''])
+
+
+def test_seconds_of_a_cell_add_up_over_its_goes(driver, monkeypatch):
+    cell, times = TABLES['table2'](driver.scale, [0]).entries[0].cells[0], iter([10., 13., 20., 24.])
+    monkeypatch.setattr(run.time, 'monotonic', lambda: next(times))
+    driver.broken = {cell.name}
+    with pytest.raises(run.CellError):
+        driver.run_cell(cell)
+    driver.broken = set()
+    assert driver.run_cell(cell)['seconds'] == 3 + 4
+
+
+def test_a_cell_as_the_user_runs_it(tmp_path):
+    """A fresh result of one run, its figure as in summary.csv, found by the report; the second time nothing is done."""
+    args = ['figure4', '--scale', 'smoke', '--data', tmp_path / 'data', '--work', tmp_path / 'work', '--results',
+            tmp_path / 'results', '--jobs', '1']
+    code = ('import sys; from reproduction import cells, run; cells.METHODS.clear(); cells.METHODS["vit"] = "ViT";'
+            'run.main()')
+    result = run_python('-c', code, *args)
+    assert result.returncode == 0, result.stderr
+    kept = json.loads((tmp_path / 'results' / 'vit-0.05-seed0.json').read_text())
+    with (tmp_path / 'work' / 'vit-0.05-seed0' / 'summary.csv').open() as f:
+        header, *rows = [line.strip().split(',') for line in f]
+    assert kept['top1'] == float(rows[-1][header.index('eval_top1')])
+    assert (tmp_path / 'results' / 'vit-0.05-seed0.distances.csv').exists()
+    again = run_python('-c', code, *args)
+    assert again.stdout == '1 cells, 1 of them done\n'
+    report.write_report(SCALES['smoke'], tmp_path / 'results', [0], tmp_path / 'RESULTS.md')
+    assert f'| ViT | {kept["top1"]:.1f} (1 seed) [40.5]' in (tmp_path / 'RESULTS.md').read_text()
+
+
+def write_results(folder, scale, figures):
+    """Results of cells by table, row, column: one figure for each seed."""
+    folder.mkdir(exist_ok=True)
+    for (table, row, column), values in figures.items():
+        entry, = (e for e in TABLES[table](scale, SEEDS).entries if (e.row, e.column) == (row, column))
+        for cell, value in zip(entry.cells, values):
+            key = 'distance' if column == 'distance' else 'top1'
+            result = {key: value, 'seconds': 60, 'definition': run.definition(cell)}
+            (folder / f'{cell.name}.json').write_text(json.dumps(result))
+
+
+def test_the_report_is_made_of_the_files_alone(tmp_path):
+    scale = SCALES['small']
+    vit, hard, dearkd = 'ViT', 'ViT, hard-label distillation', 'DearKD'
+    values = {vit: [60., 62., 61.], hard: [61., 60., 63.5], dearkd: [70., 71., 72.]}
+    write_results(tmp_path / 'results', scale, {
+        ('table2', row, column): [figure + shift for figure in figures]
+        for row, figures in values.items() for column, shift in (('1 %', 0.), ('2.5 %', 5.))})
+    (tmp_path / 'results' / 'vit-0.05-seed0.json').write_text('{"top1": 3')
+    report.write_report(scale, tmp_path / 'results', SEEDS, tmp_path / 'RESULTS.md')
+    text = (tmp_path / 'RESULTS.md').read_text()
+    mean, error = statistics.mean(values[hard]), statistics.stdev(values[hard]) / math.sqrt(3)
+    assert f'| {hard} | {mean:.1f} ± {error:.1f} [50.3] | {mean + 5:.1f}' in text
+    # three figures of three seeds: 6 degrees of freedom, for which tables of Student's t have 2.447
+    margin = 2.447 * math.sqrt(statistics.mean(statistics.variance(v) for v in values.values()) * 2 / 3)
+    assert f'- 1 %: DearKD above hard labels: holds (+9.5 ± {margin:.1f})' in text
+    assert '- 1 %: hard labels above the plain ViT: not to be told from the noise, leaning this way' in text
+    assert f'DearKD on 1 % of the images above the plain ViT on 2.5 %: holds (+5.0 ± {margin:.1f})' in text
+    assert f'larger at 1 % than at 2.5 %: not to be told from the noise, leaning the other way (+0.0 ± ' \
+           f'{margin * math.sqrt(2):.1f}; +10.0 at 1 %, +10.0 at 2.5 %)' in text
+    assert '## Ablation (table 1)' in text and '## Recipe' not in text
+    assert (tmp_path / 'reproduction' / 'plots' / 'table2.png').stat().st_size > 3000
+
+
+def test_verdicts():
+    def judge(higher, lower, *more):
+        entries = [Entry(row, 'top-1', ()) for row in ('a', 'b')]
+        figures = {(row, 'top-1'): report.Figure(tuple(v), 1) for row, v in zip('abcdef', (higher, lower, *more))}
+        return report.judge(Table('', '', entries, [Claim('x', ('a', 'top-1'), ('b', 'top-1'))]), figures)[0]
+
+    assert 'not to be told from one seed (+5.0)' in judge([65.], [60.])
+    # 2 + 2 seeds that differ by 2: 95 % of t with 2 degrees is 4.30, so the margin is 4.30 * sqrt(2)
+    assert 'not to be told from the noise, leaning this way (+6.0 ± 6.1)' in judge([65., 67.], [59., 61.])
+    assert 'x: holds (+7.0 ± 6.1)' in judge([66., 68.], [59., 61.])
+    assert 'does not hold' in judge([59., 61.], [66., 68.])
+    assert 'holds (+7.0 ± 3.9)' in judge([66., 68.], [59., 61.], [3., 5.], [1., 3.])  # 4 degrees: 2.78
+
+
+@pytest.mark.parametrize('name', list(SCALES))
+def test_claims_are_about_figures_that_the_tables_have(name):
+    scale = SCALES[name]
+    for table, make in tables_of(scale).items():
+        made = make(scale, SEEDS)
+        keys = {(entry.row, entry.column) for entry in made.entries}
+        assert all({claim.higher, claim.lower} <= keys for claim in made.claims)
+        assert made.claims or table in ('recipes', 'figure4')
 
 
 def test_figure4_is_told_in_numbers(tmp_path):
@@ -104,45 +264,52 @@ def test_figure4_is_told_in_numbers(tmp_path):
     for epoch in range(40):
         for layer in (1, 2):
             for head in range(2):
-                patches = layer + 0.1 * epoch + 0.01 * head
+                patches = layer + 0.1 * epoch + 0.02 * head
                 lines.append(f'{epoch},{layer},{head},{patches},{4 * patches}')
     results = tmp_path / 'results'
     results.mkdir()
     (results / 'dearkd-0.025-seed0.distances.csv').write_text('\n'.join(lines) + '\n')
     report.write_report(SCALES['small'], results, SEEDS, tmp_path / 'RESULTS.md')
     text = (tmp_path / 'RESULTS.md').read_text()
-    expected = [statistics.mean(layer + 0.1 * epoch + 0.005 for layer in (1, 2)) for epoch in (0, 32, 39)]
-    assert 'after the first epoch, {:.2f} after stage I, {:.2f} at the end'.format(*expected[1:]) in text
-    assert f'in patches: {expected[0]:.2f}' in text
+    assert 'after the first epoch 1.01, 2.01; after stage I 4.21, 5.21; after the last 4.91, 5.91' in text
     assert (tmp_path / 'reproduction' / 'plots' / 'figure4-dearkd.png').exists()
 
 
-def test_the_report_is_made_of_the_files_alone(tmp_path):
-    scale = SCALES['small']
-    values = {'vit': [60., 62., 61.], 'hard': [61., 60., 63.5], 'dearkd': [70., 71., 72.]}
-    for name, figures in values.items():
-        for fraction, shift in ((0.01, 0.), (0.025, 5.)):
-            for seed, figure in enumerate(figures):
-                path = tmp_path / 'results' / f'{name}-{fraction:g}-seed{seed}.json'
-                path.parent.mkdir(exist_ok=True)
-                path.write_text(json.dumps(dict(top1=figure + shift, seconds=60)))
-    report.write_report(scale, tmp_path / 'results', SEEDS, tmp_path / 'RESULTS.md')
-    text = (tmp_path / 'RESULTS.md').read_text()
-    mean, error = statistics.mean(values['hard']), statistics.stdev(values['hard']) / math.sqrt(3)
-    assert f'| ViT, hard-label distillation | {mean:.1f} ± {error:.1f} [50.3] | {mean + 5:.1f}' in text
-    assert '- 1 %: DearKD above hard labels: holds' in text
-    assert '- 1 %: hard labels above the plain ViT: leans that way, within the spread of the seeds' in text
-    assert 'DearKD on 1 % of the images above the plain ViT on 2.5 %: holds (+5.00' in text
-    assert '## Ablation (table 1)' in text and 'set aside' not in text
-    assert (tmp_path / 'reproduction' / 'plots' / 'table2.png').stat().st_size > 3000
-
-
-def test_command_line():
-    result = run_python('reproduction/run.py', 'table2', '--list', '--scale', 'imagenet', '--seeds', '0')
+def test_command_line(tmp_path):
+    result = run_python('reproduction/run.py', 'table2', '--list', '--scale', 'imagenet', '--seeds', '0', '--launcher',
+                        'torchrun --nproc_per_node 8')
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert len(lines) == 12 and all('recipes/dearkd_300e.yaml' in line for line in lines)
-    result = run_python('reproduction/run.py', 'figure4', '--list')
-    assert result.stdout.count('--track-attention-distance') == 3
-    result = run_python('reproduction/run.py', 'table9')
-    assert result.returncode == 2 and 'table9' in result.stderr.strip().splitlines()[-1]
+    assert len(lines) == 12 and all(line.startswith('torchrun --nproc_per_node 8 train.py ') for line in lines)
+    assert run_python('reproduction/run.py', 'figure4', '--list').stdout.count('--track-attention-distance') == 3
+    for args, message in (
+            (['table9'], 'table9'),
+            (['table2', '--scale', 'imagenet', '--data', tmp_path], 'no folder validation'),
+            (['choices', '--scale', 'imagenet'], 'sets no images aside')):
+        result = run_python('reproduction/run.py', *args)
+        assert result.returncode == 2 and message in result.stderr.strip().splitlines()[-1]
+
+
+def test_the_listed_commands_are_those_of_a_shell():
+    listed = run_python('reproduction/run.py', 'table2', '--list').stdout.splitlines()[0]
+    shell = subprocess.run(
+        ['sh', '-c', f'set -- {listed}; for a; do echo "$a"; done'], capture_output=True, text=True).stdout.splitlines()
+    driver = run.Driver(SCALES['small'], run.ROOT / 'output/reproduction/data', run.ROOT / 'output/reproduction/small',
+                        run.RESULTS / 'small', 1)
+    cell = run.collect_cells(driver.scale, ['table2'], [0])[0]
+    assert shell == ['python', *driver.command(cell)]
+
+
+def test_an_odd_file_is_no_result(tmp_path, capsys):
+    for text in ('', '{', '[]', '3', '{"top1": 3}'):
+        (tmp_path / 'x.json').write_text(text)
+        assert run.read_result(tmp_path / 'x.json') is None
+        assert 'is not a result' in capsys.readouterr().err
+    assert run.read_result(tmp_path / 'y.json') is None and not capsys.readouterr().err
+
+
+def test_a_definition_tells_teachers_apart():
+    scale = SCALES['small']
+    cell = TABLES['table2'](scale, [0]).entries[-1].cells[0]
+    other = replace(cell, needs=(replace(teacher_cell(scale), argv=('-c', scale.recipe)),))
+    assert run.definition(cell) != run.definition(other)

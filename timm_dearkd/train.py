@@ -151,7 +151,7 @@ def schedule_run(args, trainer: Trainer) -> Tuple[Position, range]:
     if args.resume:
         start = resume_run(
             args.resume, task, args.model, args.opt, None if args.no_resume_opt else optimizer, trainer.precision,
-            build.images_per_update(args, trainer.ranks))
+            build_data.images_per_update(args, trainer.ranks))
     if args.sched != 'plateau':  # the rates of these options, which need not be those of the checkpoint
         for group, rate in zip(optimizer.param_groups, rates):
             group['lr'] = group['initial_lr'] = rate

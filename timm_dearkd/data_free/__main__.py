@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import timm_dearkd
 from distill_hooks import Teacher, create_teacher
-from distill_hooks.teacher import input_normalisation
+from distill_hooks.teacher import input_normalisation, weights_fingerprint
 from timm_dearkd.engine.device import Precision, Ranks, select_device
 from timm_dearkd.engine.output import write_bytes
 
@@ -289,6 +289,7 @@ def run(args) -> None:
         'resolutions': [list(resolution) for resolution in inverter.resolutions],
         'betas': list(args.betas),
         'num_images': args.num_images,
+        'weights': [weights_fingerprint(m) for m in (model, inverter.student, verifier) if m is not None],
         'versions': dict(timm_dearkd=timm_dearkd.__version__, torch=torch.__version__, timm=timm.__version__),
     }
     dataset = SyntheticSet(

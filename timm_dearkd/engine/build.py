@@ -20,14 +20,13 @@ from timm.utils import set_jit_fuser
 
 from distill_hooks import DearKDTask, TwoStageSchedule, has_content_tokens, load_class_map, resolve_teacher
 
-from .build_data import dataset_kwargs, model_dtype
+from .build_data import dataset_kwargs, images_per_update, model_dtype
 from .data import check_img_size, check_labels, class_names, open_dataset, open_eval_dataset
 from .device import Ranks
 from .output import Position
 
 __all__ = [
     'build_evaluation', 'build_optimizer', 'build_schedule', 'build_scheduler', 'build_student', 'build_task',
-    'images_per_update',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -239,11 +238,6 @@ def _build_timm_task(args, distill_type: str, model: nn.Module, common: Dict[str
         )
     return TokenDistillationTask(
         distill_type=args.kd_token_distill_type, temperature=args.kd_temperature, **common)
-
-
-def images_per_update(args, ranks: Ranks) -> int:
-    """Images that all processes together take an optimizer step with."""
-    return args.batch_size * args.grad_accum_steps * ranks.world_size
 
 
 def build_optimizer(args, task: TrainingTask, device: torch.device, ranks: Ranks) -> torch.optim.Optimizer:

@@ -24,7 +24,7 @@ from .device import SINGLE, Ranks
 
 __all__ = [
     'build_datasets', 'build_distance_images', 'build_eval_loader', 'build_mixup', 'build_train_loader',
-    'dataset_kwargs', 'model_dtype',
+    'dataset_kwargs', 'images_per_update', 'model_dtype',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -90,6 +90,11 @@ def build_mixup(args, num_classes: int) -> Optional[Mixup]:
 
 def model_dtype(args) -> torch.dtype:
     return getattr(torch, args.model_dtype or 'float32')
+
+
+def images_per_update(args, ranks: Ranks) -> int:
+    """Images that all processes together take an optimizer step with."""
+    return args.batch_size * args.grad_accum_steps * ranks.world_size
 
 
 def _loader_kwargs(args, device: torch.device, ranks: Ranks) -> Dict[str, Any]:

@@ -12,8 +12,7 @@ from timm.task import TrainingTask
 
 from .._version import __version__
 from ..analysis.attention_distance import LOG_NAME, DistanceLog
-from .build import images_per_update
-from .build_data import model_dtype
+from .build_data import images_per_update, model_dtype
 from .data import TrainLoader
 from .device import Precision, Ranks
 from .loop import Stepper, Trainer, Validator

@@ -131,7 +131,7 @@ class Recorder:
             lr: The epoch's learning rate.
             milestone: Keep its checkpoint for good.
         """
-        if not self.results:
+        if epoch == 0:
             self._check_agreement(losses)
         row = summary_row(self.trainer.task, losses)
         self.results.append({'epoch': epoch, 'train': row, **({'validation': metrics} if metrics else {})})
