@@ -9,7 +9,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from reproduction.cells import METHODS, SCALES, Claim, Entry, Scale, Table, tables_of, teacher_cell  # noqa: E402
+from reproduction.cells import METHODS, SCALES, Entry, Scale, Table, tables_of, teacher_cell  # noqa: E402
 from reproduction.run import definition, read_result  # noqa: E402
 from timm_dearkd.analysis.attention_distance import DistanceHistory, plot_over_epochs, read_log  # noqa: E402
 from timm_dearkd.analysis.figures import new_figure, render  # noqa: E402
@@ -99,7 +99,7 @@ class Gap(NamedTuple):
     margin: Optional[float]
 
     def verdict(self) -> str:
-        """What the paper says, held against it."""
+        """Whether it is above 0, where there is a margin."""
         if self.margin is None:
             return 'not to be told from one seed'
         if abs(self.value) > self.margin:
@@ -129,16 +129,16 @@ def column_noise(table: Table, figures: Dict[Key, Figure]) -> Dict[str, Optional
 
 
 def judge(table: Table, figures: Dict[Key, Figure]) -> List[str]:
-    """What the paper says, held against the figures."""
-    noise = column_noise(table, figures)
-
-    def gap(claim: Claim) -> Gap:
-        higher, lower = figures[claim.higher], figures[claim.lower]
-        return measure_gap([(higher, 1., noise[claim.higher[1]]), (lower, -1., noise[claim.lower[1]])])
-
-    known = [claim for claim in table.claims if claim.higher in figures and claim.lower in figures]
-    return [f'- {claim.text}: {gap(claim).verdict()} ({gap(claim).text(figures[claim.higher].digits)}).'
-            for claim in known]
+    """What the paper says, held against the figures, as far as their noise is known."""
+    noise, lines = column_noise(table, figures), []
+    for claim in table.claims:
+        if claim.higher not in figures or claim.lower not in figures:
+            continue
+        gap = measure_gap([
+            (figures[key], sign, noise[key[1]]) for key, sign in ((claim.higher, 1.), (claim.lower, -1.))])
+        if gap.margin is not None:
+            lines.append(f'- {claim.text}: {gap.verdict()} ({gap.text(figures[claim.higher].digits)}).')
+    return lines
 
 
 def judge_growth(table: Table, figures: Dict[Key, Figure]) -> List[str]:

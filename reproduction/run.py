@@ -118,7 +118,7 @@ class Driver:
         return self.scale.teacher_name or self.path(self.work / 'teacher')
 
     def command(self, cell: Cell) -> List[str]:
-        """Arguments of Python that run a cell, or go on with it."""
+        """Arguments of Python, or of what launches it, that run a cell, or go on with it."""
         work = self.path(self.work)
         argv = [arg.replace('{teacher}', self.teacher()).replace('{runs}', work) for arg in cell.argv]
         if cell.program == 'data_free':
@@ -128,14 +128,14 @@ class Driver:
             'train.py', self.path(data), *argv, '--seed', str(cell.seed), '--output', work, '--experiment', cell.name,
             '--resume', 'auto']
 
-    def execute(self, name: str, command: List[str]) -> float:
-        """Run a command with its output in a log. Returns the seconds.
+    def execute(self, name: str, command: Sequence[str]) -> None:
+        """Run a command with its output in a log.
 
         Raises:
             CellError: It ends with another status than 0.
         """
         env = dict(os.environ, OMP_NUM_THREADS=str(self.threads))
-        path, start = self.work / f'{name}.log', time.monotonic()
+        path = self.work / f'{name}.log'
         with open(path, 'a') as log:
             try:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by the process, which may outlive this one
@@ -143,7 +143,7 @@ class Driver:
                 raise CellError('another process works on it') from None
             if self.stopping:
                 raise CellError('stopped')
-            process = subprocess.Popen([*self.launcher, *command], cwd=ROOT, env=env, stdout=log, stderr=log)
+            process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
             self.processes.add(process)
             if self.stopping:  # the signal came between
                 process.send_signal(signal.SIGTERM)
@@ -152,7 +152,6 @@ class Driver:
         if status:
             last = (path.read_text(errors='replace').strip().splitlines() or [''])[-1]
             raise CellError('stopped' if self.stopping else f'status {status}: {last}')
-        return time.monotonic() - start
 
     def run_cell(self, cell: Cell) -> Dict[str, Any]:
         """Run a cell and keep its figures, which are returned.
@@ -172,7 +171,7 @@ class Driver:
         start = time.monotonic()
         try:
             write_bytes(log_path, json.dumps(log).encode())
-            self.execute(cell.name, command)
+            self.execute(cell.name, [*self.launcher, *command])
         finally:
             log['seconds'] += time.monotonic() - start
             write_bytes(log_path, json.dumps(log).encode())
@@ -210,7 +209,7 @@ class Driver:
         link.unlink(missing_ok=True)
         link.symlink_to(validation_folder(self.data / cell.data))
         self.execute(cell.name, [
-            '-m', 'timm_dearkd.analysis', 'diversity', str(folder), '--model', self.teacher(), '--output',
+            sys.executable, '-m', 'timm_dearkd.analysis', 'diversity', str(folder), '--model', self.teacher(), '--output',
             str(folder / 'diversity.json')])
         distance, = json.loads((folder / 'diversity.json').read_text())['folders'].values()
         images = json.loads((folder / 'manifest.json').read_text())['images']
