@@ -209,8 +209,8 @@ class Driver:
         link.unlink(missing_ok=True)
         link.symlink_to(validation_folder(self.data / cell.data))
         self.execute(cell.name, [
-            sys.executable, '-m', 'timm_dearkd.analysis', 'diversity', str(folder), '--model', self.teacher(), '--output',
-            str(folder / 'diversity.json')])
+            sys.executable, '-m', 'timm_dearkd.analysis', 'diversity', str(folder), '--model', self.teacher(),
+            '--output', str(folder / 'diversity.json')])
         distance, = json.loads((folder / 'diversity.json').read_text())['folders'].values()
         images = json.loads((folder / 'manifest.json').read_text())['images']
         sure = 100 * sum(image['teacher_prob'] > 0.5 for image in images) / len(images)
