@@ -313,7 +313,12 @@ CHOICES: Dict[str, Tuple[str, ...]] = {
     'beta 0.3': ('--dearkd-beta', '0.3'),
     'beta 3': ('--dearkd-beta', '3'),
     'beta 10': ('--dearkd-beta', '10'),
+    'beta 30': ('--dearkd-beta', '30'),
+    'beta 100': ('--dearkd-beta', '100'),
+    'beta 300': ('--dearkd-beta', '300'),
     'normalised features': ('--dearkd-normalize-features',),
+    'normalised features, beta 10': ('--dearkd-normalize-features', '--dearkd-beta', '10'),
+    'normalised features, beta 30': ('--dearkd-normalize-features', '--dearkd-beta', '30'),
     'alpha 0.25': ('--dearkd-alpha', '0.25'),
     'alpha 0.75': ('--dearkd-alpha', '0.75'),
 }
