@@ -175,7 +175,8 @@ class DearKDTask(TrainingTask):
             ready `Teacher` has its own.
         hooks: 'BLOCK', 'BLOCK:STAGE' or 'BLOCK:MODULE', several side by side; see `parse_hook`.
         normalize_features: Divide the teacher's maps by their standard deviation per channel, which is taken from the
-            first batch, a tenth of the mean at the least, and then fixed. Our option, off by default.
+            first batch, a tenth of the mean at the least, and then fixed. Our choice: beta means the same for all
+            teachers.
         mean: Normalisation of the input; None is the student's `pretrained_cfg`.
         std: See `mean`.
         input_size: The student's (C, H, W); None is what the model says.
@@ -211,7 +212,7 @@ class DearKDTask(TrainingTask):
             teacher_img_size: Optional[int] = None,
             teacher_class_map: Optional[Sequence[int]] = None,
             hooks: Sequence[str] = DEFAULT_HOOKS,
-            normalize_features: bool = False,
+            normalize_features: bool = True,
             mean: Optional[Sequence[float]] = None,
             std: Optional[Sequence[float]] = None,
             input_size: Optional[Tuple[int, int, int]] = None,

@@ -74,8 +74,8 @@ def test_summary_has_the_stage_and_each_loss(run):
     assert [bool(row['train_logit_loss']) for row in table] == [True] * 5 + [False]
     for row in table:
         alpha = float(row['train_alpha'])
-        parts = alpha * float(row['train_ce_loss']) + (1 - alpha) * float(row['train_logit_loss'] or 0) + float(
-            row['train_hidden_loss'] or 0)
+        parts = alpha * float(row['train_ce_loss']) + (1 - alpha) * float(
+            row['train_logit_loss'] or 0) + 10 * float(row['train_hidden_loss'] or 0)
         assert float(row['train_loss']) == pytest.approx(parts, rel=1e-4)
 
 
@@ -168,7 +168,7 @@ def test_timms_own_distillation(args, train_cli, teacher, tmp_path):
     ['--img-size', '48', '--no-prefetcher', '--grad-accum-steps', '4'],
     ['--in-chans', '1', '--channels-last', '--opt', 'sgd'],
     ['--amp', '--amp-dtype', 'bfloat16', '--clip-grad', '1', '--layer-decay', '0.7', '--cutmix', '1'],
-    ['--kd-teacher-img-size', '64', '--dearkd-hooks', '2:1', '4:layer2', '--dearkd-normalize-features'],
+    ['--kd-teacher-img-size', '64', '--dearkd-hooks', '2:1', '4:layer2', '--no-dearkd-normalize-features'],
     ['--dearkd-beta', '0', '--dearkd-stage2', 'ce', '--dearkd-stage1-epochs', '1', '--sched-on-updates'],
     ['--workers', '2', '--aug-splits', '2', '--jsd-loss', '--reprob', '0.5', '--aa', 'rand-m9-mstd0.5-inc1'],
     ['--model', 'dearkd_from', '--model-kwargs', 'base=test_vit', 'num_mhca_blocks=2', '--torchcompile', 'eager'],

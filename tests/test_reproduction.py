@@ -14,7 +14,7 @@ from conftest import run_python
 from PIL import Image
 
 from reproduction import report, run
-from reproduction.cells import SCALES, TABLES, Claim, Entry, Table, tables_of, teacher_cell
+from reproduction.cells import CHOOSING, SCALES, TABLES, Claim, Entry, Table, tables_of, teacher_cell
 from reproduction.fashion_mnist import write_fashion_mnist
 from timm_dearkd.data_free.__main__ import build_parser as data_free_parser
 from timm_dearkd.engine.options import build_config_parser, build_parser, parse_args
@@ -55,13 +55,13 @@ def test_methods_differ_in_what_the_tables_say_and_share_the_rest(name, tmp_path
     vit, hard, dearkd = options.values()
     assert not vit['kd_model_name'] and hard['kd_model_name'] == dearkd['kd_model_name'] == driver.teacher()
     assert vit['model_kwargs'] == hard['model_kwargs'] == {'num_mhca_blocks': 0} and not dearkd['model_kwargs']
-    assert hard['dearkd_beta'] == 0 and dearkd['dearkd_beta'] == 1
+    assert hard['dearkd_beta'] == 0 and dearkd['dearkd_beta'] == 10
     method = {'kd_model_name', 'model_kwargs', 'dearkd_beta', 'dearkd_stage1_epochs', 'experiment'}
     for other in (hard, dearkd):
         assert {key for key in vit if vit[key] != other[key]} <= method
     for table, make in tables_of(driver.scale).items():
         cells = [cell for entry in make(driver.scale, SEEDS).entries for cell in entry.cells]
-        chooses = table in ('choices', 'recipes')
+        chooses = table in CHOOSING
         assert all(cell.data.endswith('tuning') == chooses for cell in cells)
 
 

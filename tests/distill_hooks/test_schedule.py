@@ -6,7 +6,7 @@ from distill_hooks import StageWeights, TwoStageSchedule
 def test_the_papers_300_epochs():
     schedule = TwoStageSchedule(300)
     assert schedule.stage1_epochs == 250
-    assert all(schedule(epoch) == StageWeights(1, 0.5, 1.0) for epoch in range(250))
+    assert all(schedule(epoch) == StageWeights(1, 0.5, 10.0) for epoch in range(250))
     for k in range(50):
         stage, alpha, beta = schedule(250 + k)
         assert (stage, beta) == (2, 0.) and alpha == pytest.approx(0.5 + 0.5 * (k + 1) / 50)
@@ -16,7 +16,7 @@ def test_the_papers_300_epochs():
 
 def test_the_papers_1000_epochs():
     schedule = TwoStageSchedule(1000, 800, 'ce')
-    assert schedule(799) == (1, 0.5, 1.0) and schedule(800) == (2, 1., 0.) and not schedule(800).uses_teacher
+    assert schedule(799) == (1, 0.5, 10.0) and schedule(800) == (2, 1., 0.) and not schedule(800).uses_teacher
 
 
 def test_cooldown_belongs_to_stage_two():

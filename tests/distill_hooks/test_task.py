@@ -27,6 +27,7 @@ def make(student='test_dearkd', teacher='test_resnet', schedule=None, student_kw
     elif isinstance(teacher, str):
         teacher = timm.create_model(teacher, num_classes=5)
     teacher = kwargs.pop('teacher_model', teacher)
+    kwargs.setdefault('normalize_features', False)
     return DearKDTask(model, teacher, schedule or TwoStageSchedule(10, 8), **kwargs)
 
 
@@ -57,7 +58,7 @@ def test_losses_are_those_of_the_equations(epoch, student):
         F.mse_loss(aligner(m, taken[name].shape[-2:]), taken[name])
         for aligner, m, name in zip(trainable.aligners, maps, ('layer1', 'layer2'))) / 2
 
-    expected = {0: 0.5 * ce + 0.5 * logit + hidden, 8: 0.75 * ce + 0.25 * logit, 9: ce}[epoch]
+    expected = {0: 0.5 * ce + 0.5 * logit + 10 * hidden, 8: 0.75 * ce + 0.25 * logit, 9: ce}[epoch]
     torch.testing.assert_close(result['loss'], expected)
     torch.testing.assert_close(result['output'], model(images))
     torch.testing.assert_close(result['ce_loss'], ce)
@@ -150,7 +151,7 @@ def test_resume(tmp_path):
             resume_task_checkpoint(wrong, path)
     plain = make()
     resume_task_checkpoint(plain, path)
-    assert plain.feature_std is None  # what --dearkd-normalize-features says now counts
+    assert plain.feature_std is None  # what --no-dearkd-normalize-features says now counts
 
 
 def test_resuming_what_was_trained_without_a_teacher(tmp_path):

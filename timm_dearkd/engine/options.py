@@ -71,11 +71,11 @@ def _add_dearkd(group) -> None:
     add('--dearkd-stage2', default='anneal', choices=('anneal', 'ce'),
         help='stage II: fade the teacher out, or go on without it')
     add('--dearkd-alpha', type=float, default=0.5, help='weight of the label loss in Eq. 6')
-    add('--dearkd-beta', type=float, default=1.0, help='weight of the hidden loss in Eq. 6; 0 is logits alone')
+    add('--dearkd-beta', type=float, default=10.0, help='weight of the hidden loss in Eq. 6; 0 is logits alone')
     add('--dearkd-hooks', nargs='+', default=['4'], metavar='BLOCK[:LAYER]',
         help='student block and teacher stage number or module name, e.g. 4 or 4:2 or 4:s2.b4')
-    add('--dearkd-normalize-features', action='store_true',
-        help="divide the teacher's feature maps by their standard deviation per channel")
+    add('--dearkd-normalize-features', action=argparse.BooleanOptionalAction, default=True,
+        help="divide the teacher's feature maps by their standard deviation per channel, that of the first batch")
     add('--dearkd-rpe-drop', type=float, metavar='RATE', help='dropout rate of the positional scores of MHCA')
 
 
@@ -333,11 +333,14 @@ def _config_argv(config: Dict[str, Any], parser: argparse.ArgumentParser) -> Lis
             if value:  # timm's own args.yaml lists every flag it has, mostly unset
                 _logger.warning(f'Unknown option {key!r} in the configuration file, ignored.')
             continue
-        if value is None or value == [] or value is False and action.nargs == 0:
+        either = isinstance(action, argparse.BooleanOptionalAction)
+        if value is None or value == [] or value is False and action.nargs == 0 and not either:
             continue
         flag = action.option_strings[-1] if action.option_strings else '--data-dir'
+        if either and value is not False:
+            flag = action.option_strings[0]
         if action.nargs == 0:
-            if value is not True:
+            if value is not True and not (either and value is False):
                 parser.error(f'configuration file: {key} is {value!r}, expected true or false')
             argv.append(flag)
         elif isinstance(value, dict):

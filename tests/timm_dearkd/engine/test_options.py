@@ -63,14 +63,16 @@ def test_a_list_at_the_end_of_the_file_leaves_the_folder_alone(config, options):
     assert args.data == 'DIR' and all(getattr(args, key) == value for key, value in options.items())
 
 
-def test_arguments_are_written_as_a_file_that_reads_back(tmp_path):
+@pytest.mark.parametrize('flags', [(), ('--no-dearkd-normalize-features',), ('--dearkd-normalize-features',)])
+def test_arguments_are_written_as_a_file_that_reads_back(flags, tmp_path):
     args, text = parse(
         'DIR', '--model-kwargs', 'depth=3', 'x=a', '--mean', '0.5', '--opt-betas', '0.9', '0.95', '--amp',
-        '--lr', '3e-4', '--dearkd-hooks', '2:1', '4:s2.b1', '--input-size', '1', '28', '28')
+        '--lr', '3e-4', '--dearkd-hooks', '2:1', '4:s2.b1', '--input-size', '1', '28', '28', *flags)
     path = tmp_path / 'args.yaml'
     path.write_text(text)
     again, _ = parse('-c', str(path))
     assert vars(again) == {**vars(args), 'data': None, 'data_dir': 'DIR'}
+    assert again.dearkd_normalize_features == ('--no-dearkd-normalize-features' not in flags)
 
 
 def test_numbers_written_as_text(config):
@@ -87,6 +89,7 @@ def test_unknown_keys_are_warned_about(config, caplog):
     (dict(epochs='many'), 'epochs: invalid int value'),
     (dict(dearkd_stage2='other'), 'invalid choice'),
     (dict(amp='maybe'), 'amp is'),
+    (dict(dearkd_normalize_features='maybe'), 'dearkd_normalize_features is'),
     (dict(input_size=[1, 2]), 'expected 3 arguments'),
 ])
 def test_wrong_values_are_one_line_and_status_2(config, capsys, options, message):
