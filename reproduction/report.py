@@ -242,8 +242,8 @@ def describe_runs(scale: Scale, found: Results) -> List[str]:
         f'Student: `{scale.student}`, {scale.epochs} epochs at every size; recipe: `{scale.recipe}`.'
         + (f' Teacher: a CNN with {teacher:.1f} % top-1.' if teacher else ''))
     if agreements:
-        text += (f' It finds the label of {100 * min(agreements):.0f} to {100 * max(agreements):.0f} % of the augmented'
-                 ' images that it teaches on.')
+        shares = dict.fromkeys(f'{100 * share:.0f}' for share in (min(agreements), max(agreements)))
+        text += f' It finds the label of {" to ".join(shares)} % of the augmented images that it teaches on.'
     return [
         f'Made by `python reproduction/report.py --scale {scale.name}` from the {len(cells)} files in'
         f' `reproduction/results/{scale.name}`, each of which holds its command, seed and commits'
