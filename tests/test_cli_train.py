@@ -102,7 +102,7 @@ def test_the_exported_student_is_the_best_one(run, image_folder):
     checkpoint = torch.load(folder / 'model_best.pth.tar', weights_only=False)
     exported = model.state_dict()
     assert all(v.equal(exported[k]) for k, v in checkpoint['state_dict_ema'].items())
-    assert set(checkpoint['task_state']) == {'aligners', 'head_dist', 'teacher'}
+    assert set(checkpoint['task_state']) == {'aligners', 'feature_std', 'head_dist', 'teacher'}
 
 
 def test_resume_continues_the_run(run, train_cli, teacher, tmp_path):
