@@ -27,7 +27,8 @@ make_images() {
 }
 
 # a DearKD student, the same for all: the labels are the classes that the images were made for, and the CNN teaches by
-# its features alone (alpha 1), throughout
+# its features alone (alpha 1), throughout; they are taken as they are, with beta 1, as they were when the README's
+# figures were measured
 train_student() {
     data=$1; name=$2; shift 2
     python train.py "$OUT/$data" -c recipes/digits.yaml --model dearkd_nano_patch4_32 \
