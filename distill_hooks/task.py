@@ -395,10 +395,11 @@ class DearKDTask(TrainingTask):
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(moments)
             count, total, squares = moments
-            variance = (squares - total.square() / count) / (count - 1)
+            variance = (squares - total.square() / count) / (count - 1).clamp(min=1)
             std = variance.clamp(min=0).sqrt()
-            # a channel may be silent in one batch
-            self.feature_std.append(torch.maximum(std, std.mean() / 10).clamp(min=1e-6))
+            # a channel may be silent in one batch, and a batch may be one value of each
+            std = torch.maximum(std, std.mean() / 10)
+            self.feature_std.append(torch.where(std > 0, std, torch.ones_like(std)))
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Forward and losses of one batch.

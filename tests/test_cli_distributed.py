@@ -70,7 +70,8 @@ def test_accumulation_in_two_processes(train_cli, command, tmp_path):
             'two', dict(args=['-b', '2', '--grad-accum-steps', '3'], launcher=TORCHRUN))):
         result = train_cli(  # the features' deviation would be that of the first batch, before any is added up
             *command, '--epochs', '2', '--dearkd-stage1-epochs', '1', '--opt', 'sgd', '--lr', '0.005',
-            '--no-dearkd-normalize-features', '--dearkd-beta', '1', *args.pop('args'), '--output', tmp_path, '--experiment', name, **args)
+            '--no-dearkd-normalize-features', '--dearkd-beta', '1', *args.pop('args'), '--output', tmp_path,
+            '--experiment', name, **args)
         assert result.returncode == 0, result.stderr
     assert_close(tmp_path / 'two', tmp_path / 'one')
 

@@ -198,6 +198,14 @@ def test_feature_std_is_fixed_by_the_first_batch():
     torch.testing.assert_close(task(images, labels)['hidden_loss'], expected)
 
 
+def test_a_batch_without_deviation_leaves_the_features_as_they_are():
+    """One image, and a map of one value per channel."""
+    task, plain = make(normalize_features=True, hooks='4:layer4'), make(hooks='4:layer4')
+    images, labels = batch(1)
+    assert task.teacher(images)[1][0].shape[-2:] == (1, 1)
+    assert task.train(False)(images, labels)['hidden_loss'] == plain.train(False)(images, labels)['hidden_loss']
+
+
 def test_optimizer_groups_reach_through_the_trainable_module():
     task = make()
     module = task.get_trainable_module()
