@@ -161,7 +161,7 @@ def teacher_cell(scale: Scale) -> Optional[Cell]:
 
 
 def training_cost(scale: Scale, num_images: float, argv: Sequence[str], num_evaluations: int) -> float:
-    """See `Cell`; the factors are measured."""
+    """See `Cell`; the factors are rough."""
     return num_images * scale.epochs * (1.3 if TAUGHT[1] in argv else 1.) + num_evaluations * scale.num_eval / 3
 
 

@@ -351,7 +351,8 @@ def advice(args, losses: Sequence[Dict[str, Any]]) -> str:
         args: The options.
         losses: Rows of the batches' losses, unweighted but for the diversity.
     """
-    last = [row for row in losses if row['step'] == max(row['step'] for row in losses)]
+    last_step = max(row['step'] for row in losses)
+    last = [row for row in losses if row['step'] == last_step]
     mean = {name: sum(row[name] for row in last) / len(last) for name in last[0] if name not in ('batch', 'step')}
     scale = dict(bn=args.bn_weight, tv=args.tv_weight, l2=args.l2_weight,
                  diversity=args.adi_weight if args.diversity == 'adi' else 1.)
