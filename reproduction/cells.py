@@ -330,6 +330,9 @@ FIRST_CHOICES: Dict[str, Tuple[str, ...]] = {
 CHOICES: Dict[str, Tuple[str, ...]] = {
     DEFAULT: (),
     **HOOK_CHOICES,
+    # tried when stage 2 turned out above the default, to see where that ends
+    'hidden loss on block 4, CNN stage 3': ('--dearkd-hooks', '4:3'),
+    'hidden loss on block 6, CNN stage 3': ('--dearkd-hooks', '6:3'),
     **{f'beta {beta}': ('--dearkd-beta', beta) for beta in ('3', '30', '100')},
     'features as they are': ('--no-dearkd-normalize-features',),
     **ALPHA_CHOICES,
