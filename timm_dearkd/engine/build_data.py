@@ -13,14 +13,12 @@ from ..analysis.inputs import spread
 from .data import (
     ClassFraction,
     SkipUnreadable,
-    TrainLoader,
-    create_eval_loader,
-    create_train_loader,
     open_dataset,
     open_eval_dataset,
     set_image_mode,
 )
 from .device import SINGLE, Ranks
+from .loader import TrainLoader, create_eval_loader, create_train_loader
 
 __all__ = [
     'build_datasets', 'build_distance_images', 'build_eval_loader', 'build_mixup', 'build_train_loader',

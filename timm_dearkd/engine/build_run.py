@@ -13,8 +13,8 @@ from timm.task import TrainingTask
 from .._version import __version__
 from ..analysis.attention_distance import LOG_NAME, DistanceLog
 from .build_data import images_per_update, model_dtype
-from .data import TrainLoader
 from .device import Precision, Ranks
+from .loader import TrainLoader
 from .loop import Stepper, Trainer, Validator
 from .output import (
     AtomicCheckpointSaver,

@@ -1,0 +1,202 @@
+import random
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torchvision.datasets import FakeData
+
+from timm_dearkd.engine.data import ClassFraction, class_names, open_dataset, set_image_mode
+from timm_dearkd.engine.device import Ranks
+from timm_dearkd.engine.loader import create_eval_loader, create_train_loader
+
+CPU = torch.device('cpu')
+
+
+def config(in_chans=3, size=32):
+    return dict(
+        input_size=(in_chans, size, size), mean=(0.5,) * in_chans, std=(0.25,) * in_chans, interpolation='bilinear',
+        crop_pct=1., crop_mode='center')
+
+
+@pytest.mark.parametrize('prefetcher', [True, False])
+def test_eval_batches_are_the_images(image_folder, prefetcher):
+    dataset = open_dataset('', str(image_folder), 'validation')
+    loader = create_eval_loader(dataset, config(size=40), 5, CPU, use_prefetcher=prefetcher, num_workers=0)
+    batches = list(loader)
+    assert [len(images) for images, _ in batches] == [5, 5, 2]
+    images, labels = (torch.cat(parts) for parts in zip(*batches))
+    assert labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    first = np.asarray(Image.open(image_folder / 'validation' / 'blue sky' / '0.png'), dtype=np.float32) / 255
+    torch.testing.assert_close(images[0], torch.from_numpy((first - 0.5) / 0.25).permute(2, 0, 1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('prefetcher', [True, False])
+def test_mixup_until_it_is_off(image_folder, prefetcher, workers):
+    dataset = open_dataset('', str(image_folder), 'train')
+    mixup_cls = timm.data.FastCollateMixup if prefetcher else timm.data.Mixup
+    mixup = mixup_cls(mixup_alpha=1., label_smoothing=0., num_classes=3)
+    loader = create_train_loader(
+        dataset, config(), 6, CPU, use_prefetcher=prefetcher, mixup=mixup, mixup_off_epoch=1, num_workers=workers)
+    images, target = next(iter(loader))
+    assert target.shape == (6, 3)
+    torch.testing.assert_close(target.sum(1), torch.ones(6))
+    loader.set_epoch(1)
+    assert {value for _, target in loader for value in target.unique().tolist()} == {0., 1.}
+
+
+AUGMENTED = dict(re_prob=0.9, re_mode='pixel', auto_augment='rand-m9-mstd0.5-inc1', color_jitter=0.4, scale=(0.1, 1.))
+
+
+def load(folder, epochs, prefetcher=True, workers=0, **kwargs):
+    """The batches of (epoch, first batch) pairs, one after the other."""
+    mixup = (timm.data.FastCollateMixup if prefetcher else timm.data.Mixup)(1., 1., num_classes=3)
+    dataset = open_dataset('', str(folder), 'train')
+    loader = create_train_loader(
+        dataset, config(), 8, CPU, use_prefetcher=prefetcher, mixup=mixup, num_workers=workers,
+        **{**AUGMENTED, **kwargs})
+    batches = []
+    for epoch, first in epochs:
+        loader.set_epoch(epoch, first)
+        torch.manual_seed(int(torch.randint(1000, ())))  # what else draws random numbers changes nothing
+        batches.append(list(loader))
+    return batches
+
+
+def equal(batches, others):
+    return len(batches) == len(others) and all(
+        x.equal(y) and t.equal(u) for (x, t), (y, u) in zip(batches, others))
+
+
+@pytest.mark.parametrize('prefetcher', [True, False])
+def test_an_epoch_from_the_middle(image_folder, prefetcher):
+    """Same images, crops, mixes and erasures as in the whole epoch, in any number of workers."""
+    first, second = load(image_folder, [(0, 0), (1, 0)], prefetcher)
+    assert len(first) == 6 and not equal(first, second)
+    for workers in (0, 2):
+        rest, = load(image_folder, [(1, 4)], prefetcher, workers)
+        assert equal(rest, second[4:])
+    again, _, rest = load(image_folder, [(0, 0), (0, 3), (1, 2)], prefetcher, 2)  # with workers that stay
+    assert equal(again, first) and equal(rest, second[2:])
+    other, = load(image_folder, [(1, 0)], prefetcher, seed=1)
+    assert not equal(other, second)
+
+
+def test_the_training_keeps_its_random_numbers(image_folder):
+    dataset = open_dataset('', str(image_folder), 'train')
+    loader = create_train_loader(dataset, config(), 8, CPU, num_workers=0, **AUGMENTED)
+    loader_eval = create_eval_loader(open_dataset('', str(image_folder), 'validation'), config(), 8, CPU, num_workers=2)
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    list(loader), list(loader_eval)
+    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(num_aug_repeats=3)])
+def test_processes_share_the_images_of_one(image_folder, kwargs):
+    """The batches of two processes hold the samples of the one batch twice as large, augmented alike."""
+    def samples(batch_size, rank, world_size):
+        dataset = open_dataset('', str(image_folder), 'train')
+        loader = create_train_loader(
+            dataset, config(), batch_size, CPU, num_workers=0, ranks=Ranks(rank, rank, world_size),
+            scale=(0.1, 1.), auto_augment='rand-m9', **kwargs)
+        loader.set_epoch(1, 1)
+        return [images for images, _ in loader]
+
+    one, first, second = samples(8, 0, 1), samples(4, 0, 2), samples(4, 1, 2)
+    assert len(one) == len(first) == len(second) == 5
+    for whole, *halves in zip(one, first, second):
+        assert torch.stack(halves, 1).flatten(0, 1).equal(whole)
+
+
+def test_repeated_augmentation_differs_between_repeats(image_folder):
+    dataset = open_dataset('', str(image_folder), 'train')
+    loader = create_train_loader(
+        dataset, config(size=40), 6, CPU, num_workers=0, num_aug_repeats=3, scale=(0.5, 0.5), hflip=0.)
+    images, labels = next(iter(loader))
+    assert labels[:3].unique().numel() == labels[3:].unique().numel() == 1
+    assert not images[0].equal(images[1]) and not images[1].equal(images[2])
+
+
+def test_several_sizes(image_folder):
+    dataset = open_dataset('', str(image_folder), 'train')
+    loader = create_train_loader(
+        dataset, config(), 8, CPU, num_workers=0, input_size_choices=[16, 32], batch_size_choices=[8, 4],
+        num_batches=12)
+    loader.set_epoch(0)
+    shapes = [tuple(images.shape) for images, _ in loader]
+    assert len(loader) == len(shapes) == 12 and set(shapes) == {(8, 3, 16, 16), (4, 3, 32, 32)}
+    loader.set_epoch(0, 5)
+    assert [tuple(images.shape) for images, _ in loader] == shapes[5:]
+
+
+def test_streams_are_read_again_up_to_the_batch(image_folder):
+    class Stream(torch.utils.data.IterableDataset):
+        transform, epochs = None, []
+
+        def __iter__(self):
+            for i in range(20):
+                yield self.transform(Image.new('RGB', (40, 40), (i, i, i))), i
+
+        def __len__(self):
+            return 20
+
+        def set_epoch(self, epoch):
+            self.epochs.append(epoch)
+
+    loader = create_train_loader(Stream(), config(), 4, CPU, num_workers=0, no_aug=True)
+    loader.set_epoch(3, 2)
+    assert [labels.tolist() for _, labels in loader] == [[8, 9, 10, 11], [12, 13, 14, 15], [16, 17, 18, 19]]
+    assert Stream.epochs == [3]
+
+
+@pytest.mark.parametrize('in_chans,mode', [(1, 'RGB'), (3, 'L')])
+def test_torchvision_sets_are_converted_to_the_channels_asked_for(in_chans, mode):
+    class Images(torch.utils.data.Dataset):
+        transform = None
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            return self.transform(Image.new(mode, (40, 40), 128 if mode == 'L' else (128, 128, 128))), index
+
+    loader = create_eval_loader(Images(), config(in_chans), 4, CPU, num_workers=0)
+    images, _ = next(iter(loader))
+    assert images.shape == (4, in_chans, 32, 32)
+    torch.testing.assert_close(images, torch.full_like(images, (128 / 255 - 0.5) / 0.25))
+
+
+def test_strongest_augmentation(image_folder):
+    """Every operation of RandAugment at its greatest magnitude; some Pillow versions refuse what timm asks for."""
+    from timm.data.auto_augment import _RAND_INCREASING_TRANSFORMS, AugmentOp
+    image = Image.open(next(image_folder.glob('train/*/*.png')))
+    for name in _RAND_INCREASING_TRANSFORMS:
+        assert AugmentOp(name, prob=1., magnitude=10, hparams=dict(magnitude_std=0.))(image).size == image.size
+
+
+def test_fractions_behave_as_the_data_set_does(image_folder):
+    """Class names, image mode and transforms reach through; torchvision's sets have fractions too."""
+    dataset = ClassFraction(open_dataset('', str(image_folder), 'train'), 0.5)
+    assert class_names(dataset) == ['blue sky', 'grass', 'rust']
+    set_image_mode(dataset, 'L')
+    loader = create_train_loader(dataset, config(in_chans=1), 6, CPU, num_workers=1)
+    images, _ = next(iter(loader))
+    assert images.shape == (6, 1, 32, 32) and len(loader) == 4
+
+    class Labelled(FakeData):
+        targets = [0, 1] * 8
+
+    loader = create_train_loader(ClassFraction(Labelled(size=16), 0.25), config(), 4, CPU, num_workers=0)
+    assert next(iter(loader))[0].shape == (4, 3, 32, 32)
+    with pytest.raises(ValueError, match='lists its labels'):
+        ClassFraction(FakeData(size=4), 0.5)
+
+
+def test_errors(image_folder):
+    dataset = open_dataset('', str(image_folder), 'train')
+    with pytest.raises(ValueError, match='--aa'):
+        create_train_loader(dataset, config(), 8, CPU, auto_augment='nothing', num_workers=0)
+    with pytest.raises(ValueError, match='48 images, less than one batch of 64'):
+        create_train_loader(dataset, config(), 64, CPU)

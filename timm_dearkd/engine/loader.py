@@ -1,0 +1,276 @@
+"""Loaders of train.py, made of timm's: seeded by (seed, epoch, place in the epoch), whatever the processes."""
+from functools import partial
+from itertools import islice
+from typing import Any, Dict, List, Optional, Sequence
+
+import torch
+from PIL import Image
+from timm.data import AugMixDataset, Mixup, create_loader
+from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.loader import PrefetchLoader
+from timm.data.scheduled_sampler import ScheduledBatchSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, default_collate
+from torchvision.transforms import Compose
+
+from .device import SINGLE, Ranks
+from .interrupt import init_worker
+from .seeding import EpochBatchSampler, SeededCollate, SeededDataset, SeededErasing
+
+__all__ = ['DeviceLoader', 'TrainLoader', 'create_eval_loader', 'create_train_loader']
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    return image.convert(mode)
+
+
+def _create_loader(dataset, data_config: Dict[str, Any], **kwargs: Any):
+    try:
+        loader = create_loader(
+            dataset,
+            input_size=data_config['input_size'],
+            mean=data_config['mean'],
+            std=data_config['std'],
+            **kwargs,
+        )
+    except (AssertionError, KeyError, RuntimeError, TypeError) as e:
+        raise ValueError(
+            f'timm does not take these augmentation or loader options ({type(e).__name__}: {e}).'
+            ' Check --aa, --remode, --train-interpolation, --train-crop-mode, --scale and --ratio.') from e
+    source = dataset.dataset if isinstance(dataset, AugMixDataset) else dataset
+    if not hasattr(source, 'reader') and hasattr(source, 'transform'):
+        # torchvision's data sets hand out images in the mode they have; timm's own convert them
+        convert = partial(_convert, mode='RGB' if data_config['input_size'][0] == 3 else 'L')
+        source.transform = Compose([convert, source.transform]) if source.transform is not None else convert
+    plain = getattr(loader, 'loader', loader)
+    plain.worker_init_fn = partial(init_worker, plain.worker_init_fn)
+    plain.generator = torch.Generator().manual_seed(0)  # the workers' seed must not be drawn from the training's
+    return loader
+
+
+def _check_length(dataset, batch_size: int, world_size: int) -> None:
+    if hasattr(dataset, '__len__') and len(dataset) < batch_size * world_size:
+        raise ValueError(
+            f'The training set has {len(dataset)} images, less than one batch of {batch_size * world_size}.'
+            f' Set --batch-size to {max(1, len(dataset) // world_size)} or less.')
+
+
+def _collate_and_mix(mixup: Mixup, samples: List[Any]):
+    return mixup(*default_collate(samples))
+
+
+def create_train_loader(
+        dataset,
+        data_config: Dict[str, Any],
+        batch_size: int,
+        device: torch.device,
+        seed: int = 0,
+        ranks: Ranks = SINGLE,
+        use_prefetcher: bool = True,
+        img_dtype: torch.dtype = torch.float32,
+        mixup: Optional[Mixup] = None,
+        mixup_off_epoch: int = 0,
+        num_aug_splits: int = 0,
+        num_aug_repeats: float = 0,
+        **kwargs: Any,
+) -> 'TrainLoader':
+    """Training loader of batches on the device.
+
+    Args:
+        dataset: What `open_dataset` gives.
+        data_config: timm's, for size and normalisation.
+        batch_size: Images per batch and process; a smaller last batch is dropped.
+        device: Where the batches go.
+        seed: What the order, the transforms and the mixes depend on.
+        ranks: The processes that share the data.
+        use_prefetcher: timm's prefetcher, which normalises and erases on the device.
+        img_dtype: Type of the images.
+        mixup: timm's `FastCollateMixup` for the prefetcher, its `Mixup` for a plain loader.
+        mixup_off_epoch: Epoch from which on there is no mix; 0 is never.
+        num_aug_splits: Augmentations per image (AugMix), 0 or more than 1.
+        num_aug_repeats: Times that each image chosen for an epoch comes in it; 0 for every image once.
+        **kwargs: Augmentation, worker and size-schedule arguments of timm's `create_loader`.
+
+    Raises:
+        ValueError: Less than one batch of images, or options that timm refuses.
+    """
+    _check_length(dataset, min(kwargs.get('batch_size_choices') or [batch_size]), ranks.world_size)
+    if num_aug_splits > 1:
+        dataset = AugMixDataset(dataset, num_splits=num_aug_splits)
+    loader = _create_loader(
+        dataset,
+        data_config,
+        device=device,
+        use_prefetcher=use_prefetcher,
+        img_dtype=img_dtype,
+        batch_size=batch_size,
+        is_training=True,
+        num_aug_splits=num_aug_splits,
+        persistent_workers=not mixup_off_epoch,  # a stream's collate function would not hear of it
+        collate_fn=mixup if mixup is None or use_prefetcher else partial(_collate_and_mix, mixup),
+        batch_choice_seed=seed,
+        **kwargs,
+    )
+    if not use_prefetcher:
+        loader = DeviceLoader(loader, device, img_dtype)
+    if isinstance(dataset, IterableDataset):
+        return TrainLoader(loader, mixup=mixup, mixup_off_epoch=mixup_off_epoch)
+    sampler: Any = DistributedSampler(dataset, ranks.world_size, ranks.rank, seed=seed)
+    if num_aug_repeats:
+        sampler = _SeededRepeats(dataset, ranks.world_size, ranks.rank, num_repeats=num_aug_repeats)
+        sampler.seed = seed
+    return _seed_loader(loader, sampler, seed, ranks, mixup, mixup_off_epoch, kwargs.get('num_batches'))
+
+
+class _SeededRepeats(RepeatAugSampler):
+    """timm's repeated augmentation, in an order that depends on the seed as well as on the epoch."""
+    seed = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(self.seed * 1_000_003 + epoch)
+
+
+def _seed_loader(
+        loader,
+        sampler,
+        seed: int,
+        ranks: Ranks,
+        mixup: Optional[Mixup],
+        mixup_off_epoch: int,
+        num_batches: Optional[int],
+):
+    """The same loader, but in the order of `sampler` and with random numbers as in the module `seeding`."""
+    plain = loader.loader
+    batch_sampler = plain.batch_sampler
+    if isinstance(batch_sampler, ScheduledBatchSampler):
+        batch_sampler = ScheduledBatchSampler(  # anew, for it counts on the length of its sampler
+            sampler,
+            batch_sampler.batch_sizes,
+            batch_sampler.choice_weights.tolist(),
+            seed=batch_sampler.seed,
+            num_batches=num_batches,
+            choice_schedule=batch_sampler.choice_schedule,
+            schedule_epochs=batch_sampler.schedule_epochs,
+            schedule_spread=batch_sampler.schedule_spread,
+            schedule_random_mix=batch_sampler.schedule_random_mix,
+        )
+    else:
+        batch_sampler = BatchSampler(sampler, plain.batch_size, drop_last=True)
+    if not len(batch_sampler):
+        raise ValueError(
+            f'An epoch of {len(sampler)} images has no whole batch. Set --batch-size or --aug-repeats lower.')
+    batches = EpochBatchSampler(batch_sampler, ranks.rank, ranks.world_size)
+    loader.loader = DataLoader(
+        SeededDataset(plain.dataset, seed),
+        batch_sampler=batches,
+        num_workers=plain.num_workers,
+        collate_fn=SeededCollate(plain.collate_fn, seed, mixup, mixup_off_epoch),
+        pin_memory=plain.pin_memory,
+        worker_init_fn=plain.worker_init_fn,
+        persistent_workers=plain.num_workers > 0,
+        generator=plain.generator,
+    )
+    erasing = None
+    if isinstance(loader, PrefetchLoader) and loader.random_erasing is not None:
+        erasing = SeededErasing(loader.random_erasing, seed, loader.device, ranks.rank, ranks.world_size)
+        loader.random_erasing = erasing  # type: ignore[assignment]
+    return TrainLoader(loader, [part for part in (batches, erasing) if part is not None])
+
+
+class TrainLoader:
+    """Training batches on the device, from any batch of an epoch on.
+
+    Args:
+        loader: Batches on the device.
+        parts: Its parts with a `set_epoch`. Without them, as for streamed data sets, an epoch that is continued reads
+            the batches that were there before, and drops them.
+        mixup: What such a stream mixes with.
+        mixup_off_epoch: Epoch from which on it does not.
+    """
+
+    def __init__(
+            self,
+            loader,
+            parts: Sequence[Any] = (),
+            mixup: Optional[Mixup] = None,
+            mixup_off_epoch: int = 0,
+    ) -> None:
+        self.loader = loader
+        self.parts = parts
+        self.mixup = mixup
+        self.mixup_off_epoch = mixup_off_epoch
+        self.skip = 0
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the epoch, counted from 0, and how many of its batches to leave out."""
+        for part in self.parts:
+            part.set_epoch(epoch, first_batch)
+        if not self.parts:
+            self.skip = first_batch
+            if self.mixup is not None:
+                self.mixup.mixup_enabled = not self.mixup_off_epoch or epoch < self.mixup_off_epoch
+            if hasattr(self.loader.dataset, 'set_epoch'):
+                self.loader.dataset.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self):
+        return islice(iter(self.loader), self.skip, len(self.loader) or None)
+
+
+def create_eval_loader(
+        dataset,
+        data_config: Dict[str, Any],
+        batch_size: int,
+        device: torch.device,
+        ranks: Ranks = SINGLE,
+        use_prefetcher: bool = True,
+        img_dtype: torch.dtype = torch.float32,
+        **kwargs: Any,
+):
+    """Evaluation loader of batches on the device: every image once, in order, with the crop of `data_config`.
+
+    Several processes take turns; the last images of some come twice, so that all have as many.
+    """
+    loader = _create_loader(
+        dataset,
+        data_config,
+        device=device,
+        use_prefetcher=use_prefetcher,
+        img_dtype=img_dtype,
+        batch_size=batch_size,
+        is_training=False,
+        distributed=ranks.distributed,
+        interpolation=data_config['interpolation'],
+        crop_pct=data_config['crop_pct'],
+        crop_mode=data_config['crop_mode'],
+        **kwargs,
+    )
+    return loader if use_prefetcher else DeviceLoader(loader, device, img_dtype)
+
+
+class DeviceLoader:
+    """A plain loader that moves its batches to the device, as timm's prefetcher does by itself."""
+
+    def __init__(self, loader, device: torch.device, img_dtype: torch.dtype = torch.float32) -> None:
+        self.loader = loader
+        self.device = device
+        self.img_dtype = img_dtype
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    @property
+    def dataset(self):
+        return self.loader.dataset
+
+    @property
+    def sampler(self):
+        return self.loader.sampler
+
+    def __iter__(self):
+        for images, target in self.loader:
+            yield (
+                images.to(self.device, self.img_dtype, non_blocking=True),
+                target.to(self.device, non_blocking=True),
+            )
