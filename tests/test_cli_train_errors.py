@@ -1,0 +1,110 @@
+"""What train.py refuses: in one line, with status 2, before anything is written."""
+import importlib
+
+import pytest
+from conftest import SMALL
+
+ERRORS = {
+    'image mode': (['--input-img-mode', 'L'], 'another number of channels than the model takes, 3'),
+    'betas': (['--opt-betas', '0.9', '0.9', '0.9'], '--opt-betas has 3 values, adamw takes 2'),
+    'optimizer': (['--opt', 'nothing'], 'Could not create --opt nothing'),
+    'start': (['--start-epoch', '-1'], '--start-epoch is -1, expected 0 or more'),
+    'teacher file': (['--kd-model-name', 'README.md'], 'and the file as its checkpoint'),
+    'smoothing': (['--smoothing', '1.5'], '--smoothing is 1.5, expected 0 or more, less than 1'),
+    'scale': (['--scale', '0.5'], 'expected the least and the greatest'),
+    'clip': (['--clip-grad', '-1'], '--clip-grad is -1.0, expected more than 0'),
+    'repeats': (['--aug-repeats', '0.1'], 'expected 1 or more'),
+    'teacher name': (['--kd-model-name', 'resnet26x', '--kd-distill-type', 'logit'], 'nearest timm names: resnet26'),
+    'other optimizer': (
+        ['--model', 'test_resnet', '--opt', 'lamb', '--resume', 'FILE'], 'a run with --opt adamw, this one has lamb'),
+    'naflex': (['--naflex-loader'], '--naflex-loader is not supported: NaFlex'),
+    'naflex patches': (['--naflex-patch-sizes', '8', '16'], '--train-img-sizes trains at several sizes'),
+    'class map': (['--kd-class-map', 'FILE'], '--kd-model-name NAME'),
+    'class map file': (
+        ['--kd-class-map', 'nothing.txt', '--kd-model-name', 'TEACHER'], "--kd-class-map: no file 'nothing.txt'"),
+    'class map kind': (
+        ['--kd-class-map', 'FILE', '--kd-model-name', 'TEACHER', '--kd-distill-type', 'logit'], 'dearkd alone'),
+    'sizes': (['--train-img-sizes', '32', '40'], 'Set --train-img-sizes 32'),
+    'fixed size': (
+        ['--model', 'vit_tiny_patch16_224', '--model-kwargs', 'depth=1', '--train-img-sizes', '32', '48'],
+        'dynamic_img_size=True'),
+    'batch sizes': (['--train-img-sizes', '32', '--train-batch-sizes', '8', '4'], 'Give as many'),
+    'progressive': (['--train-size-schedule', 'progressive'], 'two or more --train-img-sizes'),
+    'tta': (['--tta', '3'], 'expected one of 0, 1, 2'),
+    'script': (['--torchscript', '--torchcompile', 'eager'], '--torchscript does not go with'),
+    'script of a student': (['--torchscript', '--kd-model-name', 'TEACHER'], 'Use --torchcompile'),
+    'split bn': (['--split-bn'], '--aug-splits'),
+    'module': (['--device-modules', 'no_such_module'], 'no_such_module'),
+    'seed': (['--seed', '-1'], '--seed is -1, expected 0 or more'),
+    'milestone': (['--save-epochs', '1', '7'], '--save-epochs is 7, expected 1 to 2'),
+    'model': (['--model', 'dearkd_tny_patch16_224'], 'dearkd_tiny_patch16_224'),
+    'batch size': (['--batch-size', '64'], 'Set --batch-size to 48 or less'),
+    'classes': (['--num-classes', '2'], 'Set --num-classes 3'),
+    'split': (['--train-split', 'trian'], "'trian'"),
+    'device': (['--device', 'xpu'], '--device xpu is not available here'),
+    'stage': (['--dearkd-stage1-epochs', '9', '--kd-model-name', 'TEACHER'], 'from 0 to 2'),
+    'layer': (['--dearkd-hooks', '4:layer9', '--kd-model-name', 'TEACHER'], "no layer 'layer9'"),
+    'block': (['--dearkd-hooks', '9', '--kd-model-name', 'TEACHER'], 'Choose a block from 1 to 6'),
+    'teacher classes': (['--kd-model-name', 'TEACHER', '--num-classes', '4'], 'knows 3 classes, the student 4'),
+    'no tokens': (['--model', 'test_convnext', '--kd-model-name', 'TEACHER', '--kd-distill-type', 'dearkd'],
+                  '--kd-distill-type logit'),
+    'no teacher': (['--kd-teacher-checkpoint', 'FILE'], '--kd-model-name NAME'),
+    'checkpoint': (
+        ['--kd-model-name', 'test_resnet', '--kd-teacher-checkpoint', 'nothing.pth'], "no file 'nothing.pth'"),
+    'resume': (['--resume', 'nothing.pth'], "no file 'nothing.pth'"),
+    'rpe': (['--model', 'test_vit', '--dearkd-rpe-drop', '0.1'], 'needs MHCA blocks'),
+    'rpe rate': (['--dearkd-rpe-drop', '1.5'], 'expected a rate in [0, 1)'),
+    'kwargs': (['--model-kwargs', 'foo=1'], "'foo'"),
+    'kwargs form': (['--model-kwargs', 'depth'], 'KEY=VALUE'),
+    'weights': (['--pretrained'], 'No weights of test_dearkd are published'),
+    'device name': (['--device', 'gpu'], 'expected cpu, cuda'),
+    'clip mode': (['--clip-mode', 'x'], 'norm, value, agc'),
+    'mixup': (['--mixup', '0.5', '--batch-size', '7'], 'Make it even'),
+    'compiler': (['--torchcompile', 'x'], 'expected one of'),
+    'other run': (['--resume', 'FILE'], 'is a run of test_resnet, this one is of test_dearkd'),
+    'stop': (['--stop-epoch', '3'], 'expected 1 to 2'),
+    'auto': (['--resume', 'auto', '--experiment', ''], 'needs --experiment'),
+    'fraction': (['--train-fraction', '0'], 'expected a share above 0'),
+    'no epochs': (['--start-epoch', '2'], 'Nothing to train'),
+    'output': (['--output', '/proc/x'], '/proc'),
+    'size': (['--model', 'dearkd_nano_patch4_32', '--input-size', '3', '64', '64'], 'Conflicting input image sizes'),
+    'patches': (['--img-size', '40'], 'Set --img-size 32'),
+    'number': (['--epochs', 'x'], 'invalid int value'),
+    'metric': (['--eval-metric', 'top2', '--epochs', '1'], 'expected one of loss, top1, top5'),
+    'augmix': (['--jsd-loss'], '--aug-splits'),
+}
+
+
+def arguments(case, cnn, tmp_path):
+    args, message = ERRORS[case]
+    replaced = {'TEACHER': f'local-dir:{cnn}', 'FILE': cnn / 'model_best.pth.tar'}
+    return ['--output', tmp_path, '--experiment', 'x', *(replaced.get(a, a) for a in args)], message
+
+
+def assert_error(status, err, message):
+    last = err.strip().splitlines()[-1]
+    assert status == 2 and 'Traceback' not in err
+    assert last.startswith('train.py: error: ') and message in last
+
+
+@pytest.mark.parametrize('case', ERRORS)
+def test_errors_are_one_line_and_status_2(case, image_folder, cnn, tmp_path, capsys):
+    train = importlib.import_module('train')
+    args, message = arguments(case, cnn, tmp_path)
+    with pytest.raises(SystemExit) as e:
+        train.run_script([str(a) for a in (image_folder, *SMALL, *args)])
+    assert_error(e.value.code, capsys.readouterr().err, message)
+    assert not (tmp_path / 'x').exists()
+
+
+@pytest.mark.parametrize('case', ['model', 'number', 'layer', 'output'])
+def test_errors_of_a_process(case, train_cli, cnn, tmp_path):
+    args, message = arguments(case, cnn, tmp_path)
+    result = train_cli(*args)
+    assert_error(result.returncode, result.stderr, message)
+
+
+def test_no_data_and_no_folder(train_cli, tmp_path):
+    for data, message in ((tmp_path / 'nowhere', 'No data set at'), ('--workers=0', 'No data set given')):
+        result = train_cli(data=data)
+        assert result.returncode == 2 and message in result.stderr.strip().splitlines()[-1]
