@@ -454,7 +454,7 @@ REAL = 'real images'
 
 
 def image_cell(scale: Scale, mode: str, seed: int) -> Cell:
-    """A set of images made out of the teacher, and how far apart those of a class are."""
+    """A set of images made out of the teacher."""
     argv = tuple(arg.replace('{seed}', str(seed)) for arg in MODES[mode][1])
     teacher = teacher_cell(scale)
     needs = ((teacher,) if teacher else ()) + ((synthetic_student_cell(scale, 'none', seed),) if mode == 'adi' else ())
@@ -504,28 +504,35 @@ def table5(scale: Scale, seeds: Sequence[int]) -> Table:
         [*_ordered('top-1'), Claim('Real images above intra-divergence', (REAL, 'top-1'), intra)])
 
 
-def real_cell(scale: Scale, seed: int) -> Cell:
-    """How far apart the real images of a class are."""
-    return Cell(f'images-real-seed{seed}', scale.data, scale.diversity, 1000., seed, program='diversity')
+def distance_cell(scale: Scale, mode: str, seed: int) -> Cell:
+    """How far apart the images of a class are, real ones without a mode."""
+    need, data = teacher_cell(scale), scale.data  # the teacher may be what measures
+    if mode:
+        need = image_cell(scale, mode, seed)
+        data = f'/{need.name}'
+    return Cell(
+        f'distance-{mode or "real"}-seed{seed}', data, scale.diversity, 1000., seed, (need,) if need else (), 'diversity')
 
 
 def table6(scale: Scale, seeds: Sequence[int]) -> Table:
-    """How far apart the synthetic images of a class are."""
-    labels = {mode: (label, lpips) for mode, (label, *_, lpips) in MODES.items()}
-    cells = {mode: tuple(image_cell(scale, mode, seed) for seed in seeds[:2]) for mode in labels}
+    """How far apart the images of a class are."""
+    metric = 'LPIPS' if not scale.diversity else (
+        f'a mean of squared distances between features of {scale.diversity[1].strip("{}")}; the paper\'s figures are'
+        ' LPIPS, on another scale')
+    distances = [
+        Entry(label, 'distance', tuple(distance_cell(scale, mode, seed) for seed in seeds[:2]), lpips, noise,
+              'distance', 3)
+        for label, mode, lpips, noise in (
+            (REAL, '', 0.708, 'real'),
+            *((label, mode, lpips, 'synthetic') for mode, (label, *_, lpips) in MODES.items()))]
+    sure = [
+        Entry(label, 'CNN is sure, %', tuple(image_cell(scale, mode, seed) for seed in seeds[:2]), None, 'sure', 'sure')
+        for mode, (label, *_) in MODES.items()]
     return Table(
         'Diversity (table 6)',
-        'Distance of two images of a class'
-        + (': LPIPS' if not scale.diversity else ', a mean of squared distances between features of'
-           f' {scale.diversity[1].strip("{}")}; the paper\'s figures are LPIPS, on another scale')
-        + '. Beside it: images in percent to which the CNN that they were made out of gives more than half of its'
-          ' probability for their class.', [
-            Entry(REAL, 'distance', tuple(real_cell(scale, seed) for seed in seeds[:2]), 0.708, 'real', 'distance', 3),
-            *(Entry(label, 'distance', cells[mode], lpips, 'synthetic', 'distance', 3)
-              for mode, (label, lpips) in labels.items()),
-            *(Entry(label, 'CNN is sure, %', cells[mode], None, 'sure', 'sure') for mode, (label, _) in labels.items()),
-        ],
-        _ordered('distance'))
+        f'Distance of two images of a class: {metric}. Beside it: images in percent to which the CNN that they were'
+        ' made out of gives more than half of its probability for their class.',
+        distances + sure, _ordered('distance'))
 
 
 def figure4(scale: Scale, seeds: Sequence[int]) -> Table:

@@ -31,6 +31,8 @@ from reproduction.fashion_mnist import write_fashion_mnist  # noqa: E402
 from timm_dearkd.engine.output import write_bytes  # noqa: E402
 
 RESULTS = ROOT / 'reproduction' / 'results'
+# What the three programs measure, and how it is told
+FIGURES = {'top1': '{:.2f} %', 'distance': 'distance {:.3f}', 'sure': 'sure of {:.0f} % of the images'}
 
 
 def git_commit() -> str:
@@ -57,7 +59,7 @@ def read_result(path: Path) -> Optional[Dict[str, Any]]:
     """What is in a result's file; None, with a warning, where it holds none."""
     try:
         result = json.loads(path.read_text())
-        if {'definition', 'seconds'} <= set(result) and ('top1' in result or 'distance' in result):
+        if {'definition', 'seconds'} <= set(result) and set(FIGURES) & set(result):
             return result
     except FileNotFoundError:
         return None
@@ -143,15 +145,11 @@ class Driver:
         if cell.program == 'data_free':
             return ['-m', 'timm_dearkd.data_free', f'{work}/{cell.name}', *argv, '--seed', str(cell.seed), '--resume']
         if cell.program == 'diversity':
-            return self.measurement(data, cell, argv)
+            return ['-m', 'timm_dearkd.analysis', 'diversity', data, *argv, '--seed', str(cell.seed), '--output',
+                    f'{work}/{cell.name}/diversity.json']
         return [
             'train.py', data, *argv, '--seed', str(cell.seed), '--output', work, '--experiment', cell.name,
             '--resume', 'auto']
-
-    def measurement(self, folder: str, cell: Cell, argv: Sequence[str]) -> List[str]:
-        """Arguments of Python that measure how far apart the images of a class are."""
-        return ['-m', 'timm_dearkd.analysis', 'diversity', folder, *argv, '--seed', str(cell.seed), '--output',
-                self.path(self.work / cell.name / 'diversity.json')]
 
     @contextmanager
     def locked(self, name: str) -> Iterator[TextIO]:
@@ -211,18 +209,13 @@ class Driver:
             try:
                 self.write_log(cell, log)
                 self.execute([*([sys.executable] if cell.program == 'diversity' else self.launcher), *command], output)
-                if cell.program == 'data_free':
-                    self.link_validation(cell)
-                    folder = self.path(self.work / cell.name)
-                    self.execute([
-                        sys.executable, *self.measurement(folder, cell, self.fill_in(self.scale.diversity))], output)
             finally:
                 log['seconds'] += time.monotonic() - start
                 self.write_log(cell, log)
-            figures = self.student_figures(cell) if cell.program == 'train' else self.image_figures(cell)
+            figures = {'train': self.student_figures, 'data_free': self.image_figures, 'diversity': self.distance}
             result = dict(
-                name=cell.name, command=shlex.join(['python', *command]), seed=cell.seed, **log, **figures,
-                threads=self.threads)
+                name=cell.name, command=shlex.join(['python', *command]), seed=cell.seed, **log,
+                **figures[cell.program](cell), threads=self.threads)
             result['seconds'] = max(1, round(log['seconds']))
             write_bytes(self.result_path(cell.name), json.dumps(result, indent=1).encode())
             return result
@@ -249,21 +242,19 @@ class Driver:
             top1=evaluated[max(evaluated)], top1_by_epoch=evaluated,
             **(dict(teacher_agreement=float(agreement[-1])) if agreement else {}))
 
-    def link_validation(self, cell: Cell) -> None:
-        """Put the real validation images beside the synthetic ones."""
-        link = self.work / cell.name / 'validation'
+    def image_figures(self, cell: Cell) -> Dict[str, Any]:
+        """How sure the CNN is of the images that it made; the real validation images come beside them."""
+        folder = self.work / cell.name
+        link = folder / 'validation'
         link.unlink(missing_ok=True)
         link.symlink_to(validation_folder(self.data / cell.data))
-
-    def image_figures(self, cell: Cell) -> Dict[str, Any]:
-        """How far apart the images of a class are, and how sure the CNN is of those that it made."""
-        folder = self.work / cell.name
-        measured, = json.loads((folder / 'diversity.json').read_text())['folders'].values()
-        if cell.program == 'diversity':
-            return dict(distance=measured['mean'])
         images = json.loads((folder / 'manifest.json').read_text())['images']
-        sure = 100 * sum(image['teacher_prob'] > 0.5 for image in images) / len(images)
-        return dict(distance=measured['mean'], sure=sure, images=len(images))
+        return dict(sure=100 * sum(image['teacher_prob'] > 0.5 for image in images) / len(images), images=len(images))
+
+    def distance(self, cell: Cell) -> Dict[str, Any]:
+        """How far apart the images of a class are."""
+        measured, = json.loads((self.work / cell.name / 'diversity.json').read_text())['folders'].values()
+        return dict(distance=measured['mean'])
 
     def stop(self, signum: int, *_: Any) -> None:
         """Let the cells that run write their checkpoints, and begin no other."""
@@ -319,7 +310,7 @@ class Driver:
                         print(f'{cell.name}: {failed[cell.name]}', flush=True)
                         continue
                     self.cost, self.seconds = self.cost + cell.cost, self.seconds + result['seconds']
-                    figure = f'{result["top1"]:.2f} %' if 'top1' in result else f'distance {result["distance"]:.3f}'
+                    figure, = (text.format(result[key]) for key, text in FIGURES.items() if key in result)
                     left = [*waiting.values(), *futures.values()]
                     print(f'{cell.name}: {figure} ({len(left)} cells{self.time_left(left)})', flush=True)
         for name, problem in failed.items():
