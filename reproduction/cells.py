@@ -511,7 +511,8 @@ def distance_cell(scale: Scale, mode: str, seed: int) -> Cell:
         need = image_cell(scale, mode, seed)
         data = f'/{need.name}'
     return Cell(
-        f'distance-{mode or "real"}-seed{seed}', data, scale.diversity, 1000., seed, (need,) if need else (), 'diversity')
+        f'distance-{mode or "real"}-seed{seed}', data, scale.diversity, 1000., seed, (need,) if need else (),
+        'diversity')
 
 
 def table6(scale: Scale, seeds: Sequence[int]) -> Table:
