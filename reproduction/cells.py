@@ -286,7 +286,7 @@ def table2(scale: Scale, seeds: Sequence[int]) -> Table:
         ' teacher learn its labels from the pooled tokens.', [
             Entry(METHODS[name], column, students(
                 scale, name, methods(scale)[name], fraction, seeds[:2] if i == 3 else seeds), paper[name][i], column)
-            for name in METHODS for i, (column, fraction) in enumerate(zip(columns, scale.fractions))],
+            for i, (column, fraction) in enumerate(zip(columns, scale.fractions)) for name in METHODS],
         claims)
 
 
