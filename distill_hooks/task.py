@@ -160,7 +160,8 @@ class DearKDTask(TrainingTask):
     Call `set_epoch` at the start of every epoch; nothing else is asked of the training loop.
 
     Our choices, where the paper is silent: block 4 of the student learns from the teacher stage with the largest stride
-    not above half the patch size; alpha, beta and the stage lengths as in `TwoStageSchedule`.
+    not above half the patch size, or 8 for patches below 16, where that was better than an earlier stage (RESULTS.md);
+    alpha, beta and the stage lengths as in `TwoStageSchedule`.
 
     Args:
         student_model: The timm ViT to train.
@@ -277,7 +278,7 @@ class DearKDTask(TrainingTask):
         if isinstance(teacher, str):
             teacher = create_teacher(teacher, checkpoint)
         if not isinstance(teacher, Teacher):
-            max_stride = min(to_2tuple(student.patch_embed.patch_size)) / 2
+            max_stride = max(8, min(to_2tuple(student.patch_embed.patch_size)) / 2)
             names = [resolve_layer(teacher, layer, max_stride=max_stride) for layer in layers]
             teacher = Teacher(teacher, names, class_map=class_map, **kwargs)
         elif class_map is not None:

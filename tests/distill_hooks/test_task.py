@@ -308,6 +308,16 @@ def test_half_precision_students_get_a_teacher_of_their_dtype():
     assert all(p.grad is not None for p in task.trainable_module.parameters())
 
 
+@pytest.mark.parametrize('patch_size, layer', [(4, 'layer2'), (16, 'layer2'), (32, 'layer3')])
+def test_the_layer_that_teaches_by_default(patch_size, layer):
+    """Of stride 8, or of half a patch where that is more."""
+    student = timm.models.VisionTransformer(
+        img_size=64, patch_size=patch_size, embed_dim=24, depth=4, num_heads=2, num_classes=5)
+    teacher = timm.create_model('resnet18', num_classes=5, channels=(8, 8, 8, 8))
+    task = DearKDTask(student, teacher, TwoStageSchedule(4), input_size=(3, 64, 64))
+    assert task.teacher.layers == [layer]
+
+
 def test_a_vit_that_no_factory_made():
     student = timm.models.VisionTransformer(
         img_size=32, patch_size=8, embed_dim=24, depth=4, num_heads=2, num_classes=5)
