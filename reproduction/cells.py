@@ -429,7 +429,8 @@ def choices(scale: Scale, seeds: Sequence[int]) -> Table:
     """The same from the defaults that the first round led to."""
     return _choices(
         scale, 'Settled choices',
-        ' One change each from DearKD with beta 10, normalised features, and block 4 and CNN stage 1 in the hidden loss.',
+        ' One change each from DearKD with beta 10, normalised features, and the hidden loss between block 4 and CNN'
+        ' stage 1.',
         'choice2', second_round(scale), CHOICES, seeds[:2])
 
 
