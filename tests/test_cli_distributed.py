@@ -8,7 +8,7 @@ import time
 import pytest
 import timm
 import torch
-from conftest import start_python
+from conftest import SMALL, run_python, start_python
 
 import timm_dearkd  # noqa: F401
 
@@ -123,3 +123,18 @@ def test_a_loss_that_is_not_finite_stops_both(train_cli, tmp_path):
     result = train_cli(
         '--opt', 'sgd', '--lr', '1e30', '--output', tmp_path, '--experiment', 'x', launcher=TORCHRUN)
     assert result.returncode != 0 and result.stderr.count('Loss not finite') == 2
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self/task'), reason='lists threads as Linux does')
+def test_no_thread_of_the_group_is_left_in_the_end(image_folder, cnn, tmp_path):
+    """One that comes to need the interpreter when that is gone aborts the process of a run that was complete."""
+    script = tmp_path / 'script.py'
+    script.write_text(
+        'import sys; from pathlib import Path; from timm_dearkd.train import run_script; run_script(sys.argv[1:])\n'
+        'print("left:", *(p.read_text().strip() for p in Path("/proc/self/task").glob("*/comm")), flush=True)\n')
+    result = run_python(
+        *TORCHRUN, script, image_folder, *SMALL, '--epochs', '1', '--kd-model-name', f'local-dir:{cnn}', '--output',
+        tmp_path)
+    assert result.returncode == 0, result.stderr
+    left = [line for line in result.stdout.splitlines() if line.startswith('left:')]
+    assert len(left) == 2 and 'gloo' not in ''.join(left)

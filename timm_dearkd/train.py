@@ -6,6 +6,7 @@ A thin fork of timm's train.py: the same flags, files and habits.
     python train.py IMAGENET --model dearkd_tiny_patch16_224 -c recipes/dearkd_300e.yaml
     torchrun --nproc_per_node=8 train.py IMAGENET --model dearkd_tiny_patch16_224 -c recipes/dearkd_300e.yaml
 """
+import gc
 import importlib
 import json
 import logging
@@ -278,6 +279,8 @@ def run_script(argv: Optional[Sequence[str]] = None) -> None:
         status, message = 128 + e.signum, f'{parser.prog}: {e}\n'
     if dist.is_initialized():  # after an error some may wait for others, but not here
         dist.barrier()  # a process that leaves while others still talk to it may be torn down with them
+        del run  # what it trained holds the group, whose threads would outlive the interpreter, and abort
+        gc.collect()
         dist.destroy_process_group()
     if status:
         parser.exit(status, message)
