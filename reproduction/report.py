@@ -9,8 +9,9 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from reproduction.cells import FIGURE4, METHODS, SCALES, Entry, Scale, Table, tables_of, teacher_cell  # noqa: E402
+from reproduction.cells import FIGURE4, METHODS, SCALES, Scale, teacher_cell  # noqa: E402
 from reproduction.run import definition, read_result  # noqa: E402
+from reproduction.tables import Entry, Table, tables_of  # noqa: E402
 from timm_dearkd.analysis.attention_distance import DistanceHistory, plot_over_epochs, read_log  # noqa: E402
 from timm_dearkd.analysis.figures import new_figure, render  # noqa: E402
 from timm_dearkd.engine.output import write_bytes  # noqa: E402

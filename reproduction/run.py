@@ -26,8 +26,9 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from reproduction.cells import SCALES, TABLES, Cell, Scale, tables_of  # noqa: E402
+from reproduction.cells import SCALES, Cell, Scale  # noqa: E402
 from reproduction.fashion_mnist import write_fashion_mnist  # noqa: E402
+from reproduction.tables import TABLES, tables_of  # noqa: E402
 from timm_dearkd.engine.output import write_bytes  # noqa: E402
 
 RESULTS = ROOT / 'reproduction' / 'results'

@@ -1,0 +1,389 @@
+"""The tables of the report: which cells their figures come from, the paper's figures, and the claims."""
+from dataclasses import dataclass, field, replace
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+from reproduction.cells import (
+    FIGURE4,
+    METHODS,
+    TAUGHT,
+    Cell,
+    Scale,
+    hidden_loss,
+    methods,
+    stages,
+    students,
+    teacher_cell,
+    training_cost,
+)
+
+__all__ = ['CHOOSING', 'TABLES', 'Claim', 'Entry', 'Table', 'tables_of']
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A figure of a table: the mean over the seeds of its cells.
+
+    Args:
+        row: Label.
+        column: Label.
+        cells: One for each seed.
+        paper: The paper's figure, on ImageNet.
+        noise: Figures of a table with the same word here differ from seed to seed by about as much.
+        key: Of the figure in the cell's result.
+        digits: That it is printed with.
+    """
+    row: str
+    column: str
+    cells: Tuple[Cell, ...]
+    paper: Optional[float] = None
+    noise: str = ''
+    key: str = 'top1'
+    digits: int = 1
+
+
+class Claim(NamedTuple):
+    """That one figure is above another, each named by row and column."""
+    text: str
+    higher: Tuple[str, str]
+    lower: Tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the report.
+
+    Args:
+        title: Heading.
+        note: What a reader has to know of it.
+        entries: Its figures.
+        claims: What is expected of them.
+        reference: Row that the others are compared with.
+    """
+    title: str
+    note: str
+    entries: List[Entry]
+    claims: List[Claim] = field(default_factory=list)
+    reference: str = ''
+
+
+def table1(scale: Scale, seeds: Sequence[int]) -> Table:
+    """The ablation."""
+    labels = {
+        'vit': 'ViT', 'mhca': '+ MHCA', 'hard': '+ hard labels, pooled tokens',
+        'mhca_hard': '+ hard labels + MHCA', 'hidden': '+ hard labels + hidden loss',
+        'mhca_hidden': '+ hard labels + hidden loss + MHCA', 'dearkd': 'all, in two stages (DearKD)'}
+    paper = dict(vit=72.3, mhca=72.5, hard=74.3, hidden=74.1, mhca_hidden=74.6, dearkd=74.8)
+
+    def claim(text: str, higher: str, lower: str) -> Claim:
+        return Claim(text, (labels[higher], 'top-1'), (labels[lower], 'top-1'))
+
+    note = (f'On {100 * scale.ablation_fraction:g} % of the images. Hard labels with MHCA alone are a row that the'
+            ' paper does not have. The weight of the hidden loss was chosen with MHCA.')
+    return Table('Ablation (table 1)', note, [
+        Entry(labels[name], 'top-1', students(scale, name, argv, scale.ablation_fraction, seeds), paper.get(name))
+        for name, argv in methods(scale).items()
+    ], [
+        claim('MHCA alone helps', 'mhca', 'vit'),
+        claim('Hard labels help', 'hard', 'vit'),
+        claim('The hidden loss without MHCA hurts', 'hard', 'hidden'),
+        claim('With hard labels, MHCA and the hidden loss above neither', 'mhca_hidden', 'hard'),
+        claim('With hard labels, MHCA and the hidden loss above MHCA alone', 'mhca_hidden', 'mhca_hard'),
+        claim('With hard labels, MHCA and the hidden loss above the hidden loss alone', 'mhca_hidden', 'hidden'),
+        claim('Two stages above one', 'dearkd', 'mhca_hidden'),
+    ])
+
+
+def table2(scale: Scale, seeds: Sequence[int]) -> Table:
+    """Three methods at four sizes of the training set; the largest with two seeds at the most."""
+    paper = {
+        'vit': (40.5, 61.1, 68.3, 72.2), 'hard': (50.3, 64.3, 71.6, 74.5), 'dearkd': (54.3, 67.1, 72.3, 74.8)}
+    columns = [f'{100 * fraction:g} %' for fraction in scale.fractions]
+    vit, hard, dearkd = METHODS.values()
+    claims = []
+    for column in columns:
+        claims += [
+            Claim(f'{column}: hard labels above the plain ViT', (hard, column), (vit, column)),
+            Claim(f'{column}: DearKD above hard labels', (dearkd, column), (hard, column)),
+            Claim(f'{column}: DearKD above the plain ViT', (dearkd, column), (vit, column))]
+    for fewer, more, shares in zip(columns, columns[1:], zip(scale.fractions, scale.fractions[1:])):
+        if shares[1] == 2 * shares[0]:
+            claims.append(Claim(
+                f'DearKD on {fewer} of the images above the plain ViT on {more}', (dearkd, fewer), (vit, more)))
+    return Table(
+        'Data efficiency (table 2)',
+        'The paper\'s four sizes are 10, 25, 50 and 100 % of ImageNet, its ViT is a DeiT-Ti with 3 heads, and its hard'
+        ' labels are learned by a token of their own; here all three methods have the same heads, and both with a'
+        ' teacher learn its labels from the pooled tokens.', [
+            Entry(METHODS[name], column, students(
+                scale, name, methods(scale)[name], fraction, seeds[:2] if i == 3 else seeds), paper[name][i], column)
+            for i, (column, fraction) in enumerate(zip(columns, scale.fractions)) for name in METHODS],
+        claims)
+
+
+def table7(scale: Scale, seeds: Sequence[int]) -> Table:
+    """The length of stage I, and both kinds of stage II."""
+    paper = {2 / 3: 74.3, 5 / 6: 74.8, 1.: 74.6}
+    entries = []
+    for share in (0., 1 / 2, 2 / 3, 5 / 6, 1.):
+        for kind in ('anneal', 'ce'):
+            shared = {(0., 'ce'): 'mhca', (5 / 6, 'anneal'): 'dearkd', (1., 'anneal'): 'mhca_hidden'}.get((share, kind))
+            if share == 1. and kind == 'ce':  # there is no stage II
+                continue
+            name = shared or f'stage{round(share * scale.epochs)}_{kind}'
+            argv = methods(scale)[shared] if shared else TAUGHT + hidden_loss(scale.hooks) + stages(scale, share, kind)
+            entries.append(Entry(
+                f'{100 * share:.0f} %', kind,
+                students(scale, name, argv, scale.ablation_fraction, seeds if shared else seeds[:2]),
+                paper.get(share) if kind == 'anneal' else None))
+    default = ('83 %', 'anneal')
+    return Table(
+        'Length of stage I (table 7)',
+        f'On {100 * scale.ablation_fraction:g} % of the images; stage I in percent of the epochs, and what follows it.'
+        ' 100 % has no stage II, and 0 % with `ce` is MHCA without a teacher. The paper\'s figures are of 300 epochs.',
+        entries,
+        [Claim(f'83 %, `anneal`, above {entry.row}, `{entry.column}`', default, (entry.row, entry.column))
+         for entry in entries if (entry.row, entry.column) != default])
+
+
+# Recipes tried, one change each: learning rates and stronger augmentation for all methods, weaker ones and the paper's
+# heads for the ViT, and the weight of the teacher's labels where it is all that there is of the teacher
+ALL_METHODS, BASELINE, HARD = ('vit', 'hard', 'dearkd'), ('vit',), ('hard',)
+RECIPES: Dict[str, Tuple[Tuple[str, ...], Tuple[str, ...]]] = {
+    'as the file': ((), ALL_METHODS),
+    'lr 1e-3': (('--lr', '1e-3'), ALL_METHODS),
+    'lr 4e-3': (('--lr', '4e-3'), ALL_METHODS),
+    'Mixup, CutMix': (('--mixup', '0.8', '--cutmix', '1.0', '--mixup-prob', '0.5'), ALL_METHODS),
+    'RandAugment': (('--aa', 'rand-m9-mstd0.5-inc1'), ALL_METHODS),
+    'crops from 0.35': (('--scale', '0.35', '1.0'), BASELINE),
+    'no random erasing': (('--reprob', '0'), BASELINE),
+    '3 heads': (('--model-kwargs', 'num_mhca_blocks=0', 'num_heads=3'), BASELINE),
+    **{f'alpha {alpha}': (('--dearkd-alpha', alpha), HARD) for alpha in ('0.25', '0.75', '0.9')},
+}
+DEFAULT = 'default'
+RPE_CHOICES: Dict[str, Tuple[str, ...]] = {
+    'RPE dropout 0.1, of single scores': ('--dearkd-rpe-drop', '0.1'),
+    'RPE dropout 0.3, of single scores': ('--dearkd-rpe-drop', '0.3'),
+    'RPE dropout 0.1, by query': ('--dearkd-rpe-drop', '0.1', '--model-kwargs', 'rpe_drop_mode=query'),
+    'RPE alpha from 0.1': ('--model-kwargs', 'rpe_alpha=0.1'),
+    'RPE alpha from 0.3': ('--model-kwargs', 'rpe_alpha=0.3'),
+    'RPE alpha from 3': ('--model-kwargs', 'rpe_alpha=3.'),
+    'RPE delta from 0': ('--model-kwargs', 'rpe_delta=zero'),
+    'RPE delta from N(0, 1)': ('--model-kwargs', 'rpe_delta=normal'),
+}
+HOOK_CHOICES: Dict[str, Tuple[str, ...]] = {
+    'hidden loss on block 2, CNN stage 1': ('--dearkd-hooks', '2:1'),
+    'hidden loss on block 4, CNN stage 2': ('--dearkd-hooks', '4:2'),
+    'hidden loss on block 6, CNN stage 2': ('--dearkd-hooks', '6:2'),
+    'hidden loss on blocks 2 and 4, CNN stages 1 and 2': ('--dearkd-hooks', '2:1', '4:2'),
+}
+ALPHA_CHOICES: Dict[str, Tuple[str, ...]] = {
+    'alpha 0.25': ('--dearkd-alpha', '0.25'),
+    'alpha 0.75': ('--dearkd-alpha', '0.75'),
+}
+# One change each from the defaults of the round
+FIRST_CHOICES: Dict[str, Tuple[str, ...]] = {
+    DEFAULT: (),
+    **RPE_CHOICES,
+    **HOOK_CHOICES,
+    **{f'beta {beta}': ('--dearkd-beta', beta) for beta in ('0.1', '0.3', '3', '10', '30', '100', '300')},
+    'normalised features': ('--dearkd-normalize-features',),
+    'normalised features, beta 10': ('--dearkd-normalize-features', '--dearkd-beta', '10'),
+    'normalised features, beta 30': ('--dearkd-normalize-features', '--dearkd-beta', '30'),
+    **ALPHA_CHOICES,
+}
+CHOICES: Dict[str, Tuple[str, ...]] = {
+    DEFAULT: (),
+    **HOOK_CHOICES,
+    # tried when stage 2 turned out above the default, to see where that ends
+    'hidden loss on block 4, CNN stage 3': ('--dearkd-hooks', '4:3'),
+    'hidden loss on block 6, CNN stage 3': ('--dearkd-hooks', '6:3'),
+    **{f'beta {beta}': ('--dearkd-beta', beta) for beta in ('3', '30', '100')},
+    'features as they are': ('--no-dearkd-normalize-features',),
+    **ALPHA_CHOICES,
+    **RPE_CHOICES,
+}
+
+
+SET_ASIDE = (
+    'Students on {:g} % of 55,000 training images, figures on the other 5,000, which no student has seen. The teacher'
+    ' has seen all 60,000.')
+
+
+FIRST_ROUND = ' DearKD with beta 1 and features as they are.'
+
+
+def first_round(scale: Scale) -> Tuple[str, ...]:
+    """DearKD in the first round of choices, in which beta turned out to matter most."""
+    return TAUGHT + hidden_loss(('4:1',), '1', normalize=False) + stages(scale, 5 / 6)
+
+
+def second_round(scale: Scale) -> Tuple[str, ...]:
+    """DearKD in the second."""
+    return TAUGHT + hidden_loss(('4:1',)) + stages(scale, 5 / 6)
+
+
+def _slug(label: str) -> str:
+    return ''.join(c if c.isalnum() or c == '.' else '_' for c in label).replace('__', '_').strip('_')
+
+
+def recipes(scale: Scale, seeds: Sequence[int]) -> Table:
+    """The recipe of all students, on training images set aside."""
+    def cells(label: str, name: str) -> Tuple[Cell, ...]:
+        argv = RECIPES[label][0]
+        is_default = name == 'dearkd' and not argv
+        return students(
+            scale, f'choice-{DEFAULT}' if is_default else f'recipe-{_slug(label)}-{name}',
+            (first_round(scale) if name == 'dearkd' else methods(scale)[name]) + argv, scale.ablation_fraction,
+            seeds[:1], tuning=True)
+
+    return Table('Recipe', SET_ASIDE.format(100 * scale.ablation_fraction) + FIRST_ROUND, [
+        Entry(label, METHODS[name], cells(label, name)) for label, (_, names) in RECIPES.items() for name in names])
+
+
+def _choices(scale: Scale, title: str, note: str, prefix: str, argv: Tuple[str, ...], options, seeds) -> Table:
+    return Table(title, SET_ASIDE.format(100 * scale.ablation_fraction) + note, [
+        Entry(label, 'top-1', students(
+            scale, f'{prefix}-{_slug(label)}', argv + change, scale.ablation_fraction, seeds, tuning=True))
+        for label, change in options.items()
+    ], reference=DEFAULT)
+
+
+def first_choices(scale: Scale, seeds: Sequence[int]) -> Table:
+    """What the paper leaves open, on training images set aside, one seed."""
+    return _choices(
+        scale, 'Settled choices, first round', FIRST_ROUND + ' The defaults of now come from it.', 'choice',
+        first_round(scale), FIRST_CHOICES, seeds[:1])
+
+
+def choices(scale: Scale, seeds: Sequence[int]) -> Table:
+    """The same from the defaults that the first round led to."""
+    return _choices(
+        scale, 'Settled choices',
+        ' One change each from DearKD with beta 10, normalised features, and the hidden loss between block 4 and CNN'
+        ' stage 1.',
+        'choice2', second_round(scale), CHOICES, seeds[:2])
+
+
+def longer(scale: Scale, seeds: Sequence[int]) -> Table:
+    """Whether the methods differ in where they end, or in how fast they get there."""
+    scale = replace(scale, epochs=4 * scale.epochs)
+    return Table(
+        'Four times as many epochs',
+        SET_ASIDE.format(100 * scale.ablation_fraction) + f' All have {scale.epochs} epochs.',
+        [Entry(label, 'top-1', students(
+            scale, f'longer-{name}', methods(scale)[name], scale.ablation_fraction, seeds[:1], tuning=True))
+         for name, label in METHODS.items()],
+        reference=METHODS['vit'])
+
+
+MODES: Dict[str, Tuple[str, Tuple[str, ...], Optional[float], Optional[float]]] = {
+    # label, arguments, the paper's top-1 (table 5) and LPIPS (table 6)
+    'none': ('DeepInversion', ('--diversity', 'none'), 62.7, 0.657),
+    'adi': ('ADI', ('--diversity', 'adi', '--student', '{runs}/synthetic_student-none-seed{seed}'), 70.1, 0.683),
+    'intra': ('DF-DearKD (intra-divergence)', ('--diversity', 'intra'), 71.2, 0.692),
+}
+REAL = 'real images'
+
+
+def image_cell(scale: Scale, mode: str, seed: int) -> Cell:
+    """A set of images made out of the teacher."""
+    argv = tuple(arg.replace('{seed}', str(seed)) for arg in MODES[mode][1])
+    teacher = teacher_cell(scale)
+    needs = ((teacher,) if teacher else ()) + ((synthetic_student_cell(scale, 'none', seed),) if mode == 'adi' else ())
+    return Cell(
+        f'images-{mode}-seed{seed}', scale.data, (
+            '--model', '{teacher}', '--num-images', str(scale.num_synthetic), *scale.inversion, *argv),
+        scale.num_synthetic * 40., seed, needs, 'data_free')
+
+
+def synthetic_student_cell(scale: Scale, mode: str, seed: int) -> Cell:
+    """The DearKD student of table 2 on a set of images; it is evaluated on the real ones, once."""
+    argv = ('-c', scale.recipe, '--model', scale.student, '--epochs', str(scale.epochs), '--val-interval',
+            str(scale.epochs), *methods(scale)['dearkd'], *scale.data_free)
+    images = image_cell(scale, mode, seed)
+    return Cell(
+        f'synthetic_student-{mode}-seed{seed}', f'/{images.name}', argv,
+        training_cost(scale, scale.num_synthetic, argv, 1), seed, (images,))
+
+
+def _ordered(column: str) -> List[Claim]:
+    none, adi, intra = ((label, column) for label, *_ in MODES.values())
+    return [Claim('ADI above DeepInversion', adi, none), Claim('Intra-divergence above ADI', intra, adi),
+            Claim('Intra-divergence above DeepInversion', intra, none)]
+
+
+def real_students(scale: Scale, seeds: Sequence[int]) -> Tuple[Cell, ...]:
+    """On about as many real images: those of table 2, where the recipe is the same."""
+    argv = methods(scale)['dearkd'] + scale.data_free
+    if not scale.data_free:
+        return students(scale, 'dearkd', argv, scale.ablation_fraction, seeds)
+    return students(scale, 'real_student', argv, round(scale.num_synthetic / scale.num_train, 4), seeds)
+
+
+def table5(scale: Scale, seeds: Sequence[int]) -> Table:
+    """Students without real images, and one with about as many real ones."""
+    entries = [
+        Entry(label, 'top-1', tuple(synthetic_student_cell(scale, mode, seed) for seed in seeds[:2]), paper,
+              'synthetic')
+        for mode, (label, _, paper, _) in MODES.items()]
+    intra = (MODES['intra'][0], 'top-1')
+    return Table(
+        'Data-free (table 5)',
+        f'DearKD students on {scale.num_synthetic} images made out of a CNN, and on about as many real ones. At the'
+        ' small scales that CNN is the teacher too, and no other CNN sorts the images out; the paper has others for'
+        ' both.',
+        [*entries, Entry(REAL, 'top-1', real_students(scale, seeds), 72.2, 'real')],
+        [*_ordered('top-1'), Claim('Real images above intra-divergence', (REAL, 'top-1'), intra)])
+
+
+def distance_cell(scale: Scale, mode: str, seed: int) -> Cell:
+    """How far apart the images of a class are, real ones without a mode."""
+    need, data = teacher_cell(scale), scale.data  # the teacher may be what measures
+    if mode:
+        need = image_cell(scale, mode, seed)
+        data = f'/{need.name}'
+    return Cell(
+        f'distance-{mode or "real"}-seed{seed}', data, scale.diversity, 1000., seed, (need,) if need else (),
+        'diversity')
+
+
+def table6(scale: Scale, seeds: Sequence[int]) -> Table:
+    """How far apart the images of a class are."""
+    metric = 'LPIPS' if not scale.diversity else (
+        f'a mean of squared distances between features of {scale.diversity[1].strip("{}")}; the paper\'s figures are'
+        ' LPIPS, on another scale')
+    distances = [
+        Entry(label, 'distance', tuple(distance_cell(scale, mode, seed) for seed in seeds[:2]), lpips, noise,
+              'distance', 3)
+        for label, mode, lpips, noise in (
+            (REAL, '', 0.708, 'real'),
+            *((label, mode, lpips, 'synthetic') for mode, (label, *_, lpips) in MODES.items()))]
+    sure = [
+        Entry(label, 'CNN is sure, %', tuple(image_cell(scale, mode, seed) for seed in seeds[:2]), None, 'sure', 'sure')
+        for mode, (label, *_) in MODES.items()]
+    return Table(
+        'Diversity (table 6)',
+        f'Distance of two images of a class: {metric}. Beside it: images in percent to which the CNN that they were'
+        ' made out of gives more than half of its probability for their class.',
+        distances + sure, _ordered('distance'))
+
+
+def figure4(scale: Scale, seeds: Sequence[int]) -> Table:
+    """The runs of table 2 that record the attention distance, and DearKD without a stage II."""
+    return Table(
+        'Attention distance over the epochs (figure 4)',
+        f'The runs of tables 1 and 2 on {100 * scale.ablation_fraction:g} % of the images; pictures and numbers by'
+        ' layer are of seed 0.',
+        [Entry(label, 'top-1', students(scale, name, methods(scale)[name], scale.ablation_fraction, seeds))
+         for name, label in FIGURE4.items()])
+
+
+CHOOSING = ('recipes', 'first_choices', 'choices', 'longer')
+TABLES: Dict[str, Callable[[Scale, Sequence[int]], Table]] = {
+    'recipes': recipes, 'first_choices': first_choices, 'choices': choices, 'longer': longer, 'table2': table2,
+    'table1': table1, 'table7': table7, 'table5': table5, 'table6': table6, 'figure4': figure4}
+
+
+def tables_of(scale: Scale) -> Dict[str, Callable[[Scale, Sequence[int]], Table]]:
+    """The tables that a scale has: nothing is chosen where there are no images for it."""
+    return {name: make for name, make in TABLES.items() if scale.tuning_data or name not in CHOOSING}
