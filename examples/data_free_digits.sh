@@ -32,7 +32,8 @@ train_student() {
     data=$1; name=$2; shift 2
     python train.py "$OUT/$data" -c recipes/digits.yaml --model dearkd_nano_patch4_32 \
         --kd-model-name "local-dir:$OUT/teacher" --dearkd-alpha 1.0 --dearkd-stage1-epochs 50 --color-jitter 0.3 \
-        --batch-size 40 --epochs 50 --val-interval 50 --seed "$SEED" --output "$OUT" --experiment "student_$name" --resume auto "$@"
+        --batch-size 40 --epochs 50 --val-interval 50 --seed "$SEED" --output "$OUT" \
+        --experiment "student_$name" --resume auto "$@"
 }
 
 # two students at a time, one on each core; the one of the plain images then competes in ADI

@@ -132,16 +132,11 @@ class Driver:
         path = self.work / 'teacher' / 'model_best.safetensors'
         return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else ''
 
-    def fill_in(self, argv: Sequence[str]) -> List[str]:
-        """Arguments with the folders that they name, see `Cell`."""
-        names = {'{runs}': self.path(self.work), '{data}': self.path(self.data), '{teacher}': self.teacher()}
-        for name, value in names.items():
-            argv = [arg.replace(name, value) for arg in argv]
-        return list(argv)
-
     def command(self, cell: Cell) -> List[str]:
         """Arguments of Python, or of what launches it, that run a cell, or go on with it."""
-        work, argv = self.path(self.work), self.fill_in(cell.argv)
+        work, argv = self.path(self.work), list(cell.argv)
+        for name, value in (('{runs}', work), ('{data}', self.path(self.data)), ('{teacher}', self.teacher())):
+            argv = [arg.replace(name, value) for arg in argv]
         data = self.path(self.work / cell.data[1:] if cell.data.startswith('/') else self.data / cell.data)
         if cell.program == 'data_free':
             return ['-m', 'timm_dearkd.data_free', f'{work}/{cell.name}', *argv, '--seed', str(cell.seed), '--resume']

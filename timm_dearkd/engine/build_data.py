@@ -10,13 +10,7 @@ from torch.utils.data import Subset
 
 from ..analysis.attention_distance import attention_layers
 from ..analysis.inputs import spread
-from .data import (
-    ClassFraction,
-    SkipUnreadable,
-    open_dataset,
-    open_eval_dataset,
-    set_image_mode,
-)
+from .data import ClassFraction, SkipUnreadable, open_dataset, open_eval_dataset, set_image_mode
 from .device import SINGLE, Ranks
 from .loader import TrainLoader, create_eval_loader, create_train_loader
 
