@@ -26,7 +26,7 @@ class Scale:
         ablation_fraction: The one of everything else.
         num_synthetic: Images of each data-free set; their student is trained for as many epochs.
         hooks: Student block and teacher stage of the hidden loss.
-        diversity: Arguments of the measurement of table 6; LPIPS without any.
+        diversity: Arguments of the measurement of table 6; LPIPS without `--model`.
         inversion: Arguments of data_free.
         data_free: Further arguments of the students of table 5.
         teacher_name: timm's name of the teacher, where it is not trained.
@@ -66,17 +66,18 @@ SCALES = {scale.name: scale for scale in (
         40, (0.01, 0.025, 0.05, 0.1), 0.025, 1500, ('4:2',),
         # an ImageNet CNN that comes as a package, and not the one that the images are made out of
         ('--model', 'efficientnet_lite0', '--checkpoint', '{data}/efficientnet_lite0.pth'),
-        # found by the CNN's own confidence: ep as large as leaves 95 % of the images with over half of it; by that rule
-        # ADI's weight could be 1 to 30, and is data_free's default
+        # found by the CNN's own confidence: ep, and ADI's weight up to 30, as large as leaves 95 % of the images with
+        # over half of it
         ('--resolutions', '32:200:0.2', '--classes-per-batch', '10', '--images-per-class', '6', '--jitter', '2',
          '--bn-norm', 'relative', '--bn-weight', '0.05', '--tv-weight', '0.003', '--ep-weight', '0.5',
-         '--triplet-weight', '0.5', '--adi-weight', '10')),
+         '--triplet-weight', '0.5', '--adi-weight', '30')),
     Scale(
         'imagenet', 'imagenet', '', 1281167, 50000, 'recipes/dearkd_300e.yaml', 'dearkd_tiny_patch16_224', (), 300,
         (0.1, 0.25, 0.5, 1.0), 1.0, 600_000, ('4:2',),
-        inversion=('--verifier', 'resnet101.tv_in1k', '--min-prob', '0.1'),
+        diversity=('--pairs-per-class', '4'),
+        inversion=('--verifier', 'resnet101.tv_in1k', '--min-prob', '0.1', '--adi-weight', '0.2'),
         data_free=('--kd-model-name', 'resnet101.tv_in1k', '--epochs', '1000', '--dearkd-stage1-epochs', '800',
-                   '--dearkd-stage2', 'ce', '--grad-accum-steps', '4'),
+                   '--dearkd-stage2', 'ce', '--grad-accum-steps', '4', '--val-interval', '1000'),
         teacher_name='regnety_160.deit_in1k', untaught=('--kd-model-name', '')),
 )}
 

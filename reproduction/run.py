@@ -245,7 +245,8 @@ class Driver:
         link.unlink(missing_ok=True)
         link.symlink_to(validation_folder(self.data / cell.data))
         images = json.loads((folder / 'manifest.json').read_text())['images']
-        return dict(sure=100 * sum(image['teacher_prob'] > 0.5 for image in images) / len(images), images=len(images))
+        return dict(sure=100 * sum(image['teacher_prob'] > 0.5 for image in images) / len(images), images=len(images),
+                    kept=sum(image['kept'] for image in images))
 
     def distance(self, cell: Cell) -> Dict[str, Any]:
         """How far apart the images of a class are."""

@@ -53,6 +53,7 @@ ERRORS = {
         ['--kd-model-name', 'test_resnet', '--kd-teacher-checkpoint', 'nothing.pth'], "no file 'nothing.pth'"),
     'resume': (['--resume', 'nothing.pth'], "no file 'nothing.pth'"),
     'rpe': (['--model', 'test_vit', '--dearkd-rpe-drop', '0.1'], 'needs MHCA blocks'),
+    'rpe mode': (['--model', 'test_vit', '--dearkd-rpe-drop-mode', 'query'], 'needs MHCA blocks'),
     'rpe rate': (['--dearkd-rpe-drop', '1.5'], 'expected a rate in [0, 1)'),
     'kwargs': (['--model-kwargs', 'foo=1'], "'foo'"),
     'kwargs form': (['--model-kwargs', 'depth'], 'KEY=VALUE'),

@@ -65,12 +65,14 @@ def build_student(
         bn_momentum=args.bn_momentum,
         bn_eps=args.bn_eps,
         rpe_drop_rate=args.dearkd_rpe_drop,
+        rpe_drop_mode=args.dearkd_rpe_drop_mode,
         pretrained_cfg_overlay=overlay or None,
     )
     try:
         kwargs = resolve_model_input_args(args.model, vars(args), **{**overrides, **args.model_kwargs})
-        if args.dearkd_rpe_drop is not None and 'dearkd' not in kwargs['model_name']:
-            raise ValueError('--dearkd-rpe-drop needs MHCA blocks. Use a dearkd_* model.')
+        for flag in ('rpe_drop', 'rpe_drop_mode'):
+            if getattr(args, f'dearkd_{flag}') is not None and 'dearkd' not in kwargs['model_name']:
+                raise ValueError(f'--dearkd-{flag.replace("_", "-")} needs MHCA blocks. Use a dearkd_* model.')
         model: Any = create_model(
             kwargs.pop('model_name'),
             pretrained=args.pretrained or bool(args.pretrained_path),

@@ -77,6 +77,8 @@ def _add_dearkd(group) -> None:
     add('--dearkd-normalize-features', action=argparse.BooleanOptionalAction, default=True,
         help="divide the teacher's feature maps by their standard deviation per channel, that of the first batch")
     add('--dearkd-rpe-drop', type=float, metavar='RATE', help='dropout rate of the positional scores of MHCA')
+    add('--dearkd-rpe-drop-mode', choices=('element', 'query'),
+        help='what is dropped at once: single scores (the default), or all scores of a token, which is faster')
 
 
 def _add_distillation(group) -> None:
