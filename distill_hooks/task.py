@@ -20,6 +20,8 @@ from .teacher import FeatureSpec, Teacher, TeacherLike, create_teacher, resolve_
 __all__ = ['DearKDTask', 'DearKDTrainable', 'has_content_tokens']
 
 DEFAULT_HOOKS = ('4',)
+# Fewer tell little of a deviation where images differ much; our choice
+MIN_IMAGES_FOR_STD = 16
 
 
 class Hook(NamedTuple):
@@ -241,9 +243,10 @@ class DearKDTask(TrainingTask):
             class_map=teacher_class_map,
         )
         specs = self.teacher.probe(input_size) if parsed else []
+        self._blocks = [hook.block for hook in parsed]
         self.trainable_module: nn.Module = DearKDTrainable(
             cast(VisionTransformer, student_model),
-            [hook.block for hook in parsed],
+            self._blocks,
             specs,
             device=self.device,
             dtype=self.dtype,
@@ -349,6 +352,7 @@ class DearKDTask(TrainingTask):
             'aligners': trainable.aligners.state_dict(),
             'head_dist': trainable.head_dist.state_dict(),
             'teacher': self._fingerprint,
+            'blocks': self._blocks,
         }
         if self.feature_std is not None:
             state['feature_std'] = list(self.feature_std)
@@ -372,7 +376,8 @@ class DearKDTask(TrainingTask):
                     'The checkpoint has no aligner and no head_dist: it was trained without DearKD.'
                     ' To start from its weights, use --initial-checkpoint instead of --resume.')
             return
-        if state.get('teacher', self._fingerprint) != self._fingerprint:
+        described = (self._fingerprint, self._blocks)
+        if (state.get('teacher', self._fingerprint), state.get('blocks', self._blocks)) != described:
             raise ValueError(
                 'The checkpoint was trained with another teacher or other hooks. Resume with the same --kd-model-name,'
                 ' --kd-teacher-checkpoint and --dearkd-hooks, or start from its weights with --initial-checkpoint.')
@@ -390,6 +395,11 @@ class DearKDTask(TrainingTask):
     def _fix_feature_std(self, features: List[torch.Tensor]) -> None:
         """Take the deviation per channel (C,) from this batch, that of all processes together."""
         self.feature_std = []
+        num_images = len(features[0]) * (dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1)
+        if num_images < MIN_IMAGES_FOR_STD:
+            _logger.warning(
+                f'The deviation of the feature maps is that of {num_images} images, the first batch. If hidden_loss is'
+                ' far from 1, take larger batches, or --no-dearkd-normalize-features.')
         for feature in features:
             values = feature.float()
             moments = torch.stack([torch.ones_like(values), values, values.square()]).sum(dim=(1, 3, 4))

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import to_2tuple
 from timm.models import (
     clean_state_dict,
     get_pretrained_cfg,
@@ -202,6 +203,10 @@ def resolve_teacher(name: str, checkpoint: Optional[str] = None) -> Tuple[str, O
         name, checkpoint = _architecture_of(name), name
     if os.path.isdir(name) and not is_model(name.split('.')[0]):
         name = f'local-dir:{name}'
+    folder = name.removeprefix('local-dir:')
+    if (folder != name or os.sep in folder) and ':' not in folder and not os.path.isdir(folder):
+        raise ValueError(
+            f'No folder {folder!r}. Give the output folder of a run, the name of a timm model, or hf-hub:ORG/NAME.')
     source, architecture = parse_model_name(name)
     if source is None and not is_model(architecture.split('.')[0]):
         near = ', '.join(difflib.get_close_matches(architecture, list_models(), n=4, cutoff=0.4)) or 'none'
@@ -292,7 +297,7 @@ class Teacher(nn.Module):
         in_chans: Channels of the student's input.
         mean: The student's normalisation; None means the teacher's own.
         std: See `mean`.
-        img_size: Side length to resize the input to, bilinearly; None leaves it at the student's size.
+        img_size: Side length, or (H, W), to resize the input to, bilinearly; None leaves it at the student's size.
         class_map: Teacher class per student class, where the teacher knows more classes; see `load_class_map`. Of
             student classes that share one, the first is the hard label.
 
@@ -312,12 +317,12 @@ class Teacher(nn.Module):
             in_chans: int = 3,
             mean: Optional[Sequence[float]] = None,
             std: Optional[Sequence[float]] = None,
-            img_size: Optional[int] = None,
+            img_size: Optional[Union[int, Tuple[int, int]]] = None,
             class_map: Optional[Sequence[int]] = None,
     ) -> None:
         super().__init__()
         self.model = model.requires_grad_(False)
-        self.img_size = img_size
+        self.img_size = None if img_size is None else to_2tuple(img_size)
         self.num_classes: Optional[int] = getattr(model, 'num_classes', None)
         self.register_buffer('class_map', None, persistent=False)
         if class_map is not None:
@@ -383,8 +388,10 @@ class Teacher(nn.Module):
             x = x * self.scale.to(x.dtype) + self.shift.to(x.dtype)
         elif x.shape[1] != self._in_chans:
             x = x.expand(-1, self._in_chans, -1, -1)
-        if self.img_size is not None and tuple(x.shape[-2:]) != (self.img_size, self.img_size):
-            x = F.interpolate(x, size=(self.img_size, self.img_size), mode='bilinear', antialias=True)
+        if self.img_size is not None and tuple(x.shape[-2:]) != self.img_size:
+            # in float32, for CPUs can't do it in half precision
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            x = F.interpolate(wide, size=self.img_size, mode='bilinear', antialias=True).to(x.dtype)
         return x
 
     def _forward(self, x: torch.Tensor, with_features: bool) -> Tuple[torch.Tensor, List[torch.Tensor]]:

@@ -14,7 +14,7 @@ from reproduction.run import definition, read_result  # noqa: E402
 from reproduction.tables import Entry, Table, tables_of  # noqa: E402
 from timm_dearkd.analysis.attention_distance import DistanceHistory, plot_over_epochs, read_log  # noqa: E402
 from timm_dearkd.analysis.figures import new_figure, render  # noqa: E402
-from timm_dearkd.engine.output import write_bytes  # noqa: E402
+from timm_dearkd.files import write_bytes  # noqa: E402
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom
 T_QUANTILES = {

@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT)]
 from reproduction.cells import SCALES, Cell, Scale  # noqa: E402
 from reproduction.fashion_mnist import write_fashion_mnist  # noqa: E402
 from reproduction.tables import TABLES, tables_of  # noqa: E402
-from timm_dearkd.engine.output import write_bytes  # noqa: E402
+from timm_dearkd.files import write_bytes  # noqa: E402
 
 RESULTS = ROOT / 'reproduction' / 'results'
 # What the three programs measure, and how it is told

@@ -12,7 +12,12 @@ import torch
 from conftest import run_python, start_python
 from PIL import Image
 
+from timm_dearkd.analysis.attention_distance import read_log
+from timm_dearkd.commands import run_command
 from timm_dearkd.data_free.__main__ import main, match_classes
+from timm_dearkd.engine.build_data import build_distance_images, build_eval_loader
+from timm_dearkd.engine.device import SINGLE
+from timm_dearkd.train import _parse_args
 
 QUICK = (
     '--resolutions', '16:6:0.2', '32:6:0.1', '--classes-per-batch', '2', '--images-per-class', '3', '--device', 'cpu')
@@ -119,9 +124,29 @@ def test_shards_hold_the_same_images(whole, make, train_cli, cnn, tmp_path):
     assert read == sorted((names.index(name.split('/')[1]), content) for name, content in pixels(whole[0]).items())
     assert (out / 'samples.png').read_bytes() == (whole[0] / 'samples.png').read_bytes()
     result = train_cli(
-        '--dataset', 'wds/', '--train-split', 'train', '--val-split', '', '--num-classes', '3', '--epochs', '1',
-        '--kd-model-name', cnn, '--output', tmp_path, '--experiment', 'x', data=out)
+        '--dataset', 'wds/', '--train-split', 'train', '--val-split', 'train', '--num-classes', '3', '--epochs', '1',
+        '--workers', '2', '--track-attention-distance', '--report', '--kd-model-name', cnn, '--output', tmp_path,
+        '--experiment', 'x', data=out)
     assert result.returncode == 0, result.stderr
+    assert read_log(tmp_path / 'x').epochs.keys() == {0} and 'could not be' not in result.stderr
+    assert '24 validation images' in (tmp_path / 'x' / 'report.html').read_text()
+
+
+def test_looking_at_a_stream_leaves_it_as_it_was(whole, make, tmp_path):
+    """The workers of the validation share its images, which one that had begun before would not."""
+    pytest.importorskip('webdataset')
+    result = make(tmp_path, '--num-images', '24', '--format', 'wds')
+    assert result.returncode == 0, result.stderr
+    args, _ = _parse_args([
+        '--data-dir', str(tmp_path), '--dataset', 'wds/', '--val-split', 'train', '--workers', '2',
+        '--track-attention-distance', '--model', 'test_vit', '--img-size', '32'])
+    model = timm.create_model('test_vit', img_size=32)
+    config = timm.data.resolve_model_data_config(model)
+    eval_set = timm.data.create_dataset('wds/', root=str(tmp_path), split='train', batch_size=4)
+    images = build_distance_images(args, eval_set, config, model, torch.device('cpu'))
+    assert len(images) == 24
+    loader = build_eval_loader(args, eval_set, config, torch.device('cpu'), SINGLE)
+    assert sum(len(labels) for _, labels in loader) == 24
 
 
 def test_a_verifier_keeps_what_it_believes(make, cnn, tmp_path):
@@ -161,6 +186,7 @@ ERRORS = {
     'form': (['--resolutions', '32:5'], "'32:5' is not SIZE:STEPS:LR"),
     'no image': (['--num-images', '0'], 'expected 1 or more'),
     'no images': (['--images-per-class', '0'], 'expected 1 or more'),
+    'compile': (['--torchcompile', 'gcc'], "--torchcompile is 'gcc', expected one of"),
     'jitter': (['--jitter', '-1'], 'is not 0, 1, 2'),
     'betas': (['--betas', '0.9', '1.5'], 'not from 0 to below 1'),
     'weights': (['--model', 'resnet18'], 'Name a trained checkpoint of it'),
@@ -191,7 +217,7 @@ def test_errors_are_one_line_and_status_2(case, whole, cnn, tmp_path, capsys):
         args = [str(tmp_path / 'new'), *args]
     before = pixels(whole[0])
     with pytest.raises(SystemExit) as e:
-        main([args[0], '--model', str(cnn), *QUICK, '--num-images', '24', *args[1:]])
+        run_command('data_free', main, [args[0], '--model', str(cnn), *QUICK, '--num-images', '24', *args[1:]])
     err = capsys.readouterr().err.strip().splitlines()
     assert e.value.code == 2 and 'data_free: error: ' in err[-1] and message in err[-1]
     assert pixels(whole[0]) == before and not (tmp_path / 'new').exists()

@@ -98,9 +98,11 @@ def test_resuming_with_another_number_of_processes(train_cli, command, tmp_path)
 
 
 def test_several_sizes_in_two_processes(train_cli, tmp_path):
-    """As many updates as there are, for the processes share the images."""
-    args = ['--train-img-sizes', '32', '48', '--epochs', '1', '--log-interval', '1', '--output', tmp_path]
-    result = train_cli(*args, '-b', '4', '--experiment', 'x', launcher=TORCHRUN)
+    """As many updates as there are, for the processes share the images; and one of them looks at a third size."""
+    result = train_cli(
+        '--model', 'test_dearkd', '--img-size', '64', '--train-img-sizes', '32', '48', '--epochs', '2',
+        '--val-interval', '2', '--track-attention-distance', '--log-interval', '1', '-b', '4', '--output', tmp_path,
+        '--experiment', 'x', launcher=TORCHRUN)
     assert result.returncode == 0, result.stderr
     assert '[   6/6 (100%)]' in result.stderr
 

@@ -173,6 +173,7 @@ def test_a_loss_that_is_not_finite(train_cli, tmp_path):
     ('model', '--model test_dearkd'),
     ('teacher', 'another teacher'),
     ('hooks', 'other hooks'),
+    ('untaught', 'is a run with a teacher, this one has none. Add --kd-model-name'),
     ('none', 'trained without DearKD'),
     ('truncated', 'can not be read, it may be truncated'),
     ('pickle', 'can not be read'),
@@ -187,6 +188,8 @@ def test_checkpoints_that_do_not_fit(change, message, train_cli, exact_cli, cnn,
         state = torch.load(cnn / 'last.pth.tar', weights_only=False)['state_dict']
         torch.save({k: v * 2 if k == 'conv1.0.weight' else v for k, v in state.items()}, teacher)
         result = exact_cli(*args, '--kd-model-name', 'test_resnet', '--kd-teacher-checkpoint', teacher)
+    elif change == 'untaught':
+        result = exact_cli(*args, '--kd-model-name', '')
     elif change == 'hooks':
         result = exact_cli(*args, '--dearkd-hooks', '4:layer1')
     else:
@@ -202,6 +205,18 @@ def test_checkpoints_that_do_not_fit(change, message, train_cli, exact_cli, cnn,
     assert result.returncode == 2 and 'Traceback' not in result.stderr
     assert message in result.stderr.splitlines()[-1]
     assert not (tmp_path / 'run').exists()
+
+
+def test_a_run_is_not_begun_over_another(train_cli, tmp_path):
+    """Unless its folder has no checkpoint, because it was stopped before the first."""
+    command = ('--epochs', '1', '--output', tmp_path, '--experiment', 'run')
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'args.yaml').touch()
+    assert train_cli(*command).returncode == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / 'run').iterdir()}
+    result = train_cli(*command)
+    assert result.returncode == 2 and 'holds a run. Go on with it by --resume auto' in result.stderr.splitlines()[-1]
+    assert {path.name: path.read_bytes() for path in (tmp_path / 'run').iterdir()} == before
 
 
 def test_a_plateau_is_remembered(train_cli, tmp_path):

@@ -303,6 +303,12 @@ def test_evaluation_alone(run, train_cli, image_folder, tmp_path):
         for name in ('top1', 'top5', 'loss'):
             assert metrics[name] == pytest.approx(expected[name], rel=1e-4)
 
+    other = tmp_path / 'other'  # a class that there was not in training
+    shutil.copytree(image_folder, other)
+    (other / 'validation' / 'rust').rename(other / 'validation' / 'snow')
+    result = train_cli('--eval-only', '--initial-checkpoint', folder / 'model_best.safetensors', data=other)
+    assert result.returncode == 2 and 'classes that the training set has not: snow' in result.stderr
+
     part = tmp_path / 'part'  # a folder without training images, and without one of the classes
     shutil.copytree(image_folder / 'validation', part / 'validation')
     shutil.rmtree(part / 'validation' / 'blue sky')

@@ -48,6 +48,8 @@ ERRORS = {
     'teacher classes': (['--kd-model-name', 'TEACHER', '--num-classes', '4'], 'knows 3 classes, the student 4'),
     'no tokens': (['--model', 'test_convnext', '--kd-model-name', 'TEACHER', '--kd-distill-type', 'dearkd'],
                   '--kd-distill-type logit'),
+    'nobody teaches': (['--dearkd-stage1-epochs', '1'], '--dearkd-stage1-epochs needs a teacher'),
+    'no folder': (['--kd-model-name', 'output/cnnn'], "No folder 'output/cnnn'"),
     'no teacher': (['--kd-teacher-checkpoint', 'FILE'], '--kd-model-name NAME'),
     'checkpoint': (
         ['--kd-model-name', 'test_resnet', '--kd-teacher-checkpoint', 'nothing.pth'], "no file 'nothing.pth'"),
@@ -67,7 +69,7 @@ ERRORS = {
     'auto': (['--resume', 'auto', '--experiment', ''], 'needs --experiment'),
     'fraction': (['--train-fraction', '0'], 'expected a share above 0'),
     'no epochs': (['--start-epoch', '2'], 'Nothing to train'),
-    'output': (['--output', '/proc/x'], '/proc'),
+    'output': (['--output', '/proc/x'], "Could not make the folder '/proc/x/x'"),
     'size': (['--model', 'dearkd_nano_patch4_32', '--input-size', '3', '64', '64'], 'Conflicting input image sizes'),
     'patches': (['--img-size', '40'], 'Set --img-size 32'),
     'number': (['--epochs', 'x'], 'invalid int value'),

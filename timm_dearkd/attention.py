@@ -117,6 +117,8 @@ class AdaptiveRelPos(nn.Module):
         """Set the mode; what inference cached goes when training begins."""
         if mode:
             self._scores_cache = None
+            if self.key_basis.is_inference():  # of a compiled model in inference mode
+                self.set_grid_size(*self.grid_size)
         return super().train(mode)
 
     def set_grid_size(self, height: int, width: int) -> None:

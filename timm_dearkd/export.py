@@ -4,6 +4,7 @@ What was written is loaded again and compared with the model before the command 
 """
 import argparse
 import copy
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -13,14 +14,14 @@ import timm
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError
-from timm.models import get_model_input_config
-from timm.models._input import get_model_args
+from timm.models import get_model_args, get_model_input_config
 from timm.models.vision_transformer import VisionTransformer
 from timm.utils import setup_default_logging
 
 import timm_dearkd  # noqa: F401  registers the architectures
 from distill_hooks import create_teacher
 from timm_dearkd.attention import ConvAttention
+from timm_dearkd.commands import run_command
 from timm_dearkd.engine.output import save_folder
 
 __all__ = ['FORMATS', 'export', 'to_plain_vit']
@@ -81,6 +82,8 @@ def _save_onnx(model: nn.Module, images: torch.Tensor, path: Path) -> Callable[[
         import onnxscript  # noqa: F401
     except ImportError as e:
         raise ValueError(f'ONNX needs another package ({e}): pip install "timm-dearkd[export]".') from e
+    for name in ('onnxscript', 'onnx_ir'):  # dozens of lines on what they did not fold
+        logging.getLogger(name).setLevel(logging.ERROR)
     batch = torch.export.Dim('batch', min=1, max=2 ** 16)
     torch.onnx.export(
         model, (images,), path, dynamo=True, dynamic_shapes=({0: batch},), input_names=['images'],
@@ -160,18 +163,16 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     setup_default_logging()
+    path = Path(args.output or f'{_file_name(args.model)}-export{FORMATS[args.format][1]}')
+    if path.is_dir() and any(path.iterdir()) and not (args.format == 'safetensors' and _is_export(path)):
+        raise ValueError(f'{str(path)!r} is a folder with other files. Name another --output.')
+    if args.img_size is not None and args.img_size < 1:
+        raise ValueError(f'--img-size {args.img_size}, expected 1 or more.')
     try:
-        path = Path(args.output or f'{_file_name(args.model)}-export{FORMATS[args.format][1]}')
-        if path.is_dir() and any(path.iterdir()) and not (args.format == 'safetensors' and _is_export(path)):
-            raise ValueError(f'{str(path)!r} is a folder with other files. Name another --output.')
-        if args.img_size is not None and args.img_size < 1:
-            raise ValueError(f'--img-size {args.img_size}, expected 1 or more.')
         model: Any = create_teacher(args.model, args.checkpoint)
-        if args.plain_vit:
-            model = to_plain_vit(model)
-        error = export(model, args.format, path, args.img_size)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as e:
-        parser.exit(2, f'{parser.prog}: error: {" ".join(str(e).split())[:600]}\n')
+        error = export(to_plain_vit(model) if args.plain_vit else model, args.format, path, args.img_size)
+    except (RuntimeError, SafetensorError) as e:  # of damaged files, and of the exporters
+        raise ValueError(' '.join(str(e).split())[:600]) from e
     print(f'{path} (loaded again, its logits differ by {error:.1g} at the most)')
 
 
@@ -185,4 +186,4 @@ def _is_export(path: Path) -> bool:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(build_parser().prog, main)

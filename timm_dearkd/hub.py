@@ -32,7 +32,6 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
     LocalEntryNotFoundError,
-    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -46,7 +45,9 @@ from timm_dearkd.analysis.compare import drawn_columns, plot_runs
 from timm_dearkd.analysis.figures import render
 from timm_dearkd.analysis.runs import Run, open_run
 from timm_dearkd.attention import ConvAttention
-from timm_dearkd.engine.output import save_folder, write_bytes
+from timm_dearkd.commands import run_command
+from timm_dearkd.engine.output import save_folder
+from timm_dearkd.files import write_bytes
 
 __all__ = ['HubError', 'download_weights', 'locate_weights', 'model_card', 'prepare_folder', 'pull', 'push']
 
@@ -179,15 +180,13 @@ def locate_weights(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]] = N
     TIMM_DEARKD_HUB names, for nobody has published any yet.
 
     Args:
-        cfg: The model's. One that has a source other than the Hub is left as it is.
+        cfg: The model's.
         cache_dir: The Hub's cache.
 
     Raises:
         HubError: See `download_weights`.
         ValueError: There are no weights.
     """
-    if cfg.source != 'hf-hub' and (cfg.file or cfg.url or cfg.state_dict):
-        return cfg
     if not cfg.hf_hub_id:
         namespace, tag = os.environ.get(NAMESPACE_VARIABLE), _recipe_tag(cfg)
         name = f'{cfg.architecture}.{tag}'
@@ -200,7 +199,8 @@ def locate_weights(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]] = N
     try:
         path = download_weights(str(cfg.hf_hub_id), cfg.hf_hub_filename or HF_SAFE_WEIGHTS_NAME, cache_dir)
     except HubError as e:
-        if isinstance(e.__cause__, RemoteEntryNotFoundError) and not cfg.hf_hub_filename:
+        cause, offline = e.__cause__, LocalEntryNotFoundError
+        if isinstance(cause, EntryNotFoundError) and not isinstance(cause, offline) and not cfg.hf_hub_filename:
             return cfg  # it may have weights of another kind, which timm looks for
         raise
     return dataclasses.replace(cfg, file=str(path), source='')
@@ -392,18 +392,15 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parser.parse_args(argv)
     hub_logging.set_verbosity_error()  # it logs every try
     logging.getLogger('timm').setLevel(logging.WARNING)
-    try:
-        if args.command == 'pull':
-            print(pull(args.repo))
-        elif args.dry_run:
-            folder = Path(args.run) / 'hub'
-            prepare_folder(args.run, folder, args.repo, args.license)
-            print(folder)
-        else:
-            print(push(args.run, args.repo, args.private, args.license))
-    except (OSError, ValueError) as e:
-        parser.exit(2, f'{parser.prog} {args.command}: error: {" ".join(str(e).split())}\n')
+    if args.command == 'pull':
+        print(pull(args.repo))
+    elif args.dry_run:
+        folder = Path(args.run) / 'hub'
+        prepare_folder(args.run, folder, args.repo, args.license)
+        print(folder)
+    else:
+        print(push(args.run, args.repo, args.private, args.license))
 
 
 if __name__ == '__main__':
-    main()
+    run_command(build_parser().prog, main)

@@ -208,10 +208,12 @@ default_cfgs = generate_default_cfgs({
 def _create_dearkd(variant: str, pretrained: bool = False, model_cls=DearKD, **kwargs) -> DearKD:
     out_indices = kwargs.pop('out_indices', 3)
     if pretrained:
-        from .hub import locate_weights  # here, for registering the names is to cost nothing else
         cfg = resolve_pretrained_cfg(
             variant, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None))
-        kwargs['pretrained_cfg'] = vars(locate_weights(cfg, kwargs.get('cache_dir')))
+        if cfg.source == 'hf-hub' or not (cfg.file or cfg.url or cfg.state_dict):
+            from .hub import locate_weights  # here, for registering the names is to cost nothing else
+            cfg = locate_weights(cfg, kwargs.get('cache_dir'))
+        kwargs['pretrained_cfg'] = vars(cfg)
     return build_model_with_cfg(
         model_cls,
         variant,

@@ -34,7 +34,14 @@ from timm_dearkd.engine.device import Precision, Ranks, select_device
 from timm_dearkd.engine.interrupt import Interrupted, StopRequest, TrainingError
 from timm_dearkd.engine.loop import Trainer, Validator, mean_lr
 from timm_dearkd.engine.options import build_config_parser, build_parser, parse_args
-from timm_dearkd.engine.output import Position, complete_export, export_model, find_checkpoint, resume_run
+from timm_dearkd.engine.output import (
+    Position,
+    complete_export,
+    export_model,
+    find_checkpoint,
+    refuse_to_overwrite,
+    resume_run,
+)
 from timm_dearkd.engine.recorder import Recorder, print_results
 from timm_dearkd.engine.seeding import set_rng_state
 
@@ -92,6 +99,8 @@ def prepare_training(args, args_text: str, command: str, precision: Precision, r
     folder = os.path.join(build_run.output_parent(args), args.experiment)
     if is_auto:
         args.resume = agree(find_checkpoint(folder) if ranks.is_primary else '', ranks)
+    if args.experiment and not args.resume and ranks.is_primary:
+        refuse_to_overwrite(folder)
     train_set, eval_set = build_data.build_datasets(args)
     if eval_set is None:
         args.eval_metric = 'loss'

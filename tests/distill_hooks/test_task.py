@@ -104,7 +104,7 @@ def test_the_teacher_is_left_alone():
     state = {**task.get_checkpoint_state(), **task.get_checkpoint_state(ema=True)}
     assert set(state) == {'state_dict', 'task_state', 'state_dict_ema', 'task_state_ema'}
     assert set(state['state_dict']) == set(state['state_dict_ema']) == set(trainable.student.state_dict())
-    assert set(state['task_state']) == {'aligners', 'head_dist', 'teacher'}
+    assert set(state['task_state']) == {'aligners', 'head_dist', 'teacher', 'blocks'}
     assert not any('layer1' in k or 'aligner' in k or 'head_dist' in k for k in state['state_dict'])
     assert not any('teacher' in n or 'layer1' in n for n, _ in task.get_trainable_module(ema=True).named_parameters())
 
@@ -146,7 +146,7 @@ def test_resume(tmp_path):
     for p, q in zip(task.trainable_module.parameters(), other.trainable_module.parameters()):
         assert p.equal(q)
 
-    for wrong in (make(teacher='test_convnext'), make(hooks='4:1'), make(hooks=['2', '4'])):
+    for wrong in (make(teacher='test_convnext'), make(hooks='4:1'), make(hooks=['2', '4']), make(hooks='3')):
         with pytest.raises(ValueError, match='another teacher or other hooks.*--dearkd-hooks'):
             resume_task_checkpoint(wrong, path)
     plain = make()

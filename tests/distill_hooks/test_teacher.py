@@ -95,6 +95,10 @@ def test_another_image_size():
     logits, (feature,) = teacher(x)
     torch.testing.assert_close(logits, model(F.interpolate(x, (64, 64), mode='bilinear', antialias=True)))
     assert feature.shape[-2:] == (16, 16)
+    half = Teacher(model, img_size=(32, 48)).prepare_input(x.bfloat16())  # which CPUs can not resize
+    assert half.shape == (1, 3, 32, 48) and half.dtype == torch.bfloat16
+    expected = F.interpolate(x, (32, 48), mode='bilinear', antialias=True)
+    torch.testing.assert_close(half.float(), expected, atol=0.02, rtol=0.02)
 
 
 def test_swin_maps_are_channels_first():

@@ -2,6 +2,7 @@ import copy
 import shutil
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention
@@ -328,6 +329,14 @@ def test_scores_cached_in_inference_mode_serve_a_backward():
     out.sum().backward()
     torch.testing.assert_close(out, expected.clone())
     assert x.grad.abs().sum() > 0
+
+
+def test_a_grid_of_compiled_inference_serves_training():
+    model = timm.create_model('test_dearkd', dynamic_img_size=True).eval()
+    with torch.inference_mode():
+        torch.compile(model, backend='eager')(torch.randn(1, 3, 96, 96))
+    model.train()(torch.randn(1, 3, 96, 96)).sum().backward()
+    assert model.blocks[0].attn.rpe.alpha.grad.abs().sum() > 0
 
 
 def test_attention_scores_are_those_of_the_forward():

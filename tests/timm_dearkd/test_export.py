@@ -6,6 +6,7 @@ import timm
 import torch
 
 import timm_dearkd  # noqa: F401
+from timm_dearkd.commands import run_command
 from timm_dearkd.export import export, main, to_plain_vit
 
 pytest.importorskip('onnxruntime')
@@ -159,6 +160,6 @@ def test_errors_are_one_line_and_status_2(args, message, checkpoint, tmp_path, c
     (tmp_path / 'photo.jpg').touch()
     replaced = {'CHECKPOINT': checkpoint, 'FOLDER': tmp_path}
     with pytest.raises(SystemExit) as e:
-        main([str(replaced.get(arg, arg)) for arg in args])
+        run_command('export', main, [str(replaced.get(arg, arg)) for arg in args])
     assert e.value.code == 2 and message in capsys.readouterr().err.strip().splitlines()[-1]
     assert (tmp_path / 'photo.jpg').exists()

@@ -13,6 +13,7 @@ from conftest import ROOT, run_python
 from huggingface_hub import ModelCard
 
 import timm_dearkd  # noqa: F401
+from timm_dearkd.commands import run_command
 
 sys.path.insert(0, str(ROOT / 'tests'))
 from hub_server import TOKEN, serve  # noqa: E402
@@ -121,6 +122,15 @@ def test_weights_of_a_recipe_come_from_the_users_namespace(hub, user):
     assert result.returncode == 0, result.stderr
     total, loaded_tag = result.stdout.split()
     assert float(total) == pytest.approx(model.head.weight.double().sum().item(), rel=1e-9) and loaded_tag == tag
+
+
+def test_a_local_folder_needs_no_hub(run_folder):
+    """Nor the packages that it comes with, of any version."""
+    code = f"""import sys, timm, timm_dearkd
+timm.create_model('local-dir:{run_folder}', pretrained=True)
+assert 'timm_dearkd.hub' not in sys.modules and 'timm_dearkd.analysis' not in sys.modules"""
+    result = run_python('-c', code)
+    assert result.returncode == 0, result.stderr
 
 
 def test_without_a_namespace_a_line_says_what_to_do(monkeypatch):
@@ -238,8 +248,9 @@ def test_a_push_that_is_refused(faults, message, run_folder, hub, user, tmp_path
     hub.faults = faults
     (tmp_path / 'sitecustomize.py').write_text(
         'import time\npause = time.sleep\ntime.sleep = lambda seconds: pause(min(seconds, 0.01))')
-    code = f'import sys; sys.path.insert(0, {str(tmp_path)!r}); import sitecustomize; from timm_dearkd.hub import main'
-    result = user('-c', f'{code}; main()', 'push', run_folder, '--repo', 'someone/other')
+    code = (f'import sys, runpy; sys.path.insert(0, {str(tmp_path)!r}); import sitecustomize; '
+            'runpy.run_module("timm_dearkd.hub", run_name="__main__")')
+    result = user('-c', code, 'push', run_folder, '--repo', 'someone/other')
     assert result.returncode == 2 and message in result.stderr.strip().splitlines()[-1], result.stderr
     assert not hub.repos.get('someone/other', {}).get('files')
 
@@ -264,7 +275,7 @@ def test_errors_are_one_line_and_status_2(args, message, run_folder, tmp_path, c
     (tmp_path / 'cut' / 'model_best.safetensors').write_bytes(weights[:1000])
     replaced = {name: tmp_path / name.lower() for name in ('NOWHERE', 'EMPTY', 'RUN', 'TIMM', 'CUT')}
     with pytest.raises(SystemExit) as e:
-        main([str(replaced.get(arg, arg)) for arg in args])
+        run_command('hub', main, [str(replaced.get(arg, arg)) for arg in args])
     assert e.value.code == 2 and message in capsys.readouterr().err.strip().splitlines()[-1]
 
 

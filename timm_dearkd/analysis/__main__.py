@@ -5,6 +5,8 @@ from typing import Optional, Sequence
 
 from timm.utils import setup_default_logging
 
+from timm_dearkd.commands import run_command
+
 from . import attention_distance, attention_map, compare, diversity, predict, report, throughput
 
 TOOLS = {
@@ -28,12 +30,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parser.parse_args(argv)
     setup_default_logging()
     logging.getLogger('timm').setLevel(logging.WARNING)
-    try:
-        TOOLS[args.tool].run(args)
-    except (OSError, ValueError) as e:
-        message = ' '.join(str(e).split())
-        parser.exit(2, f'{parser.prog} {args.tool}: error: {message}\n')
+    TOOLS[args.tool].run(args)
 
 
 if __name__ == '__main__':
-    main()
+    run_command(build_parser().prog, main)

@@ -10,8 +10,8 @@ import torch.nn as nn
 from timm.layers import Attention
 from timm.utils import unwrap_model
 
-from timm_dearkd.attention import ConvAttention
-from timm_dearkd.engine.output import write_bytes, write_table
+from timm_dearkd.attention import AdaptiveRelPos, ConvAttention
+from timm_dearkd.files import write_bytes, write_table
 
 from .figures import new_figure, plain, plot_series, render, shade_stage2
 from .inputs import add_model_arguments, check_counts, load_images, load_model, output_path
@@ -131,8 +131,12 @@ class DistanceLog:
 
     def record(self, epoch: int) -> None:
         """Append the rows of an epoch."""
+        positions = [module for module in self.model.modules() if isinstance(module, AdaptiveRelPos)]
+        grids = [position.grid_size for position in positions]
         with self.autocast():
             distances = attention_distances(self.model, self.images).tolist()
+        for position, grid in zip(positions, grids):  # other processes have not looked, and DDP compares buffers
+            position.set_grid_size(*grid)
         pixels = stride(self.model)
         is_new = not self.path.exists() or not self.path.stat().st_size
         with open(self.path, 'a', newline='') as f:

@@ -13,7 +13,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from distill_hooks.teacher import input_normalisation
 from timm_dearkd.attention import ConvAttention
-from timm_dearkd.engine.output import write_bytes
+from timm_dearkd.files import write_bytes
 
 from .attention_distance import attention_layers, attention_weights
 from .figures import new_figure, render

@@ -2,7 +2,7 @@
 import argparse
 from typing import Any, List, Sequence
 
-from timm_dearkd.engine.output import write_bytes, write_table
+from timm_dearkd.files import write_bytes, write_table
 
 from .figures import new_figure, plain, plot_series, render, shade_stage2
 from .inputs import output_path

@@ -1,10 +1,11 @@
 """How far apart the images of a class are: mean LPIPS over random pairs (table 6)."""
 import argparse
 import json
+import logging
 import math
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Sequence, Set, Tuple, Union
 
 import numpy as np
 import torch
@@ -18,9 +19,11 @@ from tqdm import tqdm
 from distill_hooks import FeatureCapture, create_teacher
 from distill_hooks.teacher import input_normalisation
 from timm_dearkd.engine.device import find_device
-from timm_dearkd.engine.output import write_bytes
+from timm_dearkd.files import write_bytes
 
 from .inputs import check_counts, open_image
+
+_logger = logging.getLogger(__name__)
 
 __all__ = ['FeatureDistance', 'LPIPSDistance', 'class_pairs', 'measure_diversity']
 
@@ -167,7 +170,7 @@ def measure_diversity(
 
     Raises:
         FileNotFoundError: No such folder.
-        ValueError: No class with two images, or an image that can not be read.
+        ValueError: No class with two images, or none that can be read. Others that can not are named, and left out.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -179,19 +182,31 @@ def measure_diversity(
         raise ValueError(
             f'{str(root)!r} has {len(samples)} images and no class with two of them. Expected a folder for each class.')
     todo = [(label, *pair) for label, of_class in pairs.items() for pair in of_class]
-    values: List[float] = []
-    for start in tqdm(range(0, len(todo), batch_size), desc=root.as_posix(), unit='batch', leave=False, mininterval=1):
-        sides = zip(*(pair for _, *pair in todo[start:start + batch_size]))
-        first, second = (torch.stack([_load(samples[i][0], img_size, in_chans) for i in side]) for side in sides)
-        values += distance(first, second).tolist()
+    unreadable: Set[str] = set()
+    values: Dict[int, List[float]] = {}
+    batches = range(0, len(todo), batch_size)
+    for start in tqdm(batches, desc=root.as_posix(), unit='batch', leave=False, mininterval=1, disable=None):
+        loaded = []
+        for label, *pair in todo[start:start + batch_size]:
+            try:
+                loaded.append((label, *(_load(samples[i][0], img_size, in_chans) for i in pair)))
+            except ValueError as e:
+                if str(e) not in unreadable:
+                    _logger.warning(f'{e} Its pairs are left out.')
+                unreadable.add(str(e))
+        if loaded:
+            labels, first, second = zip(*loaded)
+            for label, value in zip(labels, distance(torch.stack(first), torch.stack(second)).tolist()):
+                values.setdefault(label, []).append(value)
+    if not values:
+        raise ValueError(f'None of the images in {str(root)!r} can be read.')
     names = {index: name for name, index in class_to_idx.items()}
-    remaining = iter(values)
-    by_class = {names[label]: float(np.mean([next(remaining) for _ in of_class])) for label, of_class in pairs.items()}
+    by_class = {names[label]: float(np.mean(of_class)) for label, of_class in values.items()}
     means = np.array(list(by_class.values()))
     return dict(
         mean=float(means.mean()),
         stderr=float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None,
-        classes=by_class, pairs=len(todo), images=len(samples))
+        classes=by_class, pairs=sum(map(len, values.values())), images=len(samples))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

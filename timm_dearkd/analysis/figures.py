@@ -65,6 +65,7 @@ def _fonts() -> List[str]:
 
 def plot_series(axes: Any, epochs: Sequence[int], values: Sequence[float], **kwargs: Any) -> None:
     """A line over the epochs; with points where there are few."""
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.plot(epochs, values, marker='.' if len(epochs) <= 30 else None, **kwargs)
 
 

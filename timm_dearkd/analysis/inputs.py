@@ -7,7 +7,7 @@ from typing import Any, Callable, List, Optional, Sequence, Tuple
 import torch
 import torch.nn as nn
 from PIL import Image
-from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
 from distill_hooks import create_teacher
@@ -70,7 +70,8 @@ def label_names(model: Any) -> Optional[List[str]]:
     names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
     if names and len(names) == model.num_classes:
         return [str(name) for name in names]
-    return list(ImageNetInfo().label_names()) if model.num_classes == 1000 else None
+    subset = infer_imagenet_subset(model)
+    return list(ImageNetInfo(subset).label_names()) if subset else None
 
 
 def class_names(model: Any) -> List[str]:
@@ -78,8 +79,11 @@ def class_names(model: Any) -> List[str]:
     names = label_names(model)
     if names is None:
         return [str(index) for index in range(model.num_classes)]
-    info = ImageNetInfo()
-    return [info.label_name_to_description(name) for name in names] if names == info.label_names() else names
+    subset = infer_imagenet_subset(model)
+    info = ImageNetInfo(subset) if subset else None
+    if info is None or names != info.label_names():
+        return names
+    return [info.label_name_to_description(name) for name in names]
 
 
 def open_image(path: str, mode: str = 'RGB') -> Image.Image:
@@ -149,7 +153,7 @@ def find_images(
         in_order = names is None and len(class_to_idx) == num_classes
         labels = {index: index if in_order else by_name.get(name) for name, index in class_to_idx.items()}
         unknown = [name for name, index in class_to_idx.items() if labels[index] is None]
-        if unknown and len(class_to_idx) > 1:
+        if unknown and len(class_to_idx) > 1 and (names or num_classes):
             _logger.warning(
                 f'{len(unknown)} of {len(class_to_idx)} folders in {path!r} are no class of the model, so their images'
                 f' have no label: {", ".join(unknown[:5])}.')

@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from timm_dearkd.engine.output import write_bytes, write_table
+from timm_dearkd.files import write_bytes, write_table
 
 from .figures import new_figure, plain, render
 from .inputs import (
@@ -92,7 +92,7 @@ def predict(
     predictions = []
     was_training = model.training
     model.eval()
-    for samples in tqdm(loader, desc='Predict', unit='batch', leave=False, mininterval=1):
+    for samples in tqdm(loader, desc='Predict', unit='batch', leave=False, mininterval=1, disable=None):
         readable = [sample for sample in samples if sample[2] is not None]
         if not readable:
             continue

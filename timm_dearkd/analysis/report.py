@@ -10,10 +10,11 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from PIL import Image
 from timm.data import resolve_model_data_config
+from torch.utils.data import IterableDataset
 
 from timm_dearkd._version import __version__
 from timm_dearkd.engine.data import open_dataset, set_image_mode
-from timm_dearkd.engine.output import write_bytes
+from timm_dearkd.files import write_bytes
 
 from .attention_distance import plot_over_epochs, read_log
 from .attention_map import head_positions, plot_heads
@@ -192,7 +193,7 @@ def _predictions(run: Run, model: Any, num_images: int) -> Tuple[Optional[Dict[s
     names, mode = class_names(model), image_transform(model)[1]
     try:
         dataset = validation_set(run, names, mode)
-        if not hasattr(dataset, '__getitem__'):  # a stream
+        if isinstance(dataset, IterableDataset):  # a stream
             dataset = list(islice(dataset, num_images))
         places = spread(len(dataset), num_images)
         found = predict(model, dataset, places)

@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from timm_dearkd.engine.device import find_device
-from timm_dearkd.engine.output import write_bytes, write_table
+from timm_dearkd.engine.device import check_backend, find_device
+from timm_dearkd.files import write_bytes, write_table
 
 from .figures import new_figure, plain, render
 from .inputs import check_counts, output_path
@@ -128,14 +128,14 @@ def measure_throughput(
     """
     with _compiles_each(compile_backend):
         forwards, results = [], []
-        for name in tqdm(names, desc='Prepare', unit='model', leave=False):
+        for name in tqdm(names, desc='Prepare', unit='model', leave=False, disable=None):
             forward, result = _prepare(
                 name, batch_size, device, img_size, dtype, compile_backend,
                 torch.channels_last if channels_last else torch.contiguous_format)
             forwards.append(forward)
             results.append(result)
         repeats = [0 if forward is None else max(1, round(seconds / _time(forward, 1, device))) for forward in forwards]
-        for _ in tqdm(range(rounds), desc=f'Batch size {batch_size}', unit='round', leave=False):
+        for _ in tqdm(range(rounds), desc=f'Batch size {batch_size}', unit='round', leave=False, disable=None):
             for forward, result, count in zip(forwards, results, repeats):
                 if forward is not None:
                     result.seconds.append(_time(forward, count, device))
@@ -263,9 +263,7 @@ def run(args: argparse.Namespace) -> None:
     unknown = [name for name in args.models if ':' not in name and not timm.is_model(name)]
     if unknown:
         raise ValueError(f'timm knows no {unknown[0]!r}. timm.list_models("*NAME*") lists what there is.')
-    if args.torchcompile and args.torchcompile not in torch.compiler.list_backends(exclude_tags=()):
-        backends = ', '.join(torch.compiler.list_backends())
-        raise ValueError(f'--torchcompile is {args.torchcompile!r}, expected one of {backends}.')
+    check_backend(args.torchcompile)
     new_figure()
     device = find_device(args.device)
     results: List[Measurement] = []

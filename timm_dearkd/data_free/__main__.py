@@ -10,15 +10,17 @@ import timm
 import torch
 import torch.distributed as dist
 from PIL import Image
-from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
+from timm.data import resolve_model_data_config
 from timm.utils import setup_default_logging
 from tqdm import tqdm
 
 import timm_dearkd
 from distill_hooks import Teacher, create_teacher
 from distill_hooks.teacher import input_normalisation, weights_fingerprint
-from timm_dearkd.engine.device import Precision, Ranks, select_device
-from timm_dearkd.engine.output import write_bytes
+from timm_dearkd.analysis.inputs import label_names
+from timm_dearkd.commands import run_command
+from timm_dearkd.engine.device import Precision, Ranks, check_backend, select_device
+from timm_dearkd.files import write_bytes
 
 from .dataset import FORMATS, SyntheticSet, folder_name
 from .inversion import DIVERSITIES, Inverter, LossWeights, Resolution, batch_targets
@@ -127,10 +129,7 @@ def read_class_names(path: Optional[str], model: torch.nn.Module) -> List[str]:
         ValueError: A file with more or fewer names than the CNN has classes.
     """
     count: int = model.num_classes  # type: ignore[assignment]
-    names = list((getattr(model, 'pretrained_cfg', None) or {}).get('label_names') or ())
-    subset = infer_imagenet_subset(model)
-    if subset and len(names) != count:
-        names = ImageNetInfo(subset).label_names()  # synsets, as ImageNet's own folders are called
+    names = label_names(model) or []
     if path:
         with open(path, encoding='utf-8') as f:
             names = [line.strip() for line in f if line.strip()]
@@ -266,6 +265,7 @@ def to_image(pixels: torch.Tensor) -> Image.Image:
 
 def run(args) -> None:
     """Make the images."""
+    check_backend(args.torchcompile)
     device, ranks = select_device(args.device)
     precision = Precision(device, torch.bfloat16 if args.amp else None)
     model: Any = create_teacher(args.model, args.checkpoint, device=device)
@@ -321,7 +321,8 @@ def make_images(
     """Make the batches `todo` of all `targets`."""
     steps = sum(resolution.steps for resolution in inverter.resolutions)
     made = kept = 0
-    with tqdm(total=len(todo) * steps, disable=not ranks.is_primary, unit='step', dynamic_ncols=True) as bar:
+    disable = None if ranks.is_primary else True  # None shows it on a terminal alone
+    with tqdm(total=len(todo) * steps, disable=disable, unit='step', dynamic_ncols=True) as bar:
         start = time.perf_counter()
         for number, batch in enumerate(todo):
             def progress(step: int, before: int = number * steps) -> None:
@@ -401,13 +402,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     setup_default_logging()
     try:
         run(args)
-    except (OSError, ValueError) as e:
-        message = ' '.join(str(e).split())
-        parser.exit(2, f'{parser.prog}: error: {message}\n')
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 if __name__ == '__main__':
-    main()
+    run_command(build_parser().prog, main)

@@ -13,7 +13,7 @@ from typing import Any, Dict, Iterator, List, Sequence, Set, Tuple
 from PIL import Image
 from timm.utils.misc import natural_key
 
-from timm_dearkd.engine.output import write_bytes
+from timm_dearkd.files import write_bytes
 
 __all__ = ['FORMATS', 'SyntheticSet', 'folder_name']
 

@@ -130,7 +130,7 @@ class Inverter:
         self.model = model.eval().requires_grad_(False)
         self.student = None
         if student is not None:
-            size = get_model_input_config(student)['input_size'][-1] if hasattr(student, 'patch_embed') else None
+            size = get_model_input_config(student)['input_size'][1:] if hasattr(student, 'patch_embed') else None
             self.student = Teacher(student, in_chans=len(mean), mean=mean, std=std, img_size=size).to(device)
         self.resolutions = list(resolutions)
         self.size = max(resolution.size for resolution in resolutions)

@@ -2,7 +2,7 @@
 import io
 from typing import Any, Dict, List, Sequence
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 __all__ = ['contact_sheet', 'loss_curves']
 
@@ -18,15 +18,24 @@ def contact_sheet(rows: Dict[str, List[Image.Image]], gap: int = 2, margin: int 
     side = max((min(128, max(32, image.size[1])) for images in rows.values() for image in images), default=32)
     columns = max((len(images) for images in rows.values()), default=0)
     sheet = Image.new('RGB', (margin + columns * (side + gap), max(1, len(rows)) * (side + gap)), 'white')
-    draw = ImageDraw.Draw(sheet)
+    draw, font = ImageDraw.Draw(sheet), _font()
     for y, (name, images) in enumerate(rows.items()):
-        draw.text((4, y * (side + gap) + side // 2 - 6), name[:14], fill='black')
+        draw.text((4, y * (side + gap) + side // 2 - 6), name[:14], fill='black', font=font)
         for x, image in enumerate(images):
             image = image.convert('RGB').resize((side, side), Image.Resampling.BICUBIC)
             sheet.paste(image, (margin + x * (side + gap), y * (side + gap)))
     buffer = io.BytesIO()
     sheet.save(buffer, 'PNG')
     return buffer.getvalue()
+
+
+def _font() -> Any:
+    """matplotlib's own, where it is installed: Pillow's has the letters of English alone."""
+    try:
+        import matplotlib
+        return ImageFont.truetype(f'{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf', 10)
+    except (ImportError, OSError):
+        return ImageFont.load_default()
 
 
 def loss_curves(losses: Sequence[Dict[str, Any]]) -> bytes:

@@ -93,22 +93,36 @@ def build_student(
 
 def build_evaluation(args, device: torch.device, create_model: Callable[..., Any]):
     """A model to evaluate, its data configuration, and the validation set with the labels it was trained with."""
-    common, root = dict(dataset_kwargs(args), is_training=False), args.data_dir or args.data
-    eval_set = open_dataset(args.dataset, root, args.val_split, num_samples=args.val_num_samples, **common)
-    try:  # a class may have no validation images
-        classes = open_dataset(args.dataset, root, args.train_split, **common)
-        eval_set = open_eval_dataset(
-            classes, args.dataset, root, args.val_split, num_samples=args.val_num_samples, **common)
-    except (OSError, ValueError):
-        classes = eval_set
-    if args.num_classes is None and args.initial_checkpoint and class_names(classes):
-        args.num_classes = len(class_names(classes) or ())
+    eval_set = open_dataset(args.dataset, args.data_dir or args.data, args.val_split, **_evaluation_kwargs(args))
+    if args.initial_checkpoint:  # weights that do not say what their classes are called
+        eval_set = _label_as_training(args, eval_set)
+        args.num_classes = args.num_classes or len(class_names(eval_set) or ()) or None
     model, data_config = build_student(args, eval_set, device, create_model)
     trained = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
-    if trained and not args.class_map and set(class_names(classes) or ()) <= set(trained):
-        common['class_map'] = {name: index for index, name in enumerate(trained)}
-        eval_set = open_dataset(args.dataset, root, args.val_split, num_samples=args.val_num_samples, **common)
+    if trained and not args.class_map and set(class_names(eval_set) or ()) <= set(trained):
+        eval_set = open_dataset(args.dataset, args.data_dir or args.data, args.val_split, **dict(
+            _evaluation_kwargs(args), class_map={name: index for index, name in enumerate(trained)}))
+    elif not args.initial_checkpoint:
+        eval_set = _label_as_training(args, eval_set)
     return model, data_config, eval_set
+
+
+def _evaluation_kwargs(args) -> Dict[str, Any]:
+    return dict(dataset_kwargs(args), is_training=False, num_samples=args.val_num_samples)
+
+
+def _label_as_training(args, eval_set):
+    """The validation set with the labels of the training set, if that is here: a class may have no validation images.
+
+    Raises:
+        ValueError: It has a class that training does not know.
+    """
+    root, kwargs = args.data_dir or args.data, _evaluation_kwargs(args)
+    try:
+        train_set = open_dataset(args.dataset, root, args.train_split, **dict(kwargs, num_samples=None))
+    except (OSError, ValueError):
+        return eval_set
+    return open_eval_dataset(train_set, args.dataset, root, args.val_split, **kwargs)
 
 
 def _adapt_student(args, model: Any) -> None:

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 from PIL import ImageMode
 from timm.data import FastCollateMixup, Mixup
-from torch.utils.data import Subset
+from torch.utils.data import IterableDataset, Subset
 
 from ..analysis.attention_distance import attention_layers
 from ..analysis.inputs import spread
@@ -172,7 +172,12 @@ def build_distance_images(args, eval_set, data_config: Dict[str, Any], model: nn
     if eval_set is None:
         raise ValueError('--track-attention-distance looks at validation images. Set --val-split.')
     attention_layers(model)
-    if hasattr(eval_set, '__getitem__') and hasattr(eval_set, '__len__'):
+    if isinstance(eval_set, IterableDataset):
+        eval_set = open_dataset(  # for the reader remembers that it has begun, and the validation's workers would too
+            args.dataset, args.data_dir or args.data, args.val_split, is_training=False,
+            num_samples=args.val_num_samples, **dataset_kwargs(args))
+        set_image_mode(eval_set, _image_mode(args, data_config))
+    else:
         eval_set = Subset(eval_set, spread(len(eval_set), NUM_DISTANCE_IMAGES))
     kwargs = dict(_loader_kwargs(args, device, SINGLE), num_workers=0)
     return next(iter(create_eval_loader(eval_set, data_config, NUM_DISTANCE_IMAGES, **kwargs)))[0]

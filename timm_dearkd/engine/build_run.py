@@ -91,7 +91,10 @@ def build_recorder(
     folder, saver = os.path.join(output_parent(args), name), None
     is_primary = trainer.ranks.is_primary
     if is_primary:
-        os.makedirs(folder, exist_ok=True)
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as e:
+            raise ValueError(f'Could not make the folder {folder!r} ({e.strerror}). Set another --output.') from e
         write_text(folder, 'args.yaml', args_text)
         write_run_info(folder, position=start, **run_info)
         saver = _build_saver(args, folder, model, trainer)

@@ -2,11 +2,13 @@
 import argparse
 import difflib
 import os
+from typing import List, Sequence
 
-import torch
 from timm.models import is_model, list_models, parse_model_name
 from timm.task import ClassificationEvaluator
 
+from .device import check_backend
+from .options import build_parser
 from .tracking import check_available
 
 __all__ = ['check_args']
@@ -30,14 +32,10 @@ _RANGES = (
     ('smoothing', 0., 1.), ('drop', 0., 1.), ('drop_path', 0., 1.), ('drop_connect', 0., 1.),
     ('model_ema_decay', 0., 1.), ('layer_decay', 0., float('inf')),
 )
-_NAFLEX = dict(
-    naflex_loader=False,
-    naflex_train_seq_lens=[128, 256, 576, 784, 1024],
-    naflex_max_seq_len=576,
-    naflex_patch_sizes=None,
-    naflex_patch_size_probs=None,
-    naflex_loss_scale='linear',
-    naflex_patchify_channels_first=False,
+# What only a teacher gives a meaning
+_TAUGHT = (
+    'dearkd_stage1_epochs', 'dearkd_stage2', 'dearkd_alpha', 'dearkd_beta', 'dearkd_hooks', 'dearkd_normalize_features',
+    'kd_distill_type', 'kd_teacher_img_size',
 )
 
 
@@ -55,6 +53,12 @@ def check_args(args: argparse.Namespace) -> None:
     check_available(tensorboard=args.log_tensorboard, wandb=args.log_wandb)
 
 
+def _given(args: argparse.Namespace, keys: Sequence[str]) -> List[str]:
+    """Those options that do not have their defaults."""
+    parser = build_parser()
+    return [key for key in keys if getattr(args, key) != parser.get_default(key)]
+
+
 def _flag(name: str) -> str:
     return f'--{name.replace("_", "-")}'
 
@@ -64,12 +68,11 @@ def _check_model(args: argparse.Namespace) -> None:
     if source is None and not is_model(name.split('.')[0]):
         near = difflib.get_close_matches(name, list_models(), n=4, cutoff=0.4)
         raise ValueError(f'Unknown --model {args.model!r}. The nearest names: {", ".join(near) or "none"}.')
-    for key in _NAFLEX:
-        if getattr(args, key) != _NAFLEX[key]:
-            raise ValueError(
-                f'{_flag(key)} is not supported: NaFlex feeds sequences of patches, and the tokens of a DearKD student'
-                ' are a grid, which its relative positions and its aligner need. Leave it out;'
-                ' --train-img-sizes trains at several sizes.')
+    for key in _given(args, [key for key in vars(args) if key.startswith('naflex_')]):
+        raise ValueError(
+            f'{_flag(key)} is not supported: NaFlex feeds sequences of patches, and the tokens of a DearKD student'
+            ' are a grid, which its relative positions and its aligner need. Leave it out;'
+            ' --train-img-sizes trains at several sizes.')
 
 
 def _check_values(args: argparse.Namespace) -> None:
@@ -100,9 +103,7 @@ def _check_values(args: argparse.Namespace) -> None:
     num_betas = 3 if 'adan' in args.opt.lower() else 2
     if args.opt_betas and len(args.opt_betas) != num_betas:
         raise ValueError(f'--opt-betas has {len(args.opt_betas)} values, {args.opt} takes {num_betas}.')
-    if args.torchcompile and args.torchcompile not in torch.compiler.list_backends(exclude_tags=()):
-        backends = ', '.join(torch.compiler.list_backends())
-        raise ValueError(f'--torchcompile is {args.torchcompile!r}, expected one of {backends}.')
+    check_backend(args.torchcompile)
 
 
 def _check_combinations(args: argparse.Namespace) -> None:
@@ -123,6 +124,9 @@ def _check_combinations(args: argparse.Namespace) -> None:
     for key in ('kd_teacher_checkpoint', 'kd_class_map'):
         if getattr(args, key) and not args.kd_model_name:
             raise ValueError(f'{_flag(key)} needs the architecture of the teacher: add --kd-model-name NAME.')
+    for key in _given(args, _TAUGHT) if args.kd_model_name is None else ():
+        raise ValueError(
+            f'{_flag(key)} needs a teacher: add --kd-model-name NAME. An empty one ("") says that there is to be none.')
     if args.kd_class_map and args.kd_distill_type not in (None, 'dearkd'):
         raise ValueError('--kd-class-map goes with --kd-distill-type dearkd alone.')
 

@@ -6,7 +6,7 @@ import torch
 from timm.utils import NativeScaler
 from timm.utils.distributed import init_distributed_device_so, is_distributed_env, world_info_from_env
 
-__all__ = ['SINGLE', 'Precision', 'Ranks', 'find_device', 'select_device']
+__all__ = ['SINGLE', 'Precision', 'Ranks', 'check_backend', 'find_device', 'select_device']
 
 _logger = logging.getLogger(__name__)
 
@@ -29,8 +29,18 @@ class Ranks(NamedTuple):
 SINGLE = Ranks()
 
 
+def check_backend(name: Optional[str]) -> None:
+    """Refuse a --torchcompile that PyTorch does not know.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if name and name not in torch.compiler.list_backends(exclude_tags=()):
+        raise ValueError(f'--torchcompile is {name!r}, expected one of {", ".join(torch.compiler.list_backends())}.')
+
+
 def find_device(name: Optional[str]) -> torch.device:
-    """The device asked for, else the accelerator there is, else the CPU, with the backend settings that suit it.
+    """The device asked for, else the accelerator there is, else the CPU. Makes the backend settings that suit it.
 
     Raises:
         ValueError: An accelerator that is not here.

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from timm.task import TrainingTask, evaluation_sample_limit
 from timm.utils import NativeScaler, dispatch_clip_grad
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -42,7 +43,7 @@ class LossMeter:
         finite = values.isfinite().all()
         row = torch.cat([values * num_samples, values.new_full((1,), num_samples)])
         offender = torch.cat([values.new_full((1,), update), values])
-        if self.sums is None or self.offender is None:
+        if self.sums is None or self.offender is None or self.names != list(losses):  # of another stage
             self.names = list(losses)
             self.sums, self.offender = torch.zeros_like(row), torch.zeros_like(offender)
         self.sums = self.sums + torch.where(finite, row, 0.)
@@ -148,7 +149,10 @@ class Stepper:
 
 @torch.no_grad()
 def _step_where(optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> None:
-    """`optimizer.step()` if the flag on the device says so, without asking for its value."""
+    """`optimizer.step()` if the flag on the device says so, without asking for its value.
+
+    Where the optimizer can't do so itself, it costs a copy of the weights and states.
+    """
     if getattr(optimizer, '_step_supports_amp_scaling', False):  # PyTorch's fused ones, which do it themselves
         optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
         optimizer.step()
@@ -156,8 +160,8 @@ def _step_where(optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> None:
         return
     state = getattr(optimizer, '_base_optimizer', optimizer).state
     params = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
-    states = [value for p in params for value in state[p].values() if isinstance(value, torch.Tensor)]
-    tensors = [t for t in (*params, *states) if t.device == finite.device]
+    tensors = [t for t in tree_leaves([params, [state[p] for p in params]])
+               if isinstance(t, torch.Tensor) and t.device == finite.device]
     before = [t.clone() for t in tensors]
     optimizer.step()
     for tensor, old in zip(tensors, before):

@@ -1,30 +1,30 @@
 """Files of a run: its checkpoints, how it goes on from one, and the exported student."""
 import csv
-import io
 import json
 import logging
 import os
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import safetensors.torch
 import torch
 import torch.nn as nn
 import torchvision
-from timm.models import clean_state_dict, load_state_dict
-from timm.models._hub import save_config_for_hf, save_for_hf
+from timm.models import clean_state_dict, load_state_dict, save_for_hf
+from timm.models._hub import save_config_for_hf
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, unwrap_model
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
+from ..files import write_table, write_text
 from .device import Precision
 from .interrupt import TrainingError
 
 __all__ = [
     'AtomicCheckpointSaver', 'Position', 'complete_export', 'export_model', 'find_checkpoint', 'read_run_info',
-    'remove_recovery', 'resume_run', 'save_config', 'save_folder', 'save_images', 'trim_table', 'write_bytes',
-    'write_run_info', 'write_table', 'write_text',
+    'refuse_to_overwrite',
+    'remove_recovery', 'resume_run', 'save_config', 'save_folder', 'save_images', 'trim_table', 'write_run_info',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -127,18 +127,35 @@ def find_checkpoint(folder: str) -> str:
     Raises:
         ValueError: There are some, but none can be read.
     """
-    paths = [path for path in (Path(folder) / 'last.pth.tar', *_recovery_files(folder)) if path.is_file()]
-    found = []
-    for path in paths:
-        try:
-            checkpoint = load_checkpoint_metadata(str(path))
-            within = checkpoint.get('progress')
-            found.append(((checkpoint['epoch'] + (within is None), (within or {}).get('update', 0)), str(path)))
-        except Exception as e:  # torch's unpickler alone raises half a dozen kinds
-            _logger.warning(f'{path} can not be read ({type(e).__name__}), so the run goes on from another one.')
-    if paths and not found:
-        raise ValueError(f'No checkpoint in {folder!r} can be read: {", ".join(path.name for path in paths)}.')
+    tried: List[str] = []
+    found: List[Tuple[Tuple[int, int], str]] = []
+    last = [Path(folder) / 'last.pth.tar', *_recovery_files(folder)]
+    for paths in (last, sorted(Path(folder).glob('checkpoint-*.pth.tar'))):  # the latter where the former fail
+        for path in paths if not found else ():
+            if not path.is_file():
+                continue
+            tried.append(path.name)
+            try:
+                checkpoint = load_checkpoint_metadata(str(path))
+                within = checkpoint.get('progress')
+                found.append(((checkpoint['epoch'] + (within is None), (within or {}).get('update', 0)), str(path)))
+            except Exception as e:  # torch's unpickler alone raises half a dozen kinds
+                _logger.warning(f'{path} can not be read ({type(e).__name__}), and is left out.')
+    if tried and not found:
+        raise ValueError(
+            f'No checkpoint in {folder!r} can be read: {", ".join(tried)}. Begin anew in another --experiment.')
     return max(found)[1] if found else ''
+
+
+def refuse_to_overwrite(folder: str) -> None:
+    """See that no run is begun over another one.
+
+    Raises:
+        ValueError: The folder has checkpoints.
+    """
+    if any(Path(folder).glob('*.pth.tar')):
+        raise ValueError(
+            f'{folder!r} holds a run. Go on with it by --resume auto, name another --experiment, or remove the folder.')
 
 
 def resume_run(
@@ -180,6 +197,11 @@ def resume_run(
         raise ValueError(
             f'--resume {path} is a run with --opt {trained_with}, this one has {opt}. Set it to that, or begin with a'
             ' fresh one by --no-resume-opt.')
+    taught_by = getattr(run.get('args'), 'kd_model_name', None)
+    if optimizer is not None and taught_by and not hasattr(task, 'teacher'):
+        raise ValueError(
+            f'--resume {path} is a run with a teacher, this one has none. Add --kd-model-name {taught_by}, or start'
+            ' from its weights with --initial-checkpoint.')
     try:
         scaler = precision.scaler if optimizer is not None else None
         epoch = resume_task_checkpoint(task, path, optimizer=optimizer, loss_scaler=scaler)
@@ -200,30 +222,6 @@ def resume_run(
         return position
     update = within['update'] * within['images_per_update'] // images_per_update
     return position._replace(epoch=run['epoch'], update=update, meter=within['meter'])
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_table(path: Path, rows: Iterable[Sequence[Any]]) -> None:
-    """`write_bytes` for rows of a CSV file, the header first."""
-    text = io.StringIO(newline='')
-    csv.writer(text).writerows(rows)
-    write_bytes(path, text.getvalue().encode())
-
-
-def write_text(folder: str, name: str, text: str) -> None:
-    """`write_bytes` for text."""
-    write_bytes(Path(folder) / name, text.encode())
 
 
 def read_run_info(folder: Union[str, Path]) -> Dict[str, Any]:

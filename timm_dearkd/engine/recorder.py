@@ -195,9 +195,10 @@ def summary_row(task, losses: Dict[str, float]) -> Dict[str, Any]:
 
 def print_results(results: List[Dict[str, Any]], eval_metric: str) -> None:
     """The ten best epochs as JSON on standard output, behind the mark that timm's script sets."""
+    kind = 'validation' if any('validation' in result for result in results) else 'train'
     best = sorted(
-        results,
-        key=lambda result: result.get('validation', result['train']).get(eval_metric, 0),
+        (result for result in results if kind in result),
+        key=lambda result: result[kind].get(eval_metric, 0),
         reverse='loss' in eval_metric,
     )
     print(f'--result\n{json.dumps(best[-10:], indent=4)}')

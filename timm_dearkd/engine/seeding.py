@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 __all__ = [
     'EpochBatchSampler', 'SeededCollate', 'SeededDataset', 'SeededErasing', 'get_rng_state', 'seeded',
@@ -45,7 +45,7 @@ def seeded(*key: int, device: Optional[torch.device] = None) -> Iterator[None]:
         *key: Numbers from 0; keys to tell apart have the same length.
         device: Seed the generator of this device too.
     """
-    state = get_rng_state(device)
+    state = None if get_worker_info() is not None else get_rng_state(device)  # a worker draws inside alone
     seeds = np.random.SeedSequence(key).generate_state(4).tolist()
     try:
         random.seed(seeds[0])
@@ -55,7 +55,8 @@ def seeded(*key: int, device: Optional[torch.device] = None) -> Iterator[None]:
             torch.get_device_module(device).manual_seed(seeds[3])
         yield
     finally:
-        set_rng_state(state, device)
+        if state is not None:
+            set_rng_state(state, device)
 
 
 class EpochBatchSampler(Sampler):

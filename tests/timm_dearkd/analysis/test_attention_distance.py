@@ -8,6 +8,7 @@ import torch
 import timm_dearkd  # noqa: F401
 from timm_dearkd.analysis.__main__ import main
 from timm_dearkd.analysis.attention_distance import attention_distances, attention_weights, mean_distances
+from timm_dearkd.commands import run_command
 
 GRID = (3, 4)
 
@@ -101,5 +102,5 @@ def test_errors_are_one_line_and_status_2(case, image_folder, tmp_path, capsys):
     replaced = {'MISSING': tmp_path / 'missing', 'EMPTY': tmp_path / 'empty', 'FOLDER': image_folder,
                 'WEIGHTS': tmp_path / 'weights.pth', 'CNN': tmp_path / 'cnn.pth'}
     with pytest.raises(SystemExit) as e:
-        main(['attention-distance', *(str(replaced.get(a, a)) for a in args)])
+        run_command('analysis', main, ['attention-distance', *(str(replaced.get(a, a)) for a in args)])
     assert e.value.code == 2 and message in capsys.readouterr().err.strip().splitlines()[-1]

@@ -9,6 +9,7 @@ from PIL import Image
 import timm_dearkd  # noqa: F401
 from timm_dearkd.analysis.__main__ import main
 from timm_dearkd.analysis.attention_map import attention_maps, head_positions
+from timm_dearkd.commands import run_command
 
 
 def test_parts_of_mhca_are_equation_3_in_a_slow_loop():
@@ -91,7 +92,8 @@ def test_errors_are_one_line_and_status_2(case, tmp_path, capsys):
     args, message = ERRORS[case]
     replaced = {'IMAGE': tmp_path / 'image.png', 'BROKEN': tmp_path / 'broken.png'}
     with pytest.raises(SystemExit) as e:
-        main(['attention-map', '--model', 'test_dearkd', '--checkpoint', str(tmp_path / 'weights.pth'),
+        run_command('analysis', main, [
+              'attention-map', '--model', 'test_dearkd', '--checkpoint', str(tmp_path / 'weights.pth'),
               *(str(replaced.get(arg, arg)) for arg in args), '--output', str(tmp_path / 'out')])
     assert e.value.code == 2 and message in capsys.readouterr().err.strip().splitlines()[-1]
     assert not list(tmp_path.glob('out*'))

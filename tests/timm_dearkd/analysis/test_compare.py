@@ -6,6 +6,7 @@ import yaml
 from timm_dearkd.analysis.__main__ import main
 from timm_dearkd.analysis.compare import compare_table, plot_runs
 from timm_dearkd.analysis.runs import open_run
+from timm_dearkd.commands import run_command
 
 pytest.importorskip('matplotlib')
 
@@ -105,6 +106,6 @@ def test_errors_are_one_line_and_status_2(folders, message, make_run, tmp_path, 
     (tmp_path / 'list' / 'args.yaml').write_text('- 1')
     with pytest.raises(SystemExit) as e:
         args = [str(tmp_path / arg) if arg.isalpha() else arg for arg in folders]
-        main(['compare', *args, '--output', str(tmp_path / 'out')])
+        run_command('analysis', main, ['compare', *args, '--output', str(tmp_path / 'out')])
     assert e.value.code == 2 and message in capsys.readouterr().err.strip().splitlines()[-1]
     assert not (tmp_path / 'out.png').exists()

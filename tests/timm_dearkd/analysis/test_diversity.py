@@ -9,6 +9,7 @@ from PIL import Image
 
 from timm_dearkd.analysis.__main__ import main
 from timm_dearkd.analysis.diversity import FeatureDistance, class_pairs, measure_diversity
+from timm_dearkd.commands import run_command
 
 
 @pytest.fixture
@@ -77,6 +78,18 @@ def test_command(folder, cnn, tmp_path, capsys):
     assert result['classes']['same'] == pytest.approx(0, abs=1e-6) and result['classes']['apart'] > 0
 
 
+def test_an_image_that_can_not_be_read_is_named_once(folder, caplog):
+    """The distance is that of the other pairs."""
+    def measure():
+        return measure_diversity(str(folder), lambda a, b: (a - b).abs().mean(dim=(1, 2, 3)), img_size=24, batch_size=2)
+
+    expected = measure()
+    (folder / 'apart' / 'broken.png').write_bytes(b'nothing')
+    result = measure()
+    assert result['classes'] == expected['classes'] and result['pairs'] == expected['pairs']
+    assert caplog.text.count("broken.png' can not be read") == 1
+
+
 def test_lpips(folder, capsys, monkeypatch):
     """LPIPS itself with random backbone weights, which need no download; and a line when there are none to be had."""
     lpips = pytest.importorskip('lpips')
@@ -90,7 +103,7 @@ def test_lpips(folder, capsys, monkeypatch):
 
     monkeypatch.setattr(lpips, 'LPIPS', refuse)
     with pytest.raises(SystemExit) as e:
-        main(['diversity', str(folder)])
+        run_command('analysis', main, ['diversity', str(folder)])
     err = capsys.readouterr().err
     assert e.value.code == 2 and 'no route to host' in err and '--model NAME' in err
 
@@ -98,7 +111,7 @@ def test_lpips(folder, capsys, monkeypatch):
 ERRORS = {
     'folder': (['missing'], 'No folder'),
     'empty': (['EMPTY'], 'no class with two'),
-    'broken': (['BROKEN'], "broken.png' can not be read"),
+    'broken': (['BROKEN'], 'None of the images'),
     'pairs': (['FOLDER', '--pairs-per-class', '0'], 'expected 1 or more'),
     'no maps': (['FOLDER', '--model', 'test_vit', '--checkpoint', 'VIT'], 'not feature maps'),
     'device': (['FOLDER', '--device', 'cuda:77'], 'is not available here'),
@@ -117,5 +130,5 @@ def test_errors_are_one_line_and_status_2(case, folder, cnn, tmp_path, capsys):
     replaced = {'VIT': tmp_path / 'vit.pth', 'EMPTY': tmp_path / 'empty', 'BROKEN': tmp_path / 'bad', 'FOLDER': folder}
     args = ['diversity', *(str(replaced.get(a, a)) for a in args)]
     with pytest.raises(SystemExit) as e:
-        main(args if '--model' in args else [*args, '--model', str(cnn)])
+        run_command('analysis', main, args if '--model' in args else [*args, '--model', str(cnn)])
     assert e.value.code == 2 and message in capsys.readouterr().err.strip().splitlines()[-1]

@@ -11,6 +11,7 @@ import timm_dearkd  # noqa: F401
 from timm_dearkd.analysis.__main__ import main
 from timm_dearkd.analysis.inputs import ImageFiles, class_names, find_images, label_names
 from timm_dearkd.analysis.predict import Prediction, mistakes_first, predict
+from timm_dearkd.commands import run_command
 
 NAMES = ['blue sky', 'grass', 'rust']
 
@@ -72,11 +73,11 @@ def test_images_that_can_not_be_read_are_named_and_left_out(model, tmp_path, cap
     assert all(name in caplog.text for name in ('empty.png', 'cut.png', 'huge.png'))
 
 
-def run_command(tmp_path, *args):
+def predict_command(tmp_path, *args):
     """The command with a model that was saved at its own size, without names."""
     torch.save(timm.create_model('test_dearkd', num_classes=3).state_dict(), tmp_path / 'weights.pth')
     args = [*args, '--model', 'test_dearkd', '--checkpoint', tmp_path / 'weights.pth']
-    main(['predict', *map(str, args), '--output', str(tmp_path / 'out'), '--device', 'cpu'])
+    run_command('analysis', main, ['predict', *map(str, args), '--output', str(tmp_path / 'out'), '--device', 'cpu'])
     with (tmp_path / 'out.csv').open(newline='') as f:
         return list(csv.DictReader(f))
 
@@ -85,7 +86,7 @@ def test_command(image_folder, tmp_path, capsys):
     """A single grey image of odd size beside a folder, and class names that are nobody's idea of a label."""
     pytest.importorskip('matplotlib')
     Image.fromarray(np.zeros((5, 301), np.uint8)).save(tmp_path / 'thin, $grey$.png')
-    rows = run_command(
+    rows = predict_command(
         tmp_path, image_folder / 'validation', tmp_path / 'thin, $grey$.png', '--topk', '2', '--num-pictures', '3')
     assert len(rows) == 13 and rows[-1]['image'].endswith('thin, $grey$.png') and rows[-1]['label'] == ''
     assert [row['label'] for row in rows[:-1]] == [str(i) for i in range(3) for _ in range(4)]
@@ -108,5 +109,5 @@ def test_errors_are_one_line_and_status_2(args, message, tmp_path, capsys):
     (tmp_path / 'broken.png').touch()
     replaced = {'MISSING': tmp_path / 'missing', 'EMPTY': tmp_path / 'empty', 'BROKEN': tmp_path / 'broken.png'}
     with pytest.raises(SystemExit) as e:
-        run_command(tmp_path, *(replaced.get(arg, arg) for arg in args))
+        predict_command(tmp_path, *(replaced.get(arg, arg) for arg in args))
     assert e.value.code == 2 and message in capsys.readouterr().err.strip().splitlines()[-1]

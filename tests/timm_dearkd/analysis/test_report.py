@@ -20,6 +20,7 @@ from timm_dearkd.analysis.attention_distance import (
     read_log,
 )
 from timm_dearkd.analysis.report import write_report
+from timm_dearkd.commands import run_command
 
 pytest.importorskip('matplotlib')
 
@@ -216,7 +217,7 @@ def test_command(dearkd_run, tmp_path, capsys):
 def test_errors_are_one_line_and_status_2(args, message, dearkd_run, cnn, data, tmp_path, capsys):
     replaced = {'NOWHERE': tmp_path / 'nowhere', 'DATA': data, 'RUN': dearkd_run, 'CNN': cnn}
     with pytest.raises(SystemExit) as e:
-        main([str(replaced.get(arg, arg)) for arg in args])
+        run_command('analysis', main, [str(replaced.get(arg, arg)) for arg in args])
     assert e.value.code == 2 and message in capsys.readouterr().err.strip().splitlines()[-1]
 
 

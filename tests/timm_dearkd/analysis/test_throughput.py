@@ -7,6 +7,7 @@ import torch
 import timm_dearkd  # noqa: F401
 from timm_dearkd.analysis import throughput
 from timm_dearkd.analysis.__main__ import main
+from timm_dearkd.commands import run_command
 
 
 @pytest.mark.parametrize('name', ['test_vit', 'test_dearkd'])
@@ -92,5 +93,5 @@ def test_command(tmp_path, capsys):
 def test_errors_are_one_line_and_status_2(args, message, tmp_path, capsys):
     pytest.importorskip('matplotlib')
     with pytest.raises(SystemExit) as e:
-        main(['throughput', *args, '--device', 'cpu', '--output', str(tmp_path / 'out')])
+        run_command('analysis', main, ['throughput', *args, '--device', 'cpu', '--output', str(tmp_path / 'out')])
     assert e.value.code == 2 and message in capsys.readouterr().err.strip().splitlines()[-1]

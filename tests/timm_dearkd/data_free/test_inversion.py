@@ -85,6 +85,8 @@ def test_a_competitor_of_another_normalisation_and_size():
     torch.testing.assert_close(inverter._compete(images), expected, atol=1e-4, rtol=1e-4)
     gradient, = torch.autograd.grad(inverter.losses(images, TARGETS)['diversity'], images)
     assert gradient.abs().sum() > 0
+    wide = make(diversity='adi', student=timm.create_model('test_vit', num_classes=4, img_size=(32, 48)))
+    assert wide._compete(images).shape == (6, 4)
 
 
 def test_a_competitor_that_knows_some_of_the_classes():

@@ -1,13 +1,17 @@
+import copy
+
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 from timm.utils import NativeScaler
+from torch.utils._pytree import tree_leaves
 
 from timm_dearkd.engine.device import Precision
 from timm_dearkd.engine.interrupt import TrainingError
-from timm_dearkd.engine.loop import LossMeter, Stepper, Trainer, Validator
+from timm_dearkd.engine.loop import LossMeter, Stepper, Trainer, Validator, _step_where
 
 CPU = torch.device('cpu')
 
@@ -172,6 +176,31 @@ def test_no_step_is_taken_with_a_loss_that_is_not_finite(make_optimizer, on_host
     for p, q in zip(poisoned.trainable_module.parameters(), plain.trainable_module.parameters()):
         assert p.equal(q)
     assert 'step 2 of 5' in caplog.text and f'loss: {value}' in caplog.text
+
+
+def test_a_step_that_is_left_out_leaves_nested_states_too():
+    """Such as Kron's preconditioners, which are in lists."""
+    layer = torch.nn.Linear(4, 3)
+    optimizer = create_optimizer_v2([layer.weight], 'kron', lr=0.1)
+    for value, finite in ((1., True), (float('nan'), False), (2., True)):
+        layer.weight.grad = torch.full((3, 4), value)
+        before = copy.deepcopy((layer.weight.detach(), dict(optimizer.state[layer.weight])))
+        _step_where(optimizer, torch.tensor(finite))
+        after = (layer.weight.detach(), dict(optimizer.state[layer.weight]))
+        tensors = [t for t in tree_leaves(after) if isinstance(t, torch.Tensor)]
+        assert all(t.isfinite().all() for t in tensors if t.is_floating_point())
+        if not finite:
+            assert len(tensors) > 3
+            old = [t for t in tree_leaves(before) if isinstance(t, torch.Tensor)]
+            assert all(t.equal(o) for t, o in zip(tensors, old))
+
+
+def test_a_meter_that_goes_on_in_another_stage_begins_anew():
+    meter, of_stage1 = LossMeter(), LossMeter()
+    of_stage1.update(dict(loss=torch.tensor(9.), hidden_loss=torch.tensor(8.)), 4)
+    meter.load_state_dict(of_stage1.state_dict(), CPU)
+    meter.update(dict(loss=torch.tensor(2.)), 4)
+    assert meter.means() == dict(loss=2.)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():

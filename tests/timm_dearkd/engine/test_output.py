@@ -104,6 +104,10 @@ def test_the_checkpoint_furthest_on_is_found(tmp_path, caplog):
     path = tmp_path / 'recovery-1-10.pth.tar'
     path.write_bytes(path.read_bytes()[:1000])
     assert found() == 'recovery-1-9.pth.tar' and 'recovery-1-10.pth.tar can not be read' in caplog.text
+    for path in (tmp_path / 'last.pth.tar', *tmp_path.glob('recovery-*')):
+        path.unlink()  # it is the same file as that of its epoch
+        path.write_bytes(b'')
+    assert found() == 'checkpoint-0.pth.tar'
     for path in tmp_path.glob('*.pth.tar'):
         path.write_bytes(b'')
     with pytest.raises(ValueError, match='No checkpoint in'):
