@@ -239,9 +239,11 @@ def write_figure4(
         seeds: Sequence[int],
 ) -> List[str]:
     """Attention distance over the epochs, of the runs that recorded it, and how it changes in stage II."""
-    lines, pictures, changes = [], [], []
-    last_of_stage1 = round(scale.epochs * 5 / 6) - 1
-    moments = {'the first epoch': 0, f'epoch {last_of_stage1 + 1}': last_of_stage1, 'the last': scale.epochs - 1}
+    lines, pictures = [], []
+    ends = {'stage50_ce': round(scale.epochs / 2), 'dearkd': round(scale.epochs * 5 / 6)}  # of stage I
+    moments = {
+        'the first epoch': 0, **{f'epoch {end}': end - 1 for end in ends.values()}, 'the last': scale.epochs - 1}
+    changes: Dict[int, List[str]] = {end: [] for end in ends.values()}
     for name, label in FIGURE4.items():
         cells = [f'{name}-{scale.ablation_fraction:g}-seed{seed}' for seed in seeds]
         histories = [read_log(results / f'{cell}.distances.csv') for cell in cells if cell in found.cells]
@@ -249,20 +251,21 @@ def write_figure4(
             history for history in histories if history is not None and set(moments.values()) <= set(history.epochs)]
         if not complete:
             continue
-        change = Figure(tuple(
-            statistics.mean(layer_means(history, scale.epochs - 1))
-            - statistics.mean(layer_means(history, last_of_stage1)) for history in complete), 3)
-        changes.append(f'{label} {change}')
+        for end, told in changes.items():
+            change = Figure(tuple(
+                statistics.mean(layer_means(history, scale.epochs - 1))
+                - statistics.mean(layer_means(history, end - 1)) for history in complete), 3)
+            told.append(f'{label} {change}')
         lines.append(f'- {label}, patches by layer: {describe_distances(complete[0], moments)}.')
         picture = folder / f'figure4-{name}.png'
-        write_bytes(picture, render(plot_over_epochs(complete[0], last_of_stage1 + 1 if name == 'dearkd' else None)))
+        write_bytes(picture, render(plot_over_epochs(complete[0], ends.get(name))))
         pictures += [f'![Attention distance of {label}]({picture.relative_to(root).as_posix()})', '']
     if not lines:
         return []
     return [
         *lines,
-        f'- Change from epoch {last_of_stage1 + 1}, the end of stage I, to the last, a mean over the layers:'
-        f' {", ".join(changes)}.', '', *pictures]
+        *(f'- Change from epoch {end} to the last, a mean over the layers: {", ".join(told)}.'
+          for end, told in changes.items()), '', *pictures]
 
 
 def describe_runs(scale: Scale, found: Results) -> List[str]:

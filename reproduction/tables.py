@@ -14,6 +14,7 @@ from reproduction.cells import (
     students,
     teacher_cell,
     training_cost,
+    two_stages,
 )
 
 __all__ = ['CHOOSING', 'TABLES', 'Claim', 'Entry', 'Table', 'tables_of']
@@ -131,8 +132,8 @@ def table7(scale: Scale, seeds: Sequence[int]) -> Table:
             shared = {(0., 'ce'): 'mhca', (5 / 6, 'anneal'): 'dearkd', (1., 'anneal'): 'mhca_hidden'}.get((share, kind))
             if share == 1. and kind == 'ce':  # there is no stage II
                 continue
-            name = shared or f'stage{round(share * scale.epochs)}_{kind}'
-            argv = methods(scale)[shared] if shared else TAUGHT + hidden_loss(scale.hooks) + stages(scale, share, kind)
+            name = shared or f'stage{100 * share:.0f}_{kind}'
+            argv = methods(scale)[shared] if shared else two_stages(scale, share, kind)
             entries.append(Entry(
                 f'{100 * share:.0f} %', kind,
                 students(scale, name, argv, scale.ablation_fraction, seeds if shared else seeds[:2]),
@@ -384,12 +385,14 @@ def table6(scale: Scale, seeds: Sequence[int]) -> Table:
 
 
 def figure4(scale: Scale, seeds: Sequence[int]) -> Table:
-    """The runs of table 2 that record the attention distance, and DearKD without a stage II."""
+    """Runs of the other tables that record the attention distance."""
+    argv = {**methods(scale), 'stage50_ce': two_stages(scale, 1 / 2, 'ce')}
     return Table(
         'Attention distance over the epochs (figure 4)',
-        f'The runs of tables 1 and 2 on {100 * scale.ablation_fraction:g} % of the images; pictures and numbers by'
-        ' layer are of seed 0.',
-        [Entry(label, 'top-1', students(scale, name, methods(scale)[name], scale.ablation_fraction, seeds))
+        f'Runs of tables 1, 2 and 7 on {100 * scale.ablation_fraction:g} % of the images; pictures and numbers by layer'
+        ' are of seed 0.',
+        [Entry(label, 'top-1', students(
+            scale, name, argv[name], scale.ablation_fraction, seeds[:2] if name == 'stage50_ce' else seeds))
          for name, label in FIGURE4.items()])
 
 

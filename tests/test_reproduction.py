@@ -330,9 +330,11 @@ def test_figure4_is_told_in_numbers(tmp_path):
         (results / f'dearkd-0.025-seed{seed}.distances.csv').write_text('\n'.join(lines) + '\n')
     report.write_report(scale, results, SEEDS, tmp_path / 'RESULTS.md')
     text = (tmp_path / 'RESULTS.md').read_text()
-    assert 'after the first epoch 1.01, 2.01; after epoch 33 4.21, 5.21; after the last 4.91, 5.91' in text
-    # seven epochs of 0.1 and of 0.2
-    assert 'Change from epoch 33, the end of stage I, to the last, a mean over the layers: DearKD 1.050 ± 0.350' in text
+    assert ('after the first epoch 1.01, 2.01; after epoch 20 2.91, 3.91; after epoch 33 4.21, 5.21; after the last'
+            ' 4.91, 5.91') in text
+    # seven epochs of 0.1 and of 0.2, and twenty
+    assert 'Change from epoch 33 to the last, a mean over the layers: DearKD 1.050 ± 0.350' in text
+    assert 'Change from epoch 20 to the last, a mean over the layers: DearKD 3.000 ± 1.000' in text
     assert (tmp_path / 'reproduction' / 'plots' / 'figure4-dearkd.png').exists()
 
 
@@ -349,7 +351,7 @@ def test_command_line(tmp_path):
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert len(lines) == 12 and all(line.startswith('torchrun --nproc_per_node 8 train.py ') for line in lines)
-    assert run_python('reproduction/run.py', 'figure4', '--list').stdout.count('--track-attention-distance') == 12
+    assert run_python('reproduction/run.py', 'figure4', '--list').stdout.count('--track-attention-distance') == 14
     for args, message in (
             (['table9'], 'table9'),
             (['table2', '--scale', 'imagenet', '--data', tmp_path], 'no folder validation'),
