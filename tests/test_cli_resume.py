@@ -2,6 +2,7 @@
 import csv
 import os
 import resource
+import shutil
 import signal
 import time
 
@@ -211,11 +212,13 @@ def test_a_run_is_not_begun_over_another(train_cli, tmp_path):
     """Unless its folder has no checkpoint, because it was stopped before the first."""
     command = ('--epochs', '1', '--output', tmp_path, '--experiment', 'run')
     (tmp_path / 'run').mkdir()
-    (tmp_path / 'run' / 'args.yaml').touch()
-    assert train_cli(*command).returncode == 0
+    (tmp_path / 'run' / 'tmp.pth.tar').touch()  # a first one that was not written to its end
+    assert train_cli(*command, '--resume', 'auto').returncode == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / 'run').iterdir()}
-    result = train_cli(*command)
-    assert result.returncode == 2 and 'holds a run. Go on with it by --resume auto' in result.stderr.splitlines()[-1]
+    shutil.copytree(tmp_path / 'run', tmp_path / 'other')
+    for resume in ([], ['--resume', tmp_path / 'other' / 'last.pth.tar']):
+        result = train_cli(*command, *resume)
+        assert result.returncode == 2 and 'holds a run. Go on with it by' in result.stderr.splitlines()[-1]
     assert {path.name: path.read_bytes() for path in (tmp_path / 'run').iterdir()} == before
 
 

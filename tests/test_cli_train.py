@@ -12,6 +12,7 @@ import yaml
 from conftest import run_python
 from PIL import Image
 from timm.data import create_dataset, create_loader, resolve_model_data_config
+from timm.models import save_for_hf
 from timm.task import ClassificationEvaluator
 
 import timm_dearkd  # noqa: F401
@@ -308,6 +309,12 @@ def test_evaluation_alone(run, train_cli, image_folder, tmp_path):
     (other / 'validation' / 'rust').rename(other / 'validation' / 'snow')
     result = train_cli('--eval-only', '--initial-checkpoint', folder / 'model_best.safetensors', data=other)
     assert result.returncode == 2 and 'classes that the training set has not: snow' in result.stderr
+
+    save_for_hf(timm.create_model('test_vit', num_classes=2, img_size=32), tmp_path / 'two', safe_serialization=True)
+    result = train_cli('--eval-only', '--model', f'local-dir:{tmp_path / "two"}', data=other)
+    assert result.returncode == 2 and 'The data set has 3 classes, the model 2' in result.stderr
+    result = train_cli('--eval-only', '--val-split', '', '--model', f'local-dir:{folder}')
+    assert result.returncode == 2 and 'Set --val-split' in result.stderr
 
     part = tmp_path / 'part'  # a folder without training images, and without one of the classes
     shutil.copytree(image_folder / 'validation', part / 'validation')

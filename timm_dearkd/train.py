@@ -99,8 +99,8 @@ def prepare_training(args, args_text: str, command: str, precision: Precision, r
     folder = os.path.join(build_run.output_parent(args), args.experiment)
     if is_auto:
         args.resume = agree(find_checkpoint(folder) if ranks.is_primary else '', ranks)
-    if args.experiment and not args.resume and ranks.is_primary:
-        refuse_to_overwrite(folder)
+    if args.experiment and ranks.is_primary:
+        refuse_to_overwrite(folder, args.resume)
     train_set, eval_set = build_data.build_datasets(args)
     if eval_set is None:
         args.eval_metric = 'loss'

@@ -1,4 +1,5 @@
 """From options to the model, the task and the optimizer. The build modules and the script are what reads `args`."""
+import contextlib
 import logging
 from typing import Any, Callable, Dict, Tuple, cast
 
@@ -93,6 +94,8 @@ def build_student(
 
 def build_evaluation(args, device: torch.device, create_model: Callable[..., Any]):
     """A model to evaluate, its data configuration, and the validation set with the labels it was trained with."""
+    if not args.val_split:
+        raise ValueError('--eval-only looks at validation images. Set --val-split.')
     eval_set = open_dataset(args.dataset, args.data_dir or args.data, args.val_split, **_evaluation_kwargs(args))
     if args.initial_checkpoint:  # weights that do not say what their classes are called
         eval_set = _label_as_training(args, eval_set)
@@ -103,7 +106,9 @@ def build_evaluation(args, device: torch.device, create_model: Callable[..., Any
         eval_set = open_dataset(args.dataset, args.data_dir or args.data, args.val_split, **dict(
             _evaluation_kwargs(args), class_map={name: index for index, name in enumerate(trained)}))
     elif not args.initial_checkpoint:
-        eval_set = _label_as_training(args, eval_set)
+        with contextlib.suppress(ValueError):  # the weights may be of other images, with classes that these have not
+            eval_set = _label_as_training(args, eval_set)
+    check_labels(eval_set, model.num_classes)
     return model, data_config, eval_set
 
 

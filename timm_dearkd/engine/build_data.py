@@ -53,9 +53,12 @@ def build_datasets(args) -> Tuple[Any, Any]:
         _logger.info(f'Training on {len(train_set.indices)} images, {100 * args.train_fraction:g} % of every class.')
     if not args.val_split:
         return train_set, None
-    eval_set = open_eval_dataset(
-        train_set, args.dataset, root, args.val_split, is_training=False,
-        num_samples=args.val_num_samples, **common)
+    try:
+        eval_set = open_eval_dataset(
+            train_set, args.dataset, root, args.val_split, is_training=False,
+            num_samples=args.val_num_samples, **common)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f'{e} --val-split "" trains without validation images.') from e
     roots = [getattr(getattr(dataset, 'reader', None), 'root', None) for dataset in (train_set, eval_set)]
     if not args.dataset and roots[0] == roots[1]:
         _logger.warning(

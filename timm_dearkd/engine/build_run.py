@@ -164,5 +164,5 @@ def _build_saver(args, folder: str, model: nn.Module, trainer: Trainer) -> Atomi
         if not os.path.samefile(args.resume, find_checkpoint(folder)):
             saver.go_back_to(args.resume)
     else:
-        remove_recovery(folder)  # of another run, which this one replaces
+        remove_recovery(folder)  # of a run that has no other checkpoint
     return saver

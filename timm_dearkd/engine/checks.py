@@ -35,7 +35,7 @@ _RANGES = (
 # What only a teacher gives a meaning
 _TAUGHT = (
     'dearkd_stage1_epochs', 'dearkd_stage2', 'dearkd_alpha', 'dearkd_beta', 'dearkd_hooks', 'dearkd_normalize_features',
-    'kd_distill_type', 'kd_teacher_img_size',
+    'kd_teacher_img_size',
 )
 
 

@@ -21,7 +21,7 @@ def open_dataset(name: str, root: Optional[str], split: str, **kwargs: Any):
     """Open a split of a data set by timm's `create_dataset`.
 
     Raises:
-        FileNotFoundError: No such folder.
+        FileNotFoundError: No such folder, or no such split in it.
         ValueError: timm can't open it, or it is empty.
     """
     if not name and not root:
@@ -39,9 +39,7 @@ def open_dataset(name: str, root: Optional[str], split: str, **kwargs: Any):
     if not name and root and split and found is not None and os.path.abspath(found) == os.path.abspath(root):
         splits = sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if os.path.isdir(root) else []
         if {'train', 'val', 'validation'} & set(splits):  # timm would take the splits for classes
-            raise ValueError(
-                f'No split {split!r} in image folder {root!r}. There are: {", ".join(splits)}.'
-                + ('' if kwargs.get('is_training') else ' --val-split "" trains without validation images.'))
+            raise FileNotFoundError(f'No split {split!r} in image folder {root!r}. There are: {", ".join(splits)}.')
     if kwargs.get('is_training') and isinstance(found, str) and os.path.isdir(found) and not kwargs.get('class_map'):
         _check_class_folders(found, _class_to_idx(dataset))
     return SkipUnreadable(dataset) if isinstance(dataset, ImageDataset) else dataset

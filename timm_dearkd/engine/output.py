@@ -114,6 +114,11 @@ def _recovery_files(folder: str) -> List[Path]:
     return sorted(Path(folder).glob('recovery-*.pth.tar'))
 
 
+def _checkpoints(folder: str) -> List[Path]:
+    """All of a run, but for one that was not written to its end."""
+    return [path for path in sorted(Path(folder).glob('*.pth.tar')) if not path.name.endswith('tmp.pth.tar')]
+
+
 def remove_recovery(folder: str, but: str = '') -> None:
     """Remove the checkpoints within epochs, but for one."""
     for path in _recovery_files(folder):
@@ -130,7 +135,7 @@ def find_checkpoint(folder: str) -> str:
     tried: List[str] = []
     found: List[Tuple[Tuple[int, int], str]] = []
     last = [Path(folder) / 'last.pth.tar', *_recovery_files(folder)]
-    for paths in (last, sorted(Path(folder).glob('checkpoint-*.pth.tar'))):  # the latter where the former fail
+    for paths in (last, _checkpoints(folder)):  # the others where those fail
         for path in paths if not found else ():
             if not path.is_file():
                 continue
@@ -147,13 +152,18 @@ def find_checkpoint(folder: str) -> str:
     return max(found)[1] if found else ''
 
 
-def refuse_to_overwrite(folder: str) -> None:
+def refuse_to_overwrite(folder: str, resume: str) -> None:
     """See that no run is begun over another one.
 
+    Args:
+        folder: Output folder of the run.
+        resume: The checkpoint that it goes on from; '' for none.
+
     Raises:
-        ValueError: The folder has checkpoints.
+        ValueError: The folder has checkpoints, and this is none of them.
     """
-    if any(Path(folder).glob('*.pth.tar')):
+    goes_on = resume and os.path.dirname(os.path.abspath(resume)) == os.path.abspath(folder)
+    if not goes_on and _checkpoints(folder):
         raise ValueError(
             f'{folder!r} holds a run. Go on with it by --resume auto, name another --experiment, or remove the folder.')
 

@@ -91,5 +91,5 @@ def test_errors(image_folder, tmp_path):
     (tmp_path / 'train').mkdir()
     with pytest.raises(ValueError, match="split 'train'.*DIR/train/CLASS/IMAGE"):
         open_dataset('', str(tmp_path), 'train')
-    with pytest.raises(ValueError, match="No split 'trian'.*train, validation"):
+    with pytest.raises(FileNotFoundError, match="No split 'trian'.*train, validation"):
         open_dataset('', str(image_folder), 'trian')

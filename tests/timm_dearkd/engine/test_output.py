@@ -107,6 +107,8 @@ def test_the_checkpoint_furthest_on_is_found(tmp_path, caplog):
     for path in (tmp_path / 'last.pth.tar', *tmp_path.glob('recovery-*')):
         path.unlink()  # it is the same file as that of its epoch
         path.write_bytes(b'')
+    assert found() == 'model_best.pth.tar'  # the same as checkpoint-0
+    (tmp_path / 'model_best.pth.tar').unlink()
     assert found() == 'checkpoint-0.pth.tar'
     for path in tmp_path.glob('*.pth.tar'):
         path.write_bytes(b'')
