@@ -35,7 +35,8 @@ class LPIPSDistance:
     """LPIPS (Zhang et al., 2018), higher for images that look less alike.
 
     Args:
-        backbone: 'alex', 'vgg' or 'squeeze', whose ImageNet weights torchvision downloads.
+        backbone: 'alex' (ours, for the paper names none), 'vgg' or 'squeeze', whose ImageNet weights torchvision has
+            to download.
         device: Where it runs.
 
     Raises:
@@ -161,7 +162,7 @@ def measure_diversity(
         distance: Of image pairs, see `LPIPSDistance` and `FeatureDistance`.
         img_size: Side length in pixels that images are brought to.
         in_chans: Their channels, 1 or 3.
-        pairs_per_class: Random pairs of each class.
+        pairs_per_class: Random pairs of each class (the number is ours; the paper has 4000 in all).
         batch_size: Pairs at a time.
         seed: Of the pairs.
 

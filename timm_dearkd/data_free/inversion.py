@@ -82,6 +82,8 @@ def batch_targets(
 class Inverter:
     """Makes images of given classes out of a classifier with BatchNorm.
 
+    What the paper does not say is DeepInversion's: shifts, mirror images, Adam's betas, pixels clipped to their range.
+
     Args:
         model: The CNN; it is frozen, in place, and takes normalised images.
         mean: Its normalisation, which says what range the pixels are clipped to.
@@ -90,7 +92,8 @@ class Inverter:
         weights: Of the losses.
         bn_relative: See `BatchNormStats`.
         diversity: 'none' (DeepInversion), 'adi' (its competition with a student) or 'intra' (the paper's).
-        student: Competitor for 'adi', of the same classes. A ViT sees the images at its own size.
+        student: Competitor for 'adi'. A ViT sees the images at its own size.
+        student_classes: The CNN's class for each of the student's; None if they are the same.
         jitter: Pixels that the images are shifted by at the most in each step, at the full size.
         flip: Mirror the batch in every other step, at random.
         betas: Adam's.
