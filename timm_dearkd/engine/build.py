@@ -21,7 +21,7 @@ from timm.utils import set_jit_fuser
 
 from distill_hooks import DearKDTask, TwoStageSchedule, has_content_tokens, load_class_map, resolve_teacher
 
-from .build_data import dataset_kwargs, images_per_update, model_dtype
+from .build_data import dataset_kwargs, images_per_update, model_dtype, open_validation_set
 from .data import check_img_size, check_labels, class_names, open_dataset, open_eval_dataset
 from .device import Ranks
 from .output import Position
@@ -96,24 +96,19 @@ def build_evaluation(args, device: torch.device, create_model: Callable[..., Any
     """A model to evaluate, its data configuration, and the validation set with the labels it was trained with."""
     if not args.val_split:
         raise ValueError('--eval-only looks at validation images. Set --val-split.')
-    eval_set = open_dataset(args.dataset, args.data_dir or args.data, args.val_split, **_evaluation_kwargs(args))
+    eval_set = open_validation_set(args)
     if args.initial_checkpoint:  # weights that do not say what their classes are called
         eval_set = _label_as_training(args, eval_set)
         args.num_classes = args.num_classes or len(class_names(eval_set) or ()) or None
     model, data_config = build_student(args, eval_set, device, create_model)
     trained = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
     if trained and not args.class_map and set(class_names(eval_set) or ()) <= set(trained):
-        eval_set = open_dataset(args.dataset, args.data_dir or args.data, args.val_split, **dict(
-            _evaluation_kwargs(args), class_map={name: index for index, name in enumerate(trained)}))
+        eval_set = open_validation_set(args, class_map={name: index for index, name in enumerate(trained)})
     elif not args.initial_checkpoint:
-        with contextlib.suppress(ValueError):  # the weights may be of other images, with classes that these have not
+        with contextlib.suppress(ValueError):  # the weights may be of other images, with other classes
             eval_set = _label_as_training(args, eval_set)
     check_labels(eval_set, model.num_classes)
     return model, data_config, eval_set
-
-
-def _evaluation_kwargs(args) -> Dict[str, Any]:
-    return dict(dataset_kwargs(args), is_training=False, num_samples=args.val_num_samples)
 
 
 def _label_as_training(args, eval_set):
@@ -122,12 +117,13 @@ def _label_as_training(args, eval_set):
     Raises:
         ValueError: It has a class that training does not know.
     """
-    root, kwargs = args.data_dir or args.data, _evaluation_kwargs(args)
+    root, kwargs = args.data_dir or args.data, dict(dataset_kwargs(args), is_training=False)
     try:
-        train_set = open_dataset(args.dataset, root, args.train_split, **dict(kwargs, num_samples=None))
+        train_set = open_dataset(args.dataset, root, args.train_split, **kwargs)
     except (OSError, ValueError):
         return eval_set
-    return open_eval_dataset(train_set, args.dataset, root, args.val_split, **kwargs)
+    return open_eval_dataset(
+        train_set, args.dataset, root, args.val_split, num_samples=args.val_num_samples, **kwargs)
 
 
 def _adapt_student(args, model: Any) -> None:

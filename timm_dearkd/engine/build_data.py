@@ -16,7 +16,7 @@ from .loader import TrainLoader, create_eval_loader, create_train_loader
 
 __all__ = [
     'build_datasets', 'build_distance_images', 'build_eval_loader', 'build_mixup', 'build_train_loader',
-    'dataset_kwargs', 'images_per_update', 'model_dtype',
+    'dataset_kwargs', 'images_per_update', 'model_dtype', 'open_validation_set',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -36,6 +36,13 @@ def dataset_kwargs(args) -> Dict[str, Any]:
         trust_remote_code=args.dataset_trust_remote_code,
         class_map=args.class_map,
     )
+
+
+def open_validation_set(args, **kwargs: Any):
+    """The validation split, with its own labels."""
+    return open_dataset(
+        args.dataset, args.data_dir or args.data, args.val_split, is_training=False, num_samples=args.val_num_samples,
+        **{**dataset_kwargs(args), **kwargs})
 
 
 def build_datasets(args) -> Tuple[Any, Any]:
@@ -176,9 +183,7 @@ def build_distance_images(args, eval_set, data_config: Dict[str, Any], model: nn
         raise ValueError('--track-attention-distance looks at validation images. Set --val-split.')
     attention_layers(model)
     if isinstance(eval_set, IterableDataset):
-        eval_set = open_dataset(  # for the reader remembers that it has begun, and the validation's workers would too
-            args.dataset, args.data_dir or args.data, args.val_split, is_training=False,
-            num_samples=args.val_num_samples, **dataset_kwargs(args))
+        eval_set = open_validation_set(args)  # the other's reader would remember that it has begun, in its workers too
         set_image_mode(eval_set, _image_mode(args, data_config))
     else:
         eval_set = Subset(eval_set, spread(len(eval_set), NUM_DISTANCE_IMAGES))

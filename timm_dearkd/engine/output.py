@@ -23,8 +23,8 @@ from .interrupt import TrainingError
 
 __all__ = [
     'AtomicCheckpointSaver', 'Position', 'complete_export', 'export_model', 'find_checkpoint', 'read_run_info',
-    'refuse_to_overwrite',
-    'remove_recovery', 'resume_run', 'save_config', 'save_folder', 'save_images', 'trim_table', 'write_run_info',
+    'refuse_to_overwrite', 'remove_recovery', 'resume_run', 'save_config', 'save_folder', 'save_images', 'trim_table',
+    'write_run_info',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -134,10 +134,10 @@ def find_checkpoint(folder: str) -> str:
     """
     tried: List[str] = []
     found: List[Tuple[Tuple[int, int], str]] = []
-    last = [Path(folder) / 'last.pth.tar', *_recovery_files(folder)]
-    for paths in (last, _checkpoints(folder)):  # the others where those fail
-        for path in paths if not found else ():
-            if not path.is_file():
+    names = ('last.', 'recovery-')
+    for is_newest in (True, False):  # the others where those fail
+        for path in _checkpoints(folder) if not found else ():
+            if path.name.startswith(names) != is_newest:
                 continue
             tried.append(path.name)
             try:
