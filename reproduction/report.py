@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
@@ -29,23 +31,24 @@ def t_quantile(degrees: int) -> float:
 
 
 class Figure(NamedTuple):
-    """The figures of an entry's seeds, and the digits that they are printed with."""
-    values: Tuple[float, ...]
+    """The figures of an entry by seed, and the digits that they are printed with."""
+    by_seed: Dict[int, float]
     digits: int
 
     @property
     def mean(self) -> float:
-        return statistics.mean(self.values)
+        return statistics.mean(self.by_seed.values())
 
     @property
     def error(self) -> Optional[float]:
         """Standard error of the mean; None for one seed."""
-        return statistics.stdev(self.values) / math.sqrt(len(self.values)) if len(self.values) > 1 else None
+        values = self.by_seed.values()
+        return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
     def __str__(self) -> str:
         if self.error is None:
             return f'{self.mean:.{self.digits}f} (1 seed)'
-        seeds = f' ({len(self.values)} seeds)' if len(self.values) != 3 else ''
+        seeds = f' ({len(self.by_seed)} seeds)' if len(self.by_seed) != 3 else ''
         return f'{self.mean:.{self.digits}f} ± {self.error:.{self.digits}f}{seeds}'
 
 
@@ -71,26 +74,13 @@ class Results:
 
     def figure(self, entry: Entry) -> Optional[Figure]:
         """Of the cells that are there; None without any."""
-        values = tuple(self.cells[cell.name][entry.key] for cell in entry.cells if cell.name in self.cells)
-        return Figure(values, entry.digits) if values else None
+        by_seed = {cell.seed: self.cells[cell.name][entry.key] for cell in entry.cells if cell.name in self.cells}
+        return Figure(by_seed, entry.digits) if by_seed else None
 
     def figures(self, table: Table) -> Dict[Key, Figure]:
         """Figures by row and column."""
         found = {(entry.row, entry.column): self.figure(entry) for entry in table.entries}
         return {key: figure for key, figure in found.items() if figure is not None}
-
-
-class Noise(NamedTuple):
-    """Deviation from seed to seed, and its degrees of freedom."""
-    deviation: float
-    degrees: int
-
-
-def pooled_noise(figures: Sequence[Figure]) -> Optional[Noise]:
-    """Of some figures' seeds together; None where all have but one."""
-    squares = sum((value - figure.mean) ** 2 for figure in figures for value in figure.values)
-    degrees = sum(len(figure.values) - 1 for figure in figures)
-    return Noise(math.sqrt(squares / degrees), degrees) if degrees else None
 
 
 class Gap(NamedTuple):
@@ -111,29 +101,55 @@ class Gap(NamedTuple):
         return f'{self.value:+.{digits}f}{margin}'
 
 
-def measure_gap(pairs: Sequence[Tuple[Figure, float, Optional[Noise]]]) -> Gap:
-    """A sum of means with factors, each with the noise of its column."""
-    value = sum(factor * figure.mean for figure, factor, _ in pairs)
-    if any(noise is None for _, _, noise in pairs):
-        return Gap(value, None)
-    variance = sum(factor ** 2 * noise.deviation ** 2 / len(figure.values) for figure, factor, noise in pairs if noise)
-    return Gap(value, t_quantile(min(noise.degrees for _, _, noise in pairs if noise)) * math.sqrt(variance))
+class Estimate(NamedTuple):
+    """Of a difference: its value, its variance, and the degrees of freedom of that; none where nothing is known."""
+    value: float
+    variance: float
+    degrees: int
 
 
-def noise_by_key(table: Table, figures: Dict[Key, Figure]) -> Dict[Key, Optional[Noise]]:
-    """Of each figure: the noise of all that the table says are alike."""
-    groups: Dict[str, List[Key]] = {}
-    for entry in table.entries:
-        if (entry.row, entry.column) in figures:
-            groups.setdefault(entry.noise, []).append((entry.row, entry.column))
-    return {key: noise for keys in groups.values() for noise in [pooled_noise([figures[key] for key in keys])]
-            for key in keys}
+def estimate(figures: Dict[Key, Figure], factors: Dict[Key, float], paired: bool) -> Optional[Estimate]:
+    """A sum of means with factors, by least squares.
+
+    Args:
+        figures: All that differ from seed to seed by about as much.
+        factors: Of some of them.
+        paired: Each seed has an effect of its own, the same for all figures (a randomised block design).
+
+    Returns:
+        None where the seeds that are there can not tell.
+    """
+    keys, seeds = list(figures), sorted({seed for figure in figures.values() for seed in figure.by_seed})
+    observed = [(key, seed, value) for key, figure in figures.items() for seed, value in figure.by_seed.items()]
+    design = np.array([
+        [float(key == k) for k in keys] + [float(seed == s) for s in seeds if paired] for key, seed, _ in observed])
+    values = np.array([value for *_, value in observed])
+    contrast = np.array([factors.get(k, 0.) for k in keys] + [0. for _ in seeds if paired])
+    weights = contrast @ np.linalg.pinv(design)  # of the observations
+    if not np.allclose(weights @ design, contrast):
+        return None
+    residuals = values - design @ np.linalg.lstsq(design, values, rcond=None)[0]
+    degrees = len(values) - int(np.linalg.matrix_rank(design))
+    variance = float(residuals @ residuals) / degrees * float(weights @ weights) if degrees else math.inf
+    return Estimate(float(weights @ values), variance, degrees)
 
 
 def measure(table: Table, figures: Dict[Key, Figure], factors: Dict[Key, float]) -> Gap:
-    """`measure_gap` of figures of a table."""
-    noise = noise_by_key(table, figures)
-    return measure_gap([(figures[key], factor, noise[key]) for key, factor in factors.items()])
+    """A sum of a table's means with factors; paired by seed where it compares figures of the same images."""
+    alike: Dict[str, Dict[Key, Figure]] = {}
+    for entry in table.entries:
+        key = (entry.row, entry.column)
+        if key in figures:
+            alike.setdefault(entry.noise, {})[key] = figures[key]
+    groups = [group for group in alike.values() if factors.keys() & group.keys()]
+    paired = all(math.isclose(sum(factors.get(key, 0.) for key in group), 0., abs_tol=1e-9) for group in groups)
+    estimates = [estimate(group, factors, paired) for group in groups]
+    known = [e for e in estimates if e is not None]
+    if len(known) < len(groups):
+        return Gap(sum(factor * figures[key].mean for key, factor in factors.items()), None)
+    degrees = min(e.degrees for e in known)
+    margin = t_quantile(degrees) * math.sqrt(sum(e.variance for e in known)) if degrees else None
+    return Gap(sum(e.value for e in known), margin)
 
 
 def judge(table: Table, figures: Dict[Key, Figure]) -> List[str]:
@@ -245,20 +261,23 @@ def write_figure4(
         'the first epoch': 0, **{f'epoch {end}': end - 1 for end in ends.values()}, 'the last': scale.epochs - 1}
     changes: Dict[int, List[str]] = {end: [] for end in ends.values()}
     for name, label in FIGURE4.items():
-        cells = [f'{name}-{scale.ablation_fraction:g}-seed{seed}' for seed in seeds]
-        histories = [read_log(results / f'{cell}.distances.csv') for cell in cells if cell in found.cells]
-        complete = [
-            history for history in histories if history is not None and set(moments.values()) <= set(history.epochs)]
+        cells = {seed: f'{name}-{scale.ablation_fraction:g}-seed{seed}' for seed in seeds}
+        histories = {
+            seed: read_log(results / f'{cell}.distances.csv') for seed, cell in cells.items() if cell in found.cells}
+        complete = {
+            seed: history for seed, history in histories.items()
+            if history is not None and set(moments.values()) <= set(history.epochs)}
         if not complete:
             continue
+        first = next(iter(complete.values()))
         for end, told in changes.items():
-            change = Figure(tuple(
-                statistics.mean(layer_means(history, scale.epochs - 1))
-                - statistics.mean(layer_means(history, end - 1)) for history in complete), 3)
+            change = Figure({
+                seed: statistics.mean(layer_means(history, scale.epochs - 1))
+                - statistics.mean(layer_means(history, end - 1)) for seed, history in complete.items()}, 3)
             told.append(f'{label} {change}')
-        lines.append(f'- {label}, patches by layer: {describe_distances(complete[0], moments)}.')
+        lines.append(f'- {label}, patches by layer: {describe_distances(first, moments)}.')
         picture = folder / f'figure4-{name}.png'
-        write_bytes(picture, render(plot_over_epochs(complete[0], ends.get(name))))
+        write_bytes(picture, render(plot_over_epochs(first, ends.get(name))))
         pictures += [f'![Attention distance of {label}]({picture.relative_to(root).as_posix()})', '']
     if not lines:
         return []
@@ -294,9 +313,10 @@ def describe_runs(scale: Scale, found: Results) -> List[str]:
         'Figures are top-1 in percent after the last epoch, a mean over three seeds unless another number is given, ±'
         ' its standard error; a seed is also another choice of images. In square brackets: the paper\'s figure, on'
         ' ImageNet. A claim holds, or does not, where 0 is outside of the 95 % interval of the difference (±, by'
-        ' Student\'s t; the noise is that of all figures of a table, or of those that are alike, such as a column of'
-        ' table 2). That is so by chance for one in 20 where there is no difference. Methods of a seed share their'
-        ' images, which is left unused, so that intervals are rather too wide than too narrow.', '',
+        ' Student\'s t). That is so by chance for one in 20 where there is no difference. The noise is that of all'
+        ' figures of a table, or of those that are alike, such as a column of table 2; where they are compared with'
+        ' each other, a seed, whose images they share, is taken as an effect on all of them (a randomised block'
+        ' design), which also counts where some have one seed and some two.', '',
         *([f'Left out, as made by another definition: {", ".join(found.stale)}.', ''] if found.stale else [])]
 
 

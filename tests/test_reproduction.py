@@ -260,29 +260,40 @@ def test_the_report_is_made_of_the_files_alone(tmp_path):
     text = (tmp_path / 'RESULTS.md').read_text()
     mean, error = statistics.mean(values[hard]), statistics.stdev(values[hard]) / math.sqrt(3)
     assert f'| {hard} | {mean:.1f} ± {error:.1f} [50.3] | {mean + 5:.1f}' in text
-    # three figures of three seeds: 6 degrees of freedom, for which tables of Student's t have 2.447
-    margin = 2.447 * math.sqrt(statistics.mean(statistics.variance(v) for v in values.values()) * 2 / 3)
+    # within a column, a two-way table without interaction: 4 degrees of freedom, for which Student's t has 2.776
+    mean_of_seed = [statistics.mean(figures) for figures in zip(*values.values())]
+    grand = statistics.mean(mean_of_seed)
+    squares = sum(
+        (value - statistics.mean(figures) - mean_of_seed[i] + grand) ** 2
+        for figures in values.values() for i, value in enumerate(figures))
+    margin = 2.776 * math.sqrt(squares / 4 * 2 / 3)
     assert f'- 1 %: DearKD above hard labels: holds (+9.5 ± {margin:.1f})' in text
     assert '- 1 %: hard labels above the plain ViT: not to be told from the noise, leaning this way' in text
-    assert f'DearKD on 2.5 % of the images above the plain ViT on 5 %: holds (+10.0 ± {margin:.1f})' in text
     assert f'above "ViT" at 1 % than at 5 %: not to be told from the noise, leaning the other way (-1.0 ± ' \
            f'{margin * math.sqrt(2):.1f}; +10.0 at 1 %, +10.0 at 2.5 %, +11.0 at 5 %)' in text
+    # of other images, so not paired: 6 degrees, 2.447
+    margin = 2.447 * math.sqrt(statistics.mean(statistics.variance(v) for v in values.values()) * 2 / 3)
+    assert f'DearKD on 2.5 % of the images above the plain ViT on 5 %: holds (+10.0 ± {margin:.1f})' in text
     assert '## Ablation (table 1)' in text and '## Recipe' not in text
     assert (tmp_path / 'reproduction' / 'plots' / 'table2.png').stat().st_size > 3000
 
 
 def test_verdicts():
-    def judge(higher, lower, *more):
-        entries = [Entry(row, 'top-1', ()) for row in 'abcd']
-        figures = {(row, 'top-1'): report.Figure(tuple(v), 1) for row, v in zip('abcdef', (higher, lower, *more))}
+    def judge(*rows, noise='a'):
+        entries = [Entry(row, 'top-1', (), noise=word) for row, word in zip('abcd', (noise, 'a', 'a', 'a'))]
+        figures = {(row, 'top-1'): report.Figure(dict(enumerate(v)), 1) for row, v in zip('abcd', rows)}
         return ' '.join(report.judge(Table('', '', entries, [Claim('x', ('a', 'top-1'), ('b', 'top-1'))]), figures))
 
     assert judge([65.], [60.]) == ''
-    # 2 + 2 seeds that differ by 2: 95 % of t with 2 degrees is 4.30, so the margin is 4.30 * sqrt(2)
-    assert 'not to be told from the noise, leaning this way (+6.0 ± 6.1)' in judge([65., 67.], [59., 61.])
-    assert 'x: holds (+7.0 ± 6.1)' in judge([66., 68.], [59., 61.])
-    assert 'does not hold' in judge([59., 61.], [66., 68.])
-    assert 'holds (+7.0 ± 3.9)' in judge([66., 68.], [59., 61.], [3., 5.], [1., 3.])  # 4 degrees: 2.78
+    # differences of a seed 14, 12 and 13: a mean of 13 and a deviation of 1; 95 % of t with 2 degrees is 4.30
+    assert 'x: holds (+13.0 ± 2.5)' in judge([74., 66., 76.], [60., 54., 63.])
+    assert 'x: **does not hold, the other way round** (-13.0 ± 2.5)' in judge([60., 54., 63.], [74., 66., 76.])
+    assert 'x: not to be told from the noise, leaning this way (+2.0 ± 2.5)' in judge([63., 55., 65.], [60., 54., 63.])
+    # residuals of 0.5 with one degree, 12.71; "a" has one seed, so the other two tell what that seed is worth: the
+    # weights of the five figures are 1, -0.75, -0.25, -0.25 and 0.25
+    assert f'(-5.5 ± {12.71 * math.sqrt(1.75):.1f})' in judge([15.], [20., 24.], [10., 12.])
+    # other noise, so not paired: 2 + 2 seeds that differ by 2, each with one degree
+    assert f'(+7.0 ± {12.71 * math.sqrt(2):.1f})' in judge([66., 68.], [59., 61.], noise='b')
 
 
 @pytest.mark.parametrize('name', list(SCALES))
@@ -302,18 +313,33 @@ def test_only_what_is_alike_shares_its_noise(tmp_path):
     write_results(tmp_path, scale, {
         **{('table5', mode, 'top-1'): [50., 60.] for mode in modes},
         ('table5', 'real images', 'top-1'): [85., 86., 87.]})
-    table = TABLES['table5'](scale, SEEDS)
-    noise = report.noise_by_key(table, report.Results(scale, tmp_path, SEEDS).figures(table))
-    assert noise['ADI', 'top-1'] == (math.sqrt(50), 3) and noise['real images', 'top-1'] == (1., 2)
+    table, real = TABLES['table5'](scale, SEEDS), ('real images', 'top-1')
+    figures = report.Results(scale, tmp_path, SEEDS).figures(table)
+    gap = report.measure(table, figures, {real: 1., (modes[2], 'top-1'): -1.})
+    # variances of 1 and 50, of three seeds and two; the fewer degrees are 2
+    assert gap.value == pytest.approx(31) and gap.margin == pytest.approx(4.30 * math.sqrt(1 / 3 + 50 / 2))
+
+
+def test_pairs_by_seed_are_those_of_the_t_test():
+    """And figures that share no seed are not paired at all."""
+    rng = np.random.default_rng(0)
+    for count in (2, 3, 5):
+        a, b = rng.normal(80, 2, (2, count))
+        figures = {(row, ''): report.Figure(dict(enumerate(v)), 1) for row, v in (('a', a), ('b', b))}
+        found = report.estimate(figures, {('a', ''): 1., ('b', ''): -1.}, paired=True)
+        assert found.value == pytest.approx(np.mean(a - b)) and found.degrees == count - 1
+        assert found.variance == pytest.approx(np.var(a - b, ddof=1) / count)
+    apart = {('a', ''): report.Figure({0: 80.}, 1), ('b', ''): report.Figure({1: 81., 2: 82.}, 1)}
+    assert report.estimate(apart, {('a', ''): 1., ('b', ''): -1.}, paired=True) is None
 
 
 def test_choices_are_compared_with_the_default(tmp_path):
     write_results(tmp_path, SCALES['small'], {
-        ('choices', 'default', 'top-1'): [80., 82.], ('choices', 'alpha 0.25', 'top-1'): [84., 86.]})
+        ('choices', 'default', 'top-1'): [80., 82.], ('choices', 'alpha 0.25', 'top-1'): [83., 87.]})
     report.write_report(SCALES['small'], tmp_path, SEEDS, tmp_path / 'RESULTS.md')
     text = (tmp_path / 'RESULTS.md').read_text()
-    # as in test_verdicts: 4.30 * sqrt(2)
-    assert '| alpha 0.25 | 85.0 ± 1.0 (2 seeds) | +4.0 ± 6.1 |' in text
+    # differences of 3 and 5, one degree: 12.71 * sqrt(2) / sqrt(2)
+    assert '| alpha 0.25 | 85.0 ± 2.0 (2 seeds) | +4.0 ± 12.7 |' in text
     assert '| default | 81.0 ± 1.0 (2 seeds) |  |' in text
 
 
