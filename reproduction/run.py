@@ -395,8 +395,9 @@ def main() -> None:
 
     scale = SCALES[args.scale]
     tables = list(tables_of(scale)) if 'all' in args.tables else args.tables
-    if not set(tables) <= set(tables_of(scale)):
-        parser.error(f'Scale {scale.name} sets no images aside to choose by. It has {", ".join(tables_of(scale))}.')
+    missing = [name for name in tables if name not in tables_of(scale)]
+    if missing:
+        parser.error(f'Scale {scale.name} has no {", ".join(missing)}. It has {", ".join(tables_of(scale))}.')
     work = args.work or ROOT / 'output/reproduction' / scale.name
     launcher = shlex.split(args.launcher) if args.launcher else [sys.executable]
     driver = Driver(scale, args.data, work, args.results or RESULTS / scale.name, max(1, args.jobs), launcher)

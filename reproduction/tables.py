@@ -11,6 +11,7 @@ from reproduction.cells import (
     hidden_loss,
     methods,
     stages,
+    student_cell,
     students,
     teacher_cell,
     training_cost,
@@ -119,6 +120,42 @@ def table2(scale: Scale, seeds: Sequence[int]) -> Table:
                 scale, name, methods(scale)[name], fraction, seeds[:2] if i == 3 else seeds), paper[name][i], column)
             for i, (column, fraction) in enumerate(zip(columns, scale.fractions)) for name in METHODS],
         claims)
+
+
+def cnn_cell(scale: Scale, seed: int) -> Cell:
+    """The teacher's CNN, trained on a student's images alone, for as many epochs as the student."""
+    argv = ('-c', scale.recipe, *scale.teacher, '--epochs', str(scale.epochs), '--val-interval', str(scale.epochs),
+            '--train-fraction', str(scale.ablation_fraction), '--fraction-seed', str(seed))
+    cost = scale.num_train * scale.ablation_fraction * scale.epochs / 3
+    return Cell(f'cnn-{scale.ablation_fraction:g}-seed{seed}', scale.data, argv, cost, seed)
+
+
+def pupil_cell(scale: Scale, method: str, seed: int) -> Cell:
+    """A student that such a CNN teaches."""
+    cnn = cnn_cell(scale, seed)
+    argv = tuple(arg.replace('{teacher}', f'{{runs}}/{cnn.name}') for arg in methods(scale)[method])
+    return replace(student_cell(scale, f'pupil_{method}', argv, scale.ablation_fraction, seed), needs=(cnn,))
+
+
+def own_teacher(scale: Scale, seeds: Sequence[int]) -> Table:
+    """What a CNN teaches that has seen no other images than the student; two seeds at the most."""
+    rows = {
+        'ViT': students(scale, 'vit', methods(scale)['vit'], scale.ablation_fraction, seeds),
+        'that CNN': tuple(cnn_cell(scale, seed) for seed in seeds[:2]),
+        'ViT, hard labels of that CNN': tuple(pupil_cell(scale, 'hard', seed) for seed in seeds[:2]),
+        'DearKD with that CNN': tuple(pupil_cell(scale, 'dearkd', seed) for seed in seeds[:2]),
+        'DearKD with the CNN of all images': students(
+            scale, 'dearkd', methods(scale)['dearkd'], scale.ablation_fraction, seeds)}
+    vit, cnn, hard, dearkd, _ = ((row, 'top-1') for row in rows)
+    return Table(
+        'A teacher that has seen no more than the student',
+        f'On {100 * scale.ablation_fraction:g} % of the images. The teacher of all other tables has seen all of them;'
+        f' the CNN here, of the same architecture, only those of its student, for {scale.epochs} epochs. Nothing was'
+        ' chosen for it.',
+        [Entry(row, 'top-1', cells) for row, cells in rows.items()], [
+            Claim('DearKD above the plain ViT', dearkd, vit),
+            Claim('DearKD above hard labels of the same CNN', dearkd, hard),
+            Claim('DearKD above its teacher', dearkd, cnn)])
 
 
 def table7(scale: Scale, seeds: Sequence[int]) -> Table:
@@ -399,9 +436,11 @@ def figure4(scale: Scale, seeds: Sequence[int]) -> Table:
 CHOOSING = ('recipes', 'first_choices', 'choices', 'longer')
 TABLES: Dict[str, Callable[[Scale, Sequence[int]], Table]] = {
     'recipes': recipes, 'first_choices': first_choices, 'choices': choices, 'longer': longer, 'table2': table2,
-    'table1': table1, 'table7': table7, 'table5': table5, 'table6': table6, 'figure4': figure4}
+    'table1': table1, 'own_teacher': own_teacher, 'table7': table7, 'table5': table5, 'table6': table6,
+    'figure4': figure4}
 
 
 def tables_of(scale: Scale) -> Dict[str, Callable[[Scale, Sequence[int]], Table]]:
-    """The tables that a scale has: nothing is chosen where there are no images for it."""
-    return {name: make for name, make in TABLES.items() if scale.tuning_data or name not in CHOOSING}
+    """The tables that a scale has: nothing is chosen where there are no images for it, no CNN trained where one is."""
+    missing = (() if scale.tuning_data else CHOOSING) + (() if scale.teacher else ('own_teacher',))
+    return {name: make for name, make in TABLES.items() if name not in missing}

@@ -71,6 +71,29 @@ def test_methods_differ_in_what_the_tables_say_and_share_the_rest(name, tmp_path
         assert all(cell.data.endswith('tuning') == chooses for cell in cells)
 
 
+def test_a_teacher_of_no_more_images_than_its_student(tmp_path, monkeypatch):
+    """The CNN's images, architecture and recipe, and whom it teaches; all else is as with the CNN of all images."""
+    monkeypatch.chdir(run.ROOT)
+    driver = make_driver(tmp_path, 'small')
+
+    def options(cell):
+        return vars(parse_args(build_parser(), build_config_parser(), driver.command(cell)[1:])[0])
+
+    rows = {entry.row: entry.cells for entry in TABLES['own_teacher'](driver.scale, SEEDS).entries}
+    cnns, pupils = rows['that CNN'], rows['DearKD with that CNN']
+    assert [cell.seed for cell in cnns] == [cell.seed for cell in pupils] == [0, 1]
+    for cnn, pupil, usual in zip(cnns, pupils, rows['DearKD with the CNN of all images']):
+        teacher, student, other = options(cnn), options(pupil), options(usual)
+        assert pupil.needs == (cnn,) and student['kd_model_name'] == f'{driver.path(driver.work)}/{cnn.name}'
+        assert (student['train_fraction'], student['fraction_seed'], student['data_dir'], student['epochs']) \
+            == (teacher['train_fraction'], teacher['fraction_seed'], teacher['data_dir'], teacher['epochs'])
+        different = {key for key in student if student[key] != other[key]}
+        assert different == {'kd_model_name', 'experiment', 'track_attention_distance'}
+    all_images = options(teacher_cell(driver.scale))
+    different = {key for key in teacher if teacher[key] != all_images[key]}
+    assert different == {'train_fraction', 'fraction_seed', 'seed', 'epochs', 'val_interval', 'experiment'}
+
+
 def test_sets_of_images(tmp_path):
     """What is set aside is no training image of the tuning set, and all come from the training file."""
     source, rng = tmp_path / 'source', np.random.default_rng(0)
@@ -381,7 +404,7 @@ def test_command_line(tmp_path):
     for args, message in (
             (['table9'], 'table9'),
             (['table2', '--scale', 'imagenet', '--data', tmp_path], 'no folder validation'),
-            (['choices', '--scale', 'imagenet'], 'sets no images aside')):
+            (['choices', '--scale', 'imagenet'], 'has no choices. It has table2, table1, table7,')):
         result = run_python('reproduction/run.py', *args)
         assert result.returncode == 2 and message in result.stderr.strip().splitlines()[-1]
 
