@@ -20,7 +20,8 @@ class Scale:
         num_eval: Validation images in `data`.
         recipe: YAML file of all students.
         student: Model of all students.
-        teacher: Arguments of the run that trains the teacher; empty where timm has its weights.
+        cnn: Arguments that name the architecture of the teacher; empty where timm has its weights.
+        teacher: Further arguments of the run that trains it.
         epochs: Of all students.
         fractions: Shares of the training images of table 2.
         ablation_fraction: The one of everything else.
@@ -39,6 +40,7 @@ class Scale:
     num_eval: int
     recipe: str
     student: str
+    cnn: Tuple[str, ...]
     teacher: Tuple[str, ...]
     epochs: int
     fractions: Tuple[float, ...]
@@ -55,14 +57,14 @@ class Scale:
 SCALES = {scale.name: scale for scale in (
     Scale(
         'smoke', 'digits', '', 1257, 540, 'reproduction/small.yaml', 'dearkd_nano_patch4_32',
-        ('--model', 'test_resnet', '--epochs', '2', '--warmup-epochs', '0'), 6, (0.05, 0.1), 0.05, 60,
+        ('--model', 'test_resnet'), ('--epochs', '2', '--warmup-epochs', '0'), 6, (0.05, 0.1), 0.05, 60,
         ('4:2',), ('--model', '{teacher}'),
         ('--resolutions', '32:4:0.3', '--classes-per-batch', '10', '--images-per-class', '3')),
     Scale(
         'small', 'fashion_mnist', 'fashion_mnist/tuning', 60000, 10000, 'reproduction/small.yaml',
         'dearkd_nano_patch4_32',
-        ('--model', 'resnet18', '--model-kwargs', 'channels=(32,64,128,256)', '--epochs', '15', '--batch-size', '64',
-         '--warmup-epochs', '1', '--reprob', '0'),
+        ('--model', 'resnet18', '--model-kwargs', 'channels=(32,64,128,256)'),
+        ('--epochs', '15', '--batch-size', '64', '--warmup-epochs', '1', '--reprob', '0'),
         40, (0.01, 0.025, 0.05, 0.1), 0.025, 1500, ('4:2',),
         # an ImageNet CNN that comes as a package, and not the one that the images are made out of
         ('--model', 'efficientnet_lite0', '--checkpoint', '{data}/efficientnet_lite0.pth'),
@@ -72,12 +74,12 @@ SCALES = {scale.name: scale for scale in (
          '--bn-norm', 'relative', '--bn-weight', '0.05', '--tv-weight', '0.003', '--ep-weight', '0.5',
          '--triplet-weight', '0.5', '--adi-weight', '30')),
     Scale(
-        'imagenet', 'imagenet', '', 1281167, 50000, 'recipes/dearkd_300e.yaml', 'dearkd_tiny_patch16_224', (), 300,
+        'imagenet', 'imagenet', '', 1281167, 50000, 'recipes/dearkd_300e.yaml', 'dearkd_tiny_patch16_224', (), (), 300,
         (0.1, 0.25, 0.5, 1.0), 1.0, 600_000, ('4:2',),
         diversity=('--pairs-per-class', '4'),
         inversion=('--verifier', 'resnet101.tv_in1k', '--min-prob', '0.1', '--adi-weight', '0.2'),
         data_free=('--kd-model-name', 'resnet101.tv_in1k', '--epochs', '1000', '--dearkd-stage1-epochs', '800',
-                   '--dearkd-stage2', 'ce', '--grad-accum-steps', '4', '--val-interval', '1000'),
+                   '--dearkd-stage2', 'ce', '--batch-size', '128', '--val-interval', '1000'),
         teacher_name='regnety_160.deit_in1k', untaught=('--kd-model-name', '')),
 )}
 
@@ -112,7 +114,9 @@ TAUGHT = ('--kd-model-name', '{teacher}', '--dearkd-alpha', '0.5')
 NO_HIDDEN = ('--dearkd-beta', '0')
 METHODS = {'vit': 'ViT', 'hard': 'ViT, hard-label distillation', 'dearkd': 'DearKD'}
 # In the last sixth of the epochs the learning rate is almost 0; the last one leaves the teacher while it is not
-FIGURE4 = {**METHODS, 'mhca_hidden': 'DearKD in one stage', 'stage50_ce': 'DearKD, stage I of 50 %, then `ce`'}
+FIGURE4 = {
+    **METHODS, 'mhca': 'MHCA without a teacher', 'mhca_hidden': 'DearKD in one stage',
+    'stage50_ce': 'DearKD, stage I of 50 %, then `ce`'}
 
 
 def hidden_loss(hooks: Sequence[str], beta: str = '10', normalize: bool = True) -> Tuple[str, ...]:
@@ -147,9 +151,9 @@ def methods(scale: Scale) -> Dict[str, Tuple[str, ...]]:
 
 def teacher_cell(scale: Scale) -> Optional[Cell]:
     """The CNN, trained once on all training images; None where it needs no training."""
-    if not scale.teacher:
+    if not scale.cnn:
         return None
-    argv = ('-c', scale.recipe, *scale.teacher, '--val-interval', '1000')
+    argv = ('-c', scale.recipe, *scale.cnn, *scale.teacher, '--val-interval', '1000')
     epochs = int(scale.teacher[scale.teacher.index('--epochs') + 1])
     return Cell('teacher', scale.data, argv, cost=scale.num_train * epochs / 3)
 

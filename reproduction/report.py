@@ -25,9 +25,9 @@ T_QUANTILES = {
 Key = Tuple[str, str]
 
 
-def t_quantile(degrees: int) -> float:
+def t_quantile(degrees: float) -> float:
     """Of that many degrees of freedom, or of the next lower number in the table."""
-    return T_QUANTILES[max(n for n in T_QUANTILES if n <= degrees)]
+    return T_QUANTILES[max(n for n in T_QUANTILES if n <= degrees + 1e-6)]
 
 
 class Figure(NamedTuple):
@@ -74,7 +74,9 @@ class Results:
 
     def figure(self, entry: Entry) -> Optional[Figure]:
         """Of the cells that are there; None without any."""
-        by_seed = {cell.seed: self.cells[cell.name][entry.key] for cell in entry.cells if cell.name in self.cells}
+        by_seed = {
+            cell.seed: self.cells[cell.name][entry.key] for cell in entry.cells
+            if entry.key in self.cells.get(cell.name, {})}
         return Figure(by_seed, entry.digits) if by_seed else None
 
     def figures(self, table: Table) -> Dict[Key, Figure]:
@@ -84,72 +86,75 @@ class Results:
 
 
 class Gap(NamedTuple):
-    """A difference, and half of its 95 % interval; None where nothing is known of the noise."""
+    """A difference, and half of its 95 % interval; not a number where nothing is known of the noise."""
     value: float
-    margin: Optional[float]
+    margin: float
 
     def verdict(self) -> str:
         """Whether it is above 0, where there is a margin."""
-        if self.margin is None:
-            return 'not to be told from one seed'
         if abs(self.value) > self.margin:
             return 'holds' if self.value > 0 else '**does not hold, the other way round**'
         return f'not to be told from the noise, leaning {"this way" if self.value > 0 else "the other way"}'
 
     def text(self, digits: int) -> str:
-        margin = f' ± {self.margin:.{digits}f}' if self.margin is not None else ''
+        margin = f' ± {self.margin:.{digits}f}' if math.isfinite(self.margin) else ''
         return f'{self.value:+.{digits}f}{margin}'
 
 
-class Estimate(NamedTuple):
-    """Of a difference: its value, its variance, and the degrees of freedom of that; none where nothing is known."""
-    value: float
+class Noise(NamedTuple):
+    """Variance of a figure from seed to seed, and its degrees of freedom."""
     variance: float
     degrees: int
 
 
-def estimate(figures: Dict[Key, Figure], factors: Dict[Key, float], paired: bool) -> Optional[Estimate]:
-    """A sum of means with factors, by least squares.
+def measure_noise(figures: Sequence[Figure], paired: bool) -> Noise:
+    """That of figures that are alike, by least squares; not a number where all have but one seed.
 
     Args:
-        figures: All that differ from seed to seed by about as much.
-        factors: Of some of them.
-        paired: Each seed has an effect of its own, the same for all figures (a randomised block design).
-
-    Returns:
-        None where the seeds that are there can not tell.
+        figures: Each has a mean of its own.
+        paired: Each seed has an effect of its own too, the same on all figures (a randomised block design).
     """
-    keys, seeds = list(figures), sorted({seed for figure in figures.values() for seed in figure.by_seed})
-    observed = [(key, seed, value) for key, figure in figures.items() for seed, value in figure.by_seed.items()]
-    design = np.array([
-        [float(key == k) for k in keys] + [float(seed == s) for s in seeds if paired] for key, seed, _ in observed])
+    observed = [(i, seed, value) for i, figure in enumerate(figures) for seed, value in figure.by_seed.items()]
+    blocks = sorted({seed for _, seed, _ in observed}) if paired else []
     values = np.array([value for *_, value in observed])
-    contrast = np.array([factors.get(k, 0.) for k in keys] + [0. for _ in seeds if paired])
-    weights = contrast @ np.linalg.pinv(design)  # of the observations
-    if not np.allclose(weights @ design, contrast):
-        return None
+    design = np.array([
+        [float(i == row) for row in range(len(figures))] + [float(seed == block) for block in blocks]
+        for i, seed, _ in observed])
     residuals = values - design @ np.linalg.lstsq(design, values, rcond=None)[0]
     degrees = len(values) - int(np.linalg.matrix_rank(design))
-    variance = float(residuals @ residuals) / degrees * float(weights @ weights) if degrees else math.inf
-    return Estimate(float(weights @ values), variance, degrees)
+    return Noise(float(residuals @ residuals) / degrees if degrees else math.nan, degrees)
 
 
 def measure(table: Table, figures: Dict[Key, Figure], factors: Dict[Key, float]) -> Gap:
-    """A sum of a table's means with factors; paired by seed where it compares figures of the same images."""
+    """A sum of a table's means with factors, by Welch's t.
+
+    Figures that are alike are compared by the seeds that they share.
+    """
     alike: Dict[str, Dict[Key, Figure]] = {}
     for entry in table.entries:
         key = (entry.row, entry.column)
         if key in figures:
             alike.setdefault(entry.noise, {})[key] = figures[key]
-    groups = [group for group in alike.values() if factors.keys() & group.keys()]
-    paired = all(math.isclose(sum(factors.get(key, 0.) for key in group), 0., abs_tol=1e-9) for group in groups)
-    estimates = [estimate(group, factors, paired) for group in groups]
-    known = [e for e in estimates if e is not None]
-    if len(known) < len(groups):
-        return Gap(sum(factor * figures[key].mean for key, factor in factors.items()), None)
-    degrees = min(e.degrees for e in known)
-    margin = t_quantile(degrees) * math.sqrt(sum(e.variance for e in known)) if degrees else None
-    return Gap(sum(e.value for e in known), margin)
+    value, parts = 0., []
+    for group in alike.values():
+        used = {key: factor for key, factor in factors.items() if key in group}
+        if not used:
+            continue
+        shared = set.intersection(*(set(group[key].by_seed) for key in used))
+        paired = math.isclose(sum(used.values()), 0., abs_tol=1e-9) and bool(shared)
+        noise = measure_noise(list(group.values()), paired)
+        variance = 0.
+        for key, factor in used.items():
+            by_seed = group[key].by_seed
+            values = [by_seed[seed] for seed in shared] if paired else list(by_seed.values())
+            value += factor * statistics.mean(values)
+            variance += factor ** 2 * noise.variance / len(values)
+        parts.append(Noise(variance, noise.degrees))
+    total = sum(part.variance for part in parts)
+    if not total > 0.:  # nothing is known, or the figures are the same in all seeds
+        return Gap(value, math.nan)
+    degrees = total ** 2 / sum(part.variance ** 2 / part.degrees for part in parts)  # Welch and Satterthwaite
+    return Gap(value, t_quantile(degrees) * math.sqrt(total))
 
 
 def judge(table: Table, figures: Dict[Key, Figure]) -> List[str]:
@@ -158,7 +163,7 @@ def judge(table: Table, figures: Dict[Key, Figure]) -> List[str]:
     for claim in table.claims:
         if claim.higher in figures and claim.lower in figures:
             gap = measure(table, figures, {claim.higher: 1., claim.lower: -1.})
-            if gap.margin is not None:
+            if math.isfinite(gap.margin):
                 lines.append(f'- {claim.text}: {gap.verdict()} ({gap.text(figures[claim.higher].digits)}).')
     return lines
 
@@ -173,6 +178,8 @@ def judge_growth(table: Table, figures: Dict[Key, Figure]) -> List[str]:
         first, last = columns[0], columns[-1]
         gap = measure(table, figures, {
             (dearkd, first): 1., (other, first): -1., (dearkd, last): -1., (other, last): 1.})
+        if not math.isfinite(gap.margin):
+            continue
         listed = ', '.join(f'{figures[dearkd, c].mean - figures[other, c].mean:+.1f} at {c}' for c in columns)
         lines.append(f'- In points, DearKD is further above "{other}" at {first} than at {last}: {gap.verdict()}'
                      f' ({gap.text(1)}; {listed}).')
@@ -184,7 +191,7 @@ def markdown(table: Table, figures: Dict[Key, Figure]) -> List[str]:
     columns = list(dict.fromkeys(entry.column for entry in table.entries))
     paper = {(entry.row, entry.column): entry.paper for entry in table.entries}
     reference = (table.reference, columns[0])
-    header = [*columns, f'against {table.reference}'] if reference in figures else columns
+    header = [*columns, f'against {table.reference}, ± 95 %'] if reference in figures else columns
     lines = ['| | ' + ' | '.join(header) + ' |', '| --- ' * (len(header) + 1) + '|']
     for row in dict.fromkeys(entry.row for entry in table.entries):
         cells = []
@@ -255,7 +262,7 @@ def write_figure4(
         seeds: Sequence[int],
 ) -> List[str]:
     """Attention distance over the epochs, of the runs that recorded it, and how it changes in stage II."""
-    lines, pictures = [], []
+    lines, pictures, verdicts = [], [], []
     ends = {'stage50_ce': round(scale.epochs / 2), 'dearkd': round(scale.epochs * 5 / 6)}  # of stage I
     moments = {
         'the first epoch': 0, **{f'epoch {end}': end - 1 for end in ends.values()}, 'the last': scale.epochs - 1}
@@ -269,13 +276,17 @@ def write_figure4(
             if history is not None and set(moments.values()) <= set(history.epochs)}
         if not complete:
             continue
-        first = next(iter(complete.values()))
+        first = complete[min(complete)]
         for end, told in changes.items():
             change = Figure({
                 seed: statistics.mean(layer_means(history, scale.epochs - 1))
                 - statistics.mean(layer_means(history, end - 1)) for seed, history in complete.items()}, 3)
             told.append(f'{label} {change}')
-        lines.append(f'- {label}, patches by layer: {describe_distances(first, moments)}.')
+            if ends.get(name) == end and change.error is not None:
+                gap = Gap(change.mean, t_quantile(len(complete) - 1) * change.error)
+                verdicts.append(
+                    f'- {label}: the distance grows after stage I: {gap.verdict()} ({gap.text(3)} patches).')
+        lines.append(f'- {label}, patches by layer (seed {min(complete)}): {describe_distances(first, moments)}.')
         picture = folder / f'figure4-{name}.png'
         write_bytes(picture, render(plot_over_epochs(first, ends.get(name))))
         pictures += [f'![Attention distance of {label}]({picture.relative_to(root).as_posix()})', '']
@@ -284,7 +295,7 @@ def write_figure4(
     return [
         *lines,
         *(f'- Change from epoch {end} to the last, a mean over the layers: {", ".join(told)}.'
-          for end, told in changes.items()), '', *pictures]
+          for end, told in changes.items()), *verdicts, '', *pictures]
 
 
 def describe_runs(scale: Scale, found: Results) -> List[str]:
@@ -311,12 +322,14 @@ def describe_runs(scale: Scale, found: Results) -> List[str]:
         f' (`python reproduction/run.py all --scale {scale.name}`; {hours:.1f} hours of one core).', '',
         text, '',
         'Figures are top-1 in percent after the last epoch, a mean over three seeds unless another number is given, ±'
-        ' its standard error; a seed is also another choice of images. In square brackets: the paper\'s figure, on'
-        ' ImageNet. A claim holds, or does not, where 0 is outside of the 95 % interval of the difference (±, by'
-        ' Student\'s t). That is so by chance for one in 20 where there is no difference. The noise is that of all'
-        ' figures of a table, or of those that are alike, such as a column of table 2; where they are compared with'
-        ' each other, a seed, whose images they share, is taken as an effect on all of them (a randomised block'
-        ' design), which also counts where some have one seed and some two.', '',
+        ' its standard error; where not all images are used, a seed is also another choice of them. In square brackets:'
+        ' the paper\'s figure, on ImageNet.', '',
+        'A claim holds, or does not, where 0 is outside of the 95 % interval of the difference (Welch\'s t); where'
+        ' there is no difference, that is so by chance for one in 20. The deviation from seed to seed is taken as the'
+        ' same for all figures of a table (in table 2, of a column), but for those with the hidden loss, which vary'
+        ' less: they have their own. Figures of the same deviation are compared by the seeds that they share, what a'
+        ' seed decides (images, their order, initial weights) being taken as worth the same to all of them (a'
+        ' randomised block design).', '',
         *([f'Left out, as made by another definition: {", ".join(found.stale)}.', ''] if found.stale else [])]
 
 

@@ -70,6 +70,15 @@ def read_result(path: Path) -> Optional[Dict[str, Any]]:
     return None
 
 
+def count_processes(launcher: Sequence[str]) -> int:
+    """How many torchrun starts, by its arguments; 1 for other programs."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument('--nnodes', type=int, default=1)
+    parser.add_argument('--nproc_per_node', '--nproc-per-node', type=int, default=1)
+    args, _ = parser.parse_known_args(launcher)
+    return args.nnodes * args.nproc_per_node
+
+
 class CellError(Exception):
     """Why a cell has no figures."""
 
@@ -96,6 +105,7 @@ class Driver:
             launcher: Sequence[str] = (sys.executable,),
     ) -> None:
         self.scale, self.jobs, self.launcher = scale, jobs, list(launcher)
+        self.num_processes = count_processes(launcher)
         self.data, self.work, self.results = data.resolve(), work.resolve(), results.resolve()
         self.threads = max(1, (os.cpu_count() or 1) // jobs)
         self.processes: Set[subprocess.Popen] = set()
@@ -144,8 +154,25 @@ class Driver:
             return ['-m', 'timm_dearkd.analysis', 'diversity', data, *argv, '--seed', str(cell.seed), '--output',
                     f'{work}/{cell.name}/diversity.json']
         return [
-            'train.py', data, *argv, '--seed', str(cell.seed), '--output', work, '--experiment', cell.name,
-            '--resume', 'auto']
+            'train.py', data, *argv, *self.accumulation(cell), '--seed', str(cell.seed), '--output', work,
+            '--experiment', cell.name, '--resume', 'auto']
+
+    def accumulation(self, cell: Cell) -> List[str]:
+        """Arguments by which several processes have the batch of one.
+
+        Raises:
+            ValueError: They can not.
+        """
+        if self.num_processes == 1:
+            return []
+        recipe = yaml.safe_load((ROOT / cell.argv[cell.argv.index('-c') + 1]).read_text())
+        given = dict(zip(cell.argv, cell.argv[1:]))
+        steps = int(given.get('--grad-accum-steps', recipe.get('grad_accum_steps', 1)))
+        if steps % self.num_processes:
+            raise ValueError(
+                f'{self.num_processes} processes can not share the {steps} accumulation steps of {cell.name}. Start as'
+                ' many as divide them.')
+        return ['--grad-accum-steps', str(steps // self.num_processes)]
 
     @contextmanager
     def locked(self, name: str) -> Iterator[TextIO]:
@@ -210,11 +237,16 @@ class Driver:
                 self.write_log(cell, log)
             figures = {'train': self.student_figures, 'data_free': self.image_figures, 'diversity': self.distance}
             result = dict(
-                name=cell.name, command=shlex.join(['python', *command]), seed=cell.seed, **log,
+                name=cell.name, command=self.shell_line(cell), seed=cell.seed, **log,
                 **figures[cell.program](cell), threads=self.threads)
             result['seconds'] = max(1, round(log['seconds']))
             write_bytes(self.result_path(cell.name), json.dumps(result, indent=1).encode())
             return result
+
+    def shell_line(self, cell: Cell) -> str:
+        """The command as a user would give it."""
+        alone = self.launcher == [sys.executable] or cell.program == 'diversity'
+        return shlex.join([*(['python'] if alone else self.launcher), *self.command(cell)])
 
     def write_log(self, cell: Cell, log: Dict[str, Any]) -> None:
         write_bytes(self.work / f'{cell.name}.json', json.dumps(log).encode())
@@ -402,11 +434,11 @@ def main() -> None:
     launcher = shlex.split(args.launcher) if args.launcher else [sys.executable]
     driver = Driver(scale, args.data, work, args.results or RESULTS / scale.name, max(1, args.jobs), launcher)
     cells = collect_cells(scale, tables, args.seeds)
-    if args.list:
-        for cell in cells:
-            print(shlex.join([*(launcher if args.launcher else ['python']), *driver.command(cell)]))
-        return
     try:
+        lines = [driver.shell_line(cell) for cell in cells]
+        if args.list:
+            print('\n'.join(lines))
+            return
         prepare_data(scale, args.data, {cell.program for cell in cells})
     except (OSError, ValueError, subprocess.CalledProcessError) as e:
         parser.error(' '.join(str(e).split()))
