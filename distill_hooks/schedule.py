@@ -53,7 +53,7 @@ class TwoStageSchedule:
         if not 0 <= stage1_epochs <= epochs:
             raise ValueError(
                 f'Stage I is {stage1_epochs} epochs long, but the run has {epochs}.'
-                f' Choose --dearkd-stage1-epochs from 0 to {epochs}, or leave it out for 5/6 of the run.')
+                f' Set --dearkd-stage1-epochs from 0 to {epochs}; 5/6 of the run are {round(5 * epochs / 6)}.')
         if stage2 not in ('anneal', 'ce'):
             raise ValueError(f"Unknown stage II {stage2!r}, expected 'anneal' or 'ce'.")
         if not 0. <= alpha <= 1.:

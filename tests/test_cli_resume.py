@@ -208,6 +208,20 @@ def test_checkpoints_that_do_not_fit(change, message, train_cli, exact_cli, cnn,
     assert not (tmp_path / 'run').exists()
 
 
+def test_other_options_are_named_when_a_run_goes_on(train_cli, image_folder, tmp_path):
+    """Other data, too, which is the slip of a forgotten --experiment; not those that change nothing."""
+    other = tmp_path / 'other'
+    shutil.copytree(image_folder, other)
+    command = ('--output', tmp_path, '--experiment', 'run', '--resume', 'auto', '--model', 'test_resnet')
+    for args, data, told in (
+            (['--stop-epoch', '1'], image_folder, ''),
+            (['--workers', '1'], image_folder, ''),
+            (['--lr', '2e-3'], other, f'other options: data {image_folder} → {other}, lr 0.001 → 0.002.')):
+        result = train_cli(*command, *args, data=data)
+        assert result.returncode == 0, result.stderr
+        assert told in result.stderr and bool(told) == ('other options' in result.stderr)
+
+
 def test_a_run_is_not_begun_over_another(train_cli, tmp_path):
     """Unless its folder has no checkpoint, because it was stopped before the first."""
     command = ('--epochs', '1', '--output', tmp_path, '--experiment', 'run')

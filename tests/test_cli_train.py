@@ -225,6 +225,21 @@ def test_a_student_that_was_not_exported_is_in_the_end(run, train_cli, tmp_path)
     assert rows(folder)[:6] == before and len(rows(folder)) == 7
 
 
+def test_more_classes_than_folders_and_split_batch_norm(train_cli, image_folder, tmp_path):
+    """The exported student loads, with a name for each class, and is in the report; what spoils short runs is said."""
+    result = train_cli(
+        '--model', 'test_resnet', '--num-classes', '5', '--aug-splits', '3', '--jsd-loss', '--split-bn', '--report',
+        '--warmup-epochs', '5', '--model-ema', '--output', tmp_path, '--experiment', 'x')
+    assert result.returncode == 0, result.stderr
+    assert 'All of the 2 epochs are warm-up' in result.stderr and 'Set --model-ema-warmup' in result.stderr
+    model = timm.create_model(f'local-dir:{tmp_path / "x"}', pretrained=True)
+    assert model.pretrained_cfg['label_names'] == ['blue sky', 'grass', 'rust', '3', '4']
+    best = max(rows(tmp_path / 'x'), key=lambda row: float(row['eval_top1']))
+    assert evaluate(model, image_folder)['loss'] == pytest.approx(float(best['eval_loss']), rel=1e-3)
+    report = (tmp_path / 'x' / 'report.html').read_text()
+    assert 'blue sky' in report and 'could not be read' not in report
+
+
 def test_starting_from_an_exported_model(run, train_cli, tmp_path):
     """Its architecture, size and channels come from the folder; the weights with --pretrained, or from a file."""
     model, file = f'local-dir:{run[0]}', run[0] / 'model_best.safetensors'
@@ -246,6 +261,22 @@ def test_without_validation(train_cli, tmp_path):
     assert not table[0]['eval_top1'] and 'Test:' not in result.stderr
     best = torch.load(tmp_path / 'x' / 'model_best.pth.tar', weights_only=False)
     assert best['metric'] == pytest.approx(min(float(row['train_loss']) for row in table))
+
+
+def test_losses_of_other_weights_are_not_ranked(train_cli, cnn, tmp_path):
+    """Without validation, the best is among the epochs whose loss is the last one's: in `anneal`, that epoch itself."""
+    kept = {}
+    for kind in ('anneal', 'ce'):
+        result = train_cli(
+            '--kd-model-name', f'local-dir:{cnn}', '--val-split', '', '--epochs', '5', '--dearkd-stage1-epochs', '2',
+            '--dearkd-stage2', kind, '--dearkd-beta', '0', '--smoothing', '0.9', '--lr', '1e-5', '--checkpoint-hist',
+            '2', '--output', tmp_path, '--experiment', kind)  # smoothing makes the labels the greater loss
+        assert result.returncode == 0, result.stderr
+        losses = [float(row['train_loss']) for row in rows(tmp_path / kind)]
+        assert min(losses) in losses[:2]
+        kept[kind] = torch.load(tmp_path / kind / 'model_best.pth.tar', weights_only=False)
+        assert len(list((tmp_path / kind).glob('checkpoint-*'))) == 2
+    assert kept['anneal']['epoch'] == 4 and kept['ce']['metric'] == pytest.approx(min(losses[2:]))
 
 
 def test_stages_follow_the_length_of_the_run(train_cli, cnn, tmp_path):

@@ -64,6 +64,7 @@ ERRORS = {
     'clip mode': (['--clip-mode', 'x'], 'norm, value, agc'),
     'mixup': (['--mixup', '0.5', '--batch-size', '7'], 'Make it even'),
     'compiler': (['--torchcompile', 'x'], 'expected one of'),
+    'no run': (['--eval-only', '--resume', 'auto'], 'there is no run in'),
     'other run': (['--resume', 'FILE'], 'is a run of test_resnet, this one is of test_dearkd'),
     'stop': (['--stop-epoch', '3'], 'expected 1 to 2'),
     'auto': (['--resume', 'auto', '--experiment', ''], 'needs --experiment'),
@@ -98,6 +99,14 @@ def test_errors_are_one_line_and_status_2(case, image_folder, cnn, tmp_path, cap
         train.run_script([str(a) for a in (image_folder, *SMALL, *args)])
     assert_error(e.value.code, capsys.readouterr().err, message)
     assert not (tmp_path / 'x').exists()
+
+
+def test_no_compiler_is_one_line(train_cli, tmp_path, monkeypatch):
+    monkeypatch.setenv('CXX', 'no-such-compiler')
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path / 'cache'))
+    result = train_cli('--torchcompile', 'inductor', '--output', tmp_path, '--experiment', 'x')
+    assert result.returncode == 2 and 'Traceback' not in result.stderr
+    assert '--torchcompile: the model could not be compiled' in result.stderr.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize('case', ['model', 'number', 'layer', 'output'])

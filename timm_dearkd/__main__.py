@@ -12,6 +12,9 @@ import timm_dearkd  # noqa: F401  registers the architectures
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments in (['-h'], ['--help']):
+        print(__doc__)
+        return
     if not arguments or not os.path.isfile(arguments[0]):
         what = f'no file {arguments[0]!r}' if arguments else 'no script given'
         command = 'python -m timm_dearkd'

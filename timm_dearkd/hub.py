@@ -237,13 +237,14 @@ def model_card(run: Run, model: Any, repo: str, license: Optional[str] = None) -
         pipeline_tag='image-classification', metrics=['accuracy'],
         tags=['image-classification', 'timm', *(['dearkd', 'knowledge-distillation'] if is_dearkd else [])],
         model_name=repo.split('/')[-1], eval_results=results or None)
+    rate = f'lr {args["lr"]}' if args.get('lr') is not None else f'lr-base {args.get("lr_base")}'
     facts = [
         ('Model', args.get('model')), ('Parameters', f'{sum(p.numel() for p in model.parameters()):,}'),
         ('Data', source), ('Training images', data.get('train_images')), ('Classes', model.num_classes),
         ('Image size', ' x '.join(map(str, model.pretrained_cfg['input_size']))),
         ('Teacher', _without_folders(args.get('kd_model_name') or 'none')),
         ('Epochs', len(run.rows) if run.state == 'finished' else f'{run.state}, not finished'), *_stages(run),
-        ('Optimizer', f'{args.get("opt")}, lr {args.get("lr")}, weight decay {args.get("weight_decay")}, batch size'
+        ('Optimizer', f'{args.get("opt")}, {rate}, weight decay {args.get("weight_decay")}, batch size'
          f' {args.get("batch_size")}')]
     lines = [f'- **{key}:** {value}' for key, value in facts if value not in (None, '')]
     figure = f'Best {run.metric.replace("_", " ")}: {best[1]:.2f}, after epoch {best[0]}.' if best else ''

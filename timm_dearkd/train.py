@@ -160,7 +160,7 @@ def schedule_run(args, trainer: Trainer) -> Tuple[Position, range]:
     start = Position()
     if args.resume:
         start = resume_run(
-            args.resume, task, args.model, args.opt, None if args.no_resume_opt else optimizer, trainer.precision,
+            args.resume, task, vars(args), None if args.no_resume_opt else optimizer, trainer.precision,
             build_data.images_per_update(args, trainer.ranks))
     if args.sched != 'plateau':  # the rates of these options, which need not be those of the checkpoint
         for group, rate in zip(optimizer.param_groups, rates):
@@ -171,6 +171,7 @@ def schedule_run(args, trainer: Trainer) -> Tuple[Position, range]:
     trainer.lr_scheduler, num_epochs = build.build_scheduler(args, optimizer, trainer.num_updates, start)
     if isinstance(task, DearKDTask):
         task.schedule = build.build_schedule(args, num_epochs)
+    build_run.warn_of_short_run(args, num_epochs, trainer.num_updates)
     stop_epoch = num_epochs if args.stop_epoch is None else args.stop_epoch
     for name, epochs in (('stop-epoch', [stop_epoch]), ('save-epochs', args.save_epochs)):
         if not all(1 <= epoch <= num_epochs for epoch in epochs):
@@ -208,6 +209,8 @@ def fit(
         for epoch in epochs:
             if isinstance(task, DearKDTask):
                 task.set_epoch(epoch)
+                if validator is None and recorder.saver is not None and task.weights != task.schedule(epoch - 1):
+                    recorder.saver.forget_ranks()  # a loss of other weights is no better or worse
             if epoch == start.epoch:
                 losses = trainer.train_epoch(epoch, start.update, start.meter)
             else:
@@ -255,7 +258,10 @@ def evaluate_epoch(args, trainer: Trainer, validator: Optional[Validator], label
 def prepare_evaluation(args, precision: Precision, ranks: Ranks) -> Callable[[], None]:
     """`--eval-only`: the metrics of a model on the validation split, as JSON on standard output."""
     if args.resume == 'auto':
-        args.resume = find_checkpoint(os.path.join(build_run.output_parent(args), args.experiment))
+        folder = os.path.join(build_run.output_parent(args), args.experiment)
+        args.resume = find_checkpoint(folder)
+        if not args.resume:
+            raise ValueError(f'--resume auto: there is no run in {folder!r}. Set its --output and --experiment.')
     args.initial_checkpoint = args.initial_checkpoint or args.pretrained_path or args.resume
     args.pretrained_path, args.pretrained = None, not args.initial_checkpoint
     model, data_config, eval_set = build.build_evaluation(args, precision.device, create_model)
@@ -284,6 +290,9 @@ def run_script(argv: Optional[Sequence[str]] = None) -> None:
         run()
     except (OSError, TrainingError) as e:
         parser.error(str(e).strip().splitlines()[-1])
+    except torch._dynamo.exc.TorchDynamoException as e:
+        reason = ' '.join(str(e).split())[:300]
+        parser.error(f'--torchcompile: the model could not be compiled: {reason} Leave the flag out.')
     except Interrupted as e:
         status, message = 128 + e.signum, f'{parser.prog}: {e}\n'
     if dist.is_initialized():  # after an error some may wait for others, but not here

@@ -2,6 +2,7 @@
 import argparse
 import logging
 import math
+import shlex
 import time
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -389,11 +390,12 @@ def report(args, dataset: SyntheticSet, num_classes: int) -> None:
     missing = len(dataset.classes) - len(class_map)
     if missing:
         _logger.warning(f'{missing} of {len(dataset.classes)} classes have no image that was kept.')
-    data = f'{dataset.root} --val-split ""' if args.format == 'folder' else (
-        f'{dataset.root} --dataset wds/ --train-split train --val-split "" --num-classes {len(class_map)}')
-    map_flag = '' if class_map == list(range(num_classes)) else f' --kd-class-map {dataset.root}/kd_class_map.txt'
-    checkpoint = f' --kd-teacher-checkpoint {args.checkpoint}' if args.checkpoint else ''
-    print(f'Train on them: python train.py {data} --kd-model-name {args.model}{checkpoint}{map_flag} ...')
+    root = shlex.quote(str(dataset.root))
+    data = f'{root} --val-split ""' if args.format == 'folder' else (
+        f'{root} --dataset wds/ --train-split train --val-split "" --num-classes {len(class_map)}')
+    map_flag = '' if class_map == list(range(num_classes)) else f' --kd-class-map {root}/kd_class_map.txt'
+    checkpoint = f' --kd-teacher-checkpoint {shlex.quote(args.checkpoint)}' if args.checkpoint else ''
+    print(f'Train on them: python train.py {data} --kd-model-name {shlex.quote(args.model)}{checkpoint}{map_flag} ...')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

@@ -1,4 +1,5 @@
 """From options to what runs the epochs and what records them."""
+import logging
 import os
 import platform
 from datetime import datetime
@@ -30,6 +31,8 @@ from .tracking import Tracker
 
 __all__ = ['build_recorder', 'build_trainer', 'build_validator', 'describe_run', 'output_parent']
 
+
+_logger = logging.getLogger(__name__)
 
 def build_trainer(
         args,
@@ -67,6 +70,19 @@ def build_validator(args, task: TrainingTask, loader, precision: Precision, rank
         tta=args.tta,
         log_interval=args.log_interval,
     )
+
+
+def warn_of_short_run(args, num_epochs: int, num_updates: int) -> None:
+    """Say so where defaults that are meant for long runs would spoil this one."""
+    if args.sched != 'none' and args.warmup_epochs >= num_epochs:
+        _logger.warning(
+            f'All of the {num_epochs} epochs are warm-up, from a learning rate of {args.warmup_lr:g}. Set fewer'
+            ' --warmup-epochs.')
+    left = args.model_ema_decay ** (num_epochs * num_updates)
+    if args.model_ema and not args.model_ema_warmup and left > 0.05:
+        _logger.warning(
+            f'{100 * left:.0f} % of the average of weights will still be those that the run starts with. Set'
+            ' --model-ema-warmup, or a lower --model-ema-decay.')
 
 
 def output_parent(args) -> str:

@@ -166,10 +166,10 @@ def _add_input(group) -> None:
 def _add_device(group) -> None:
     add = group.add_argument
     add('--device', help='cuda, cpu, ... (the accelerator there is, else the CPU)')
-    add('--amp', action='store_true', help='automatic mixed precision')
+    add('--amp', action=argparse.BooleanOptionalAction, default=False, help='automatic mixed precision')
     add('--amp-dtype', default='float16')
     add('--model-dtype')
-    add('--channels-last', action='store_true')
+    add('--channels-last', action=argparse.BooleanOptionalAction, default=False)
     add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile student and teacher')
     add('--torchcompile-mode')
     add('--no-ddp-bb', action='store_true', help='do not broadcast buffers in DistributedDataParallel')
@@ -370,11 +370,15 @@ def parse_args(
         try:
             with open(config_args.config) as f:
                 config = yaml.safe_load(f) or {}
-        except (OSError, yaml.YAMLError) as e:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
             parser.error(f'configuration file {config_args.config}: {" ".join(str(e).split())}')
         if not isinstance(config, dict):
             parser.error(f'configuration file {config_args.config}: expected "option: value" lines')
+        if config.get('kd_distill_type') == 'logit' and not config.get('kd_model_name'):
+            del config['kd_distill_type']  # timm writes its default into every args.yaml
         config_argv = _config_argv(config, parser)
     args = parser.parse_args(rest, parser.parse_args(config_argv))
+    if args.data and not parser.parse_args(rest).data_dir:
+        args.data_dir = None  # the file's
     args_text = yaml.safe_dump(vars(args), default_flow_style=False)
     return args, args_text

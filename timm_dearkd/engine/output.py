@@ -3,9 +3,10 @@ import csv
 import json
 import logging
 import os
+from argparse import Namespace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union, cast
 
 import safetensors.torch
 import torch
@@ -83,6 +84,11 @@ class AtomicCheckpointSaver(CheckpointSaver):
             os.unlink(link)
         super()._duplicate(src, link)
         os.replace(link, dst)
+
+    def forget_ranks(self) -> None:
+        """Rank what comes by itself, for its metric is another; checkpoints that are there count by recency."""
+        self.best_metric = self.best_epoch = None
+        self.checkpoint_files = [(path, None) for path, _ in self.checkpoint_files]
 
     def go_back_to(self, path: str) -> None:
         """Make an earlier checkpoint of the run its last one."""
@@ -168,11 +174,26 @@ def refuse_to_overwrite(folder: str, resume: str) -> None:
             f'{folder!r} holds a run. Go on with it by --resume auto, name another --experiment, or remove the folder.')
 
 
+# What a run may go on with otherwise, with nothing to be said about it
+_FREE_OPTIONS = {
+    'resume', 'start_epoch', 'stop_epoch', 'save_epochs', 'output', 'experiment', 'workers', 'pin_mem', 'log_interval',
+    'recovery_interval', 'checkpoint_hist', 'device', 'no_ddp_bb', 'report', 'torchcompile', 'torchcompile_mode',
+    'save_images', 'log_tensorboard', 'log_wandb', 'wandb_project', 'wandb_tags', 'wandb_resume_id',
+    'validation_batch_size', 'no_resume_opt'}
+
+
+def changed_options(before: Dict[str, Any], now: Dict[str, Any]) -> str:
+    """The options of two runs that differ, such as 'lr 0.1 → 0.2'; '' for none."""
+    before, now = ({**options, 'data': options.get('data') or options.get('data_dir'), 'data_dir': None}
+                   for options in (before, now))
+    names = sorted(name for name in before.keys() & now.keys() - _FREE_OPTIONS if before[name] != now[name])
+    return ', '.join(f'{name} {before[name]} → {now[name]}' for name in names)
+
+
 def resume_run(
         path: str,
         task: TrainingTask,
-        arch: str,
-        opt: str,
+        options: Dict[str, Any],
         optimizer: Optional[torch.optim.Optimizer],
         precision: Precision,
         images_per_update: int,
@@ -182,8 +203,7 @@ def resume_run(
     Args:
         path: The checkpoint, of a run or with weights alone.
         task: Takes the weights, and those of its EMA.
-        arch: Name of the model.
-        opt: Name of the optimizer.
+        options: Of this run; 'model' and 'opt' have to be those of the checkpoint's, a warning names what else differs.
         optimizer: Takes its state; None leaves that, and the loss scaler's.
         precision: Has the loss scaler.
         images_per_update: Of all processes; an epoch that is continued with others starts at the update that
@@ -198,6 +218,7 @@ def resume_run(
         reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
         raise ValueError(f'--resume {path} can not be read, it may be truncated: {reason}') from e
     run = checkpoint if isinstance(checkpoint, dict) else {}
+    arch, opt = options['model'], options['opt']
     if run.get('arch', arch) != arch:
         raise ValueError(
             f'--resume {path} is a run of {run["arch"]}, this one is of {arch}.'
@@ -212,6 +233,10 @@ def resume_run(
         raise ValueError(
             f'--resume {path} is a run with a teacher, this one has none. Add --kd-model-name {taught_by}, or start'
             ' from its weights with --initial-checkpoint.')
+    trained = run.get('args')
+    changed = changed_options(vars(trained) if isinstance(trained, Namespace) else {}, options)
+    if changed:
+        _logger.warning(f'The run goes on with other options: {changed}.')
     try:
         scaler = precision.scaler if optimizer is not None else None
         epoch = resume_task_checkpoint(task, path, optimizer=optimizer, loss_scaler=scaler)
@@ -310,7 +335,11 @@ def export_model(
     """
     model = unwrap_model(model)
     weights = clean_state_dict(state_dict if state_dict is not None else model.state_dict())
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()
+        if '.aux_bn.' not in name}  # --split-bn: of augmented copies, in training alone
+    if label_names:  # with --num-classes, the model may know more
+        label_names = [*label_names, *map(str, range(len(label_names), cast(Any, model).num_classes))]
     weights_file, config_file = (Path(folder) / f'.{name}.tmp' for name in (EXPORT_NAME, 'config.json'))
     try:
         weights_file.write_bytes(safetensors.torch.save(tensors, metadata={'format': 'pt'}))

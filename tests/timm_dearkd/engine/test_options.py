@@ -36,7 +36,8 @@ def test_flags_are_timms(row):
     assert all(actions[name] is action for name in names)
     if names[0] in ('--kd-distill-type', '--device'):
         return
-    kind = {'StoreTrue': argparse._StoreTrueAction, 'Store': argparse._StoreAction, 'ParseKwargs': ParseKwargs}
+    kind = {'StoreTrue': (argparse._StoreTrueAction, argparse.BooleanOptionalAction), 'Store': argparse._StoreAction,
+            'ParseKwargs': ParseKwargs}
     assert isinstance(action, kind[row['action']])
     if row['action'] == 'Store':
         assert (action.type or str).__name__ == row['type']
@@ -80,6 +81,29 @@ def test_numbers_written_as_text(config):
     assert args.lr == 3e-4 and args.epochs == 7
 
 
+def test_the_folder_of_the_command_line_wins_over_the_files(config):
+    """In the file it is `data` or `data_dir`, and so in the args.yaml of the run."""
+    for name in ('data', 'data_dir'):
+        args, text = parse(*config(**{name: 'photos'}), 'other')
+        assert (args.data, args.data_dir, yaml.safe_load(text)['data_dir']) == ('other', None, None)
+        args, _ = parse(*config(**{name: 'photos'}), '--data-dir', 'third')
+        assert args.data_dir == 'third'
+        args, _ = parse(*config(**{name: 'photos'}))
+        assert args.data_dir == 'photos'
+
+
+def test_timms_own_arguments_ask_for_no_kind_of_distillation(config):
+    """Its args.yaml has its default, logit, of whatever run."""
+    assert parse(*config(kd_distill_type='logit'))[0].kd_distill_type is None
+    assert parse(*config(kd_distill_type='logit', kd_model_name='resnet26'))[0].kd_distill_type == 'logit'
+    assert parse(*config(kd_distill_type='token'))[0].kd_distill_type == 'token'
+
+
+def test_switches_of_a_recipe_can_be_turned_off(config):
+    args, _ = parse(*config(amp=True, channels_last=True), '--no-amp')
+    assert args.channels_last and not args.amp
+
+
 def test_unknown_keys_are_warned_about(config, caplog):
     parse(*config(learning_rate=1., dist_url=None))  # the latter as timm writes them, unset
     assert 'learning_rate' in caplog.text and 'dist_url' not in caplog.text
@@ -99,10 +123,10 @@ def test_wrong_values_are_one_line_and_status_2(config, capsys, options, message
     assert e.value.code == 2 and err.count('\n') == 1 and message in err
 
 
-@pytest.mark.parametrize('text', ['lr: [', '- just\n- a list'])
+@pytest.mark.parametrize('text', [b'lr: [', b'- just\n- a list', b'\xff\xd8\xff\xe0'])
 def test_broken_files(tmp_path, capsys, text):
     path = tmp_path / 'broken.yaml'
-    path.write_text(text)
+    path.write_bytes(text)
     for file in (path, tmp_path / 'missing.yaml'):
         with pytest.raises(SystemExit) as e:
             parse('-c', str(file))
