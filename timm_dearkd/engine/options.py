@@ -98,7 +98,7 @@ def _add_data(group) -> None:
     add('--data-dir', metavar='DIR', help='data set folder')
     add('--dataset', default='', help="type and name ('' is an image folder)")
     add('--train-split', default='train')
-    add('--val-split', default='validation')
+    add('--val-split', default='validation', help='\'\' trains without validation')
     add('--train-num-samples', type=int)
     add('--val-num-samples', type=int)
     add('--train-fraction', type=float, default=1., help='train on this share of every class, always the same images')
