@@ -35,7 +35,8 @@ def _create_loader(dataset, data_config: Dict[str, Any], **kwargs: Any):
     except (AssertionError, KeyError, RuntimeError, TypeError) as e:
         raise ValueError(
             f'timm does not take these augmentation or loader options ({type(e).__name__}: {e}).'
-            ' Check --aa, --remode, --interpolation, --train-interpolation, --train-crop-mode, --scale and --ratio.') from e
+            ' Check --aa, --remode, --interpolation, --train-interpolation, --train-crop-mode, --scale and --ratio.'
+        ) from e
     source = dataset.dataset if isinstance(dataset, AugMixDataset) else dataset
     if not hasattr(source, 'reader') and hasattr(source, 'transform'):
         # torchvision's data sets hand out images in the mode they have; timm's own convert them
