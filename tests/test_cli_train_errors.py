@@ -41,6 +41,9 @@ ERRORS = {
     'batch size': (['--batch-size', '64'], 'Set --batch-size to 48 or less'),
     'classes': (['--num-classes', '2'], 'Set --num-classes 3'),
     'split': (['--train-split', 'trian'], "'trian'"),
+    'split of a named folder': (['--dataset', 'image_folder', '--train-split', 'trian'], "'trian'"),
+    'validation split of a named folder': (['--dataset', 'ImageNet', '--val-split', 'valid2'], "'valid2'"),
+    'no split': (['--train-split', ''], "No split ''"),
     'device': (['--device', 'xpu'], '--device xpu is not available here'),
     'stage': (['--dearkd-stage1-epochs', '9', '--kd-model-name', 'TEACHER'], 'from 0 to 2'),
     'layer': (['--dearkd-hooks', '4:layer9', '--kd-model-name', 'TEACHER'], "no layer 'layer9'"),
@@ -108,6 +111,8 @@ def test_errors_of_a_process(case, train_cli, cnn, tmp_path):
 
 
 def test_no_data_and_no_folder(train_cli, tmp_path):
-    for data, message in ((tmp_path / 'nowhere', 'No data set at'), ('--workers=0', 'No data set given')):
+    for data, message in (
+            (tmp_path / 'nowhere', 'No data set at'), ('--workers=0', 'No data set given'),
+            ('--dataset=photos', "Data set 'photos' needs a folder")):
         result = train_cli(data=data)
         assert result.returncode == 2 and message in result.stderr.strip().splitlines()[-1]

@@ -10,7 +10,15 @@ from torch.utils.data import IterableDataset, Subset
 
 from ..analysis.attention_distance import attention_layers
 from ..analysis.inputs import spread
-from .data import ClassFraction, SkipUnreadable, open_dataset, open_eval_dataset, set_image_mode
+from .data import (
+    ClassFraction,
+    SkipUnreadable,
+    folder_of,
+    is_image_folder,
+    open_dataset,
+    open_eval_dataset,
+    set_image_mode,
+)
 from .device import SINGLE, Ranks
 from .loader import TrainLoader, create_eval_loader, create_train_loader
 
@@ -66,8 +74,7 @@ def build_datasets(args) -> Tuple[Any, Any]:
             num_samples=args.val_num_samples, **common)
     except FileNotFoundError as e:
         raise FileNotFoundError(f'{e} --val-split "" trains without validation images.') from e
-    roots = [getattr(getattr(dataset, 'reader', None), 'root', None) for dataset in (train_set, eval_set)]
-    if not args.dataset and roots[0] == roots[1]:
+    if is_image_folder(args.dataset) and folder_of(train_set) == folder_of(eval_set):
         _logger.warning(
             f'{root} has no splits, so the validation images are those of the training, and their accuracy says little.'
             f' Make {root}/train and {root}/validation.')

@@ -10,11 +10,13 @@ from timm.models import get_model_input_config
 from torch.utils.data import Dataset
 
 __all__ = [
-    'ClassFraction', 'SkipUnreadable', 'check_img_size', 'check_labels', 'class_names', 'open_dataset',
-    'open_eval_dataset', 'set_image_mode',
+    'ClassFraction', 'SkipUnreadable', 'check_img_size', 'check_labels', 'class_names', 'folder_of',
+    'is_image_folder', 'open_dataset', 'open_eval_dataset', 'set_image_mode',
 ]
 
 _logger = logging.getLogger(__name__)
+
+_SPLITS = {'train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation'}  # what timm looks for
 
 
 def open_dataset(name: str, root: Optional[str], split: str, **kwargs: Any):
@@ -22,27 +24,46 @@ def open_dataset(name: str, root: Optional[str], split: str, **kwargs: Any):
 
     Raises:
         FileNotFoundError: No such folder, or no such split in it.
-        ValueError: timm can't open it, or it is empty.
+        ValueError: timm can't open it, it is empty, or the folders in it are no classes.
     """
-    if not name and not root:
-        raise ValueError('No data set given. Name an image folder (train.py DIR) or a --dataset.')
-    if not name and root and not os.path.exists(root):
+    is_folder = is_image_folder(name)
+    if not root and (is_folder or name.startswith('torch/')):
+        raise ValueError(
+            f'Data set {name!r} needs a folder: train.py DIR --dataset {name}. An image folder is train.py DIR alone.'
+            if name else 'No data set given. Name an image folder (train.py DIR) or a --dataset.')
+    if is_folder and root and not os.path.exists(root):
         raise FileNotFoundError(f'No data set at {root!r}. Expected an image folder {root}/{split}/CLASS/IMAGE.')
     try:
         dataset = create_dataset(name, root=root, split=split, **kwargs)
-    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as e:
+    except (AssertionError, ImportError, OSError, RuntimeError, TypeError, ValueError) as e:
         what = f'data set {name!r} in {root!r}' if name else f'image folder {root!r}'
         raise ValueError(
             f'Could not open split {split!r} of {what}: {" ".join(str(e).split()).rstrip(".")}.'
             + ('' if name else ' Image folders look like DIR/train/CLASS/IMAGE and DIR/validation/CLASS/IMAGE.')) from e
-    found = getattr(getattr(dataset, 'reader', None), 'root', None)
-    if not name and root and split and found is not None and os.path.abspath(found) == os.path.abspath(root):
-        splits = sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if os.path.isdir(root) else []
-        if {'train', 'val', 'validation'} & set(splits):  # timm would take the splits for classes
-            raise FileNotFoundError(f'No split {split!r} in image folder {root!r}. There are: {", ".join(splits)}.')
+    found = folder_of(dataset) if is_folder else None
+    if root and found is not None and os.path.isdir(found) and os.path.abspath(found) == os.path.abspath(root):
+        _check_split(root, split)
     if kwargs.get('is_training') and isinstance(found, str) and os.path.isdir(found) and not kwargs.get('class_map'):
         _check_class_folders(found, _class_to_idx(dataset))
     return SkipUnreadable(dataset) if isinstance(dataset, ImageDataset) else dataset
+
+
+def is_image_folder(name: str) -> bool:
+    """Whether timm takes this for a folder of images: any name without a prefix."""
+    prefix, slash, rest = name.lower().partition('/')
+    return not slash or (prefix == 'torch' and rest in ('folder', 'image_folder'))
+
+
+def folder_of(dataset) -> Optional[str]:
+    """The folder of a split, where the data set is one of files."""
+    return getattr(getattr(dataset, 'reader', dataset), 'root', None)
+
+
+def _check_split(root: str, split: str) -> None:
+    """Refuse a split that is not there, for timm would take the others for classes."""
+    splits = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    if _SPLITS & set(splits):
+        raise FileNotFoundError(f'No split {split!r} in image folder {root!r}. There are: {", ".join(splits)}.')
 
 
 def _check_class_folders(root: str, class_to_idx: Dict[str, int]) -> None:

@@ -93,3 +93,22 @@ def test_errors(image_folder, tmp_path):
         open_dataset('', str(tmp_path), 'train')
     with pytest.raises(FileNotFoundError, match="No split 'trian'.*train, validation"):
         open_dataset('', str(image_folder), 'trian')
+
+
+@pytest.mark.parametrize('name', ['', 'image_folder', 'ImageNet', 'torch/image_folder'])
+def test_a_split_that_is_not_there_is_refused_whatever_the_folder_is_called(name, image_folder):
+    """timm would take train and validation together for it."""
+    assert len(open_dataset(name, str(image_folder), 'train')) == 48
+    assert len(open_dataset(name, str(image_folder), 'val')) == 12  # timm's other name for validation
+    for split in ('trian', 'valid2', ''):
+        with pytest.raises(FileNotFoundError, match=f"No split '{split}'.*train, validation"):
+            open_dataset(name, str(image_folder), split)
+    assert len(open_dataset(name, str(image_folder / 'train'), '')) == 48  # a folder without splits
+
+
+def test_a_name_without_a_folder_is_refused(tmp_path):
+    for name in ('photos', 'torch/cifar10'):
+        with pytest.raises(ValueError, match=f'train.py DIR --dataset {name}'):
+            open_dataset(name, None, 'train')
+    with pytest.raises(FileNotFoundError, match='No data set at'):
+        open_dataset('photos', str(tmp_path / 'nowhere'), 'train')
