@@ -142,7 +142,7 @@ def test_train_fraction(train_cli, tmp_path):
             '--train-fraction', '0.25', '--fraction-keep', keep, '--epochs', '1', '--output', tmp_path,
             '--experiment', keep)
         assert result.returncode == 0, result.stderr
-        assert 'Training on 12 images' in result.stderr and f'/{batches} (100%)]' in result.stderr
+        assert 'Training on 12 images, 25 % of all.' in result.stderr and f'/{batches} (100%)]' in result.stderr
 
 
 @pytest.mark.parametrize('args', [

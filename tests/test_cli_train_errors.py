@@ -44,6 +44,7 @@ ERRORS = {
     'split of a named folder': (['--dataset', 'image_folder', '--train-split', 'trian'], "'trian'"),
     'validation split of a named folder': (['--dataset', 'ImageNet', '--val-split', 'valid2'], "'valid2'"),
     'no split': (['--train-split', ''], "No split ''"),
+    'no download': (['--dataset', 'torch/cifar10'], 'You can use --dataset-download to download it.'),
     'device': (['--device', 'xpu'], '--device xpu is not available here'),
     'stage': (['--dearkd-stage1-epochs', '9', '--kd-model-name', 'TEACHER'], 'from 0 to 2'),
     'layer': (['--dearkd-hooks', '4:layer9', '--kd-model-name', 'TEACHER'], "no layer 'layer9'"),

@@ -1,5 +1,6 @@
 """From options to data sets and loaders."""
 import logging
+import os
 from typing import Any, Dict, Optional, Tuple
 
 import torch
@@ -13,6 +14,7 @@ from ..analysis.inputs import spread
 from .data import (
     ClassFraction,
     SkipUnreadable,
+    find_splits,
     folder_of,
     is_image_folder,
     open_dataset,
@@ -65,7 +67,7 @@ def build_datasets(args) -> Tuple[Any, Any]:
             train_set.dataset if skips else train_set, args.train_fraction, args.fraction_seed,
             keep_length=args.fraction_keep == 'steps')
         train_set = SkipUnreadable(train_set) if skips else train_set  # the next image is one of the fraction
-        _logger.info(f'Training on {len(train_set.indices)} images, {100 * args.train_fraction:g} % of every class.')
+        _logger.info(f'Training on {len(train_set.indices)} images, {100 * train_set.share:.3g} % of all.')
     if not args.val_split:
         return train_set, None
     try:
@@ -77,8 +79,16 @@ def build_datasets(args) -> Tuple[Any, Any]:
     if is_image_folder(args.dataset) and folder_of(train_set) == folder_of(eval_set):
         _logger.warning(
             f'{root} has no splits, so the validation images are those of the training, and their accuracy says little.'
-            f' Make {root}/train and {root}/validation.')
+            f' {_advise_splits(root)}')
     return train_set, eval_set
+
+
+def _advise_splits(root: str) -> str:
+    parent = os.path.normpath(os.path.join(root, os.pardir))
+    splits = find_splits(parent)
+    if len(splits) > 1 and os.path.basename(os.path.abspath(root)) in splits:
+        return f'Did you mean {parent}?'
+    return f'Make {root}/train and {root}/validation.'
 
 
 def build_mixup(args, num_classes: int) -> Optional[Mixup]:

@@ -10,13 +10,13 @@ from timm.models import get_model_input_config
 from torch.utils.data import Dataset
 
 __all__ = [
-    'ClassFraction', 'SkipUnreadable', 'check_img_size', 'check_labels', 'class_names', 'folder_of',
-    'is_image_folder', 'open_dataset', 'open_eval_dataset', 'set_image_mode',
+    'ClassFraction', 'SkipUnreadable', 'check_img_size', 'check_labels', 'class_names', 'find_splits',
+    'folder_of', 'is_image_folder', 'open_dataset', 'open_eval_dataset', 'set_image_mode',
 ]
 
 _logger = logging.getLogger(__name__)
 
-_SPLITS = {'train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation'}  # what timm looks for
+_SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation')
 
 
 def open_dataset(name: str, root: Optional[str], split: str, **kwargs: Any):
@@ -37,8 +37,9 @@ def open_dataset(name: str, root: Optional[str], split: str, **kwargs: Any):
         dataset = create_dataset(name, root=root, split=split, **kwargs)
     except (AssertionError, ImportError, OSError, RuntimeError, TypeError, ValueError) as e:
         what = f'data set {name!r} in {root!r}' if name else f'image folder {root!r}'
+        reason = ' '.join(str(e).split()).rstrip('.').replace('download=True', '--dataset-download')
         raise ValueError(
-            f'Could not open split {split!r} of {what}: {" ".join(str(e).split()).rstrip(".")}.'
+            f'Could not open split {split!r} of {what}: {reason}.'
             + ('' if name else ' Image folders look like DIR/train/CLASS/IMAGE and DIR/validation/CLASS/IMAGE.')) from e
     found = folder_of(dataset) if is_folder else None
     if root and found is not None and os.path.isdir(found) and os.path.abspath(found) == os.path.abspath(root):
@@ -61,9 +62,14 @@ def folder_of(dataset) -> Optional[str]:
 
 def _check_split(root: str, split: str) -> None:
     """Refuse a split that is not there, for timm would take the others for classes."""
-    splits = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    if _SPLITS & set(splits):
+    if find_splits(root):
+        splits = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
         raise FileNotFoundError(f'No split {split!r} in image folder {root!r}. There are: {", ".join(splits)}.')
+
+
+def find_splits(root: str) -> List[str]:
+    """Names of the splits in a folder, among those that timm looks for."""
+    return [name for name in _SPLITS if os.path.isdir(os.path.join(root, name))]
 
 
 def _check_class_folders(root: str, class_to_idx: Dict[str, int]) -> None:
@@ -188,6 +194,7 @@ class ClassFraction(_Wrapper):
             members = np.random.default_rng((seed, int(label))).permutation(np.flatnonzero(labels == label))
             kept.append(members[:max(1, round(fraction * len(members)))])
         self.indices = np.sort(np.concatenate(kept))
+        self.share = len(self.indices) / len(labels)
         self.length = len(labels) if keep_length else len(self.indices)
 
     def __len__(self) -> int:
