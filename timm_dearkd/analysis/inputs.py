@@ -11,6 +11,7 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
 from distill_hooks import create_teacher
+from timm_dearkd.engine.data import check_mode
 from timm_dearkd.engine.device import find_device
 
 __all__ = [
@@ -91,15 +92,17 @@ def open_image(path: str, mode: str = 'RGB') -> Image.Image:
 
     Raises:
         FileNotFoundError: There is none.
-        ValueError: It can not be read.
+        ValueError: It can not be read, or is too deep for the mode.
     """
     try:
         with Image.open(path) as file:
-            return file.convert(mode)
+            found, image = file.mode, file.convert(mode)
     except FileNotFoundError:
         raise FileNotFoundError(f'No image at {path!r}.') from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:  # Pillow's for broken files
         raise ValueError(f'{path!r} can not be read as an image ({" ".join(str(e).split())}).') from e
+    check_mode(path, found, mode)
+    return image
 
 
 class ImageFiles(Sequence):
