@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
 import numpy as np
+import torch
 import torch.nn as nn
 from PIL import Image
 from timm.data import ImageDataset, add_img_extensions, create_dataset, get_img_extensions
@@ -220,7 +221,7 @@ class _Wrapper(Dataset):
 
 
 class SkipUnreadable(_Wrapper):
-    """A timm data set that names the files it can not read, once each, and takes the next image instead.
+    """A timm data set that names the files it can not read, once in all workers, and takes the next image instead.
 
     Args:
         dataset: timm's `ImageDataset`, which takes the next image too, but tells its number only; or a fraction of one.
@@ -237,7 +238,8 @@ class SkipUnreadable(_Wrapper):
             source = source.dataset
         source._max_retries = 1
         self.max_skips = max_skips
-        self.unreadable: set = set()
+        # shared, for the workers of a loader may be others in each epoch; a fraction may have its files several times
+        self.is_named = torch.zeros(len(getattr(dataset, 'indices', dataset)), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -250,8 +252,8 @@ class SkipUnreadable(_Wrapper):
                 if not str(e).startswith('Failed to load'):
                     raise
             name = self.dataset.filename(index, absolute=True)
-            if name not in self.unreadable:
-                self.unreadable.add(name)
+            if not self.is_named[index % len(self.is_named)]:
+                self.is_named[index % len(self.is_named)] = True
                 _logger.warning(f'Unreadable image {name!r}: the next one takes its place. Repair or remove it.')
             index = (index + 1) % len(self.dataset)
         raise OSError(f'{self.max_skips} images in a row can not be read, the last one is {name!r}.')

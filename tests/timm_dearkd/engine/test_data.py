@@ -1,12 +1,17 @@
+import logging
+import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
+from torch.utils.data import DataLoader
 from torchvision.datasets import FakeData
 
 from timm_dearkd.engine.data import (
     ClassFraction,
+    SkipUnreadable,
     check_labels,
     class_names,
     open_dataset,
@@ -38,6 +43,24 @@ def test_unreadable_images_are_named_once_and_replaced(image_folder, tmp_path, c
         path.write_bytes(b'nothing')
     with pytest.raises(OSError, match='10 images in a row can not be read'):
         open_dataset('', str(root), 'train')[0]
+
+
+def test_unreadable_images_are_named_once_by_all_workers(image_folder, tmp_path, capfd):
+    root = tmp_path / 'data'
+    shutil.copytree(image_folder, root)
+    for path in (root / 'train' / 'grass').iterdir():
+        path.write_bytes(b'nothing')
+    dataset = SkipUnreadable(ClassFraction(open_dataset('', str(root), 'train').dataset, 0.5, keep_length=True))
+    dataset.transform = np.asarray
+    handler = logging.StreamHandler(sys.stderr)
+    logging.getLogger('timm_dearkd').addHandler(handler)
+    try:
+        for _ in range(3):  # in new workers each
+            assert len(list(DataLoader(dataset, batch_size=48, num_workers=2))) == 1
+    finally:
+        logging.getLogger('timm_dearkd').removeHandler(handler)
+    named = re.findall(r'grass/\d+.png', capfd.readouterr().err)
+    assert len(named) == len(set(named)) == 8
 
 
 def test_an_empty_class_is_refused(image_folder, tmp_path):
