@@ -6,6 +6,8 @@ from conftest import SMALL
 
 ERRORS = {
     'image mode': (['--input-img-mode', 'L'], 'another number of channels than the model takes, 3'),
+    'image mode of 4 channels': (['--in-chans', '4'], 'CMYK or RGBA for 4 channels: --input-img-mode'),
+    'no image mode': (['--input-img-mode', 'RBG'], '--input-img-mode RBG is none of Pillow'),
     'betas': (['--opt-betas', '0.9', '0.9', '0.9'], '--opt-betas has 3 values, adamw takes 2'),
     'optimizer': (['--opt', 'nothing'], 'Could not create --opt nothing'),
     'start': (['--start-epoch', '-1'], '--start-epoch is -1, expected 0 or more'),

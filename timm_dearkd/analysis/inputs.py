@@ -21,6 +21,8 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
+_MODES = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'CMYK'}  # by channels
+
 
 def add_model_arguments(parser: argparse.ArgumentParser, output: str, required: bool = True) -> None:
     """Options of every tool that looks into a model."""
@@ -61,9 +63,16 @@ def load_model(name: str, checkpoint: Optional[str] = None, device: Optional[str
 
 
 def image_transform(model: nn.Module) -> Tuple[Callable[[Image.Image], torch.Tensor], str]:
-    """A model's own preprocessing of validation images, and the image mode that it starts from."""
+    """A model's own preprocessing of validation images, and the image mode that it starts from.
+
+    Raises:
+        ValueError: More channels than images have.
+    """
     config = resolve_model_data_config(model)
-    return create_transform(**config), 'L' if config['input_size'][0] == 1 else 'RGB'
+    in_chans = config['input_size'][0]
+    if in_chans not in _MODES:
+        raise ValueError(f'The model takes {in_chans} channels, and images have 1 to 4.')
+    return create_transform(**config), _MODES[in_chans]
 
 
 def label_names(model: Any) -> Optional[List[str]]:
@@ -142,6 +151,8 @@ def find_images(
         FileNotFoundError: No such file or folder.
         ValueError: A folder without images.
     """
+    if mode == 'CMYK':
+        _logger.warning('The images are read as CMYK. Of a model that was trained on RGBA, the results are wrong.')
     samples: List[Tuple[str, Optional[int]]] = []
     for path in paths:
         if not Path(path).exists():

@@ -210,7 +210,15 @@ def build_distance_images(args, eval_set, data_config: Dict[str, Any], model: nn
 
 def _image_mode(args, data_config: Dict[str, Any]) -> str:
     in_chans = data_config['input_size'][0]
-    mode = args.input_img_mode or ('RGB' if in_chans == 3 else 'L')
-    if len(ImageMode.getmode(mode).bands) != in_chans:
+    mode = args.input_img_mode or {1: 'L', 3: 'RGB'}.get(in_chans)
+    if mode is None:  # CMYK and RGBA both have 4
+        raise ValueError(
+            f'The model takes {in_chans} channels. Say in which mode the images are read, CMYK or RGBA for 4 channels:'
+            ' --input-img-mode.')
+    try:
+        bands = ImageMode.getmode(mode).bands
+    except KeyError:
+        raise ValueError(f'--input-img-mode {mode} is none of Pillow, expected RGB, L, CMYK, RGBA, ...') from None
+    if len(bands) != in_chans:
         raise ValueError(f'--input-img-mode {mode} gives another number of channels than the model takes, {in_chans}.')
     return mode

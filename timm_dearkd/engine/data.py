@@ -37,7 +37,7 @@ def open_dataset(name: str, root: Optional[str], split: str, **kwargs: Any):
         ValueError: timm can't open it, it is empty, or the folders in it are no classes.
     """
     is_folder = is_image_folder(name)
-    if not root and (is_folder or name.startswith('torch/')):
+    if not root and (is_folder or name.lower().startswith('torch/')):
         raise ValueError(
             f'Data set {name!r} needs a folder: train.py DIR --dataset {name}. An image folder is train.py DIR alone.'
             if name else 'No data set given. Name an image folder (train.py DIR) or a --dataset.')
