@@ -186,7 +186,7 @@ def open_eval_dataset(train_set, name: str, root: Optional[str], split: str, cla
     serve as the class map.
 
     Raises:
-        ValueError: A validation folder with a class that training does not know.
+        ValueError: A validation folder with a class that training does not know, or one that can't be mapped.
     """
     dataset = open_dataset(name, root, split, class_map=class_map, **kwargs)
     known, found = _class_to_idx(train_set), _class_to_idx(dataset)
@@ -197,6 +197,10 @@ def open_eval_dataset(train_set, name: str, root: Optional[str], split: str, cla
                 f'Split {split!r} has classes that the training set has not: {", ".join(unknown[:5])}.'
                 ' Rename or remove their folders, or name the labels with --class-map.')
         dataset = open_dataset(name, root, split, class_map=known, **kwargs)
+        if _class_to_idx(dataset) != known:  # torchvision's data sets take no class map
+            raise ValueError(
+                f'Split {split!r} of data set {name!r} has not all classes of training, which shifts its labels.'
+                ' Leave out --dataset, for timm to read the folder.')
     return dataset
 
 

@@ -183,6 +183,9 @@ def test_validation_takes_the_labels_of_training(image_folder, tmp_path):
     shutil.rmtree(root / 'validation' / 'blue sky')
     dataset = open_eval_dataset(train_set, '', str(root), 'validation')
     assert [label for _, label in dataset] == [1] * 4 + [2] * 4
+    torchvisions = open_dataset('torch/image_folder', str(root), 'train')
+    with pytest.raises(ValueError, match='shifts its labels. Leave out --dataset'):
+        open_eval_dataset(torchvisions, 'torch/image_folder', str(root), 'validation')
     (root / 'validation' / 'grass').rename(root / 'validation' / 'Grass')
     with pytest.raises(ValueError, match='has not: Grass'):
         open_eval_dataset(train_set, '', str(root), 'validation')
