@@ -2,6 +2,7 @@
 import csv
 import importlib
 import json
+import re
 import shutil
 
 import numpy as np
@@ -142,7 +143,7 @@ def test_train_fraction(train_cli, tmp_path):
             '--train-fraction', '0.25', '--fraction-keep', keep, '--epochs', '1', '--output', tmp_path,
             '--experiment', keep)
         assert result.returncode == 0, result.stderr
-        assert 'Training on 12 images' in result.stderr and f'/{batches} (100%)]' in result.stderr
+        assert 'Training on 12 images, 25 % of all.' in result.stderr and f'/{batches} (100%)]' in result.stderr
 
 
 @pytest.mark.parametrize('args', [
@@ -507,6 +508,24 @@ def test_grey_images_in_a_folder(train_cli, tmp_path):
     result = train_cli('--epochs', '1', '--output', tmp_path, '--experiment', 'x', data=tmp_path / 'data')
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / 'x' / 'config.json').read_text())['num_classes'] == 2
+
+
+def test_images_of_four_channels(train_cli, image_folder, tmp_path):
+    """The mode has to be said, here and in the evaluation; predict takes CMYK, and says so."""
+    out = tmp_path / 'cmyk'
+    mode = ('--input-img-mode', 'CMYK')
+    result = train_cli('--in-chans', '4', *mode, '--epochs', '1', '--output', tmp_path, '--experiment', 'cmyk')
+    assert result.returncode == 0, result.stderr
+    evaluated = train_cli('--eval-only', '--model', f'local-dir:{out}', *mode)
+    assert evaluated.returncode == 0, evaluated.stderr
+    result = train_cli('--eval-only', '--model', f'local-dir:{out}')
+    assert result.returncode == 2 and 'CMYK or RGBA for 4 channels: --input-img-mode.' in result.stderr
+    result = run_python(
+        '-m', 'timm_dearkd.analysis', 'predict', image_folder / 'validation', '--model', out, '--output',
+        tmp_path / 'predictions', '--device', 'cpu')
+    assert result.returncode == 0 and 'read as CMYK' in result.stderr, result.stderr
+    top1 = float(re.search(r'top-1 ([\d.]+) % of 12', result.stdout)[1])
+    assert top1 == pytest.approx(json.loads(evaluated.stdout)['top1'], abs=0.01)
 
 
 def test_recipes_parse(train_cli):

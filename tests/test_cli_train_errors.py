@@ -6,6 +6,8 @@ from conftest import SMALL
 
 ERRORS = {
     'image mode': (['--input-img-mode', 'L'], 'another number of channels than the model takes, 3'),
+    'image mode of 4 channels': (['--in-chans', '4'], 'CMYK or RGBA for 4 channels: --input-img-mode'),
+    'no image mode': (['--input-img-mode', 'RBG'], '--input-img-mode RBG is none of Pillow'),
     'betas': (['--opt-betas', '0.9', '0.9', '0.9'], '--opt-betas has 3 values, adamw takes 2'),
     'optimizer': (['--opt', 'nothing'], 'Could not create --opt nothing'),
     'start': (['--start-epoch', '-1'], '--start-epoch is -1, expected 0 or more'),
@@ -41,6 +43,10 @@ ERRORS = {
     'batch size': (['--batch-size', '64'], 'Set --batch-size to 48 or less'),
     'classes': (['--num-classes', '2'], 'Set --num-classes 3'),
     'split': (['--train-split', 'trian'], "'trian'"),
+    'split of a named folder': (['--dataset', 'image_folder', '--train-split', 'trian'], "'trian'"),
+    'validation split of a named folder': (['--dataset', 'ImageNet', '--val-split', 'valid2'], "'valid2'"),
+    'no split': (['--train-split', ''], "No split ''"),
+    'no download': (['--dataset', 'torch/cifar10'], 'You can use --dataset-download to download it.'),
     'device': (['--device', 'xpu'], '--device xpu is not available here'),
     'stage': (['--dearkd-stage1-epochs', '9', '--kd-model-name', 'TEACHER'], 'from 0 to 2'),
     'layer': (['--dearkd-hooks', '4:layer9', '--kd-model-name', 'TEACHER'], "no layer 'layer9'"),
@@ -117,6 +123,8 @@ def test_errors_of_a_process(case, train_cli, cnn, tmp_path):
 
 
 def test_no_data_and_no_folder(train_cli, tmp_path):
-    for data, message in ((tmp_path / 'nowhere', 'No data set at'), ('--workers=0', 'No data set given')):
+    for data, message in (
+            (tmp_path / 'nowhere', 'No data set at'), ('--workers=0', 'No data set given'),
+            ('--dataset=photos', "Data set 'photos' needs a folder")):
         result = train_cli(data=data)
         assert result.returncode == 2 and message in result.stderr.strip().splitlines()[-1]

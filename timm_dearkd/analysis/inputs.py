@@ -11,6 +11,7 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
 from distill_hooks import create_teacher
+from timm_dearkd.engine.data import check_mode
 from timm_dearkd.engine.device import find_device
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
 ]
 
 _logger = logging.getLogger(__name__)
+
+_MODES = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'CMYK'}  # by channels
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, output: str, required: bool = True) -> None:
@@ -60,9 +63,16 @@ def load_model(name: str, checkpoint: Optional[str] = None, device: Optional[str
 
 
 def image_transform(model: nn.Module) -> Tuple[Callable[[Image.Image], torch.Tensor], str]:
-    """A model's own preprocessing of validation images, and the image mode that it starts from."""
+    """A model's own preprocessing of validation images, and the image mode that it starts from.
+
+    Raises:
+        ValueError: More channels than images have.
+    """
     config = resolve_model_data_config(model)
-    return create_transform(**config), 'L' if config['input_size'][0] == 1 else 'RGB'
+    in_chans = config['input_size'][0]
+    if in_chans not in _MODES:
+        raise ValueError(f'The model takes {in_chans} channels, and images have 1 to 4.')
+    return create_transform(**config), _MODES[in_chans]
 
 
 def label_names(model: Any) -> Optional[List[str]]:
@@ -91,15 +101,17 @@ def open_image(path: str, mode: str = 'RGB') -> Image.Image:
 
     Raises:
         FileNotFoundError: There is none.
-        ValueError: It can not be read.
+        ValueError: It can not be read, or is too deep for the mode.
     """
     try:
         with Image.open(path) as file:
-            return file.convert(mode)
+            found, image = file.mode, file.convert(mode)
     except FileNotFoundError:
         raise FileNotFoundError(f'No image at {path!r}.') from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:  # Pillow's for broken files
         raise ValueError(f'{path!r} can not be read as an image ({" ".join(str(e).split())}).') from e
+    check_mode(path, found, mode)
+    return image
 
 
 class ImageFiles(Sequence):
@@ -139,6 +151,8 @@ def find_images(
         FileNotFoundError: No such file or folder.
         ValueError: A folder without images.
     """
+    if mode == 'CMYK':
+        _logger.warning('The images are read as CMYK. Of a model that was trained on RGBA, the results are wrong.')
     samples: List[Tuple[str, Optional[int]]] = []
     for path in paths:
         if not Path(path).exists():

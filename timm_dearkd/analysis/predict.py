@@ -121,7 +121,8 @@ def plot_predictions(dataset: Any, predictions: Sequence[Prediction], names: Seq
     for ax, prediction in zip(axes.flat, predictions):
         image = dataset[prediction.place][0]
         image.thumbnail((256, 256))
-        ax.imshow(np.asarray(image), cmap='gray' if image.mode == 'L' else None)
+        is_grey = image.mode == 'L'
+        ax.imshow(np.asarray(image if is_grey else image.convert('RGB')), cmap='gray' if is_grey else None)
         title = f'{names[prediction.classes[0]][:22]} {100 * prediction.probs[0]:.0f} %'
         if prediction.is_mistake:
             title += f'\nis {names[prediction.label][:22]}'  # type: ignore[index]

@@ -1,5 +1,6 @@
 """From options to data sets and loaders."""
 import logging
+import os
 from typing import Any, Dict, Optional, Tuple
 
 import torch
@@ -10,7 +11,16 @@ from torch.utils.data import IterableDataset, Subset
 
 from ..analysis.attention_distance import attention_layers
 from ..analysis.inputs import spread
-from .data import ClassFraction, SkipUnreadable, open_dataset, open_eval_dataset, set_image_mode
+from .data import (
+    ClassFraction,
+    SkipUnreadable,
+    find_splits,
+    folder_of,
+    is_image_folder,
+    open_dataset,
+    open_eval_dataset,
+    set_image_mode,
+)
 from .device import SINGLE, Ranks
 from .loader import TrainLoader, create_eval_loader, create_train_loader
 
@@ -57,7 +67,7 @@ def build_datasets(args) -> Tuple[Any, Any]:
             train_set.dataset if skips else train_set, args.train_fraction, args.fraction_seed,
             keep_length=args.fraction_keep == 'steps')
         train_set = SkipUnreadable(train_set) if skips else train_set  # the next image is one of the fraction
-        _logger.info(f'Training on {len(train_set.indices)} images, {100 * args.train_fraction:g} % of every class.')
+        _logger.info(f'Training on {len(train_set.indices)} images, {100 * train_set.share:.3g} % of all.')
     if not args.val_split:
         return train_set, None
     try:
@@ -66,12 +76,19 @@ def build_datasets(args) -> Tuple[Any, Any]:
             num_samples=args.val_num_samples, **common)
     except FileNotFoundError as e:
         raise FileNotFoundError(f'{e} --val-split "" trains without validation images.') from e
-    roots = [getattr(getattr(dataset, 'reader', None), 'root', None) for dataset in (train_set, eval_set)]
-    if not args.dataset and roots[0] == roots[1]:
+    if is_image_folder(args.dataset) and folder_of(train_set) == folder_of(eval_set):
         _logger.warning(
             f'{root} has no splits, so the validation images are those of the training, and their accuracy says little.'
-            f' Make {root}/train and {root}/validation.')
+            f' {_advise_splits(root)}')
     return train_set, eval_set
+
+
+def _advise_splits(root: str) -> str:
+    parent = os.path.normpath(os.path.join(root, os.pardir))
+    splits = find_splits(parent)
+    if len(splits) > 1 and os.path.basename(os.path.abspath(root)) in splits:
+        return f'Did you mean {parent}?'
+    return f'Make {root}/train and {root}/validation.'
 
 
 def build_mixup(args, num_classes: int) -> Optional[Mixup]:
@@ -193,7 +210,15 @@ def build_distance_images(args, eval_set, data_config: Dict[str, Any], model: nn
 
 def _image_mode(args, data_config: Dict[str, Any]) -> str:
     in_chans = data_config['input_size'][0]
-    mode = args.input_img_mode or ('RGB' if in_chans == 3 else 'L')
-    if len(ImageMode.getmode(mode).bands) != in_chans:
+    mode = args.input_img_mode or {1: 'L', 3: 'RGB'}.get(in_chans)
+    if mode is None:  # CMYK and RGBA both have 4
+        raise ValueError(
+            f'The model takes {in_chans} channels. Say in which mode the images are read, CMYK or RGBA for 4 channels:'
+            ' --input-img-mode.')
+    try:
+        bands = ImageMode.getmode(mode).bands
+    except KeyError:
+        raise ValueError(f'--input-img-mode {mode} is none of Pillow, expected RGB, L, CMYK, RGBA, ...') from None
+    if len(bands) != in_chans:
         raise ValueError(f'--input-img-mode {mode} gives another number of channels than the model takes, {in_chans}.')
     return mode

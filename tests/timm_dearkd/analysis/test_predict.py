@@ -111,3 +111,12 @@ def test_errors_are_one_line_and_status_2(args, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         predict_command(tmp_path, *(replaced.get(arg, arg) for arg in args))
     assert e.value.code == 2 and message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_folders_of_any_type_and_images_too_deep(model, tmp_path, caplog):
+    for name in ('a.png', 'b.webp', 'c.tif', 'd.gif', 'e.bmp'):
+        Image.new('L', (40, 40), 99).save(tmp_path / name)
+    Image.fromarray(np.full((8, 8), 30_000, np.uint16)).save(tmp_path / 'deep.png')
+    files = find_images([str(tmp_path)])
+    assert len(files) == 6 and len(predict(model, files)) == 5
+    assert "deep.png' is a 16-bit image" in caplog.text and 'It is left out' in caplog.text

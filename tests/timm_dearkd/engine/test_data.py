@@ -1,10 +1,17 @@
+import logging
+import re
 import shutil
+import sys
 
+import numpy as np
 import pytest
+from PIL import Image
+from torch.utils.data import DataLoader
 from torchvision.datasets import FakeData
 
 from timm_dearkd.engine.data import (
     ClassFraction,
+    SkipUnreadable,
     check_labels,
     class_names,
     open_dataset,
@@ -38,6 +45,24 @@ def test_unreadable_images_are_named_once_and_replaced(image_folder, tmp_path, c
         open_dataset('', str(root), 'train')[0]
 
 
+def test_unreadable_images_are_named_once_by_all_workers(image_folder, tmp_path, capfd):
+    root = tmp_path / 'data'
+    shutil.copytree(image_folder, root)
+    for path in (root / 'train' / 'grass').iterdir():
+        path.write_bytes(b'nothing')
+    dataset = SkipUnreadable(ClassFraction(open_dataset('', str(root), 'train').dataset, 0.5, keep_length=True))
+    dataset.transform = np.asarray
+    handler = logging.StreamHandler(sys.stderr)
+    logging.getLogger('timm_dearkd').addHandler(handler)
+    try:
+        for _ in range(3):  # in new workers each
+            assert len(list(DataLoader(dataset, batch_size=48, num_workers=2))) == 1
+    finally:
+        logging.getLogger('timm_dearkd').removeHandler(handler)
+    named = re.findall(r'grass/\d+.png', capfd.readouterr().err)
+    assert len(named) == len(set(named)) == 8
+
+
 def test_an_empty_class_is_refused(image_folder, tmp_path):
     root = tmp_path / 'data'
     shutil.copytree(image_folder, root)
@@ -46,6 +71,86 @@ def test_an_empty_class_is_refused(image_folder, tmp_path):
         open_dataset('', str(root), 'train', is_training=True)
     (root / 'train' / 'clouds').rename(root / 'train' / '.cache')
     assert len(class_names(open_dataset('', str(root), 'train', is_training=True))) == 3
+
+
+def copy_into(image_folder, root, *names):
+    """The classes, some of them in other folders of the training split."""
+    shutil.copytree(image_folder, root)
+    for name in names:
+        target = root / 'train' / name
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(root / 'train' / 'grass' / '0.png', target)
+    return str(root)
+
+
+@pytest.mark.parametrize('names, message', [
+    (['grass/2021', 'rust/2020'], 'innermost folders: 2020, 2021. Move the images up'),
+    (['rust/grass'], 'innermost folders: grass'),
+    (['.ipynb_checkpoints'], "hidden folder '.*/train/.ipynb_checkpoints' has images"),
+    (['grass/.ipynb_checkpoints'], "hidden folder '.*/train/grass/.ipynb_checkpoints' has images.*Remove it"),
+    (['.cache/grass'], 'hidden folder'),
+    (['.'], "images in '.*/train' itself"),
+], ids=['years', 'class in a class', 'beside', 'inside', 'deep', 'no class'])
+def test_classes_are_the_folders_of_the_split(names, message, image_folder, tmp_path):
+    root = copy_into(image_folder, tmp_path / 'data', *names)
+    for name in ('', 'image_folder'):
+        for is_training in (True, False):
+            with pytest.raises(ValueError, match=message):
+                open_dataset(name, root, 'train', is_training=is_training)
+
+
+def test_a_class_map_chooses_among_any_folders_and_is_compared_with_them(image_folder, tmp_path, caplog):
+    root = copy_into(image_folder, tmp_path / 'data', 'animals/dog', 'animals/owl')
+    class_map = tmp_path / 'map.txt'
+    class_map.write_text('dog\nOwl\ngrass\n')
+    dataset = open_dataset('', root, 'train', is_training=True, class_map=str(class_map))
+    assert [label for _, label in dataset] == [0] + [2] * 16
+    assert len(caplog.messages) == 1
+    assert 'are left out: blue sky, owl, rust.' in caplog.text and 'classes have no images: Owl.' in caplog.text
+    caplog.clear()
+    class_map.write_text('dog\nowl\ngrass\nrust\nblue sky\n')
+    open_dataset('', root, 'train', is_training=True, class_map=str(class_map))
+    open_dataset('', root, 'validation', class_map=str(class_map))  # has no dogs, as it may
+    assert not caplog.messages
+
+
+def test_images_of_other_types_are_read_and_those_that_are_not_are_counted(image_folder, tmp_path, caplog):
+    root = tmp_path / 'data'
+    shutil.copytree(image_folder, root)
+    pixels = np.asarray(Image.open(root / 'train' / 'grass' / '0.png'))
+    types = ('webp', 'BMP', 'tif', 'tiff', 'gif')
+    for kind in types:
+        Image.fromarray(pixels).save(root / 'train' / 'grass' / f'a.{kind}')
+    for name in ('a.heic', 'b.HEIC', 'c.avif', 'Thumbs.db', 'notes.txt'):
+        (root / 'train' / 'rust' / name).touch()
+    dataset = open_dataset('', str(root), 'train', is_training=True)
+    assert len(dataset) == 48 + len(types)
+    means = {dataset.filename(i)[-5:]: np.asarray(dataset[i][0]).mean() for i in range(len(dataset))}
+    for kind in types:
+        assert means[f'a.{kind}'[-5:]] == pytest.approx(pixels.mean(), abs=5)
+    assert len(caplog.messages) == 1 and 'read: 2 .heic, 1 .avif.' in caplog.text
+
+
+@pytest.mark.parametrize('mode, name', [('I;16', '0.png'), ('I', '0.tif'), ('F', '0.tif')])
+def test_deep_images_are_refused(mode, name, image_folder, tmp_path):
+    """Pillow's convert would make them white."""
+    root = tmp_path / 'data'
+    shutil.copytree(image_folder, root)
+    shutil.rmtree(root / 'train' / 'rust')
+    path = root / 'train' / 'rust' / name
+    path.parent.mkdir()
+    Image.fromarray(np.full((8, 8), 30_000, {'I;16': np.uint16, 'I': np.int32, 'F': np.float32}[mode])).save(path)
+    for wanted in ('RGB', 'L'):
+        with pytest.raises(ValueError, match=f'rust/{name}.*mode {mode}.*convert the images to 8 bit first'):
+            open_dataset('', str(root), 'train', input_img_mode=wanted)
+    assert len(open_dataset('', str(root), 'train', input_img_mode='F'))  # what asks for it gets it
+    for i in range(60):  # of many classes, not every one is looked at
+        shutil.copytree(root / 'train' / 'grass', root / 'train' / str(i))
+    opened = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image, 'open', lambda path: opened.append(path) or Image.new('L', (8, 8)))
+        open_dataset('', str(root), 'train')
+    assert 25 <= len(opened) <= 50
 
 
 def test_fractions_are_balanced_nested_and_always_the_same(image_folder):
@@ -78,6 +183,9 @@ def test_validation_takes_the_labels_of_training(image_folder, tmp_path):
     shutil.rmtree(root / 'validation' / 'blue sky')
     dataset = open_eval_dataset(train_set, '', str(root), 'validation')
     assert [label for _, label in dataset] == [1] * 4 + [2] * 4
+    torchvisions = open_dataset('torch/image_folder', str(root), 'train')
+    with pytest.raises(ValueError, match='shifts its labels. Leave out --dataset'):
+        open_eval_dataset(torchvisions, 'torch/image_folder', str(root), 'validation')
     (root / 'validation' / 'grass').rename(root / 'validation' / 'Grass')
     with pytest.raises(ValueError, match='has not: Grass'):
         open_eval_dataset(train_set, '', str(root), 'validation')
@@ -93,3 +201,22 @@ def test_errors(image_folder, tmp_path):
         open_dataset('', str(tmp_path), 'train')
     with pytest.raises(FileNotFoundError, match="No split 'trian'.*train, validation"):
         open_dataset('', str(image_folder), 'trian')
+
+
+@pytest.mark.parametrize('name', ['', 'image_folder', 'ImageNet', 'torch/image_folder'])
+def test_a_split_that_is_not_there_is_refused_whatever_the_folder_is_called(name, image_folder):
+    """timm would take train and validation together for it."""
+    assert len(open_dataset(name, str(image_folder), 'train')) == 48
+    assert len(open_dataset(name, str(image_folder), 'val')) == 12  # timm's other name for validation
+    for split in ('trian', 'valid2', ''):
+        with pytest.raises(FileNotFoundError, match=f"No split '{split}'.*train, validation"):
+            open_dataset(name, str(image_folder), split)
+    assert len(open_dataset(name, str(image_folder / 'train'), '')) == 48  # a folder without splits
+
+
+def test_a_name_without_a_folder_is_refused(tmp_path):
+    for name in ('photos', 'torch/cifar10'):
+        with pytest.raises(ValueError, match=f'train.py DIR --dataset {name}'):
+            open_dataset(name, None, 'train')
+    with pytest.raises(FileNotFoundError, match='No data set at'):
+        open_dataset('photos', str(tmp_path / 'nowhere'), 'train')

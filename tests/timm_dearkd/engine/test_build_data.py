@@ -1,0 +1,28 @@
+import logging
+import os
+
+from timm_dearkd.engine.build_data import build_datasets
+from timm_dearkd.train import _parse_args
+
+
+def build(*args):
+    return build_datasets(_parse_args([*map(str, args), '--model', 'test_dearkd'])[0])
+
+
+def test_the_share_that_is_logged_is_the_real_one(image_folder, caplog):
+    caplog.set_level(logging.INFO)
+    build(image_folder, '--train-fraction', '0.01')  # of 16 images a class
+    assert 'Training on 3 images, 6.25 % of all.' in caplog.text
+
+
+def test_a_folder_without_splits_is_taken_for_both_with_advice(image_folder, tmp_path, caplog, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.symlink(image_folder, 'photos', target_is_directory=True)
+    os.symlink(image_folder / 'train', 'alone', target_is_directory=True)
+    instead = 'Make alone/train and alone/validation.'
+    for args, advice in (
+            (['photos/train/'], 'Did you mean photos?'), ([image_folder / 'train'], f'Did you mean {image_folder}?'),
+            (['alone'], instead), (['alone', '--dataset', 'image_folder'], instead)):
+        caplog.clear()
+        train_set, eval_set = build(*args)
+        assert len(train_set) == len(eval_set) == 48 and caplog.text.strip().endswith(advice)
