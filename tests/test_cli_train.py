@@ -260,6 +260,19 @@ def test_stages_follow_the_length_of_the_run(train_cli, cnn, tmp_path):
         assert ''.join(row['train_stage'] for row in table) == stages and float(table[-1]['train_alpha']) == 1.
 
 
+def test_distillation_of_features_takes_a_teacher_of_other_classes(train_cli, tmp_path):
+    """And options of another kind do nothing where the kind is named, as over a recipe, but are said to."""
+    torch.save(timm.create_model('test_resnet', num_classes=7).state_dict(), tmp_path / 'cnn.pth')
+    for name, args in (('plain', []), ('recipe', ['--dearkd-stage1-epochs', '1', '--kd-temperature', '2'])):
+        result = train_cli(
+            '--kd-model-name', 'test_resnet', '--kd-teacher-checkpoint', tmp_path / 'cnn.pth', '--kd-distill-type',
+            'feature', '--epochs', '1', '--output', tmp_path, '--experiment', name, *args)
+        assert result.returncode == 0, result.stderr
+        for flag in ('--dearkd-stage1-epochs', '--kd-temperature'):
+            assert (f'{flag} goes with' in result.stderr) == (name == 'recipe')
+    assert rows(tmp_path / 'plain') == rows(tmp_path / 'recipe')
+
+
 def test_teacher_checkpoint(train_cli, cnn, tmp_path):
     """The same run from the teacher's folder, its safetensors and its training checkpoint."""
     losses = []

@@ -23,7 +23,18 @@ ERRORS = {
     'class map file': (
         ['--kd-class-map', 'nothing.txt', '--kd-model-name', 'TEACHER'], "--kd-class-map: no file 'nothing.txt'"),
     'class map kind': (
-        ['--kd-class-map', 'FILE', '--kd-model-name', 'TEACHER', '--kd-distill-type', 'logit'], 'dearkd alone'),
+        ['--kd-class-map', 'FILE', '--kd-model-name', 'TEACHER', '--kd-distill-type', 'logit'],
+        '--kd-class-map goes with --kd-distill-type dearkd, this run has logit'),
+    'class map of a cnn': (
+        ['--model', 'test_resnet', '--kd-class-map', 'FILE', '--kd-model-name', 'TEACHER'],
+        '--kd-class-map goes with --kd-distill-type dearkd, this run has logit'),
+    'flag of a vit': (
+        ['--model', 'test_resnet', '--dearkd-beta', '5', '--kd-model-name', 'TEACHER'],
+        '--dearkd-beta goes with --kd-distill-type dearkd, this run has logit'),
+    'flag of timm': (
+        ['--distill-loss-weight', '3', '--kd-model-name', 'TEACHER'],
+        '--distill-loss-weight goes with --kd-distill-type logit or feature or token, this run has dearkd'),
+    'temperature of nobody': (['--kd-temperature', '2'], '--kd-temperature needs a teacher'),
     'sizes': (['--train-img-sizes', '32', '40'], 'Set --train-img-sizes 32'),
     'fixed size': (
         ['--model', 'vit_tiny_patch16_224', '--model-kwargs', 'depth=1', '--train-img-sizes', '32', '48'],
@@ -46,6 +57,9 @@ ERRORS = {
     'layer': (['--dearkd-hooks', '4:layer9', '--kd-model-name', 'TEACHER'], "no layer 'layer9'"),
     'block': (['--dearkd-hooks', '9', '--kd-model-name', 'TEACHER'], 'Choose a block from 1 to 6'),
     'teacher classes': (['--kd-model-name', 'TEACHER', '--num-classes', '4'], 'knows 3 classes, the student 4'),
+    'teacher classes of a cnn': (
+        ['--model', 'test_resnet', '--kd-model-name', 'TEACHER', '--num-classes', '4'],
+        'knows 3 classes, the student 4'),
     'no tokens': (['--model', 'test_convnext', '--kd-model-name', 'TEACHER', '--kd-distill-type', 'dearkd'],
                   '--kd-distill-type logit'),
     'nobody teaches': (['--dearkd-stage1-epochs', '1'], '--dearkd-stage1-epochs needs a teacher'),

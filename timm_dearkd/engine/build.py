@@ -17,11 +17,19 @@ from timm.task import (
     TokenDistillationTask,
     TrainingTask,
 )
-from timm.utils import set_jit_fuser
+from timm.utils import set_jit_fuser, unwrap_model
 
-from distill_hooks import DearKDTask, TwoStageSchedule, has_content_tokens, load_class_map, resolve_teacher
+from distill_hooks import (
+    DearKDTask,
+    TwoStageSchedule,
+    create_teacher,
+    has_content_tokens,
+    load_class_map,
+    resolve_teacher,
+)
 
 from .build_data import dataset_kwargs, images_per_update, model_dtype, open_validation_set
+from .checks import check_distillation
 from .data import check_img_size, check_labels, class_names, open_dataset, open_eval_dataset
 from .device import Ranks
 from .output import Position
@@ -177,6 +185,8 @@ def build_task(
     )
     distill_type = args.kd_distill_type or ('dearkd' if has_content_tokens(model) else 'logit')
     is_dearkd = bool(args.kd_model_name) and distill_type == 'dearkd'
+    if args.kd_model_name:
+        check_distillation(args, distill_type)
     model = _convert_norms(args, model, is_dearkd)
     task: Any
     if not args.kd_model_name:
@@ -235,11 +245,23 @@ def _convert_norms(args, model: nn.Module, is_dearkd: bool) -> nn.Module:
 
 
 def _build_timm_task(args, distill_type: str, model: nn.Module, common: Dict[str, Any]) -> TrainingTask:
-    """One of timm's own distillation tasks."""
+    """One of timm's own distillation tasks.
+
+    Raises:
+        ValueError: A teacher of other classes, whose logits say nothing of the student's.
+    """
+    device, dtype, student = common['device'], common['dtype'], cast(Any, unwrap_model(model))
     name, checkpoint = resolve_teacher(args.kd_model_name, args.kd_teacher_checkpoint)
+    shape = {} if checkpoint else dict(in_chans=student.in_chans)
+    teacher: Any = create_teacher(name, checkpoint, device=device, **shape).to(dtype)
+    if distill_type != 'feature' and teacher.num_classes != student.num_classes:
+        raise ValueError(
+            f'The teacher knows {teacher.num_classes} classes, the student {student.num_classes}. Take a teacher'
+            ' trained on the same ones (--kd-teacher-checkpoint), or DearKD and a ViT, which take a --kd-class-map.')
+    fits = teacher.in_chans == student.in_chans  # else timm folds the channels of the file
     common = dict(
         student_model=model,
-        teacher_model=name,
+        teacher_model=teacher if fits else name,
         teacher_pretrained_path=checkpoint,
         distill_loss_weight=args.distill_loss_weight,
         task_loss_weight=args.task_loss_weight,

@@ -1,6 +1,7 @@
 """What train.py refuses before it begins, as far as the options alone tell."""
 import argparse
 import difflib
+import logging
 import os
 from typing import List, Sequence
 
@@ -11,7 +12,9 @@ from .device import check_backend
 from .options import build_parser
 from .tracking import check_available
 
-__all__ = ['check_args']
+__all__ = ['check_args', 'check_distillation']
+
+_logger = logging.getLogger(__name__)
 
 _CHOICES = {
     'amp_dtype': ('float16', 'bfloat16'),
@@ -32,11 +35,16 @@ _RANGES = (
     ('smoothing', 0., 1.), ('drop', 0., 1.), ('drop_path', 0., 1.), ('drop_connect', 0., 1.),
     ('model_ema_decay', 0., 1.), ('layer_decay', 0., float('inf')),
 )
-# What only a teacher gives a meaning
-_TAUGHT = (
-    'dearkd_stage1_epochs', 'dearkd_stage2', 'dearkd_alpha', 'dearkd_beta', 'dearkd_hooks', 'dearkd_normalize_features',
-    'kd_teacher_img_size',
-)
+# What each kind of distillation takes, and without a teacher nothing does
+_WEIGHTS = ('distill_loss_weight', 'task_loss_weight')
+_TAUGHT = {
+    'dearkd': (
+        'dearkd_stage1_epochs', 'dearkd_stage2', 'dearkd_alpha', 'dearkd_beta', 'dearkd_hooks',
+        'dearkd_normalize_features', 'kd_teacher_img_size', 'kd_class_map'),
+    'logit': ('kd_loss_type', 'kd_temperature', *_WEIGHTS),
+    'feature': ('kd_student_feature_dim', 'kd_teacher_feature_dim', *_WEIGHTS),
+    'token': ('kd_token_distill_type', 'kd_temperature', *_WEIGHTS),
+}
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -124,11 +132,27 @@ def _check_combinations(args: argparse.Namespace) -> None:
     for key in ('kd_teacher_checkpoint', 'kd_class_map'):
         if getattr(args, key) and not args.kd_model_name:
             raise ValueError(f'{_flag(key)} needs the architecture of the teacher: add --kd-model-name NAME.')
-    for key in _given(args, _TAUGHT) if args.kd_model_name is None else ():
+    taught = [key for keys in _TAUGHT.values() for key in keys]
+    for key in _given(args, taught) if args.kd_model_name is None else ():
         raise ValueError(
             f'{_flag(key)} needs a teacher: add --kd-model-name NAME. An empty one ("") says that there is to be none.')
-    if args.kd_class_map and args.kd_distill_type not in (None, 'dearkd'):
-        raise ValueError('--kd-class-map goes with --kd-distill-type dearkd alone.')
+
+
+def check_distillation(args: argparse.Namespace, distill_type: str) -> None:
+    """Refuse options of another kind of distillation than the student gets.
+
+    Where the kind is named, as over the options of a recipe, they are only said to do nothing. A class map never is.
+
+    Raises:
+        ValueError: There is one.
+    """
+    others = dict.fromkeys(key for keys in _TAUGHT.values() for key in keys if key not in _TAUGHT[distill_type])
+    for key in _given(args, list(others)):
+        kinds = ' or '.join(kind for kind, keys in _TAUGHT.items() if key in keys)
+        message = f'{_flag(key)} goes with --kd-distill-type {kinds}, this run has {distill_type}'
+        if args.kd_distill_type is None or key == 'kd_class_map':
+            raise ValueError(f'{message}. Leave it out, or choose the kind with --kd-distill-type.')
+        _logger.warning(f'{message}: it does nothing.')
 
 
 def _check_size_schedule(args: argparse.Namespace) -> None:
