@@ -27,6 +27,7 @@ from distill_hooks import (
     load_class_map,
     resolve_teacher,
 )
+from distill_hooks.teacher import training_args
 
 from .build_data import dataset_kwargs, images_per_update, model_dtype, open_validation_set
 from .checks import check_distillation
@@ -106,6 +107,7 @@ def build_evaluation(args, device: torch.device, create_model: Callable[..., Any
         raise ValueError('--eval-only looks at validation images. Set --val-split.')
     eval_set = open_validation_set(args)
     if args.initial_checkpoint:  # weights that do not say what their classes are called
+        _take_trained_input(args)
         eval_set = _label_as_training(args, eval_set)
         args.num_classes = args.num_classes or len(class_names(eval_set) or ()) or None
     model, data_config = build_student(args, eval_set, device, create_model)
@@ -117,6 +119,16 @@ def build_evaluation(args, device: torch.device, create_model: Callable[..., Any
             eval_set = _label_as_training(args, eval_set)
     check_labels(eval_set, model.num_classes)
     return model, data_config, eval_set
+
+
+def _take_trained_input(args) -> None:
+    """Let options that are not given be those that the checkpoint was trained with."""
+    saved = training_args(args.initial_checkpoint)
+    sized = any((args.img_size, args.input_size, args.in_chans))
+    for key in ('mean', 'std', 'crop_pct', 'interpolation', 'bn_eps', 'gp', 'img_size', 'input_size', 'in_chans'):
+        if not getattr(args, key) and saved.get(key) and not (sized and key in ('img_size', 'input_size', 'in_chans')):
+            setattr(args, key, saved[key])
+    args.model_kwargs = {**(saved.get('model_kwargs') or {}), **args.model_kwargs}
 
 
 def _label_as_training(args, eval_set):
