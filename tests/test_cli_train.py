@@ -235,7 +235,28 @@ def test_starting_from_an_exported_model(run, train_cli, tmp_path):
         assert result.returncode == 0, result.stderr
         after = timm.create_model(f'local-dir:{tmp_path / name}', pretrained=True).state_dict()
         changed = {k for k, v in before.items() if not v.equal(after[k])}
+        assert 'with new weights' not in result.stderr
         assert changed == (set() if name == 'folder' else {'head.weight', 'head.bias'})  # timm's, for a new task
+
+
+def test_an_exported_model_without_its_weights_is_said(train_cli, cnn, tmp_path):
+    result = train_cli('--model', f'local-dir:{cnn}', '--epochs', '1', '--output', tmp_path, '--experiment', 'x')
+    assert result.returncode == 0, result.stderr
+    assert 'gives its architecture alone, with new weights. For its own: --pretrained' in result.stderr
+
+
+def test_the_first_head_weights_of_both_heads(image_folder, tmp_path, monkeypatch):
+    """A distilled ViT has two; with a scale of 0 both give their bias."""
+    train = importlib.import_module('train')
+    made = []
+    monkeypatch.setattr(train, 'create_model', lambda *args, **kwargs: made.append(
+        timm.create_model(*args, **kwargs)) or made[0])
+    train.prepare([str(value) for value in (
+        image_folder, '--model', 'deit_tiny_distilled_patch16_224', '--model-kwargs', 'depth=1', 'embed_dim=24',
+        '--img-size', '32', '-b', '8', '-j', '0', '--epochs', '1', '--device', 'cpu', '--output', tmp_path,
+        '--head-init-scale', '0', '--head-init-bias', '-2')])
+    for head in made[0].get_classifier():
+        assert head.weight.abs().sum() == 0 and (head.bias == -2).all()
 
 
 def test_without_validation(train_cli, tmp_path):
@@ -325,7 +346,13 @@ def test_evaluation_alone(run, train_cli, image_folder, tmp_path):
 
     save_for_hf(timm.create_model('test_vit', num_classes=2, img_size=32), tmp_path / 'two', safe_serialization=True)
     result = train_cli('--eval-only', '--model', f'local-dir:{tmp_path / "two"}', data=other)
-    assert result.returncode == 2 and 'The data set has 3 classes, the model 2' in result.stderr
+    assert result.returncode == 2 and 'The data set has 3 classes, the model 2. Move away' in result.stderr
+    for args, message in (
+        ([], "Split 'validation' has classes that the model does not know: snow. Move them away"),
+        (['--num-classes', '4'], f'--num-classes is 4, but local-dir:{folder} knows 3 classes'),
+    ):
+        result = train_cli('--eval-only', '--model', f'local-dir:{folder}', *args, data=other)
+        assert result.returncode == 2 and message in result.stderr.splitlines()[-1]
     result = train_cli('--eval-only', '--val-split', '', '--model', f'local-dir:{folder}')
     assert result.returncode == 2 and 'Set --val-split' in result.stderr
 

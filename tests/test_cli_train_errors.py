@@ -12,6 +12,19 @@ ERRORS = {
     'teacher file': (['--kd-model-name', 'README.md'], 'and the file as its checkpoint'),
     'smoothing': (['--smoothing', '1.5'], '--smoothing is 1.5, expected 0 or more, less than 1'),
     'scale': (['--scale', '0.5'], 'expected the least and the greatest'),
+    'scale order': (['--scale', '0.5', '0.1'], '--scale is 0.5 0.1, expected the least and the greatest'),
+    'flip': (['--hflip', '2'], '--hflip is 2.0, expected 0 to 1'),
+    'erasing': (['--reprob', '1.5'], '--reprob is 1.5, expected 0 to 1'),
+    'no mixup': (['--mixup', '-1'], '--mixup is -1.0, expected 0 or more'),
+    'crop': (['--crop-pct', '0'], '--crop-pct is 0.0, expected more than 0'),
+    'resume folder': (['--resume', 'FOLDER'], 'is a folder. Name last.pth.tar in it, or --resume auto'),
+    'weights folder': (['--initial-checkpoint', 'FOLDER'], '--model local-dir:'),
+    'other classes': (
+        ['--model', 'test_resnet', '--num-classes', '4', '--initial-checkpoint', 'FILE'], 'go in by --pretrained-path'),
+    'checkpointing': (['--model', 'dla34', '--grad-checkpointing'], 'gradient checkpointing not supported'),
+    'head': (
+        ['--model', 'test_resnet', '--num-classes', '0', '--head-init-bias', '0'], 'a head with a weight and a bias'),
+    'script of mhca': (['--torchscript'], 'not models with MHCA blocks'),
     'clip': (['--clip-grad', '-1'], '--clip-grad is -1.0, expected more than 0'),
     'repeats': (['--aug-repeats', '0.1'], 'expected 1 or more'),
     'teacher name': (['--kd-model-name', 'resnet26x', '--kd-distill-type', 'logit'], 'nearest timm names: resnet26'),
@@ -94,7 +107,7 @@ ERRORS = {
 
 def arguments(case, cnn, tmp_path):
     args, message = ERRORS[case]
-    replaced = {'TEACHER': f'local-dir:{cnn}', 'FILE': cnn / 'model_best.pth.tar'}
+    replaced = {'TEACHER': f'local-dir:{cnn}', 'FILE': cnn / 'model_best.pth.tar', 'FOLDER': cnn}
     return ['--output', tmp_path, '--experiment', 'x', *(replaced.get(a, a) for a in args)], message
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 from timm.data.model_config import resolve_input_data_config
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
-from timm.models import resolve_model_input_args, safe_model_name
+from timm.models import parse_model_name, resolve_model_input_args, safe_model_name
 from timm.optim import create_optimizer_v2, get_optimizer_class, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import (
@@ -29,6 +29,7 @@ from distill_hooks import (
 )
 from distill_hooks.teacher import training_args
 
+from ..attention import ConvAttention
 from .build_data import dataset_kwargs, images_per_update, model_dtype, open_validation_set
 from .checks import check_distillation
 from .data import check_img_size, check_labels, class_names, open_dataset, open_eval_dataset
@@ -89,11 +90,20 @@ def build_student(
             checkpoint_path=args.initial_checkpoint,
             **kwargs,
         )
+        _adapt_student(args, model)
     except (AssertionError, FileNotFoundError, KeyError, RuntimeError, TypeError, ValueError) as e:
-        raise ValueError(f'Could not create --model {args.model}: {_reason(e)}') from e
-    check_labels(dataset, model.num_classes)
+        remedy = ''
+        if args.initial_checkpoint and 'size mismatch' in str(e):
+            remedy = (
+                ' The file is of other classes than the images, or of another --img-size.' if args.eval_only else
+                ' Weights of other classes or another image size go in by --pretrained-path, with a new head.')
+        raise ValueError(f'Could not create --model {args.model}: {_reason(e)}{remedy}') from e
+    is_folder = parse_model_name(args.model)[0] is not None
+    if is_folder and not (args.eval_only or args.pretrained or overlay or args.initial_checkpoint or args.resume):
+        _logger.warning(f'{args.model} gives its architecture alone, with new weights. For its own: --pretrained.')
+    if not args.eval_only:  # where the labels are yet to be those of the model
+        check_labels(dataset, model.num_classes)
     check_img_size(model, args.train_img_sizes or ())
-    _adapt_student(args, model)
     model.to(device=device, dtype=model_dtype(args))
     data_config = resolve_input_data_config(model, args=vars(args), verbose=True)
     num_params = sum(p.numel() for p in model.parameters())
@@ -111,13 +121,22 @@ def build_evaluation(args, device: torch.device, create_model: Callable[..., Any
         eval_set = _label_as_training(args, eval_set)
         args.num_classes = args.num_classes or len(class_names(eval_set) or ()) or None
     model, data_config = build_student(args, eval_set, device, create_model)
-    trained = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
-    if trained and not args.class_map and set(class_names(eval_set) or ()) <= set(trained):
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    own = cfg.get('num_classes')
+    if not args.initial_checkpoint and own is not None and args.num_classes not in (None, own):
+        raise ValueError(f'--num-classes is {args.num_classes}, but {args.model} knows {own} classes. Leave it out.')
+    names, trained = class_names(eval_set), cfg.get('label_names')
+    unknown = sorted(set(names or ()) - set(trained or ()))
+    if trained and not args.class_map and not unknown:
         eval_set = open_validation_set(args, class_map={name: index for index, name in enumerate(trained)})
+    elif trained and not args.class_map and not args.initial_checkpoint:
+        raise ValueError(
+            f'Split {args.val_split!r} has classes that the model does not know: {", ".join(unknown[:5])}.'
+            ' Move them away, or give --class-map.')
     elif not args.initial_checkpoint:
         with contextlib.suppress(ValueError):  # the weights may be of other images, with other classes
             eval_set = _label_as_training(args, eval_set)
-    check_labels(eval_set, model.num_classes)
+    check_labels(eval_set, model.num_classes, 'Move away those that it does not know, or give --class-map.')
     return model, data_config, eval_set
 
 
@@ -147,12 +166,16 @@ def _label_as_training(args, eval_set):
 
 
 def _adapt_student(args, model: Any) -> None:
-    if args.head_init_scale is not None:
+    heads = () if args.head_init_scale is None and args.head_init_bias is None else model.get_classifier()
+    for head in heads if isinstance(heads, tuple) else (heads,):  # one, or two of a distilled ViT
+        if not all(isinstance(getattr(head, key, None), torch.Tensor) for key in ('weight', 'bias')):
+            raise ValueError('--head-init-scale and --head-init-bias need a head with a weight and a bias.')
         with torch.no_grad():
-            model.get_classifier().weight.mul_(args.head_init_scale)
-            model.get_classifier().bias.mul_(args.head_init_scale)
-    if args.head_init_bias is not None:
-        nn.init.constant_(model.get_classifier().bias, args.head_init_bias)
+            if args.head_init_scale is not None:
+                head.weight.mul_(args.head_init_scale)
+                head.bias.mul_(args.head_init_scale)
+            if args.head_init_bias is not None:
+                nn.init.constant_(head.bias, args.head_init_bias)
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
 
@@ -246,6 +269,10 @@ def _convert_norms(args, model: nn.Module, is_dearkd: bool) -> nn.Module:
         if is_dearkd:
             raise ValueError(
                 '--torchscript does not go with DearKD, which reads tokens from the middle of the model.'
+                ' Use --torchcompile.')
+        if any(isinstance(module, ConvAttention) for module in model.modules()):
+            raise ValueError(
+                '--torchscript trains CNNs and plain ViTs, not models with MHCA blocks, which TorchScript only runs.'
                 ' Use --torchcompile.')
         if args.fuser:
             set_jit_fuser(args.fuser)
