@@ -452,6 +452,34 @@ def test_a_teacher_whose_classes_are_in_another_order_is_said(train_cli, cnn, tm
     assert agreements[0] > 0.8 and agreements[1] < 0.2
 
 
+def test_a_teacher_is_matched_by_the_names_of_its_classes(train_cli, cnn, tmp_path):
+    """The same run from a teacher whose classes, and with them its head, are in another order, or more."""
+    def teacher(name, order, names):
+        model = timm.create_model(f'local-dir:{cnn}', pretrained=True)
+        weight, bias = model.fc.weight.detach(), model.fc.bias.detach()
+        model.reset_classifier(len(order))
+        with torch.no_grad():
+            model.fc.weight.copy_(weight[order])
+            model.fc.bias.copy_(bias[order])
+        save_for_hf(model, tmp_path / name, safe_serialization=True, model_config=dict(label_names=names))
+        return ['--kd-model-name', f'local-dir:{tmp_path / name}', '--output', tmp_path, '--experiment', f'{name} run']
+
+    names = ['blue sky', 'grass', 'rust']
+    same, turned = teacher('same', [0, 1, 2], names), teacher('turned', [2, 0, 1], ['rust', 'blue sky', 'grass'])
+    more = teacher('more', [1, 1, 0, 2], ['sea', 'grass', 'blue sky', 'rust'])
+    other = teacher('other', [0, 1, 2], ['a', 'b', 'c'])
+    for args in (same, turned, more, other):
+        result = train_cli(*args, '--epochs', '1')
+        assert result.returncode == 0, result.stderr
+        assert ('found by name' in result.stderr) == (args in (turned, more))
+        assert ("no class 'blue sky'" in result.stderr and "it is 'a' there" in result.stderr) == (args is other)
+        (row,), (expected,) = rows(tmp_path / args[-1]), rows(tmp_path / 'same run')
+        assert row['train_teacher_agreement'] == expected['train_teacher_agreement']
+        assert row == expected or args is more  # whose head takes more random numbers to make
+    result = train_cli(*turned[:2], '--kd-distill-type', 'logit')
+    assert result.returncode == 2 and 'take DearKD and a ViT, which find them by name' in result.stderr
+
+
 def test_trackers(train_cli, cnn, tmp_path):
     """All that a run is to be judged by, in TensorBoard's own reader."""
     accumulator = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')

@@ -1,7 +1,7 @@
 """From options to the model, the task and the optimizer. The build modules and the script are what reads `args`."""
 import contextlib
 import logging
-from typing import Any, Callable, Dict, Tuple, cast
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, cast
 
 import torch
 import torch.nn as nn
@@ -203,8 +203,21 @@ def build_task(
         data_config: Dict[str, Any],
         device: torch.device,
         soft_targets: bool,
+        label_names: Optional[Sequence[str]] = None,
 ) -> TrainingTask:
-    """timm's classification or distillation task, or DearKD's, with the average of weights that is asked for."""
+    """timm's classification or distillation task, or DearKD's, with the average of weights that is asked for.
+
+    Args:
+        args: The options.
+        model: The student.
+        data_config: timm's preprocessing configuration.
+        device: Where it trains.
+        soft_targets: The loader gives soft labels.
+        label_names: What the classes are called, by which those of a teacher are found.
+
+    Raises:
+        ValueError: Options that no such task can be made with.
+    """
     bce = dict(
         bce_target_thresh=args.bce_target_thresh, bce_sum=args.bce_sum, pos_weight=args.bce_pos_weight)
     common: Dict[str, Any] = dict(
@@ -227,12 +240,13 @@ def build_task(
     if not args.kd_model_name:
         task = ClassificationTask(model, **common)
     elif is_dearkd:
+        teacher = create_teacher(args.kd_model_name, args.kd_teacher_checkpoint)
+        by_name = None if args.kd_class_map else _match_classes(teacher, label_names, cast(Any, model).num_classes)
         task = DearKDTask(
             model,
-            args.kd_model_name,
+            teacher,
             build_schedule(args, args.epochs),
-            teacher_checkpoint=args.kd_teacher_checkpoint,
-            teacher_class_map=load_class_map(args.kd_class_map) if args.kd_class_map else None,
+            teacher_class_map=load_class_map(args.kd_class_map) if args.kd_class_map else by_name,
             teacher_img_size=args.kd_teacher_img_size,
             hooks=args.dearkd_hooks,
             normalize_features=args.dearkd_normalize_features,
@@ -245,7 +259,7 @@ def build_task(
             task.teacher.store_weights(getattr(torch, args.amp_dtype))
     else:
         try:
-            task = _build_timm_task(args, distill_type, model, common)
+            task = _build_timm_task(args, distill_type, model, label_names, common)
         except (AssertionError, KeyError, RuntimeError, TypeError) as e:
             raise ValueError(f'--kd-distill-type {distill_type} with {args.kd_model_name}: {_reason(e)}') from e
     if args.channels_last:
@@ -283,11 +297,38 @@ def _convert_norms(args, model: nn.Module, is_dearkd: bool) -> nn.Module:
     return model
 
 
-def _build_timm_task(args, distill_type: str, model: nn.Module, common: Dict[str, Any]) -> TrainingTask:
+def _match_classes(teacher: Any, names: Optional[Sequence[str]], num_classes: int) -> Optional[List[int]]:
+    """The teacher's class for each of the student's, by name, where both have names and the order is not the same.
+
+    Other names may be of the same classes, so they are only said.
+    """
+    known = (getattr(teacher, 'pretrained_cfg', None) or {}).get('label_names') or ()
+    known = list(known) if isinstance(known, (list, tuple)) else []
+    if not names or len(names) != num_classes or len(known) != teacher.num_classes or known == list(names):
+        return None
+    unknown = [name for name in names if name not in known]
+    if not unknown:
+        _logger.info("The teacher's classes are in another order, or more: those of the images are found by name.")
+        return [known.index(name) for name in names]
+    if len(known) == num_classes:
+        index = list(names).index(unknown[0])
+        _logger.warning(
+            f'The teacher knows no class {unknown[0]!r}. Its classes are taken in its order, so that it is'
+            f' {known[index]!r} there. If that is another: --kd-class-map FILE.')
+    return None
+
+
+def _build_timm_task(
+        args,
+        distill_type: str,
+        model: nn.Module,
+        label_names: Optional[Sequence[str]],
+        common: Dict[str, Any],
+) -> TrainingTask:
     """One of timm's own distillation tasks.
 
     Raises:
-        ValueError: A teacher of other classes, whose logits say nothing of the student's.
+        ValueError: A teacher of other classes, whose logits say nothing of the student's, or in another order.
     """
     device, dtype, student = common['device'], common['dtype'], cast(Any, unwrap_model(model))
     name, checkpoint = resolve_teacher(args.kd_model_name, args.kd_teacher_checkpoint)
@@ -297,6 +338,10 @@ def _build_timm_task(args, distill_type: str, model: nn.Module, common: Dict[str
         raise ValueError(
             f'The teacher knows {teacher.num_classes} classes, the student {student.num_classes}. Take a teacher'
             ' trained on the same ones (--kd-teacher-checkpoint), or DearKD and a ViT, which take a --kd-class-map.')
+    if distill_type != 'feature' and _match_classes(teacher, label_names, student.num_classes):
+        raise ValueError(
+            f"The teacher's classes are in another order than those of the images, and --kd-distill-type {distill_type}"
+            ' takes them as they are. Give the folders that order, or take DearKD and a ViT, which find them by name.')
     fits = teacher.in_chans == student.in_chans  # else timm folds the channels of the file
     common = dict(
         student_model=model,
