@@ -1,4 +1,5 @@
 """The frozen CNN that teaches."""
+import argparse
 import difflib
 import hashlib
 import logging
@@ -11,6 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.model_config import resolve_input_data_config
 from timm.layers import to_2tuple
 from timm.models import (
     clean_state_dict,
@@ -19,6 +21,7 @@ from timm.models import (
     list_models,
     load_state_dict,
     parse_model_name,
+    resolve_model_input_args,
 )
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
@@ -181,9 +184,10 @@ def _load_weights(model: nn.Module, state_dict: Dict[str, torch.Tensor], name: s
             raise ValueError(reason)
         model.load_state_dict(_match_by_order(model, state_dict))
     except ValueError as e:
+        size = ' If it was trained at another image size, name the folder of its run.' if 'pos_embed' in str(e) else ''
         raise ValueError(
             f'Checkpoint {checkpoint!r} does not fit architecture {name!r}: {e}.'
-            ' Name the architecture that it was trained with.') from e
+            f' Name the architecture that it was trained with.{size}') from e
     _logger.info(
         f'{checkpoint} names its tensors otherwise than {name} does, so they were loaded by order, in which'
         ' all shapes agree. That says nothing of activations, padding or the eps of BatchNorm: check the accuracy.')
@@ -216,15 +220,48 @@ def resolve_teacher(name: str, checkpoint: Optional[str] = None) -> Tuple[str, O
 
 def _architecture_of(checkpoint: str) -> str:
     """The model that a run's checkpoint says it is of."""
-    try:
-        contents = load_checkpoint_metadata(checkpoint)
-    except Exception:  # no checkpoint of ours
-        contents = {}
-    if not isinstance(contents.get('arch'), str):
+    architecture = training_args(checkpoint).get('arch')
+    if architecture is None:
         raise ValueError(
             f'{checkpoint!r} is a file that does not say of which architecture. Name that as the model, and the file as'
             ' its checkpoint.')
-    return contents['arch']
+    return architecture
+
+
+def training_args(checkpoint: str) -> Dict[str, Any]:
+    """The options that a checkpoint of timm's training script, or of ours, was trained with, and its model as `arch`.
+
+    Files of others have none.
+    """
+    try:
+        contents = load_checkpoint_metadata(checkpoint)
+    except Exception:  # no checkpoint of that kind
+        return {}
+    if not isinstance(contents, Mapping) or not isinstance(contents.get('arch'), str):
+        return {}
+    args = contents.get('args')
+    return {**(vars(args) if isinstance(args, argparse.Namespace) else {}), 'arch': contents['arch']}
+
+
+def _create_as_trained(name: str, args: Dict[str, Any], **kwargs: Any) -> nn.Module:
+    """A model without weights, of the arguments and for the input that a training script made it with.
+
+    Args:
+        name: See `create_teacher`.
+        args: Options of the script.
+        **kwargs: Arguments of `timm.create_model` that win over those.
+    """
+    kwargs = {'bn_eps': args.get('bn_eps'), 'global_pool': args.get('gp'), **(args.get('model_kwargs') or {}), **kwargs}
+    # the channels are told by the weights
+    size = args['input_size'][1:] if args.get('input_size') else to_2tuple(args.get('img_size'))
+    given = {**args, 'in_chans': None, 'img_size': None, 'input_size': None}
+    if size[0]:
+        given['input_size'] = (kwargs.get('in_chans', 3), *size)
+    kwargs = resolve_model_input_args(name, {} if 'img_size' in kwargs else given, **kwargs)
+    model: Any = timm.create_model(kwargs.pop('model_name'), **kwargs)
+    config = {**model.pretrained_cfg, **(args.get('pretrained_cfg_overlay') or {})}
+    model.pretrained_cfg = {**model.pretrained_cfg, **resolve_input_data_config(model, given, config)}
+    return model
 
 
 def create_teacher(
@@ -239,7 +276,8 @@ def create_teacher(
         name: timm model name, `hf-hub:` and `local-dir:` included, or a folder with a `config.json`, such as that of
             an earlier run, or its checkpoint. Without a checkpoint, its pretrained weights load.
         checkpoint: Weights of that architecture: .safetensors, a state dict, or a (training) checkpoint that holds
-            one. Under other names than timm's they are loaded by order, if every shape agrees (our choice).
+            one. Under other names than timm's they are loaded by order, if every shape agrees (our choice). Of a
+            training checkpoint of timm's, the model's arguments and its normalisation are taken, too.
         device: Where to put it.
         **kwargs: Further arguments of `timm.create_model`.
 
@@ -249,9 +287,13 @@ def create_teacher(
     """
     name, checkpoint = resolve_teacher(name, checkpoint)
     state_dict = _read_state_dict(checkpoint) if checkpoint else {}
+    args = training_args(checkpoint) if checkpoint else {}
     try:
         kwargs = {**_checkpoint_shapes(name, state_dict), **kwargs}
-        model = timm.create_model(name, pretrained=not checkpoint, **kwargs)
+        if args:
+            model = _create_as_trained(name, args, **kwargs)
+        else:
+            model = timm.create_model(name, pretrained=not checkpoint, **kwargs)
     except Exception as e:  # whatever the download raises, the remedy is the same
         reason = (str(e).splitlines() or [''])[0]
         remedy = 'Check its name.' if checkpoint else 'Name a trained checkpoint of it.'

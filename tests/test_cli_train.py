@@ -251,7 +251,28 @@ def test_starting_from_an_exported_model(run, train_cli, tmp_path):
         assert result.returncode == 0, result.stderr
         after = timm.create_model(f'local-dir:{tmp_path / name}', pretrained=True).state_dict()
         changed = {k for k, v in before.items() if not v.equal(after[k])}
+        assert 'with new weights' not in result.stderr
         assert changed == (set() if name == 'folder' else {'head.weight', 'head.bias'})  # timm's, for a new task
+
+
+def test_an_exported_model_without_its_weights_is_said(train_cli, cnn, tmp_path):
+    result = train_cli('--model', f'local-dir:{cnn}', '--epochs', '1', '--output', tmp_path, '--experiment', 'x')
+    assert result.returncode == 0, result.stderr
+    assert 'gives its architecture alone, with new weights. For its own: --pretrained' in result.stderr
+
+
+def test_the_first_head_weights_of_both_heads(image_folder, tmp_path, monkeypatch):
+    """A distilled ViT has two; with a scale of 0 both give their bias."""
+    train = importlib.import_module('train')
+    made = []
+    monkeypatch.setattr(train, 'create_model', lambda *args, **kwargs: made.append(
+        timm.create_model(*args, **kwargs)) or made[0])
+    train.prepare([str(value) for value in (
+        image_folder, '--model', 'deit_tiny_distilled_patch16_224', '--model-kwargs', 'depth=1', 'embed_dim=24',
+        '--img-size', '32', '-b', '8', '-j', '0', '--epochs', '1', '--device', 'cpu', '--output', tmp_path,
+        '--head-init-scale', '0', '--head-init-bias', '-2')])
+    for head in made[0].get_classifier():
+        assert head.weight.abs().sum() == 0 and (head.bias == -2).all()
 
 
 def test_without_validation(train_cli, tmp_path):
@@ -290,6 +311,19 @@ def test_stages_follow_the_length_of_the_run(train_cli, cnn, tmp_path):
         assert result.returncode == 0, result.stderr
         table = rows(tmp_path / name)
         assert ''.join(row['train_stage'] for row in table) == stages and float(table[-1]['train_alpha']) == 1.
+
+
+def test_distillation_of_features_takes_a_teacher_of_other_classes(train_cli, tmp_path):
+    """And options of another kind do nothing where the kind is named, as over a recipe, but are said to."""
+    torch.save(timm.create_model('test_resnet', num_classes=7).state_dict(), tmp_path / 'cnn.pth')
+    for name, args in (('plain', []), ('recipe', ['--dearkd-stage1-epochs', '1', '--kd-temperature', '2'])):
+        result = train_cli(
+            '--kd-model-name', 'test_resnet', '--kd-teacher-checkpoint', tmp_path / 'cnn.pth', '--kd-distill-type',
+            'feature', '--epochs', '1', '--output', tmp_path, '--experiment', name, *args)
+        assert result.returncode == 0, result.stderr
+        for flag in ('--dearkd-stage1-epochs', '--kd-temperature'):
+            assert (f'{flag} goes with' in result.stderr) == (name == 'recipe')
+    assert rows(tmp_path / 'plain') == rows(tmp_path / 'recipe')
 
 
 def test_teacher_checkpoint(train_cli, cnn, tmp_path):
@@ -344,7 +378,13 @@ def test_evaluation_alone(run, train_cli, image_folder, tmp_path):
 
     save_for_hf(timm.create_model('test_vit', num_classes=2, img_size=32), tmp_path / 'two', safe_serialization=True)
     result = train_cli('--eval-only', '--model', f'local-dir:{tmp_path / "two"}', data=other)
-    assert result.returncode == 2 and 'The data set has 3 classes, the model 2' in result.stderr
+    assert result.returncode == 2 and 'The data set has 3 classes, the model 2. Move away' in result.stderr
+    for args, message in (
+        ([], "Split 'validation' has classes that the model does not know: snow. Move them away"),
+        (['--num-classes', '4'], f'--num-classes is 4, but local-dir:{folder} knows 3 classes'),
+    ):
+        result = train_cli('--eval-only', '--model', f'local-dir:{folder}', *args, data=other)
+        assert result.returncode == 2 and message in result.stderr.splitlines()[-1]
     result = train_cli('--eval-only', '--val-split', '', '--model', f'local-dir:{folder}')
     assert result.returncode == 2 and 'Set --val-split' in result.stderr
 
@@ -359,6 +399,20 @@ def test_evaluation_alone(run, train_cli, image_folder, tmp_path):
     with torch.no_grad():
         hits = [model(transform(Image.open(path)).unsqueeze(0)).argmax().item() == label for path, label in images]
     assert json.loads(result.stdout)['top1'] == pytest.approx(100 * sum(hits) / len(hits))
+
+
+def test_a_checkpoint_is_evaluated_with_the_input_it_was_trained_with(train_cli, tmp_path):
+    result = train_cli(
+        '--model', 'test_vit', '--in-chans', '1', '--mean', '0.1', '--std', '0.9', '--crop-pct', '0.7', '--epochs', '1',
+        '--model-kwargs', 'qkv_bias=False', '--output', tmp_path, '--experiment', 'x')
+    assert result.returncode == 0, result.stderr
+    data = result.args[2]
+    command = ('--eval-only', '--batch-size', '8', '--workers', '0', '--device', 'cpu')
+    found = [json.loads(train_cli(*command, *args, data=data, small=False).stdout)['loss'] for args in (
+        ('--model', f'local-dir:{tmp_path / "x"}'),
+        ('--model', 'test_vit', '--initial-checkpoint', tmp_path / 'x' / 'model_best.pth.tar'))]
+    model = timm.create_model(f'local-dir:{tmp_path / "x"}', pretrained=True)
+    assert found[0] == found[1] == pytest.approx(evaluate(model, data)['loss'], rel=1e-4)
 
 
 def test_a_plain_timm_model_is_evaluated(train_cli, image_folder, tmp_path):
@@ -428,6 +482,34 @@ def test_a_teacher_whose_classes_are_in_another_order_is_said(train_cli, cnn, tm
         assert ('the same order? If not: --kd-class-map FILE' in result.stderr) == (name == 'wrong')
         agreements.append(float(rows(tmp_path / name)[0]['train_teacher_agreement']))
     assert agreements[0] > 0.8 and agreements[1] < 0.2
+
+
+def test_a_teacher_is_matched_by_the_names_of_its_classes(train_cli, cnn, tmp_path):
+    """The same run from a teacher whose classes, and with them its head, are in another order, or more."""
+    def teacher(name, order, names):
+        model = timm.create_model(f'local-dir:{cnn}', pretrained=True)
+        weight, bias = model.fc.weight.detach(), model.fc.bias.detach()
+        model.reset_classifier(len(order))
+        with torch.no_grad():
+            model.fc.weight.copy_(weight[order])
+            model.fc.bias.copy_(bias[order])
+        save_for_hf(model, tmp_path / name, safe_serialization=True, model_config=dict(label_names=names))
+        return ['--kd-model-name', f'local-dir:{tmp_path / name}', '--output', tmp_path, '--experiment', f'{name} run']
+
+    names = ['blue sky', 'grass', 'rust']
+    same, turned = teacher('same', [0, 1, 2], names), teacher('turned', [2, 0, 1], ['rust', 'blue sky', 'grass'])
+    more = teacher('more', [1, 1, 0, 2], ['sea', 'grass', 'blue sky', 'rust'])
+    other = teacher('other', [0, 1, 2], ['a', 'b', 'c'])
+    for args in (same, turned, more, other):
+        result = train_cli(*args, '--epochs', '1')
+        assert result.returncode == 0, result.stderr
+        assert ('found by name' in result.stderr) == (args in (turned, more))
+        assert ("no class 'blue sky'" in result.stderr and "it is 'a' there" in result.stderr) == (args is other)
+        (row,), (expected,) = rows(tmp_path / args[-1]), rows(tmp_path / 'same run')
+        assert row['train_teacher_agreement'] == expected['train_teacher_agreement']
+        assert row == expected or args is more  # whose head takes more random numbers to make
+    result = train_cli(*turned[:2], '--kd-distill-type', 'logit')
+    assert result.returncode == 2 and 'take DearKD and a ViT, which find them by name' in result.stderr
 
 
 def test_trackers(train_cli, cnn, tmp_path):

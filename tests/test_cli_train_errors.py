@@ -14,6 +14,19 @@ ERRORS = {
     'teacher file': (['--kd-model-name', 'README.md'], 'and the file as its checkpoint'),
     'smoothing': (['--smoothing', '1.5'], '--smoothing is 1.5, expected 0 or more, less than 1'),
     'scale': (['--scale', '0.5'], 'expected the least and the greatest'),
+    'scale order': (['--scale', '0.5', '0.1'], '--scale is 0.5 0.1, expected the least and the greatest'),
+    'flip': (['--hflip', '2'], '--hflip is 2.0, expected 0 to 1'),
+    'erasing': (['--reprob', '1.5'], '--reprob is 1.5, expected 0 to 1'),
+    'no mixup': (['--mixup', '-1'], '--mixup is -1.0, expected 0 or more'),
+    'crop': (['--crop-pct', '0'], '--crop-pct is 0.0, expected more than 0'),
+    'resume folder': (['--resume', 'FOLDER'], 'is a folder. Name last.pth.tar in it, or --resume auto'),
+    'weights folder': (['--initial-checkpoint', 'FOLDER'], '--model local-dir:'),
+    'other classes': (
+        ['--model', 'test_resnet', '--num-classes', '4', '--initial-checkpoint', 'FILE'], 'go in by --pretrained-path'),
+    'checkpointing': (['--model', 'dla34', '--grad-checkpointing'], 'gradient checkpointing not supported'),
+    'head': (
+        ['--model', 'test_resnet', '--num-classes', '0', '--head-init-bias', '0'], 'a head with a weight and a bias'),
+    'script of mhca': (['--torchscript'], 'not models with MHCA blocks'),
     'clip': (['--clip-grad', '-1'], '--clip-grad is -1.0, expected more than 0'),
     'repeats': (['--aug-repeats', '0.1'], 'expected 1 or more'),
     'teacher name': (['--kd-model-name', 'resnet26x', '--kd-distill-type', 'logit'], 'nearest timm names: resnet26'),
@@ -25,7 +38,18 @@ ERRORS = {
     'class map file': (
         ['--kd-class-map', 'nothing.txt', '--kd-model-name', 'TEACHER'], "--kd-class-map: no file 'nothing.txt'"),
     'class map kind': (
-        ['--kd-class-map', 'FILE', '--kd-model-name', 'TEACHER', '--kd-distill-type', 'logit'], 'dearkd alone'),
+        ['--kd-class-map', 'FILE', '--kd-model-name', 'TEACHER', '--kd-distill-type', 'logit'],
+        '--kd-class-map goes with --kd-distill-type dearkd, this run has logit'),
+    'class map of a cnn': (
+        ['--model', 'test_resnet', '--kd-class-map', 'FILE', '--kd-model-name', 'TEACHER'],
+        '--kd-class-map goes with --kd-distill-type dearkd, this run has logit'),
+    'flag of a vit': (
+        ['--model', 'test_resnet', '--dearkd-beta', '5', '--kd-model-name', 'TEACHER'],
+        '--dearkd-beta goes with --kd-distill-type dearkd, this run has logit'),
+    'flag of timm': (
+        ['--distill-loss-weight', '3', '--kd-model-name', 'TEACHER'],
+        '--distill-loss-weight goes with --kd-distill-type logit or feature or token, this run has dearkd'),
+    'temperature of nobody': (['--kd-temperature', '2'], '--kd-temperature needs a teacher'),
     'sizes': (['--train-img-sizes', '32', '40'], 'Set --train-img-sizes 32'),
     'fixed size': (
         ['--model', 'vit_tiny_patch16_224', '--model-kwargs', 'depth=1', '--train-img-sizes', '32', '48'],
@@ -52,6 +76,9 @@ ERRORS = {
     'layer': (['--dearkd-hooks', '4:layer9', '--kd-model-name', 'TEACHER'], "no layer 'layer9'"),
     'block': (['--dearkd-hooks', '9', '--kd-model-name', 'TEACHER'], 'Choose a block from 1 to 6'),
     'teacher classes': (['--kd-model-name', 'TEACHER', '--num-classes', '4'], 'knows 3 classes, the student 4'),
+    'teacher classes of a cnn': (
+        ['--model', 'test_resnet', '--kd-model-name', 'TEACHER', '--num-classes', '4'],
+        'knows 3 classes, the student 4'),
     'no tokens': (['--model', 'test_convnext', '--kd-model-name', 'TEACHER', '--kd-distill-type', 'dearkd'],
                   '--kd-distill-type logit'),
     'nobody teaches': (['--dearkd-stage1-epochs', '1'], '--dearkd-stage1-epochs needs a teacher'),
@@ -87,7 +114,7 @@ ERRORS = {
 
 def arguments(case, cnn, tmp_path):
     args, message = ERRORS[case]
-    replaced = {'TEACHER': f'local-dir:{cnn}', 'FILE': cnn / 'model_best.pth.tar'}
+    replaced = {'TEACHER': f'local-dir:{cnn}', 'FILE': cnn / 'model_best.pth.tar', 'FOLDER': cnn}
     return ['--output', tmp_path, '--experiment', 'x', *(replaced.get(a, a) for a in args)], message
 
 

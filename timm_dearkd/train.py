@@ -110,7 +110,8 @@ def prepare_training(args, args_text: str, command: str, precision: Precision, r
     loader_eval = build_data.build_eval_loader(args, eval_set, data_config, device, ranks)
     distance_images = build_data.build_distance_images(args, eval_set, data_config, model, device)
 
-    task = build.build_task(args, model, data_config, device, soft_targets=mixup is not None)
+    task = build.build_task(
+        args, model, data_config, device, soft_targets=mixup is not None, label_names=class_names(train_set))
     optimizer = build.build_optimizer(args, task, device, ranks)
     trainer = build_run.build_trainer(args, task, loader_train, optimizer, precision, ranks)
     validator = build_run.build_validator(args, task, loader_eval, precision, ranks)

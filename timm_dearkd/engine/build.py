@@ -1,13 +1,13 @@
 """From options to the model, the task and the optimizer. The build modules and the script are what reads `args`."""
 import contextlib
 import logging
-from typing import Any, Callable, Dict, Tuple, cast
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, cast
 
 import torch
 import torch.nn as nn
 from timm.data.model_config import resolve_input_data_config
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
-from timm.models import resolve_model_input_args, safe_model_name
+from timm.models import parse_model_name, resolve_model_input_args, safe_model_name
 from timm.optim import create_optimizer_v2, get_optimizer_class, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import (
@@ -17,11 +17,21 @@ from timm.task import (
     TokenDistillationTask,
     TrainingTask,
 )
-from timm.utils import set_jit_fuser
+from timm.utils import set_jit_fuser, unwrap_model
 
-from distill_hooks import DearKDTask, TwoStageSchedule, has_content_tokens, load_class_map, resolve_teacher
+from distill_hooks import (
+    DearKDTask,
+    TwoStageSchedule,
+    create_teacher,
+    has_content_tokens,
+    load_class_map,
+    resolve_teacher,
+)
+from distill_hooks.teacher import training_args
 
+from ..attention import ConvAttention
 from .build_data import dataset_kwargs, images_per_update, model_dtype, open_validation_set
+from .checks import check_distillation
 from .data import check_img_size, check_labels, class_names, open_dataset, open_eval_dataset
 from .device import Ranks
 from .output import Position
@@ -80,11 +90,20 @@ def build_student(
             checkpoint_path=args.initial_checkpoint,
             **kwargs,
         )
+        _adapt_student(args, model)
     except (AssertionError, FileNotFoundError, KeyError, RuntimeError, TypeError, ValueError) as e:
-        raise ValueError(f'Could not create --model {args.model}: {_reason(e)}') from e
-    check_labels(dataset, model.num_classes)
+        remedy = ''
+        if args.initial_checkpoint and 'size mismatch' in str(e):
+            remedy = (
+                ' The file is of other classes than the images, or of another --img-size.' if args.eval_only else
+                ' Weights of other classes or another image size go in by --pretrained-path, with a new head.')
+        raise ValueError(f'Could not create --model {args.model}: {_reason(e)}{remedy}') from e
+    is_folder = parse_model_name(args.model)[0] is not None
+    if is_folder and not (args.eval_only or args.pretrained or overlay or args.initial_checkpoint or args.resume):
+        _logger.warning(f'{args.model} gives its architecture alone, with new weights. For its own: --pretrained.')
+    if not args.eval_only:  # where the labels are yet to be those of the model
+        check_labels(dataset, model.num_classes)
     check_img_size(model, args.train_img_sizes or ())
-    _adapt_student(args, model)
     model.to(device=device, dtype=model_dtype(args))
     data_config = resolve_input_data_config(model, args=vars(args), verbose=True)
     num_params = sum(p.numel() for p in model.parameters())
@@ -98,17 +117,37 @@ def build_evaluation(args, device: torch.device, create_model: Callable[..., Any
         raise ValueError('--eval-only looks at validation images. Set --val-split.')
     eval_set = open_validation_set(args)
     if args.initial_checkpoint:  # weights that do not say what their classes are called
+        _take_trained_input(args)
         eval_set = _label_as_training(args, eval_set)
         args.num_classes = args.num_classes or len(class_names(eval_set) or ()) or None
     model, data_config = build_student(args, eval_set, device, create_model)
-    trained = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
-    if trained and not args.class_map and set(class_names(eval_set) or ()) <= set(trained):
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    own = cfg.get('num_classes')
+    if not args.initial_checkpoint and own is not None and args.num_classes not in (None, own):
+        raise ValueError(f'--num-classes is {args.num_classes}, but {args.model} knows {own} classes. Leave it out.')
+    names, trained = class_names(eval_set), cfg.get('label_names')
+    unknown = sorted(set(names or ()) - set(trained or ()))
+    if trained and not args.class_map and not unknown:
         eval_set = open_validation_set(args, class_map={name: index for index, name in enumerate(trained)})
+    elif trained and not args.class_map and not args.initial_checkpoint:
+        raise ValueError(
+            f'Split {args.val_split!r} has classes that the model does not know: {", ".join(unknown[:5])}.'
+            ' Move them away, or give --class-map.')
     elif not args.initial_checkpoint:
         with contextlib.suppress(ValueError):  # the weights may be of other images, with other classes
             eval_set = _label_as_training(args, eval_set)
-    check_labels(eval_set, model.num_classes)
+    check_labels(eval_set, model.num_classes, 'Move away those that it does not know, or give --class-map.')
     return model, data_config, eval_set
+
+
+def _take_trained_input(args) -> None:
+    """Let options that are not given be those that the checkpoint was trained with."""
+    saved = training_args(args.initial_checkpoint)
+    sized = any((args.img_size, args.input_size, args.in_chans))
+    for key in ('mean', 'std', 'crop_pct', 'interpolation', 'bn_eps', 'gp', 'img_size', 'input_size', 'in_chans'):
+        if not getattr(args, key) and saved.get(key) and not (sized and key in ('img_size', 'input_size', 'in_chans')):
+            setattr(args, key, saved[key])
+    args.model_kwargs = {**(saved.get('model_kwargs') or {}), **args.model_kwargs}
 
 
 def _label_as_training(args, eval_set):
@@ -127,12 +166,16 @@ def _label_as_training(args, eval_set):
 
 
 def _adapt_student(args, model: Any) -> None:
-    if args.head_init_scale is not None:
+    heads = () if args.head_init_scale is None and args.head_init_bias is None else model.get_classifier()
+    for head in heads if isinstance(heads, tuple) else (heads,):  # one, or two of a distilled ViT
+        if not all(isinstance(getattr(head, key, None), torch.Tensor) for key in ('weight', 'bias')):
+            raise ValueError('--head-init-scale and --head-init-bias need a head with a weight and a bias.')
         with torch.no_grad():
-            model.get_classifier().weight.mul_(args.head_init_scale)
-            model.get_classifier().bias.mul_(args.head_init_scale)
-    if args.head_init_bias is not None:
-        nn.init.constant_(model.get_classifier().bias, args.head_init_bias)
+            if args.head_init_scale is not None:
+                head.weight.mul_(args.head_init_scale)
+                head.bias.mul_(args.head_init_scale)
+            if args.head_init_bias is not None:
+                nn.init.constant_(head.bias, args.head_init_bias)
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
 
@@ -160,8 +203,21 @@ def build_task(
         data_config: Dict[str, Any],
         device: torch.device,
         soft_targets: bool,
+        label_names: Optional[Sequence[str]] = None,
 ) -> TrainingTask:
-    """timm's classification or distillation task, or DearKD's, with the average of weights that is asked for."""
+    """timm's classification or distillation task, or DearKD's, with the average of weights that is asked for.
+
+    Args:
+        args: The options.
+        model: The student.
+        data_config: timm's preprocessing configuration.
+        device: Where it trains.
+        soft_targets: The loader gives soft labels.
+        label_names: What the classes are called, by which those of a teacher are found.
+
+    Raises:
+        ValueError: Options that no such task can be made with.
+    """
     bce = dict(
         bce_target_thresh=args.bce_target_thresh, bce_sum=args.bce_sum, pos_weight=args.bce_pos_weight)
     common: Dict[str, Any] = dict(
@@ -177,17 +233,20 @@ def build_task(
     )
     distill_type = args.kd_distill_type or ('dearkd' if has_content_tokens(model) else 'logit')
     is_dearkd = bool(args.kd_model_name) and distill_type == 'dearkd'
+    if args.kd_model_name:
+        check_distillation(args, distill_type)
     model = _convert_norms(args, model, is_dearkd)
     task: Any
     if not args.kd_model_name:
         task = ClassificationTask(model, **common)
     elif is_dearkd:
+        teacher = create_teacher(args.kd_model_name, args.kd_teacher_checkpoint)
+        by_name = None if args.kd_class_map else _match_classes(teacher, label_names, cast(Any, model).num_classes)
         task = DearKDTask(
             model,
-            args.kd_model_name,
+            teacher,
             build_schedule(args, args.epochs),
-            teacher_checkpoint=args.kd_teacher_checkpoint,
-            teacher_class_map=load_class_map(args.kd_class_map) if args.kd_class_map else None,
+            teacher_class_map=load_class_map(args.kd_class_map) if args.kd_class_map else by_name,
             teacher_img_size=args.kd_teacher_img_size,
             hooks=args.dearkd_hooks,
             normalize_features=args.dearkd_normalize_features,
@@ -200,7 +259,7 @@ def build_task(
             task.teacher.store_weights(getattr(torch, args.amp_dtype))
     else:
         try:
-            task = _build_timm_task(args, distill_type, model, common)
+            task = _build_timm_task(args, distill_type, model, label_names, common)
         except (AssertionError, KeyError, RuntimeError, TypeError) as e:
             raise ValueError(f'--kd-distill-type {distill_type} with {args.kd_model_name}: {_reason(e)}') from e
     if args.channels_last:
@@ -225,6 +284,10 @@ def _convert_norms(args, model: nn.Module, is_dearkd: bool) -> nn.Module:
             raise ValueError(
                 '--torchscript does not go with DearKD, which reads tokens from the middle of the model.'
                 ' Use --torchcompile.')
+        if any(isinstance(module, ConvAttention) for module in model.modules()):
+            raise ValueError(
+                '--torchscript trains CNNs and plain ViTs, not models with MHCA blocks, which TorchScript only runs.'
+                ' Use --torchcompile.')
         if args.fuser:
             set_jit_fuser(args.fuser)
         try:
@@ -234,12 +297,55 @@ def _convert_norms(args, model: nn.Module, is_dearkd: bool) -> nn.Module:
     return model
 
 
-def _build_timm_task(args, distill_type: str, model: nn.Module, common: Dict[str, Any]) -> TrainingTask:
-    """One of timm's own distillation tasks."""
+def _match_classes(teacher: Any, names: Optional[Sequence[str]], num_classes: int) -> Optional[List[int]]:
+    """The teacher's class for each of the student's, by name, where both have names and the order is not the same.
+
+    Other names may be of the same classes, so they are only said.
+    """
+    known = (getattr(teacher, 'pretrained_cfg', None) or {}).get('label_names') or ()
+    known = list(known) if isinstance(known, (list, tuple)) else []
+    if not names or len(names) != num_classes or len(known) != teacher.num_classes or known == list(names):
+        return None
+    unknown = [name for name in names if name not in known]
+    if not unknown:
+        _logger.info("The teacher's classes are in another order, or more: those of the images are found by name.")
+        return [known.index(name) for name in names]
+    if len(known) == num_classes:
+        index = list(names).index(unknown[0])
+        _logger.warning(
+            f'The teacher knows no class {unknown[0]!r}. Its classes are taken in its order, so that it is'
+            f' {known[index]!r} there. If that is another: --kd-class-map FILE.')
+    return None
+
+
+def _build_timm_task(
+        args,
+        distill_type: str,
+        model: nn.Module,
+        label_names: Optional[Sequence[str]],
+        common: Dict[str, Any],
+) -> TrainingTask:
+    """One of timm's own distillation tasks.
+
+    Raises:
+        ValueError: A teacher of other classes, whose logits say nothing of the student's, or in another order.
+    """
+    device, dtype, student = common['device'], common['dtype'], cast(Any, unwrap_model(model))
     name, checkpoint = resolve_teacher(args.kd_model_name, args.kd_teacher_checkpoint)
+    shape = {} if checkpoint else dict(in_chans=student.in_chans)
+    teacher: Any = create_teacher(name, checkpoint, device=device, **shape).to(dtype)
+    if distill_type != 'feature' and teacher.num_classes != student.num_classes:
+        raise ValueError(
+            f'The teacher knows {teacher.num_classes} classes, the student {student.num_classes}. Take a teacher'
+            ' trained on the same ones (--kd-teacher-checkpoint), or DearKD and a ViT, which take a --kd-class-map.')
+    if distill_type != 'feature' and _match_classes(teacher, label_names, student.num_classes):
+        raise ValueError(
+            f"The teacher's classes are in another order than those of the images, and --kd-distill-type {distill_type}"
+            ' takes them as they are. Give the folders that order, or take DearKD and a ViT, which find them by name.')
+    fits = teacher.in_chans == student.in_chans  # else timm folds the channels of the file
     common = dict(
         student_model=model,
-        teacher_model=name,
+        teacher_model=teacher if fits else name,
         teacher_pretrained_path=checkpoint,
         distill_loss_weight=args.distill_loss_weight,
         task_loss_weight=args.task_loss_weight,

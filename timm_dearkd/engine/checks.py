@@ -1,6 +1,7 @@
 """What train.py refuses before it begins, as far as the options alone tell."""
 import argparse
 import difflib
+import logging
 import os
 from typing import List, Sequence
 
@@ -11,7 +12,9 @@ from .device import check_backend
 from .options import build_parser
 from .tracking import check_available
 
-__all__ = ['check_args']
+__all__ = ['check_args', 'check_distillation']
+
+_logger = logging.getLogger(__name__)
 
 _CHOICES = {
     'amp_dtype': ('float16', 'bfloat16'),
@@ -27,16 +30,32 @@ _CHOICES = {
 }
 _AT_LEAST_ONE = ('batch_size', 'epochs', 'grad_accum_steps', 'log_interval', 'val_interval', 'checkpoint_hist')
 _FILES = ('resume', 'kd_teacher_checkpoint', 'initial_checkpoint', 'kd_class_map', 'pretrained_path')
-_NOT_NEGATIVE = ('seed', 'start_epoch', 'skip_nan_steps', 'recovery_interval', 'workers', 'aug_repeats')
+# What to give where a folder was given; by default, a file in it
+_FOLDERS = {
+    'resume': 'last.pth.tar in it, or --resume auto with its --output and --experiment',
+    'initial_checkpoint': 'last.pth.tar in it, or take --model local-dir:{} --pretrained',
+    'pretrained_path': 'model_best.safetensors in it, or take --model local-dir:{} --pretrained',
+    'kd_teacher_checkpoint': 'a checkpoint in it, or take --kd-model-name {} alone',
+}
+_NOT_NEGATIVE = (
+    'seed', 'start_epoch', 'skip_nan_steps', 'recovery_interval', 'workers', 'aug_repeats', 'mixup', 'cutmix')
 _RANGES = (
     ('smoothing', 0., 1.), ('drop', 0., 1.), ('drop_path', 0., 1.), ('drop_connect', 0., 1.),
     ('model_ema_decay', 0., 1.), ('layer_decay', 0., float('inf')),
 )
-# What only a teacher gives a meaning
-_TAUGHT = (
-    'dearkd_stage1_epochs', 'dearkd_stage2', 'dearkd_alpha', 'dearkd_beta', 'dearkd_hooks', 'dearkd_normalize_features',
-    'kd_teacher_img_size',
-)
+_SHARES = (
+    'hflip', 'vflip', 'reprob', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'mixup_prob',
+    'mixup_switch_prob', 'drop_block', 'bce_target_thresh')
+# What each kind of distillation takes, and without a teacher nothing does
+_WEIGHTS = ('distill_loss_weight', 'task_loss_weight')
+_TAUGHT = {
+    'dearkd': (
+        'dearkd_stage1_epochs', 'dearkd_stage2', 'dearkd_alpha', 'dearkd_beta', 'dearkd_hooks',
+        'dearkd_normalize_features', 'kd_teacher_img_size', 'kd_class_map'),
+    'logit': ('kd_loss_type', 'kd_temperature', *_WEIGHTS),
+    'feature': ('kd_student_feature_dim', 'kd_teacher_feature_dim', *_WEIGHTS),
+    'token': ('kd_token_distill_type', 'kd_temperature', *_WEIGHTS),
+}
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -85,17 +104,30 @@ def _check_values(args: argparse.Namespace) -> None:
             if getattr(args, key) is not None and getattr(args, key) < least:
                 raise ValueError(f'{_flag(key)} is {getattr(args, key)}, expected {least} or more.')
     for key in _FILES:
-        if getattr(args, key) and getattr(args, key) != 'auto' and not os.path.isfile(getattr(args, key)):
-            raise FileNotFoundError(f'{_flag(key)}: no file {getattr(args, key)!r}.')
+        path = getattr(args, key)
+        if path and path != 'auto' and os.path.isdir(path):
+            remedy = _FOLDERS.get(key, 'a file in it').format(path)
+            raise ValueError(f'{_flag(key)}: {path!r} is a folder. Name {remedy}.')
+        if path and path != 'auto' and not os.path.isfile(path):
+            raise FileNotFoundError(f'{_flag(key)}: no file {path!r}.')
     if not 0. < args.train_fraction <= 1.:
         raise ValueError(f'--train-fraction is {args.train_fraction}, expected a share above 0, 1 at the most.')
     for key, low, high in _RANGES:
         value = getattr(args, key)
         if value is not None and not low <= value < high:
             raise ValueError(f'{_flag(key)} is {value}, expected {low:g} or more, less than {high:g}.')
+    for key in _SHARES:
+        value = getattr(args, key)
+        if value is not None and not 0. <= value <= 1.:
+            raise ValueError(f'{_flag(key)} is {value}, expected 0 to 1.')
     for key in ('scale', 'ratio', 'cutmix_minmax'):
-        if getattr(args, key) and len(getattr(args, key)) != 2:
-            raise ValueError(f'{_flag(key)} has {len(getattr(args, key))} values, expected the least and the greatest.')
+        values = getattr(args, key) or (1., 1.)
+        if len(values) != 2:
+            raise ValueError(f'{_flag(key)} has {len(values)} values, expected the least and the greatest.')
+        if not 0. <= values[0] <= values[1]:
+            raise ValueError(f'{_flag(key)} is {values[0]} {values[1]}, expected the least and the greatest.')
+    if args.crop_pct is not None and not args.crop_pct > 0.:
+        raise ValueError(f'--crop-pct is {args.crop_pct}, expected more than 0, 1 for the whole image.')
     if args.clip_grad is not None and args.clip_grad <= 0:
         raise ValueError(f'--clip-grad is {args.clip_grad}, expected more than 0.')
     if 0 < args.aug_repeats < 1:
@@ -124,11 +156,27 @@ def _check_combinations(args: argparse.Namespace) -> None:
     for key in ('kd_teacher_checkpoint', 'kd_class_map'):
         if getattr(args, key) and not args.kd_model_name:
             raise ValueError(f'{_flag(key)} needs the architecture of the teacher: add --kd-model-name NAME.')
-    for key in _given(args, _TAUGHT) if args.kd_model_name is None else ():
+    taught = [key for keys in _TAUGHT.values() for key in keys]
+    for key in _given(args, taught) if args.kd_model_name is None else ():
         raise ValueError(
             f'{_flag(key)} needs a teacher: add --kd-model-name NAME. An empty one ("") says that there is to be none.')
-    if args.kd_class_map and args.kd_distill_type not in (None, 'dearkd'):
-        raise ValueError('--kd-class-map goes with --kd-distill-type dearkd alone.')
+
+
+def check_distillation(args: argparse.Namespace, distill_type: str) -> None:
+    """Refuse options of another kind of distillation than the student gets.
+
+    Where the kind is named, as over the options of a recipe, they are only said to do nothing. A class map never is.
+
+    Raises:
+        ValueError: There is one.
+    """
+    others = dict.fromkeys(key for keys in _TAUGHT.values() for key in keys if key not in _TAUGHT[distill_type])
+    for key in _given(args, list(others)):
+        kinds = ' or '.join(kind for kind, keys in _TAUGHT.items() if key in keys)
+        message = f'{_flag(key)} goes with --kd-distill-type {kinds}, this run has {distill_type}'
+        if args.kd_distill_type is None or key == 'kd_class_map':
+            raise ValueError(f'{message}. Leave it out, or choose the kind with --kd-distill-type.')
+        _logger.warning(f'{message}: it does nothing.')
 
 
 def _check_size_schedule(args: argparse.Namespace) -> None:

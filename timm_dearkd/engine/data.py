@@ -325,8 +325,13 @@ def class_names(dataset) -> Optional[List[str]]:
     return [str(name) for name in sorted(class_to_idx, key=lambda name: class_to_idx[name])]
 
 
-def check_labels(dataset, num_classes: int) -> None:
+def check_labels(dataset, num_classes: int, remedy: str = '') -> None:
     """Refuse a folder with more classes than the model has.
+
+    Args:
+        dataset: Whose labels.
+        num_classes: Of the model.
+        remedy: What to do; by default, to make the model with as many.
 
     Raises:
         ValueError: More classes than `num_classes`.
@@ -334,7 +339,8 @@ def check_labels(dataset, num_classes: int) -> None:
     class_to_idx = _class_to_idx(dataset)
     count = max(class_to_idx.values(), default=-1) + 1
     if count > num_classes:
-        raise ValueError(f'The data set has {count} classes, the model {num_classes}. Set --num-classes {count}.')
+        remedy = remedy or f'Set --num-classes {count}.'
+        raise ValueError(f'The data set has {count} classes, the model {num_classes}. {remedy}')
 
 
 def check_img_size(model: nn.Module, train_sizes: Sequence[int] = ()) -> None:

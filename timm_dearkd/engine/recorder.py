@@ -163,7 +163,7 @@ class Recorder:
             _logger.warning(
                 f'The teacher finds the label of {100 * agreement:.1f} % of the training images, guessing would find'
                 f' {100 * guessing:.1f} %. Are its classes those of the images, in the same order? If not:'
-                ' --kd-class-map FILE.')
+                ' --kd-class-map FILE. Or is the normalisation another (--mean, --std) than it was trained with?')
 
     def _collect_state(self, **state: Any) -> None:
         """Bring together what the next checkpoint holds beside the task and the optimizer."""
