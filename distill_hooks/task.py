@@ -379,8 +379,9 @@ class DearKDTask(TrainingTask):
         described = (self._fingerprint, self._blocks)
         if (state.get('teacher', self._fingerprint), state.get('blocks', self._blocks)) != described:
             raise ValueError(
-                'The checkpoint was trained with another teacher or other hooks. Resume with the same --kd-model-name,'
-                ' --kd-teacher-checkpoint and --dearkd-hooks, or start from its weights with --initial-checkpoint.')
+                'The checkpoint was trained with another teacher, class map or other hooks. Resume with the same'
+                ' --kd-model-name, --kd-teacher-checkpoint, --kd-class-map and --dearkd-hooks, or start from its'
+                ' weights with --initial-checkpoint.')
         trainable = unwrap_model(module if module is not None else self.get_trainable_module(ema=ema))
         try:
             trainable.aligners.load_state_dict(state['aligners'], strict=strict)

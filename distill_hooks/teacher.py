@@ -27,7 +27,8 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from .capture import FeatureCapture, find_module
 
-__all__ = ['FeatureSpec', 'Teacher', 'create_teacher', 'load_class_map', 'resolve_layer', 'resolve_teacher']
+__all__ = [
+    'FeatureSpec', 'Teacher', 'create_teacher', 'load_class_map', 'resolve_layer', 'resolve_teacher', 'training_args']
 
 _logger = logging.getLogger(__name__)
 
@@ -240,7 +241,8 @@ def training_args(checkpoint: str) -> Dict[str, Any]:
     if not isinstance(contents, Mapping) or not isinstance(contents.get('arch'), str):
         return {}
     args = contents.get('args')
-    return {**(vars(args) if isinstance(args, argparse.Namespace) else {}), 'arch': contents['arch']}
+    is_timms = isinstance(args, argparse.Namespace) and getattr(args, 'model', None) == contents['arch']
+    return {**(vars(args) if is_timms else {}), 'arch': contents['arch']}
 
 
 def _create_as_trained(name: str, args: Dict[str, Any], **kwargs: Any) -> nn.Module:

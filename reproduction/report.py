@@ -151,7 +151,7 @@ def measure(table: Table, figures: Dict[Key, Figure], factors: Dict[Key, float])
             variance += factor ** 2 * noise.variance / len(values)
         parts.append(Noise(variance, noise.degrees))
     total = sum(part.variance for part in parts)
-    if not total > 0.:  # nothing is known, or the figures are the same in all seeds
+    if not total > 1e-12:  # nothing is known, or the figures are the same in all seeds
         return Gap(value, math.nan)
     degrees = total ** 2 / sum(part.variance ** 2 / part.degrees for part in parts)  # Welch and Satterthwaite
     return Gap(value, t_quantile(degrees) * math.sqrt(total))

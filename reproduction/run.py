@@ -71,12 +71,19 @@ def read_result(path: Path) -> Optional[Dict[str, Any]]:
 
 
 def count_processes(launcher: Sequence[str]) -> int:
-    """How many torchrun starts, by its arguments; 1 for other programs."""
+    """How many torchrun starts, by its arguments; 1 for other programs.
+
+    Raises:
+        ValueError: They give no number.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument('--nnodes', type=int, default=1)
-    parser.add_argument('--nproc_per_node', '--nproc-per-node', type=int, default=1)
+    parser.add_argument('--nnodes', default='1')
+    parser.add_argument('--nproc_per_node', '--nproc-per-node', default='1')
     args, _ = parser.parse_known_args(launcher)
-    return args.nnodes * args.nproc_per_node
+    if not (args.nnodes.isdecimal() and args.nproc_per_node.isdecimal()):
+        raise ValueError(
+            f'--launcher has {args.nnodes} nodes and {args.nproc_per_node} processes on each, expected two numbers.')
+    return int(args.nnodes) * int(args.nproc_per_node)
 
 
 class CellError(Exception):
@@ -105,7 +112,6 @@ class Driver:
             launcher: Sequence[str] = (sys.executable,),
     ) -> None:
         self.scale, self.jobs, self.launcher = scale, jobs, list(launcher)
-        self.num_processes = count_processes(launcher)
         self.data, self.work, self.results = data.resolve(), work.resolve(), results.resolve()
         self.threads = max(1, (os.cpu_count() or 1) // jobs)
         self.processes: Set[subprocess.Popen] = set()
@@ -163,16 +169,17 @@ class Driver:
         Raises:
             ValueError: They can not.
         """
-        if self.num_processes == 1:
+        num_processes = count_processes(self.launcher)
+        if num_processes == 1:
             return []
         recipe = yaml.safe_load((ROOT / cell.argv[cell.argv.index('-c') + 1]).read_text())
         given = dict(zip(cell.argv, cell.argv[1:]))
         steps = int(given.get('--grad-accum-steps', recipe.get('grad_accum_steps', 1)))
-        if steps % self.num_processes:
+        if steps % num_processes:
             raise ValueError(
-                f'{self.num_processes} processes can not share the {steps} accumulation steps of {cell.name}. Start as'
+                f'{num_processes} processes can not share the {steps} accumulation steps of {cell.name}. Start as'
                 ' many as divide them.')
-        return ['--grad-accum-steps', str(steps // self.num_processes)]
+        return ['--grad-accum-steps', str(steps // num_processes)]
 
     @contextmanager
     def locked(self, name: str) -> Iterator[TextIO]:

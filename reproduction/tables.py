@@ -289,7 +289,7 @@ def recipes(scale: Scale, seeds: Sequence[int]) -> Table:
             ' where it was recorded.')
     return Table('Recipe', SET_ASIDE.format(100 * scale.ablation_fraction) + FIRST_ROUND + note, [
         *(Entry(label, METHODS[name], cells(label, name)) for label, (_, names) in RECIPES.items() for name in names),
-        *(Entry(label, 'labels found', cells(label, 'hard'), None, '', 'teacher_agreement', 2)
+        *(Entry(label, 'labels found', cells(label, 'hard'), None, 'labels', 'teacher_agreement', 2)
           for label, (_, names) in RECIPES.items() if 'hard' in names)])
 
 

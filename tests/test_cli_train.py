@@ -234,7 +234,8 @@ def test_more_classes_than_folders_and_split_batch_norm(train_cli, image_folder,
     assert result.returncode == 0, result.stderr
     assert 'All of the 2 epochs are warm-up' in result.stderr and 'Set --model-ema-warmup' in result.stderr
     model = timm.create_model(f'local-dir:{tmp_path / "x"}', pretrained=True)
-    assert model.pretrained_cfg['label_names'] == ['blue sky', 'grass', 'rust', '3', '4']
+    assert model.pretrained_cfg['label_names'] == [
+        'blue sky', 'grass', 'rust', '(no folder, class 3)', '(no folder, class 4)']
     best = max(rows(tmp_path / 'x'), key=lambda row: float(row['eval_top1']))
     assert evaluate(model, image_folder)['loss'] == pytest.approx(float(best['eval_loss']), rel=1e-3)
     report = (tmp_path / 'x' / 'report.html').read_text()
@@ -362,8 +363,11 @@ def test_evaluation_alone(run, train_cli, image_folder, tmp_path):
         ['--pretrained-path', folder / 'model_best.safetensors'],
         ['--resume', folder / 'model_best.pth.tar'],
         ['--initial-checkpoint', folder / 'model_best.safetensors', '--no-prefetcher', '-vb', '5'],
+        # what the checkpoint was trained with, but for the number of channels that is given
+        ['--initial-checkpoint', folder / 'model_best.pth.tar', '--in-chans', '3', '--head-init-bias', '-10'],
     ):
-        result = train_cli('--eval-only', *args)
+        small = '--head-init-bias' not in args
+        result = train_cli('--eval-only', *args, *(() if small else ('--model', 'test_dearkd')), small=small)
         assert result.returncode == 0, result.stderr
         metrics = json.loads(result.stdout)
         assert metrics['num_images'] == 12
@@ -375,6 +379,12 @@ def test_evaluation_alone(run, train_cli, image_folder, tmp_path):
     (other / 'validation' / 'rust').rename(other / 'validation' / 'snow')
     result = train_cli('--eval-only', '--initial-checkpoint', folder / 'model_best.safetensors', data=other)
     assert result.returncode == 2 and 'classes that the training set has not: snow' in result.stderr
+
+    less = tmp_path / 'less'  # torchvision's reader would number the classes that are there
+    shutil.copytree(image_folder, less)
+    shutil.rmtree(less / 'validation' / 'blue sky')
+    result = train_cli('--eval-only', '--model', f'local-dir:{folder}', '--dataset', 'torch/folder', data=less)
+    assert result.returncode == 2 and 'Leave out --dataset' in result.stderr
 
     save_for_hf(timm.create_model('test_vit', num_classes=2, img_size=32), tmp_path / 'two', safe_serialization=True)
     result = train_cli('--eval-only', '--model', f'local-dir:{tmp_path / "two"}', data=other)

@@ -473,6 +473,15 @@ def test_command_line(tmp_path):
         assert result.returncode == 2 and message in result.stderr.strip().splitlines()[-1]
 
 
+def test_launchers():
+    for launcher, count in (('torchrun --nproc_per_node=4', 4), ('torchrun --nnodes 2 --nproc-per-node 8', 16),
+                            ('python', 1), ('accelerate launch', 1)):
+        assert run.count_processes(launcher.split()) == count
+    for launcher in ('torchrun --nproc-per-node gpu', 'torchrun --nnodes 1:4 --nproc_per_node 2'):
+        with pytest.raises(ValueError, match='expected two numbers'):
+            run.count_processes(launcher.split())
+
+
 def test_the_listed_commands_are_those_of_a_shell():
     listed = run_python('reproduction/run.py', 'table2', '--list').stdout.splitlines()[0]
     shell = subprocess.run(

@@ -71,7 +71,7 @@ def prepare(argv: Optional[Sequence[str]] = None) -> Callable[[], None]:
         check_report()
     device, ranks = select_device(args.device)
     if not ranks.is_primary:
-        logging.getLogger().setLevel(logging.WARNING)
+        logging.getLogger().setLevel(logging.ERROR)  # until the run begins, all say the same
     random_seed(args.seed)  # the same weights in every process
     if args.fast_norm:
         set_fast_norm()
@@ -197,6 +197,8 @@ def fit(
     task: Any = trainer.task
     ranks = trainer.ranks
     _logger.info(f'Training for {len(epochs)} epochs, up to {epochs.stop}. Output: {recorder.folder}')
+    if not ranks.is_primary:
+        logging.getLogger().setLevel(logging.WARNING)
     if len(start.rng_states) == ranks.world_size:
         set_rng_state(start.rng_states[ranks.rank], trainer.precision.device)
     else:

@@ -65,8 +65,12 @@ class Run:
         return [epoch for epoch, _ in points], [value for _, value in points]
 
     def best(self) -> Optional[Tuple[int, float]]:
-        """Epoch and value of the best metric."""
-        points = list(zip(*self.series(self.metric)))
+        """Epoch and value of the best metric; of the training losses, among those with the weights of the last."""
+        rows = [row for row in self.rows if self.metric in row]
+        if self.metric.startswith('train_'):
+            rows = [row for row in rows if all(
+                row.get(key) == rows[-1].get(key) for key in ('train_stage', 'train_alpha'))]
+        points = [(int(row['epoch']), row[self.metric]) for row in rows]
         choose = min if 'loss' in self.metric else max
         return choose(points, key=lambda point: point[1]) if points else None
 

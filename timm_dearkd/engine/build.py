@@ -98,8 +98,8 @@ def build_student(
                 ' The file is of other classes than the images, or of another --img-size.' if args.eval_only else
                 ' Weights of other classes or another image size go in by --pretrained-path, with a new head.')
         raise ValueError(f'Could not create --model {args.model}: {_reason(e)}{remedy}') from e
-    is_folder = parse_model_name(args.model)[0] is not None
-    if is_folder and not (args.eval_only or args.pretrained or overlay or args.initial_checkpoint or args.resume):
+    has_weights = parse_model_name(args.model)[0] is not None  # local-dir:, hf-hub:
+    if has_weights and not (args.eval_only or args.pretrained or overlay or args.initial_checkpoint or args.resume):
         _logger.warning(f'{args.model} gives its architecture alone, with new weights. For its own: --pretrained.')
     if not args.eval_only:  # where the labels are yet to be those of the model
         check_labels(dataset, model.num_classes)
@@ -127,9 +127,9 @@ def build_evaluation(args, device: torch.device, create_model: Callable[..., Any
         raise ValueError(f'--num-classes is {args.num_classes}, but {args.model} knows {own} classes. Leave it out.')
     names, trained = class_names(eval_set), cfg.get('label_names')
     unknown = sorted(set(names or ()) - set(trained or ()))
-    if trained and not args.class_map and not unknown:
-        eval_set = open_validation_set(args, class_map={name: index for index, name in enumerate(trained)})
-    elif trained and not args.class_map and not args.initial_checkpoint:
+    if trained and names and not args.class_map and not unknown:
+        eval_set = open_validation_set(args, {name: index for index, name in enumerate(trained)})
+    elif trained and names and not args.class_map and not args.initial_checkpoint:
         raise ValueError(
             f'Split {args.val_split!r} has classes that the model does not know: {", ".join(unknown[:5])}.'
             ' Move them away, or give --class-map.')
@@ -143,11 +143,19 @@ def build_evaluation(args, device: torch.device, create_model: Callable[..., Any
 def _take_trained_input(args) -> None:
     """Let options that are not given be those that the checkpoint was trained with."""
     saved = training_args(args.initial_checkpoint)
-    sized = any((args.img_size, args.input_size, args.in_chans))
-    for key in ('mean', 'std', 'crop_pct', 'interpolation', 'bn_eps', 'gp', 'img_size', 'input_size', 'in_chans'):
-        if not getattr(args, key) and saved.get(key) and not (sized and key in ('img_size', 'input_size', 'in_chans')):
+    keys = ['mean', 'std', 'crop_pct', 'interpolation', 'bn_eps', 'gp', 'num_classes']
+    if not args.input_size and saved.get('input_size'):
+        if not args.img_size:
+            args.input_size = [args.in_chans or saved['input_size'][0], *saved['input_size'][1:]]
+        else:
+            args.in_chans = args.in_chans or saved['input_size'][0]
+    elif not args.input_size:
+        keys += ['img_size', 'in_chans']
+    for key in keys:
+        if not getattr(args, key) and saved.get(key):
             setattr(args, key, saved[key])
-    args.model_kwargs = {**(saved.get('model_kwargs') or {}), **args.model_kwargs}
+    for key in ('model_kwargs', 'pretrained_cfg_overlay'):
+        setattr(args, key, {**(saved.get(key) or {}), **getattr(args, key)})
 
 
 def _label_as_training(args, eval_set):
@@ -166,7 +174,8 @@ def _label_as_training(args, eval_set):
 
 
 def _adapt_student(args, model: Any) -> None:
-    heads = () if args.head_init_scale is None and args.head_init_bias is None else model.get_classifier()
+    given = args.head_init_scale is not None or args.head_init_bias is not None
+    heads = model.get_classifier() if given and not args.eval_only else ()
     for head in heads if isinstance(heads, tuple) else (heads,):  # one, or two of a distilled ViT
         if not all(isinstance(getattr(head, key, None), torch.Tensor) for key in ('weight', 'bias')):
             raise ValueError('--head-init-scale and --head-init-bias need a head with a weight and a bias.')

@@ -19,6 +19,7 @@ from .data import (
     is_image_folder,
     open_dataset,
     open_eval_dataset,
+    relabel,
     set_image_mode,
 )
 from .device import SINGLE, Ranks
@@ -48,11 +49,14 @@ def dataset_kwargs(args) -> Dict[str, Any]:
     )
 
 
-def open_validation_set(args, **kwargs: Any):
-    """The validation split, with its own labels."""
-    return open_dataset(
-        args.dataset, args.data_dir or args.data, args.val_split, is_training=False, num_samples=args.val_num_samples,
-        **{**dataset_kwargs(args), **kwargs})
+def open_validation_set(args, class_to_idx: Optional[Dict[str, int]] = None):
+    """The validation split, with its own labels or those that are given."""
+    kwargs = dict(dataset_kwargs(args), is_training=False, num_samples=args.val_num_samples)
+    place = args.dataset, args.data_dir or args.data, args.val_split
+    if class_to_idx is None:
+        return open_dataset(*place, **kwargs)
+    del kwargs['class_map']
+    return relabel(*place, class_to_idx, **kwargs)
 
 
 def build_datasets(args) -> Tuple[Any, Any]:

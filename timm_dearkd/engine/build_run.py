@@ -29,10 +29,11 @@ from .output import (
 from .recorder import Recorder
 from .tracking import Tracker
 
-__all__ = ['build_recorder', 'build_trainer', 'build_validator', 'describe_run', 'output_parent']
-
+__all__ = [
+    'build_recorder', 'build_trainer', 'build_validator', 'describe_run', 'output_parent', 'warn_of_short_run']
 
 _logger = logging.getLogger(__name__)
+
 
 def build_trainer(
         args,

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 __all__ = [
     'ClassFraction', 'SkipUnreadable', 'check_img_size', 'check_labels', 'check_mode', 'class_names',
-    'find_splits', 'folder_of', 'is_image_folder', 'open_dataset', 'open_eval_dataset', 'set_image_mode',
+    'find_splits', 'folder_of', 'is_image_folder', 'open_dataset', 'open_eval_dataset', 'relabel', 'set_image_mode',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -196,11 +196,21 @@ def open_eval_dataset(train_set, name: str, root: Optional[str], split: str, cla
             raise ValueError(
                 f'Split {split!r} has classes that the training set has not: {", ".join(unknown[:5])}.'
                 ' Rename or remove their folders, or name the labels with --class-map.')
-        dataset = open_dataset(name, root, split, class_map=known, **kwargs)
-        if _class_to_idx(dataset) != known:  # torchvision's data sets take no class map
-            raise ValueError(
-                f'Split {split!r} of data set {name!r} has not all classes of training, which shifts its labels.'
-                ' Leave out --dataset, for timm to read the folder.')
+        dataset = relabel(name, root, split, known, **kwargs)
+    return dataset
+
+
+def relabel(name: str, root: Optional[str], split: str, class_to_idx: Dict[str, int], **kwargs: Any):
+    """Open a split with given labels.
+
+    Raises:
+        ValueError: See `open_dataset`; or labels that can't be given, and are others.
+    """
+    dataset = open_dataset(name, root, split, class_map=class_to_idx, **kwargs)
+    if _class_to_idx(dataset) != class_to_idx:  # torchvision's data sets take no class map
+        raise ValueError(
+            f'Split {split!r} of data set {name!r} has other classes than training, which shifts its labels.'
+            ' Leave out --dataset, for timm to read the folder.')
     return dataset
 
 

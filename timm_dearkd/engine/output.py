@@ -88,7 +88,10 @@ class AtomicCheckpointSaver(CheckpointSaver):
     def forget_ranks(self) -> None:
         """Rank what comes by itself, for its metric is another; checkpoints that are there count by recency."""
         self.best_metric = self.best_epoch = None
-        self.checkpoint_files = [(path, None) for path, _ in self.checkpoint_files]
+        newest_first = sorted(
+            (path for path, _ in self.checkpoint_files), reverse=True,
+            key=lambda path: int(os.path.basename(path)[len(self.save_prefix) + 1:-len(self.extension)]))
+        self.checkpoint_files = [(path, None) for path in newest_first]
 
     def go_back_to(self, path: str) -> None:
         """Make an earlier checkpoint of the run its last one."""
@@ -179,7 +182,7 @@ _FREE_OPTIONS = {
     'resume', 'start_epoch', 'stop_epoch', 'save_epochs', 'output', 'experiment', 'workers', 'pin_mem', 'log_interval',
     'recovery_interval', 'checkpoint_hist', 'device', 'no_ddp_bb', 'report', 'torchcompile', 'torchcompile_mode',
     'save_images', 'log_tensorboard', 'log_wandb', 'wandb_project', 'wandb_tags', 'wandb_resume_id',
-    'validation_batch_size', 'no_resume_opt'}
+    'validation_batch_size', 'no_resume_opt', 'local_rank'}
 
 
 def changed_options(before: Dict[str, Any], now: Dict[str, Any]) -> str:
@@ -339,7 +342,8 @@ def export_model(
         name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()
         if '.aux_bn.' not in name}  # --split-bn: of augmented copies, in training alone
     if label_names:  # with --num-classes, the model may know more
-        label_names = [*label_names, *map(str, range(len(label_names), cast(Any, model).num_classes))]
+        others = range(len(label_names), cast(Any, model).num_classes)
+        label_names = [*label_names, *(f'(no folder, class {index})' for index in others)]
     weights_file, config_file = (Path(folder) / f'.{name}.tmp' for name in (EXPORT_NAME, 'config.json'))
     try:
         weights_file.write_bytes(safetensors.torch.save(tensors, metadata={'format': 'pt'}))

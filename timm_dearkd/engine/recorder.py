@@ -196,6 +196,9 @@ def summary_row(task, losses: Dict[str, float]) -> Dict[str, Any]:
 def print_results(results: List[Dict[str, Any]], eval_metric: str) -> None:
     """The ten best epochs as JSON on standard output, behind the mark that timm's script sets."""
     kind = 'validation' if any('validation' in result for result in results) else 'train'
+    if kind == 'train':  # losses of other weights are no better or worse
+        last = results[-1][kind] if results else {}
+        results = [r for r in results if all(r[kind].get(key) == last.get(key) for key in ('stage', 'alpha'))]
     best = sorted(
         (result for result in results if kind in result),
         key=lambda result: result[kind].get(eval_metric, 0),

@@ -38,6 +38,9 @@ def test_a_run_in_figures(make_run):
     assert run.stage2_start == 2 and run.series('train_logit_loss') == ([0, 1], [2.2, 2.1])
     by_loss = open_run(make_run('by_loss', eval_metric='loss'))
     assert by_loss.best() == (3, 1.8)
+    stages = make_run('stages', ['0,1,0.5,0.1', '1,2,0.75,0.2', '2,2,1.0,0.4', '3,2,1.0,0.3', '4,2,1.0,0.5'],
+                      'epoch,train_stage,train_alpha,train_loss', epochs=5)
+    assert open_run(stages).best() == (3, 0.3)  # as the one that is exported
 
 
 def test_runs_that_are_not_like_the_others(make_run):

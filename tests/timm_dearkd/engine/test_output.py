@@ -17,6 +17,19 @@ def make_saver(folder, **kwargs):
     return AtomicCheckpointSaver(model, optimizer, checkpoint_dir=str(folder), recovery_dir=str(folder), **kwargs)
 
 
+def test_ranks_that_are_forgotten_count_by_recency(tmp_path):
+    saver = make_saver(tmp_path, max_history=3, decreasing=True)
+    for epoch, loss in ((8, 3.), (9, 1.), (10, 2.)):
+        saver.save_checkpoint(epoch, loss)
+    saver.forget_ranks()
+    kept = []
+    for epoch, loss in ((11, 5.), (12, 4.), (13, 6.)):
+        assert saver.save_checkpoint(epoch, loss) == ((5., 11) if epoch == 11 else (4., 12))
+        kept.append(sorted(int(path.name[11:-8]) for path in tmp_path.glob('checkpoint-*')))
+    assert kept == [[9, 10, 11], [10, 11, 12], [11, 12, 13]]
+    assert torch.load(tmp_path / 'model_best.pth.tar', weights_only=True)['epoch'] == 12
+
+
 @pytest.mark.parametrize('hardlinks', [True, False])
 def test_every_name_is_a_whole_file_at_any_moment(tmp_path, hardlinks):
     """A reader beside the writer never finds `last` or `model_best` missing or broken."""
