@@ -368,7 +368,7 @@ class DearKDTask(TrainingTask):
         """Restore `get_task_state`.
 
         Raises:
-            ValueError: State of another teacher or other hooks, or none (if `strict`) where the schedule needs it.
+            ValueError: State of another teacher, class map or hooks, or none (if `strict`) where the schedule needs it.
         """
         if not state:
             if strict and len(self.log_names) > 2:

@@ -138,5 +138,5 @@ def test_no_thread_of_the_group_is_left_in_the_end(image_folder, cnn, tmp_path):
         *TORCHRUN, script, image_folder, *SMALL, '--epochs', '1', '--kd-model-name', f'local-dir:{cnn}', '--output',
         tmp_path)
     assert result.returncode == 0, result.stderr
-    left = [line for line in result.stdout.splitlines() if line.startswith('left:')]
+    _, *left = result.stdout.split('left:')  # both processes write, and may do so on one line
     assert len(left) == 2 and 'gloo' not in ''.join(left)

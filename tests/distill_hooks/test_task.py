@@ -147,7 +147,7 @@ def test_resume(tmp_path):
         assert p.equal(q)
 
     for wrong in (make(teacher='test_convnext'), make(hooks='4:1'), make(hooks=['2', '4']), make(hooks='3')):
-        with pytest.raises(ValueError, match='another teacher or other hooks.*--dearkd-hooks'):
+        with pytest.raises(ValueError, match='another teacher, class map or other hooks.*--dearkd-hooks'):
             resume_task_checkpoint(wrong, path)
     plain = make()
     resume_task_checkpoint(plain, path)

@@ -242,7 +242,8 @@ def test_a_training_checkpoint_brings_its_arguments_and_its_normalisation(tmp_pa
     """The file alone gives the logits of the model that it was written from, on images normalised as it was."""
     model = timm.create_model(name, num_classes=5, in_chans=1, **kwargs).eval()
     path = str(tmp_path / 'last.pth.tar')
-    args = argparse.Namespace(**dict(mean=[0.1], std=[0.9], crop_pct=0.7, interpolation='', gp=None), **options)
+    args = argparse.Namespace(
+        **dict(model=name, mean=[0.1], std=[0.9], crop_pct=0.7, interpolation='', gp=None), **options)
     torch.save({'arch': name, 'args': args, 'state_dict': model.state_dict()}, path)
     images = torch.rand(2, 1, 32, 48 if 'input_size' in options else 32)
     for given in ((path, None), (name, path)):
@@ -251,7 +252,11 @@ def test_a_training_checkpoint_brings_its_arguments_and_its_normalisation(tmp_pa
         assert config['input_size'] == tuple(images.shape[1:]) and config['crop_pct'] == 0.7
         logits, _ = Teacher(teacher, in_chans=1, mean=[0.4], std=[0.3])((images - 0.4) / 0.3)
         torch.testing.assert_close(logits, model((images - 0.1) / 0.9), atol=1e-5, rtol=1e-4)
-    if name == 'test_vit':  # a file that says nothing of it
+    if name == 'test_efficientnet':  # options of a script of others mean what they mean there
+        args = argparse.Namespace(mean='0.5,0.5', img_size='224')
+        torch.save({'arch': name, 'args': args, 'state_dict': model.state_dict()}, path)
+        assert create_teacher(path).num_classes == 5
+    else:  # a file that says nothing of it
         torch.save(timm.create_model(name, img_size=32).state_dict(), path)
         with pytest.raises(ValueError, match='another image size, name the folder of its run'):
             create_teacher(name, path)
