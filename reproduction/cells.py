@@ -3,8 +3,8 @@ from dataclasses import dataclass
 from typing import Dict, Optional, Sequence, Tuple
 
 __all__ = [
-    'FIGURE4', 'METHODS', 'SCALES', 'TAUGHT', 'Cell', 'Scale', 'hidden_loss', 'methods', 'stages', 'student_cell',
-    'students', 'teacher_cell', 'training_cost', 'two_stages',
+    'FIGURE4', 'METHODS', 'SCALES', 'TAUGHT', 'Cell', 'Scale', 'adi_weights', 'hidden_loss', 'intra_weights', 'methods',
+    'stages', 'student_cell', 'students', 'teacher_cell', 'training_cost', 'two_stages',
 ]
 
 
@@ -29,6 +29,8 @@ class Scale:
         hooks: Student block and teacher stage of the hidden loss.
         diversity: Arguments of the measurement of table 6; LPIPS without `--model`.
         inversion: Arguments of data_free.
+        adi: Further ones for ADI.
+        intra: Further ones for intra-divergence.
         data_free: Further arguments of the students of table 5.
         teacher_name: timm's name of the teacher, where it is not trained.
         untaught: Arguments that turn the recipe's teacher off.
@@ -49,9 +51,25 @@ class Scale:
     hooks: Tuple[str, ...]
     diversity: Tuple[str, ...] = ()
     inversion: Tuple[str, ...] = ()
+    adi: Tuple[str, ...] = ()
+    intra: Tuple[str, ...] = ()
     data_free: Tuple[str, ...] = ()
     teacher_name: str = ''
     untaught: Tuple[str, ...] = ()
+
+
+# Of all inversions; as in `hidden_loss` below, what is a default is written out
+DEEP_INVERSION = ('--l2-weight', '1e-5', '--first-bn-weight', '1', '--betas', '0.5', '0.9')
+
+
+def adi_weights(weight: str) -> Tuple[str, ...]:
+    """The competition with the student."""
+    return '--adi-weight', weight, '--adi-temperature', '3'
+
+
+def intra_weights(ep: str) -> Tuple[str, ...]:
+    """The intra-divergence loss, with a hundredth of its weight for the triplet, as in the paper."""
+    return '--ep-weight', ep, '--triplet-weight', f'{float(ep) / 100:g}', '--margin', '1'
 
 
 SCALES = {scale.name: scale for scale in (
@@ -59,7 +77,9 @@ SCALES = {scale.name: scale for scale in (
         'smoke', 'digits', '', 1257, 540, 'reproduction/small.yaml', 'dearkd_nano_patch4_32',
         ('--model', 'test_resnet'), ('--epochs', '2', '--warmup-epochs', '0'), 6, (0.05, 0.1), 0.05, 60,
         ('4:2',), ('--model', '{teacher}'),
-        ('--resolutions', '32:4:0.3', '--classes-per-batch', '10', '--images-per-class', '3')),
+        ('--resolutions', '32:4:0.3', '--classes-per-batch', '10', '--images-per-class', '3', '--jitter', '4',
+         '--bn-norm', 'absolute', '--bn-weight', '0.05', '--tv-weight', '1e-4', *DEEP_INVERSION),
+        adi_weights('10'), intra_weights('50')),
     Scale(
         'small', 'fashion_mnist', 'fashion_mnist/tuning', 60000, 10000, 'reproduction/small.yaml',
         'dearkd_nano_patch4_32',
@@ -68,16 +88,18 @@ SCALES = {scale.name: scale for scale in (
         40, (0.01, 0.025, 0.05, 0.1), 0.025, 1500, ('4:2',),
         # an ImageNet CNN that comes as a package, and not the one that the images are made out of
         ('--model', 'efficientnet_lite0', '--checkpoint', '{data}/efficientnet_lite0.pth'),
-        # found by the CNN's own confidence: ep, and ADI's weight up to 30, as large as leaves 95 % of the images with
-        # over half of it
         ('--resolutions', '32:200:0.2', '--classes-per-batch', '10', '--images-per-class', '6', '--jitter', '2',
-         '--bn-norm', 'relative', '--bn-weight', '0.05', '--tv-weight', '0.003', '--ep-weight', '0.5',
-         '--triplet-weight', '0.5', '--adi-weight', '30')),
+         '--bn-norm', 'relative', '--bn-weight', '0.05', '--tv-weight', '0.003', *DEEP_INVERSION),
+        adi_weights('30'), intra_weights('0.5')),  # see `inversion` in tables.py
     Scale(
         'imagenet', 'imagenet', '', 1281167, 50000, 'recipes/dearkd_300e.yaml', 'dearkd_tiny_patch16_224', (), (), 300,
         (0.1, 0.25, 0.5, 1.0), 1.0, 600_000, ('4:2',),
         diversity=('--pairs-per-class', '4'),
-        inversion=('--verifier', 'resnet101.tv_in1k', '--min-prob', '0.1', '--adi-weight', '0.2'),
+        inversion=(
+            '--resolutions', '112:2000:0.5', '224:2000:0.01', '--classes-per-batch', '6', '--images-per-class', '7',
+            '--jitter', '28', '--bn-norm', 'absolute', '--bn-weight', '0.05', '--tv-weight', '1e-4', *DEEP_INVERSION,
+            '--verifier', 'resnet101.tv_in1k', '--min-prob', '0.1'),
+        adi=adi_weights('0.2'), intra=intra_weights('50'),
         data_free=('--kd-model-name', 'resnet101.tv_in1k', '--epochs', '1000', '--dearkd-stage1-epochs', '800',
                    '--dearkd-stage2', 'ce', '--batch-size', '128', '--val-interval', '1000'),
         teacher_name='regnety_160.deit_in1k', untaught=('--kd-model-name', '')),

@@ -86,6 +86,11 @@ def count_processes(launcher: Sequence[str]) -> int:
     return int(args.nnodes) * int(args.nproc_per_node)
 
 
+def is_taught(cell: Cell) -> bool:
+    """Whether its figure depends on the teacher."""
+    return any(need.name == 'teacher' or is_taught(need) for need in cell.needs)
+
+
 class CellError(Exception):
     """Why a cell has no figures."""
 
@@ -227,7 +232,7 @@ class Driver:
         """
         with self.locked(cell.name) as output:
             log, commit = self.read_log(cell), git_commit()
-            teacher = self.teacher_weights() if any(need.name == 'teacher' for need in cell.needs) else ''
+            teacher = self.teacher_weights() if is_taught(cell) else ''
             if (log.get('definition'), log.get('teacher', teacher)) != (definition(cell), teacher):  # of another run
                 shutil.rmtree(self.work / cell.name, ignore_errors=True)
                 log = dict(definition=definition(cell), commits=[], seconds=0.)
@@ -278,13 +283,17 @@ class Driver:
             **(dict(teacher_agreement=float(agreement[-1])) if agreement else {}))
 
     def image_figures(self, cell: Cell) -> Dict[str, Any]:
-        """How sure the CNN is of the images that it made; the real validation images come beside them."""
+        """How sure the CNN is of its images, and another one; the real validation images come beside them."""
         folder = self.work / cell.name
         link = folder / 'validation'
         link.unlink(missing_ok=True)
         link.symlink_to(validation_folder(self.data / cell.data))
         images = json.loads((folder / 'manifest.json').read_text())['images']
-        return dict(sure=100 * sum(image['teacher_prob'] > 0.5 for image in images) / len(images), images=len(images),
+
+        def share(key: str) -> float:
+            return 100 * sum(image[key] > 0.5 for image in images) / len(images)
+
+        return dict(sure=share('teacher_prob'), recognised=share('verifier_prob'), images=len(images),
                     kept=sum(image['kept'] for image in images))
 
     def distance(self, cell: Cell) -> Dict[str, Any]:

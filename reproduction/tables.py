@@ -8,7 +8,9 @@ from reproduction.cells import (
     TAUGHT,
     Cell,
     Scale,
+    adi_weights,
     hidden_loss,
+    intra_weights,
     methods,
     stages,
     student_cell,
@@ -331,24 +333,43 @@ def longer(scale: Scale, seeds: Sequence[int]) -> Table:
         reference=METHODS['vit'])
 
 
-MODES: Dict[str, Tuple[str, Tuple[str, ...], Optional[float], Optional[float]]] = {
-    # label, arguments, the paper's top-1 (table 5) and LPIPS (table 6)
-    'none': ('DeepInversion', ('--diversity', 'none'), 62.7, 0.657),
-    'adi': ('ADI', ('--diversity', 'adi', '--student', '{runs}/synthetic_student-none-seed{seed}'), 70.1, 0.683),
-    'intra': ('DF-DearKD (intra-divergence)', ('--diversity', 'intra'), 71.2, 0.692),
+MODES: Dict[str, Tuple[str, float, float]] = {
+    # label, the paper's top-1 (table 5) and LPIPS (table 6)
+    'none': ('DeepInversion', 62.7, 0.657),
+    'adi': ('ADI', 70.1, 0.683),
+    'intra': ('DF-DearKD (intra-divergence)', 71.2, 0.692),
 }
 REAL = 'real images'
+# What two CNNs say of images that were made: the one that they were made out of, and one that has other weights
+IMAGE_FIGURES = {'CNN is sure, %': 'sure', 'another CNN is, %': 'recognised'}
 
 
 def image_cell(scale: Scale, mode: str, seed: int) -> Cell:
     """A set of images made out of the teacher."""
-    argv = tuple(arg.replace('{seed}', str(seed)) for arg in MODES[mode][1])
-    teacher = teacher_cell(scale)
-    needs = ((teacher,) if teacher else ()) + ((synthetic_student_cell(scale, 'none', seed),) if mode == 'adi' else ())
+    return inversion_cell(scale, f'images-{mode}-seed{seed}', mode, seed, scale.num_synthetic)
+
+
+def inversion_cell(
+        scale: Scale,
+        name: str,
+        mode: str,
+        seed: int,
+        num_images: int,
+        tuning: Tuple[str, ...] = (),
+) -> Cell:
+    """Images by one of the modes, with the scale's weights or those to be tried; a CNN of other images sees them."""
+    teacher, needs = teacher_cell(scale), []
+    argv = ['--model', '{teacher}', '--num-images', str(num_images), '--diversity', mode, *scale.inversion]
+    if teacher:
+        needs += [teacher, cnn_cell(scale, 0)]
+        argv += ['--verifier', f'{{runs}}/{needs[1].name}', '--min-prob', '0']
+    if mode == 'adi':
+        needs.append(synthetic_student_cell(scale, 'none', seed))
+        argv += ['--student', f'{{runs}}/{needs[-1].name}']
+    argv += tuning or {'none': (), 'adi': scale.adi, 'intra': scale.intra}[mode]
     return Cell(
-        f'images-{mode}-seed{seed}', scale.data, (
-            '--model', '{teacher}', '--num-images', str(scale.num_synthetic), *scale.inversion, *argv),
-        scale.num_synthetic * 40., seed, needs, 'data_free')
+        f'{"tuning-" if tuning else ""}{name}', scale.tuning_data if tuning else scale.data, tuple(argv),
+        num_images * 40., seed, tuple(needs), 'data_free')
 
 
 def synthetic_student_cell(scale: Scale, mode: str, seed: int) -> Cell:
@@ -377,28 +398,58 @@ def real_students(scale: Scale, seeds: Sequence[int]) -> Tuple[Cell, ...]:
 
 def weights_note(scale: Scale) -> str:
     """What is other than data_free's defaults in the images' losses."""
-    flags, defaults = dict(zip(scale.inversion, scale.inversion[1:])), LossWeights()
+    argv = scale.inversion + scale.adi + scale.intra
+    flags, defaults = dict(zip(argv, argv[1:])), LossWeights()
     names = dict(bn='BatchNorm', tv='total variation', ep='easiest positive', triplet='triplet', adi='ADI')
     changed = [
         f'{name} {flags[f"--{flag}-weight"]} (default {getattr(defaults, flag):g})' for flag, name in names.items()
-        if float(flags.get(f'--{flag}-weight', getattr(defaults, flag))) != getattr(defaults, flag)]
-    changed += [f'{flags["--bn-norm"]} BatchNorm distances'] if '--bn-norm' in flags else []
-    return f'Not the defaults of `data_free`: {", ".join(changed)}.' if changed else ''
+        if float(flags[f'--{flag}-weight']) != getattr(defaults, flag)]
+    changed += ['relative BatchNorm distances'] if flags['--bn-norm'] == 'relative' else []
+    return f' Not the defaults of `data_free`: {", ".join(changed)}.' if changed else ''
+
+
+# Weights of what keeps images apart: easiest positive (the triplet's is a hundredth of it), and the competition
+WEIGHTS: Dict[str, Tuple[str, ...]] = {
+    'intra': ('0.2', '0.5', '1', '2'), 'adi': ('10', '30', '100', '300')}
+
+
+def inversion(scale: Scale, seeds: Sequence[int]) -> Table:
+    """How strong the losses for diversity may be."""
+    make = dict(intra=intra_weights, adi=adi_weights)
+    entries = [
+        Entry(f'{MODES[mode][0]}, {weight}', column, (inversion_cell(
+            scale, f'images-{mode}-{weight}-seed{seed}', mode, seed, 120, make[mode](weight)),), None, key, key)
+        for mode, weights in WEIGHTS.items() for weight in weights for seed in seeds[:1]
+        for column, key in IMAGE_FIGURES.items()]
+    return Table(
+        'Weights for diversity, without real images',
+        '120 images each, by the weight of the easiest positive (a hundredth of it for the triplet, as in the paper)'
+        ' and of the competition. Tables 5 and 6 have the largest of these that leaves 95 % of the images with more'
+        ' than half of the probability of the CNN that they are made out of; the other CNN had no say.', entries)
 
 
 def table5(scale: Scale, seeds: Sequence[int]) -> Table:
     """Students without real images, and one with about as many real ones."""
     entries = [
-        Entry(label, 'top-1', tuple(synthetic_student_cell(scale, mode, seed) for seed in seeds[:2]), paper,
-              'synthetic')
-        for mode, (label, _, paper, _) in MODES.items()]
-    intra = (MODES['intra'][0], 'top-1')
-    return Table(
-        'Data-free (table 5)',
+        entry for mode, (label, paper, _) in MODES.items()
+        for cells in [tuple(synthetic_student_cell(scale, mode, seed) for seed in seeds[:2])]
+        for entry in (Entry(label, 'top-1', cells, paper, 'synthetic'),
+                      Entry(label, 'labels found', cells, None, 'labels', 'teacher_agreement', 2))]
+    real, intra = real_students(scale, seeds), (MODES['intra'][0], 'top-1')
+    note = (
         f'DearKD students on {scale.num_synthetic} images made out of a CNN (before a verifier, where there is one,'
-        ' leaves any out), and on about as many real ones. At the small scales that CNN is the teacher too, and no'
-        f' other CNN sorts the images out; the paper has others for both. {weights_note(scale)}',
-        [*entries, Entry(REAL, 'top-1', real_students(scale, seeds), 72.2, 'real')],
+        ' leaves any out), and on about as many real ones; their recipe was chosen on real ones.'
+        f'{weights_note(scale)} ADI competes with the student of DeepInversion\'s images. To the right: the share of'
+        ' the augmented images whose label, the class that they were made for, the teacher finds.')
+    if scale.cnn:
+        note += (
+            ' The CNN is the teacher too; the paper has another one. The images are made to look like the crops that it'
+            ' was trained on, and are cropped once more for the student, which widens the gap to real images but not'
+            ' the gaps between the three.')
+    return Table(
+        'Data-free (table 5)', note,
+        [*entries, Entry(REAL, 'top-1', real, 72.2, 'real'),
+         Entry(REAL, 'labels found', real, None, 'labels', 'teacher_agreement', 2)],
         [*_ordered('top-1'), Claim('Real images above intra-divergence', (REAL, 'top-1'), intra)])
 
 
@@ -425,15 +476,20 @@ def table6(scale: Scale, seeds: Sequence[int]) -> Table:
               'distance', 3)
         for label, mode, lpips, noise in (
             (REAL, '', 0.708, 'real'),
-            *((label, mode, lpips, 'synthetic') for mode, (label, *_, lpips) in MODES.items()))]
-    sure = [
-        Entry(label, 'CNN is sure, %', tuple(image_cell(scale, mode, seed) for seed in seeds[:2]), None, 'sure', 'sure')
-        for mode, (label, *_) in MODES.items()]
+            *((label, mode, lpips, 'synthetic') for mode, (label, _, lpips) in MODES.items()))]
+    looks = [
+        Entry(label, column, tuple(image_cell(scale, mode, seed) for seed in seeds[:2]), None, key, key)
+        for mode, (label, *_) in MODES.items() for column, key in IMAGE_FIGURES.items()]
     return Table(
         'Diversity (table 6)',
-        f'Distance of two images of a class: {metric}. Beside it: images in percent to which the CNN that they were'
-        ' made out of gives more than half of its probability for their class.',
-        distances + sure, _ordered('distance'))
+        f'Distance of two images of a class: {metric}. Noise in the pixels is distance too, so that more of it is'
+        ' diversity only where the images are recognised as well. Beside it: images in percent to which the CNN that'
+        ' they were made out of gives more than half of its probability for their class, and to which another CNN does'
+        f'{", the one that has seen its own share of the real images" if scale.cnn else ""}.',
+        distances + looks, [
+            *_ordered('distance'),
+            *(Claim(f'Real images above {label}', (REAL, 'distance'), (label, 'distance'))
+              for label, *_ in MODES.values())])
 
 
 def figure4(scale: Scale, seeds: Sequence[int]) -> Table:
@@ -448,11 +504,11 @@ def figure4(scale: Scale, seeds: Sequence[int]) -> Table:
          for name, label in FIGURE4.items()])
 
 
-CHOOSING = ('recipes', 'first_choices', 'choices', 'longer')
+CHOOSING = ('recipes', 'first_choices', 'choices', 'longer', 'inversion')
 TABLES: Dict[str, Callable[[Scale, Sequence[int]], Table]] = {
     'recipes': recipes, 'first_choices': first_choices, 'choices': choices, 'longer': longer, 'table2': table2,
-    'table1': table1, 'own_teacher': own_teacher, 'table7': table7, 'table5': table5, 'table6': table6,
-    'figure4': figure4}
+    'table1': table1, 'own_teacher': own_teacher, 'table7': table7, 'inversion': inversion, 'table5': table5,
+    'table6': table6, 'figure4': figure4}
 
 
 def tables_of(scale: Scale) -> Dict[str, Callable[[Scale, Sequence[int]], Table]]:

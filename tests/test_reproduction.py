@@ -16,7 +16,7 @@ from conftest import run_python
 from PIL import Image
 
 from reproduction import report, run
-from reproduction.cells import SCALES, teacher_cell
+from reproduction.cells import SCALES, Cell, teacher_cell
 from reproduction.fashion_mnist import write_fashion_mnist
 from reproduction.tables import CHOOSING, TABLES, Claim, Entry, Table, tables_of
 from timm_dearkd.analysis.__main__ import build_parser as analysis_parser
@@ -130,17 +130,23 @@ def test_rows_are_the_commands_that_they_say(tmp_path, monkeypatch):
             continue
         assert 100 * found['dearkd_stage1_epochs'] / 40 == pytest.approx(percent, abs=1)
         assert percent == 100 or found['dearkd_stage2'] == entry.column
-    for entry in TABLES['table5'](driver.scale, SEEDS).entries[:3]:
+    synthetic = [entry for entry in TABLES['table5'](driver.scale, SEEDS).entries if entry.noise == 'synthetic']
+    assert len(synthetic) == 3
+    for entry in synthetic:
         for cell in entry.cells:
             images, = (need for need in cell.needs if need.program == 'data_free')
             made = options(images)
             assert cell.seed == images.seed and driver.command(cell)[1] == made['output']
+            assert run.is_taught(images) and made['min_prob'] == 0  # all are kept
+            assert Path(made['verifier']).name in {need.name for need in images.needs}
             if entry.row == 'ADI':
                 helper, = (need for need in images.needs if 'student' in need.name)
                 assert helper.seed == cell.seed and made['student'] == f'{driver.path(driver.work)}/{helper.name}'
                 assert driver.command(helper)[1].endswith(f'images-none-seed{cell.seed}')
             else:
                 assert not made['student'] and made['diversity'] == {'DeepInversion': 'none'}.get(entry.row, 'intra')
+            if made['diversity'] == 'intra':  # Eq. 13's weights
+                assert made['ep_weight'] / made['triplet_weight'] == pytest.approx(50 / 0.5)
 
 
 def test_sets_of_images(tmp_path):
@@ -397,7 +403,7 @@ def test_claims_are_about_figures_that_the_tables_have(name):
         keys = {(entry.row, entry.column) for entry in made.entries}
         assert len(keys) == len(made.entries)
         assert all({claim.higher, claim.lower} <= keys for claim in made.claims)
-        assert made.claims or table in ('recipes', 'figure4') or made.reference in {row for row, _ in keys}
+        assert made.claims or table in ('recipes', 'inversion', 'figure4') or made.reference in {row for row, _ in keys}
 
 
 def test_only_what_is_alike_shares_its_noise(tmp_path):
@@ -490,6 +496,19 @@ def test_the_listed_commands_are_those_of_a_shell():
                         run.RESULTS / 'small', 1)
     cell = run.collect_cells(driver.scale, ['table2'], [0])[0]
     assert shell == ['python', *driver.command(cell)]
+
+
+def test_what_two_cnns_say_of_images(tmp_path):
+    driver = make_driver(tmp_path)
+    (tmp_path / 'data' / 'digits' / 'validation').mkdir(parents=True)
+    cell, folder = Cell('images', 'digits', (), 1., program='data_free'), tmp_path / 'work' / 'images'
+    folder.mkdir(parents=True)
+    probabilities = ((0.9, 0.1), (0.8, 0.7), (0.6, 0.2), (0.4, 0.3))
+    (folder / 'manifest.json').write_text(json.dumps(dict(images=[
+        dict(teacher_prob=teacher, verifier_prob=verifier, kept=verifier > 0.1)
+        for teacher, verifier in probabilities])))
+    assert driver.image_figures(cell) == dict(sure=75., recognised=25., images=4, kept=3)
+    assert (folder / 'validation').samefile(tmp_path / 'data' / 'digits' / 'validation')
 
 
 def test_an_odd_file_is_no_result(tmp_path, capsys):
