@@ -327,9 +327,9 @@ def describe_runs(scale: Scale, found: Results) -> List[str]:
         'A claim holds, or does not, where 0 is outside of the 95 % interval of the difference (Welch\'s t); where'
         ' there is no difference, that is so by chance for one in 20. The deviation from seed to seed is taken as the'
         ' same for all figures of a table (in table 2, of a column), but for those with the hidden loss, which vary'
-        ' less: they have their own. So have synthetic and real images in tables 5 and 6. Figures of the same deviation are compared by the seeds that they share, what a'
-        ' seed decides (images, their order, initial weights) being taken as worth the same to all of them (a'
-        ' randomised block design).', '',
+        ' less: they have their own. So have synthetic and real images in tables 5 and 6. Figures of the same deviation'
+        ' are compared by the seeds that they share, what a seed decides (images, their order, initial weights) being'
+        ' taken as worth the same to all of them (a randomised block design).', '',
         *([f'Left out, as made by another definition: {", ".join(found.stale)}.', ''] if found.stale else [])]
 
 
