@@ -4,7 +4,7 @@ import math
 import statistics
 import sys
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import numpy as np
 
@@ -78,6 +78,16 @@ class Results:
             cell.seed: self.cells[cell.name][entry.key] for cell in entry.cells
             if entry.key in self.cells.get(cell.name, {})}
         return Figure(by_seed, entry.digits) if by_seed else None
+
+    def mixed_seeds(self, name: str) -> List[str]:
+        """Seeds of a table, of each column of table 2, whose figures are of students of different teachers."""
+        teachers: Dict[str, Set[str]] = {}
+        for entry in self.tables[name].entries:
+            for cell in entry.cells:
+                if 'teacher' in self.cells.get(cell.name, {}):
+                    place = f'{cell.seed}' + (f' at {entry.column}' if name == 'table2' else '')
+                    teachers.setdefault(place, set()).add(self.cells[cell.name]['teacher'])
+        return [place for place, found in teachers.items() if len(found) > 1]
 
     def figures(self, table: Table) -> Dict[Key, Figure]:
         """Figures by row and column."""
@@ -315,7 +325,8 @@ def describe_runs(scale: Scale, found: Results) -> List[str]:
                  ' of table 2 on.')
     num_teachers = len({cell['teacher'] for cell in cells if 'teacher' in cell})
     if num_teachers > 1:
-        text += f' **The figures are of students of {num_teachers} different teachers.**'
+        text += (f' Not all figures are of students of the same: {num_teachers} have been trained by its recipe. Those'
+                 ' that a table compares have one teacher for each seed, where it does not say otherwise.')
     return [
         f'Made by `python reproduction/report.py --scale {scale.name}` from the {len(cells)} files in'
         f' `reproduction/results/{scale.name}`, each of which holds its command, seed and commits'
@@ -340,7 +351,9 @@ def write_report(scale: Scale, results: Path, seeds: Sequence[int], output: Path
         pictures /= scale.name
     lines = ['# Results', '', *describe_runs(scale, found)]
     for name, table in found.tables.items():
-        heading = [f'## {table.title}', '', table.note, '']
+        mixed = found.mixed_seeds(name)
+        heading = [f'## {table.title}', '', table.note, ''] + (
+            [f'**Not all students of seed {", ".join(mixed)} have the same teacher.**', ''] if mixed else [])
         if name == 'figure4':
             figure4 = write_figure4(scale, found, results, pictures, output.parent, seeds)
             lines += [*heading, *figure4] if figure4 else []

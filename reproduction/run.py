@@ -32,6 +32,8 @@ from reproduction.tables import TABLES, tables_of  # noqa: E402
 from timm_dearkd.files import write_bytes  # noqa: E402
 
 RESULTS = ROOT / 'reproduction' / 'results'
+# Kept with the results: another machine would train another teacher, and figures of its students would not compare
+TEACHER_FILES = ('model_best.safetensors', 'config.json')
 # What the three programs measure, and how it is told
 FIGURES = {'top1': '{:.2f} %', 'distance': 'distance {:.3f}', 'sure': 'sure of {:.0f} % of the images'}
 
@@ -224,6 +226,16 @@ class Driver:
             last = (Path(log.name).read_text(errors='replace').strip().splitlines() or [''])[-1]
             raise CellError('stopped' if self.stopping else f'status {status}: {last}')
 
+    def restore(self, cell: Cell) -> bool:
+        """Bring back what is kept beside a result, which is the teacher; False where there is nothing."""
+        kept, result = self.results / cell.name, read_result(self.result_path(cell.name))
+        if result is None or not self.has_result(cell) or not kept.is_dir():
+            return False
+        shutil.rmtree(self.work / cell.name, ignore_errors=True)
+        shutil.copytree(kept, self.work / cell.name)
+        self.write_log(cell, {key: result[key] for key in ('definition', 'commits', 'seconds')})
+        return True
+
     def run_cell(self, cell: Cell) -> Dict[str, Any]:
         """Run a cell and keep its figures, which are returned.
 
@@ -231,6 +243,8 @@ class Driver:
             CellError: There are none.
         """
         with self.locked(cell.name) as output:
+            if self.restore(cell):
+                return json.loads(self.result_path(cell.name).read_text())
             log, commit = self.read_log(cell), git_commit()
             teacher = self.teacher_weights() if is_taught(cell) else ''
             if (log.get('definition'), log.get('teacher', teacher)) != (definition(cell), teacher):  # of another run
@@ -266,7 +280,7 @@ class Driver:
     def student_figures(self, cell: Cell) -> Dict[str, Any]:
         """Top-1 after the last epoch, which is the figure, and on the way; and how often the teacher found the label.
 
-        Attention distances are kept in a file beside the result.
+        Attention distances, and the teacher, are kept in files beside the result.
         """
         folder = self.work / cell.name
         with open(folder / 'summary.csv', newline='') as f:
@@ -277,6 +291,8 @@ class Driver:
         distances = folder / 'attention_distance.csv'
         if distances.exists():
             write_bytes(self.results / f'{cell.name}.distances.csv', distances.read_bytes())
+        for name in TEACHER_FILES if cell.name == 'teacher' else ():
+            write_bytes(self.results / cell.name / name, (folder / name).read_bytes())
         agreement = [row['train_teacher_agreement'] for row in rows if row.get('train_teacher_agreement')]
         return dict(
             top1=evaluated[max(evaluated)], top1_by_epoch=evaluated,

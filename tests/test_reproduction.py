@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -187,6 +188,7 @@ def driver(tmp_path, monkeypatch):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / 'summary.csv').write_text('epoch,train_teacher_agreement,eval_top1\n0,0.8,\n1,0.9,50.5\n2,,49.5\n')
         (folder / 'model_best.safetensors').touch()
+        (folder / 'config.json').write_text('{}')
 
     monkeypatch.setattr(driver, 'execute', execute)
     return driver
@@ -228,6 +230,7 @@ def test_what_is_needed_is_made_where_only_its_result_is_there(driver):
     cells = run.collect_cells(driver.scale, ['table2'], [0])
     assert driver.run(cells)
     (driver.work / 'teacher' / 'model_best.safetensors').unlink()
+    shutil.rmtree(driver.results / 'teacher')
     (driver.results / 'dearkd-0.05-seed0.json').write_text('')
     driver.ran = []
     assert driver.run(cells) and driver.ran == ['teacher', 'dearkd-0.05-seed0']
@@ -283,7 +286,27 @@ def test_students_of_another_teacher_start_anew(driver):
     left_over.touch()
     assert driver.run(cells) and not left_over.exists()
     report.write_report(driver.scale, driver.results, [0], driver.work / 'RESULTS.md')
-    assert 'students of 2 different teachers' in (driver.work / 'RESULTS.md').read_text()
+    text = (driver.work / 'RESULTS.md').read_text()
+    assert '2 have been trained' in text and '**Not all students of seed 0 at 5 % have the same teacher.**' in text
+    assert '0 at 10 %' not in text
+
+
+def test_the_teacher_of_the_results_teaches_elsewhere(driver, tmp_path):
+    """One network, also where another machine would train another one; another definition is another teacher."""
+    cells, teacher = run.collect_cells(driver.scale, ['table2'], [0]), teacher_cell(driver.scale)
+    assert driver.run(cells)
+    for name in run.TEACHER_FILES:
+        (driver.results / 'teacher' / name).write_text(f'kept {name}')
+    (driver.results / 'dearkd-0.05-seed0.json').unlink()
+    shutil.rmtree(driver.work)
+    driver.ran.clear()
+    assert driver.run(cells) and driver.ran == ['dearkd-0.05-seed0']
+    for name in run.TEACHER_FILES:
+        assert (driver.work / 'teacher' / name).read_text() == f'kept {name}'
+    shutil.rmtree(driver.work)
+    changed = replace(teacher, argv=(*teacher.argv, '--epochs', '3'))
+    assert driver.run([changed]) and driver.ran[1:] == ['teacher']
+    assert not (driver.results / 'teacher' / 'model_best.safetensors').read_text()
 
 
 def test_seconds_of_a_cell_add_up_over_its_goes(driver, monkeypatch):
