@@ -386,8 +386,9 @@ def build_optimizer(args, task: TrainingTask, device: torch.device, ranks: Ranks
         optimizer = create_optimizer_v2(cast(nn.Module, task.get_trainable_module()), **{**kwargs, **args.opt_kwargs})
     except (AssertionError, RuntimeError, TypeError, ValueError) as e:
         raise ValueError(f'Could not create --opt {args.opt}: {_reason(e)}') from e
-    if 'fused' in optimizer.defaults and hasattr(optimizer, 'register_load_state_dict_pre_hook'):
-        optimizer.register_load_state_dict_pre_hook(_keep_fused)
+    base: Any = getattr(optimizer, '_base_optimizer', optimizer)  # Lookahead is no whole optimizer, and loads by this
+    if 'fused' in base.defaults and hasattr(base, 'register_load_state_dict_pre_hook'):
+        base.register_load_state_dict_pre_hook(_keep_fused)
     return optimizer
 
 
