@@ -403,7 +403,8 @@ def _takes_fused(name: str) -> bool:
         optimizer_class: Any = get_optimizer_class(name, bind_defaults=False)
     except ValueError:
         return False
-    return optimizer_class.__module__.startswith('torch.') and 'fused' in optimizer_class.__init__.__code__.co_varnames
+    # that of Adagrad is for the CPU alone in older versions of PyTorch
+    return optimizer_class in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
 def build_scheduler(args, optimizer: torch.optim.Optimizer, num_updates: int, start: Position):

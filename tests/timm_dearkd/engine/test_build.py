@@ -42,3 +42,11 @@ def test_an_optimizer_goes_on_from_its_state(name):
     step(after, 5)
     for p, q in zip(weights(after), weights(before)):
         torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize('name,fused', [
+    ('adam', True), ('adamw', True), ('sgd', True), ('momentum', True), ('adagrad', None), ('lamb', None),
+    ('lookahead_adamw', None)])
+def test_the_fused_step_is_taken_where_every_pytorch_has_it(name, fused):
+    assert build(name, 'cuda').defaults.get('fused') is fused
+    assert build(name).defaults.get('fused') is None
