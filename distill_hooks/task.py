@@ -229,9 +229,9 @@ class DearKDTask(TrainingTask):
         self.criterion = resolve_classification_loss(criterion, self.device, criterion_kwargs=criterion_kwargs)
         cfg = cast(Dict[str, Any], getattr(student, 'pretrained_cfg', None) or {})
         parsed = [parse_hook(spec) for spec in ([hooks] if isinstance(hooks, str) else hooks)]
-        _check_student(student, parsed)
         if not schedule.uses_features:
             parsed = []
+        _check_student(student, parsed)
         input_size = tuple(input_size or get_model_input_config(student)['input_size'])
         self.teacher = self._build_teacher(
             teacher_model, student, [hook.layer for hook in parsed],

@@ -230,10 +230,12 @@ def test_clip_parameters():
     assert every - without == {'student.head.weight', 'student.head.bias', 'head_dist.weight', 'head_dist.bias'}
 
 
-def test_no_hidden_loss_takes_any_teacher_and_has_no_aligner():
-    """beta = 0 is hard-label distillation alone, and asks nothing of the teacher's layers."""
+@pytest.mark.parametrize('kwargs', [
+    {}, dict(hooks=['7']), dict(student='test_vit', student_kwargs=dict(patch_drop_rate=0.5))])
+def test_no_hidden_loss_takes_any_teacher_and_has_no_aligner(kwargs):
+    """beta = 0 is hard-label distillation alone, and asks nothing of the layers, the teacher's or the student's."""
     teacher = timm.create_model('test_vit', num_classes=5, img_size=32)
-    task = make(teacher=teacher, schedule=TwoStageSchedule(10, beta=0.))
+    task = make(teacher=teacher, schedule=TwoStageSchedule(10, beta=0.), **kwargs)
     result = task(*batch())
     assert 'hidden_loss' not in result and not task.trainable_module.aligners
     assert task.log_names == ['loss', 'ce_loss', 'logit_loss', 'teacher_agreement']
