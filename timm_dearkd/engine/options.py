@@ -336,7 +336,7 @@ def _config_argv(config: Dict[str, Any], parser: argparse.ArgumentParser) -> Lis
                 _logger.warning(f'Unknown option {key!r} in the configuration file, ignored.')
             continue
         either = isinstance(action, argparse.BooleanOptionalAction)
-        if value is None or value == [] or value is False and action.nargs == 0 and not either:
+        if value is None or value == [] or value is False and not action.default and not either:  # off, as without it
             continue
         flag = action.option_strings[-1] if action.option_strings else '--data-dir'
         if either and value is not False:

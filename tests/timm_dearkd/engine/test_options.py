@@ -104,6 +104,12 @@ def test_switches_of_a_recipe_can_be_turned_off(config):
     assert args.channels_last and not args.amp
 
 
+@pytest.mark.parametrize('key', ['torchcompile', 'save_images', 'amp', 'aa', 'mixup', 'resume'])
+def test_false_in_the_file_switches_off(config, key):
+    assert not getattr(parse(*config(**{key: False}))[0], key)
+    assert parse(*config(dearkd_normalize_features=False))[0].dearkd_normalize_features is False
+
+
 def test_unknown_keys_are_warned_about(config, caplog):
     parse(*config(learning_rate=1., dist_url=None))  # the latter as timm writes them, unset
     assert 'learning_rate' in caplog.text and 'dist_url' not in caplog.text
@@ -113,6 +119,7 @@ def test_unknown_keys_are_warned_about(config, caplog):
     (dict(epochs='many'), 'epochs: invalid int value'),
     (dict(dearkd_stage2='other'), 'invalid choice'),
     (dict(amp='maybe'), 'amp is'),
+    (dict(smoothing=False), 'smoothing: invalid float value'),  # it is on, and this is not how to switch it off
     (dict(dearkd_normalize_features='maybe'), 'dearkd_normalize_features is'),
     (dict(input_size=[1, 2]), 'expected 3 arguments'),
 ])
