@@ -6,6 +6,7 @@ import os
 from typing import List, Sequence
 
 from timm.models import is_model, list_models, parse_model_name
+from timm.optim import get_optimizer_info
 from timm.task import ClassificationEvaluator
 
 from .device import check_backend
@@ -132,9 +133,10 @@ def _check_values(args: argparse.Namespace) -> None:
         raise ValueError(f'--clip-grad is {args.clip_grad}, expected more than 0.')
     if 0 < args.aug_repeats < 1:
         raise ValueError(f'--aug-repeats is {args.aug_repeats}, expected 1 or more; 0 switches them off.')
-    num_betas = 3 if 'adan' in args.opt.lower() else 2
-    if args.opt_betas and len(args.opt_betas) != num_betas:
-        raise ValueError(f'--opt-betas has {len(args.opt_betas)} values, {args.opt} takes {num_betas}.')
+    if args.opt_betas:
+        num_betas = get_optimizer_info(args.opt.lower().split('_')[-1]).num_betas  # without lookahead_, as timm does
+        if len(args.opt_betas) != num_betas:
+            raise ValueError(f'--opt-betas has {len(args.opt_betas)} values, {args.opt} takes {num_betas}.')
     check_backend(args.torchcompile)
 
 
