@@ -66,6 +66,7 @@ ERRORS = {
     'module': (['--device-modules', 'no_such_module'], 'no_such_module'),
     'seed': (['--seed', '-1'], '--seed is -1, expected 0 or more'),
     'milestone': (['--save-epochs', '1', '7'], '--save-epochs is 7, expected 1 to 2'),
+    'milestone of nothing': (['--save-epochs', '0', '2'], '--save-epochs is 0, expected 1 to 2'),
     'model': (['--model', 'dearkd_tny_patch16_224'], 'dearkd_tiny_patch16_224'),
     'batch size': (['--batch-size', '64'], 'Set --batch-size to 48 or less'),
     'classes': (['--num-classes', '2'], 'Set --num-classes 3'),

@@ -174,9 +174,9 @@ def schedule_run(args, trainer: Trainer) -> Tuple[Position, range]:
         task.schedule = build.build_schedule(args, num_epochs)
     build_run.warn_of_short_run(args, num_epochs, trainer.num_updates)
     stop_epoch = num_epochs if args.stop_epoch is None else args.stop_epoch
-    for name, epochs in (('stop-epoch', [stop_epoch]), ('save-epochs', args.save_epochs)):
-        if not all(1 <= epoch <= num_epochs for epoch in epochs):
-            raise ValueError(f'--{name} is {max(epochs)}, expected 1 to {num_epochs}, the epochs of the run.')
+    for name, epoch in (('stop-epoch', stop_epoch), *(('save-epochs', epoch) for epoch in args.save_epochs)):
+        if not 1 <= epoch <= num_epochs:
+            raise ValueError(f'--{name} is {epoch}, expected 1 to {num_epochs}, the epochs of the run.')
     return start, range(start.epoch, stop_epoch)
 
 
