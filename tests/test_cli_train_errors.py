@@ -138,6 +138,19 @@ def test_errors_are_one_line_and_status_2(case, image_folder, cnn, tmp_path, cap
     assert not (tmp_path / 'x').exists()
 
 
+def test_an_interruption_at_once_is_one_line(monkeypatch, capsys):
+    """As by the first Ctrl-C in an evaluation, and by the second in training."""
+    train = importlib.import_module('train')
+
+    def run():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, 'prepare', lambda argv: run)
+    with pytest.raises(SystemExit) as e:
+        train.run_script([])
+    assert e.value.code == 130 and capsys.readouterr().err == 'train.py: Interrupted.\n'
+
+
 def test_no_compiler_is_one_line(train_cli, tmp_path, monkeypatch):
     monkeypatch.setenv('CXX', 'no-such-compiler')
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path / 'cache'))
