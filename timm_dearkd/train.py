@@ -207,7 +207,7 @@ def fit(
         task.trainable_module_ema._sr_generator.set_state(start.ema_rng_state)
     with recorder.tracker, StopRequest(ranks) as stop:
         trainer.on_log, trainer.on_update = recorder.on_log, partial(recorder.on_update, stop)
-        if validator is not None:
+        if validator is not None and validator.in_step:  # else the next update asks
             validator.on_batch = partial(recorder.on_eval_batch, stop)
         for epoch in epochs:
             if isinstance(task, DearKDTask):

@@ -12,6 +12,7 @@ import torch.nn as nn
 from timm.task import TrainingTask, evaluation_sample_limit
 from timm.utils import NativeScaler, dispatch_clip_grad
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import IterableDataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -395,6 +396,11 @@ class Validator:
     tta: int = 0
     log_interval: int = 50
     on_batch: Optional[Callable[[], Any]] = None
+
+    @property
+    def in_step(self) -> bool:
+        """Whether all processes have as many batches; of a stream, one may have more than another."""
+        return not (self.ranks.distributed and isinstance(getattr(self.loader, 'dataset', None), IterableDataset))
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, label: str = 'Test') -> Dict[str, float]:
