@@ -270,10 +270,14 @@ def prepare_evaluation(args, precision: Precision, ranks: Ranks) -> Callable[[],
     model, data_config, eval_set = build.build_evaluation(args, precision.device, create_model)
     loader = build_data.build_eval_loader(args, eval_set, data_config, precision.device, ranks)
     task = ClassificationTask(model, device=precision.device)
+    if args.channels_last:
+        task.to(memory_format=torch.channels_last)
+    if args.torchcompile:
+        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
     validator: Any = build_run.build_validator(args, task, loader, precision, ranks)
 
     def evaluate() -> None:
-        metrics = validator(model)
+        metrics = validator(task.get_eval_model())
         if ranks.is_primary:
             print(json.dumps(dict(model=args.model, num_images=len(eval_set), **metrics), indent=4))
 

@@ -1,9 +1,14 @@
 """The parts of the script, called as functions."""
 import contextlib
+import json
 from argparse import Namespace
 from unittest.mock import MagicMock
 
 import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+from timm.utils import unwrap_model
 from torch.utils.data import ChainDataset
 
 from timm_dearkd import train
@@ -24,3 +29,24 @@ def test_processes_ask_for_signals_only_where_they_evaluate_in_step(world_size, 
     if asks:
         validator.on_batch()
         recorder.on_eval_batch.assert_called_once_with('stop')
+
+
+def test_evaluation_alone_takes_the_memory_format_and_the_compiler(image_folder, tmp_path, monkeypatch, capsys):
+    """The figures are the same."""
+    save_for_hf(timm.create_model('test_resnet', num_classes=3), tmp_path, safe_serialization=True)
+    used, forward = set(), Validator._forward
+
+    def watch(self, model, images):
+        weight = unwrap_model(model).state_dict()['conv1.0.weight']
+        used.add((weight.is_contiguous(memory_format=torch.channels_last), hasattr(model, '_orig_mod')))
+        return forward(self, model, images)
+
+    monkeypatch.setattr(Validator, '_forward', watch)
+    command = [str(image_folder), '--eval-only', '--model', f'local-dir:{tmp_path}', '-j', '0', '--device', 'cpu']
+    results = []
+    for flags, expected in (([], (False, False)), (['--channels-last', '--torchcompile', 'eager'], (True, True))):
+        used.clear()
+        train.main([*command, *flags])
+        assert used == {expected}
+        results.append(json.loads(capsys.readouterr().out))
+    assert results[0].pop('model') == results[1].pop('model') and results[0] == pytest.approx(results[1], rel=1e-4)
