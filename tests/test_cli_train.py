@@ -202,6 +202,11 @@ def test_going_back_to_an_earlier_checkpoint(train_cli, tmp_path):
     assert result.returncode == 0, result.stderr
     rates = [float(row['lr']) for row in rows(folder)]
     assert rates[0] == 1e-3 and rates[1] < 1e-5  # the rate given now
+    best = torch.load(folder / 'model_best.pth.tar', weights_only=False)  # none of what was further on
+    assert best['epoch'] == int(max(rows(folder), key=lambda row: float(row['eval_top1']))['epoch'])
+    exported = timm.create_model(f'local-dir:{folder}', pretrained=True).state_dict()
+    assert all(value.equal(best['state_dict'][name]) for name, value in exported.items())
+    assert not (folder / 'checkpoint-2.pth.tar').exists()
     result = train_cli(*command, 'x', '--resume', 'auto', '--lr', '1e-5')
     assert result.returncode == 0, result.stderr
     assert [row['epoch'] for row in rows(folder)] == ['0', '1', '2']

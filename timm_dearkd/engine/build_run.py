@@ -177,8 +177,9 @@ def _build_saver(args, folder: str, model: nn.Module, trainer: Trainer) -> Atomi
         max_history=args.checkpoint_hist,
     )
     if args.resume and os.path.dirname(os.path.abspath(args.resume)) == os.path.abspath(folder):
-        saver.load_state_dict_from_checkpoint(args.resume)
-        if not os.path.samefile(args.resume, find_checkpoint(folder)):
+        if os.path.samefile(args.resume, find_checkpoint(folder)):
+            saver.load_state_dict_from_checkpoint(args.resume)
+        else:
             saver.go_back_to(args.resume)
     else:
         remove_recovery(folder)  # of a run that has no other checkpoint

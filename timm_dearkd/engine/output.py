@@ -88,17 +88,57 @@ class AtomicCheckpointSaver(CheckpointSaver):
     def forget_ranks(self) -> None:
         """Rank what comes by itself, for its metric is another; checkpoints that are there count by recency."""
         self.best_metric = self.best_epoch = None
-        newest_first = sorted(
-            (path for path, _ in self.checkpoint_files), reverse=True,
-            key=lambda path: int(os.path.basename(path)[len(self.save_prefix) + 1:-len(self.extension)]))
+        newest_first = sorted((path for path, _ in self.checkpoint_files), key=self._epoch_of, reverse=True)
         self.checkpoint_files = [(path, None) for path in newest_first]
 
+    def _epoch_of(self, path: str) -> int:
+        """The N of a `checkpoint-N`; -1 where it is no number."""
+        number = os.path.basename(path)[len(self.save_prefix) + 1:-len(self.extension)]
+        return int(number) if number.isdecimal() else -1
+
     def go_back_to(self, path: str) -> None:
-        """Make an earlier checkpoint of the run its last one."""
+        """Make an earlier checkpoint of the run its last one, with the ranks and the best epoch as they were then.
+
+        The `checkpoint-N` of the epochs after it are removed, milestones stay. `last` is replaced in the end, so that
+        the same command completes what a kill left by halves.
+        """
         remove_recovery(self.recovery_dir, but=path)
+        checkpoint = load_checkpoint_metadata(path)
+        if 'saver' in checkpoint:  # else it has weights alone
+            self._remove_after(path, checkpoint)
+        self.load_state_dict_from_checkpoint(path)
         last = os.path.join(self.checkpoint_dir, 'last' + self.extension)
         if os.path.abspath(path) != os.path.abspath(last):
             self._duplicate(path, last)
+
+    def _remove_after(self, path: str, checkpoint: Dict[str, Any]) -> None:
+        """Remove the epochs after a checkpoint, and see that it has a place among those that are left."""
+        epoch, _ = _place(checkpoint)
+        for other in Path(self.checkpoint_dir).glob(f'{self.save_prefix}-*{self.extension}'):
+            if self._epoch_of(str(other)) >= epoch and not other.samefile(path):
+                other.unlink()
+        own = self._checkpoint_path(checkpoint['epoch'])
+        if 'progress' not in checkpoint and not os.path.exists(own):  # it made room for one that is gone now
+            self._duplicate(path, own)
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """Restore the ranks, and put the best epoch that is left in place of a `model_best` that is none of them.
+
+        Without config.json, `complete_export` exports it anew.
+        """
+        super().load_state_dict(state_dict)
+        best = os.path.join(self.checkpoint_dir, 'model_best' + self.extension)
+        rank = _rank(best)
+        if rank == tuple(state_dict.get('pending', ())):  # of the epoch that is resumed
+            self.best_epoch, self.best_metric = rank
+        if not os.path.exists(best) or rank == (self.best_epoch, self.best_metric):
+            return
+        path, self.best_metric = self.checkpoint_files[0] if self.checkpoint_files else ('', None)
+        self.best_epoch = None  # the next one that is evaluated, whatever it scores
+        if self.best_metric is not None:
+            self.best_epoch = self._epoch_of(path)
+            Path(self.checkpoint_dir, 'config.json').unlink(missing_ok=True)
+            self._duplicate(path, best)
 
     def save_recovery(self, epoch: int, batch_idx: int = 0) -> None:
         super().save_recovery(epoch, batch_idx)
@@ -135,6 +175,21 @@ def remove_recovery(folder: str, but: str = '') -> None:
             path.unlink()
 
 
+def _place(checkpoint: Dict[str, Any]) -> Tuple[int, int]:
+    """The epoch that goes on from a checkpoint, and how many updates of it are done."""
+    within = checkpoint.get('progress')
+    return checkpoint['epoch'] + (within is None), (within or {}).get('update', 0)
+
+
+def _rank(path: str) -> Tuple[Optional[int], Optional[float]]:
+    """Epoch and metric of a checkpoint."""
+    try:
+        checkpoint = load_checkpoint_metadata(path)
+        return checkpoint['epoch'], checkpoint.get('metric')
+    except Exception:  # see `find_checkpoint`
+        return None, None
+
+
 def find_checkpoint(folder: str) -> str:
     """The checkpoint of a run that is furthest on, whether of an epoch or within one; '' if there is none.
 
@@ -150,9 +205,7 @@ def find_checkpoint(folder: str) -> str:
                 continue
             tried.append(path.name)
             try:
-                checkpoint = load_checkpoint_metadata(str(path))
-                within = checkpoint.get('progress')
-                found.append(((checkpoint['epoch'] + (within is None), (within or {}).get('update', 0)), str(path)))
+                found.append((_place(load_checkpoint_metadata(str(path))), str(path)))
             except Exception as e:  # torch's unpickler alone raises half a dozen kinds
                 _logger.warning(f'{path} can not be read ({type(e).__name__}), and is left out.')
     if tried and not found:

@@ -1,4 +1,5 @@
 import os
+import shutil
 import threading
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from timm.task import ClassificationTask
 
 from timm_dearkd.engine.interrupt import TrainingError
-from timm_dearkd.engine.output import AtomicCheckpointSaver, export_model, find_checkpoint
+from timm_dearkd.engine.output import AtomicCheckpointSaver, complete_export, export_model, find_checkpoint
 
 
 def make_saver(folder, **kwargs):
@@ -28,6 +29,76 @@ def test_ranks_that_are_forgotten_count_by_recency(tmp_path):
         kept.append(sorted(int(path.name[11:-8]) for path in tmp_path.glob('checkpoint-*')))
     assert kept == [[9, 10, 11], [10, 11, 12], [11, 12, 13]]
     assert torch.load(tmp_path / 'model_best.pth.tar', weights_only=True)['epoch'] == 12
+
+
+def save_epochs(saver, scores, first=0, milestones=()):
+    """Checkpoints of these epochs, each with its number in the weights, and one within epoch 1."""
+    for epoch, score in enumerate(scores, first):
+        torch.nn.init.constant_(saver.model.fc.bias, epoch)
+        if epoch == 1:
+            saver.run_state.update(progress=dict(update=5))
+            saver.save_recovery(epoch, 5)
+            saver.run_state.clear()
+        saver.save_checkpoint(epoch, score)
+        if epoch + 1 in milestones:
+            saver.save_milestone(epoch + 1)
+
+
+@pytest.mark.parametrize('hardlinks', [True, False])
+@pytest.mark.parametrize('name,history,best,later_best,kept', [
+    ('checkpoint-1', 10, (60., 1), (60., 1), [0, 1]),
+    ('recovery-1-5', 10, (50., 0), (59., 2), [0]),
+    ('milestone-2', 2, (60., 1), (60., 1), [1]),  # epochs that came after it took its place
+    ('milestone-3', 2, (55., 2), (59., 4), [2]),  # and that of epoch 1, which was better
+    ('checkpoint-9', 10, (60., 1), (60., 1), [0, 1, 9]),  # of epoch 1, by another name
+])
+def test_going_back_takes_the_best_epoch_along(name, history, best, later_best, kept, hardlinks, tmp_path):
+    """The best checkpoint and the exported student are none of the abandoned epochs, whose checkpoints go."""
+    def make():
+        model = timm.create_model('test_resnet', num_classes=3)
+        saver = AtomicCheckpointSaver(
+            model, torch.optim.SGD(model.parameters()), task=ClassificationTask(model), checkpoint_dir=str(tmp_path),
+            recovery_dir=str(tmp_path), max_history=history)
+        saver.can_hardlink = hardlinks
+        return saver
+
+    save_epochs(make(), [50., 60., 55., 80., 90.], milestones=(2, 3))
+    if name == 'checkpoint-9':
+        shutil.copy(tmp_path / 'checkpoint-1.pth.tar', tmp_path / 'checkpoint-9.pth.tar')
+    for other in ('config.json', 'checkpoint-4-mine.pth.tar'):
+        (tmp_path / other).touch()
+    path, exported = tmp_path / f'{name}.pth.tar', []
+    content, saver = path.read_bytes(), make()
+
+    def assert_best(expected):
+        assert (saver.best_metric, saver.best_epoch) == expected
+        assert torch.load(tmp_path / 'model_best.pth.tar', weights_only=True)['epoch'] == expected[1]
+
+    saver.go_back_to(str(path))
+    assert_best(best)
+    complete_export(str(tmp_path), lambda folder, state: exported.append(state['fc.bias'][0].item()), False)
+    assert exported == [best[1]]
+    assert sorted(int(p.name[11:-8]) for p in tmp_path.glob('checkpoint-?.pth.tar')) == kept
+    assert (tmp_path / 'checkpoint-4-mine.pth.tar').exists() and (tmp_path / 'milestone-3.pth.tar').exists()
+    assert path.read_bytes() == content == (tmp_path / 'last.pth.tar').read_bytes()
+    assert [p.stem for p in tmp_path.glob('recovery-*')] == [f'{name}.pth'] * name.startswith('recovery')
+    saver = make()  # the run is killed, and goes on from what it went back to
+    saver.load_state_dict_from_checkpoint(find_checkpoint(str(tmp_path)))
+    save_epochs(saver, [58., 59.], first=1 if name == 'recovery-1-5' else best[1] + 1)
+    assert_best(later_best)
+
+
+@pytest.mark.parametrize('name', ['last', 'model_best'])
+def test_the_best_checkpoint_stays_where_the_ranks_lead_to_no_file(name, tmp_path):
+    """Those of the epochs were removed by hand; the exported student stays too."""
+    save_epochs(make_saver(tmp_path), [50., 90., 80.])
+    for path in tmp_path.glob('checkpoint-*'):
+        path.unlink()
+    (tmp_path / 'config.json').touch()
+    saver = make_saver(tmp_path)
+    saver.load_state_dict_from_checkpoint(tmp_path / f'{name}.pth.tar')
+    assert torch.load(tmp_path / 'model_best.pth.tar', weights_only=True)['epoch'] == 1 == saver.best_epoch
+    assert saver.best_metric == 90. and (tmp_path / 'config.json').exists()
 
 
 @pytest.mark.parametrize('hardlinks', [True, False])
