@@ -1,6 +1,7 @@
 """The parts of the script, called as functions."""
 import contextlib
 import json
+import signal
 from argparse import Namespace
 from unittest.mock import MagicMock
 
@@ -12,7 +13,8 @@ from timm.utils import unwrap_model
 from torch.utils.data import ChainDataset
 
 from timm_dearkd import train
-from timm_dearkd.engine.device import Ranks
+from timm_dearkd.engine.device import SINGLE, Ranks
+from timm_dearkd.engine.interrupt import Interrupted
 from timm_dearkd.engine.loop import Validator
 from timm_dearkd.engine.output import Position
 
@@ -29,6 +31,17 @@ def test_processes_ask_for_signals_only_where_they_evaluate_in_step(world_size, 
     if asks:
         validator.on_batch()
         recorder.on_eval_batch.assert_called_once_with('stop')
+
+
+def test_a_best_student_that_is_not_exported_is_before_the_first_step(tmp_path, monkeypatch):
+    """As of a run that goes back to an earlier checkpoint."""
+    torch.save(dict(state_dict=dict(weight=torch.ones(1))), tmp_path / 'model_best.pth.tar')
+    recorder, trainer = MagicMock(folder=str(tmp_path), export_ema=False), MagicMock(ranks=SINGLE)
+    trainer.train_epoch.side_effect = Interrupted(signal.SIGTERM)
+    monkeypatch.setattr(train, 'StopRequest', lambda ranks: contextlib.nullcontext())
+    with pytest.raises(Interrupted):
+        train.fit(Namespace(seed=0), trainer, None, recorder, Position(), range(1))
+    recorder.export.assert_called_once_with(str(tmp_path), dict(weight=torch.ones(1)))
 
 
 def test_evaluation_alone_takes_the_memory_format_and_the_compiler(image_folder, tmp_path, monkeypatch, capsys):
