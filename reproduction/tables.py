@@ -355,7 +355,7 @@ def inversion_cell(
         mode: str,
         seed: int,
         num_images: int,
-        tuning: Tuple[str, ...] = (),
+        tuning: Optional[Tuple[str, ...]] = None,
 ) -> Cell:
     """Images by one of the modes, with the scale's weights or those to be tried; a CNN of other images sees them."""
     teacher, needs = teacher_cell(scale), []
@@ -366,9 +366,9 @@ def inversion_cell(
     if mode == 'adi':
         needs.append(synthetic_student_cell(scale, 'none', seed))
         argv += ['--student', f'{{runs}}/{needs[-1].name}']
-    argv += tuning or {'none': (), 'adi': scale.adi, 'intra': scale.intra}[mode]
+    argv += {'none': (), 'adi': scale.adi, 'intra': scale.intra}[mode] if tuning is None else tuning
     return Cell(
-        f'{"tuning-" if tuning else ""}{name}', scale.tuning_data if tuning else scale.data, tuple(argv),
+        name if tuning is None else f'tuning-{name}', scale.data if tuning is None else scale.tuning_data, tuple(argv),
         num_images * 40., seed, tuple(needs), 'data_free')
 
 
@@ -410,21 +410,23 @@ def weights_note(scale: Scale) -> str:
 
 # Weights of what keeps images apart: easiest positive (the triplet's is a hundredth of it), and the competition
 WEIGHTS: Dict[str, Tuple[str, ...]] = {
-    'intra': ('0.2', '0.5', '1', '2'), 'adi': ('10', '30', '100', '300')}
+    'intra': ('0.05', '0.1', '0.2', '0.5', '1', '2'), 'adi': ('10', '30', '100', '300')}
 
 
 def inversion(scale: Scale, seeds: Sequence[int]) -> Table:
     """How strong the losses for diversity may be."""
     make = dict(intra=intra_weights, adi=adi_weights)
+    tried: List[Tuple[str, str, Tuple[str, ...]]] = [('none', '', ()), *(
+        (mode, weight, make[mode](weight)) for mode, weights in WEIGHTS.items() for weight in weights)]
     entries = [
-        Entry(f'{MODES[mode][0]}, {weight}', column, (inversion_cell(
-            scale, f'images-{mode}-{weight}-seed{seed}', mode, seed, 120, make[mode](weight)),), None, key, key)
-        for mode, weights in WEIGHTS.items() for weight in weights for seed in seeds[:1]
-        for column, key in IMAGE_FIGURES.items()]
+        Entry(f'{MODES[mode][0]}, {weight}'.strip(', '), column, (inversion_cell(
+            scale, f'images-{mode}-{weight}-seed{seeds[0]}'.replace('--', '-'), mode, seeds[0], 120, argv),), None, key,
+            key)
+        for mode, weight, argv in tried for column, key in IMAGE_FIGURES.items()]
     return Table(
         'Weights for diversity, without real images',
         '120 images each, by the weight of the easiest positive (a hundredth of it for the triplet, as in the paper)'
-        ' and of the competition. Tables 5 and 6 have the largest of these that leaves 95 % of the images with more'
+        ' and of the competition. Tables 5 and 6 have the largest of these that leaves 90 % of the images with more'
         ' than half of the probability of the CNN that they are made out of; the other CNN had no say.', entries)
 
 
