@@ -3,6 +3,7 @@ import argparse
 import math
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
@@ -12,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
 from reproduction.cells import FIGURE4, METHODS, SCALES, Scale, teacher_cell  # noqa: E402
-from reproduction.run import definition, read_result  # noqa: E402
+from reproduction.run import definition, read_result, weights_hash  # noqa: E402
 from reproduction.tables import Entry, Table, tables_of  # noqa: E402
 from timm_dearkd.analysis.attention_distance import DistanceHistory, plot_over_epochs, read_log  # noqa: E402
 from timm_dearkd.analysis.figures import new_figure, render  # noqa: E402
@@ -308,7 +309,7 @@ def write_figure4(
           for end, told in changes.items()), *verdicts, '', *pictures]
 
 
-def describe_runs(scale: Scale, found: Results) -> List[str]:
+def describe_runs(scale: Scale, found: Results, results: Path) -> List[str]:
     """What all figures have in common."""
     cells = found.cells.values()
     hours = sum(cell['seconds'] * cell.get('threads', 1) for cell in cells) / 3600
@@ -321,12 +322,14 @@ def describe_runs(scale: Scale, found: Results) -> List[str]:
         + (f' Teacher: a CNN with {teacher:.1f} % top-1.' if teacher else ''))
     if agreements:
         shares = dict.fromkeys(f'{100 * share:.0f}' for share in (min(agreements), max(agreements)))
-        text += (f' It finds the label of {" to ".join(shares)} % of the augmented images that it teaches the students'
-                 ' of table 2 on.')
-    num_teachers = len({cell['teacher'] for cell in cells if 'teacher' in cell})
-    if num_teachers > 1:
-        text += (f' Not all figures are of students of the same: {num_teachers} have been trained by its recipe. Those'
-                 ' that a table compares have one teacher for each seed, where it does not say otherwise.')
+        text += (f' That of table 2 finds the label of {" to ".join(shares)} % of the augmented images that it teaches'
+                 ' its students on.')
+    teachers = Counter(cell['teacher'] for cell in cells if 'teacher' in cell)
+    if len(teachers) > 1:
+        kept = weights_hash(results / 'teacher')
+        text += ' The recipe was run more than once, and not always to the same weights: ' + ', '.join(
+            f'{count} figures are of students of teacher {name}{", which is kept" if name == kept else ""}'
+            for name, count in teachers.most_common()) + '. A table says where students of one seed differ in it.'
     return [
         f'Made by `python reproduction/report.py --scale {scale.name}` from the {len(cells)} files in'
         f' `reproduction/results/{scale.name}`, each of which holds its command, seed and commits'
@@ -349,7 +352,7 @@ def write_report(scale: Scale, results: Path, seeds: Sequence[int], output: Path
     found, pictures = Results(scale, results, seeds), output.parent / 'reproduction' / 'plots'
     if scale.name != 'small':
         pictures /= scale.name
-    lines = ['# Results', '', *describe_runs(scale, found)]
+    lines = ['# Results', '', *describe_runs(scale, found, results)]
     for name, table in found.tables.items():
         mixed = found.mixed_seeds(name)
         heading = [f'## {table.title}', '', table.note, ''] + (

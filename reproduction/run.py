@@ -26,7 +26,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from reproduction.cells import SCALES, Cell, Scale  # noqa: E402
+from reproduction.cells import SCALES, Cell, Scale, teacher_cell  # noqa: E402
 from reproduction.fashion_mnist import write_fashion_mnist  # noqa: E402
 from reproduction.tables import TABLES, tables_of  # noqa: E402
 from timm_dearkd.files import write_bytes  # noqa: E402
@@ -88,6 +88,12 @@ def count_processes(launcher: Sequence[str]) -> int:
     return int(args.nnodes) * int(args.nproc_per_node)
 
 
+def weights_hash(folder: Path) -> str:
+    """The beginning of the SHA-256 of a run's weights; '' where there are none."""
+    path = folder / 'model_best.safetensors'
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else ''
+
+
 def is_taught(cell: Cell) -> bool:
     """Whether its figure depends on the teacher."""
     return any(need.name == 'teacher' or is_taught(need) for need in cell.needs)
@@ -140,8 +146,10 @@ class Driver:
 
     def has_output(self, cell: Cell) -> bool:
         """Whether there is what other cells need of it, of the cell as it is defined now."""
-        name = 'manifest.json' if cell.program == 'data_free' else 'model_best.safetensors'
-        return (self.work / cell.name / name).exists() and self.read_log(cell).get('definition') == definition(cell)
+        name, log = 'manifest.json' if cell.program == 'data_free' else 'model_best.safetensors', self.read_log(cell)
+        teacher = self.teacher_weights() if is_taught(cell) else ''
+        return (self.work / cell.name / name).exists() and (
+            log.get('definition'), log.get('teacher', '')) == (definition(cell), teacher)
 
     def path(self, path: Path) -> str:
         """As it is named in commands: relative to the repository, if it is in there."""
@@ -151,9 +159,8 @@ class Driver:
         return self.scale.teacher_name or self.path(self.work / 'teacher')
 
     def teacher_weights(self) -> str:
-        """Of the trained teacher: the beginning of the SHA-256 of its file; '' where it is timm's."""
-        path = self.work / 'teacher' / 'model_best.safetensors'
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else ''
+        """`weights_hash` of the trained teacher; '' where it is timm's."""
+        return weights_hash(self.work / 'teacher')
 
     def command(self, cell: Cell) -> List[str]:
         """Arguments of Python, or of what launches it, that run a cell, or go on with it."""
@@ -226,15 +233,17 @@ class Driver:
             last = (Path(log.name).read_text(errors='replace').strip().splitlines() or [''])[-1]
             raise CellError('stopped' if self.stopping else f'status {status}: {last}')
 
-    def restore(self, cell: Cell) -> bool:
-        """Bring back what is kept beside a result, which is the teacher; False where there is nothing."""
-        kept, result = self.results / cell.name, read_result(self.result_path(cell.name))
-        if result is None or not self.has_result(cell) or not kept.is_dir():
-            return False
-        shutil.rmtree(self.work / cell.name, ignore_errors=True)
-        shutil.copytree(kept, self.work / cell.name)
-        self.write_log(cell, {key: result[key] for key in ('definition', 'commits', 'seconds')})
-        return True
+    def restore_teacher(self) -> None:
+        """Bring the teacher that is kept with the results to the folder of the runs, unless it is there."""
+        cell, kept = teacher_cell(self.scale), self.results / 'teacher'
+        if cell is None or not self.has_result(cell) or not all((kept / name).exists() for name in TEACHER_FILES):
+            return
+        if self.has_output(cell) and weights_hash(kept) == self.teacher_weights():
+            return
+        with self.locked(cell.name):
+            shutil.rmtree(self.work / cell.name, ignore_errors=True)
+            shutil.copytree(kept, self.work / cell.name)
+            self.write_log(cell, dict(definition=definition(cell), commits=[], seconds=0.))
 
     def run_cell(self, cell: Cell) -> Dict[str, Any]:
         """Run a cell and keep its figures, which are returned.
@@ -243,8 +252,6 @@ class Driver:
             CellError: There are none.
         """
         with self.locked(cell.name) as output:
-            if self.restore(cell):
-                return json.loads(self.result_path(cell.name).read_text())
             log, commit = self.read_log(cell), git_commit()
             teacher = self.teacher_weights() if is_taught(cell) else ''
             if (log.get('definition'), log.get('teacher', teacher)) != (definition(cell), teacher):  # of another run
@@ -299,7 +306,7 @@ class Driver:
             **(dict(teacher_agreement=float(agreement[-1])) if agreement else {}))
 
     def image_figures(self, cell: Cell) -> Dict[str, Any]:
-        """How sure the CNN is of its images, and another one; the real validation images come beside them."""
+        """How sure of the images their CNN and the verifier are; the real validation images come beside them."""
         folder = self.work / cell.name
         link = folder / 'validation'
         link.unlink(missing_ok=True)
@@ -346,6 +353,8 @@ class Driver:
 
     def run(self, cells: Sequence[Cell]) -> bool:
         """Run what has no result yet. Returns whether all cells have one in the end."""
+        if any(map(is_taught, cells)):
+            self.restore_teacher()
         todo = self.missing(cells)
         print(f'{len(cells)} cells, {sum(cell.name not in todo for cell in cells)} of them done', flush=True)
         waiting, failed = dict(todo), {}  # type: ignore[var-annotated]

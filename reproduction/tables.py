@@ -346,18 +346,20 @@ IMAGE_FIGURES = {'CNN is sure, %': 'sure', 'another CNN is, %': 'recognised'}
 
 def image_cell(scale: Scale, mode: str, seed: int) -> Cell:
     """A set of images made out of the teacher."""
-    return inversion_cell(scale, f'images-{mode}-seed{seed}', mode, seed, scale.num_synthetic)
+    weights = {'none': (), 'adi': scale.adi, 'intra': scale.intra}[mode]
+    return inversion_cell(scale, f'images-{mode}-seed{seed}', scale.data, mode, seed, scale.num_synthetic, weights)
 
 
 def inversion_cell(
         scale: Scale,
         name: str,
+        data: str,
         mode: str,
         seed: int,
         num_images: int,
-        tuning: Optional[Tuple[str, ...]] = None,
+        weights: Tuple[str, ...],
 ) -> Cell:
-    """Images by one of the modes, with the scale's weights or those to be tried; a CNN of other images sees them."""
+    """Images by one of the modes, with some weights of its loss. A CNN of other images looks on."""
     teacher, needs = teacher_cell(scale), []
     argv = ['--model', '{teacher}', '--num-images', str(num_images), '--diversity', mode, *scale.inversion]
     if teacher:
@@ -366,10 +368,7 @@ def inversion_cell(
     if mode == 'adi':
         needs.append(synthetic_student_cell(scale, 'none', seed))
         argv += ['--student', f'{{runs}}/{needs[-1].name}']
-    argv += {'none': (), 'adi': scale.adi, 'intra': scale.intra}[mode] if tuning is None else tuning
-    return Cell(
-        name if tuning is None else f'tuning-{name}', scale.data if tuning is None else scale.tuning_data, tuple(argv),
-        num_images * 40., seed, tuple(needs), 'data_free')
+    return Cell(name, data, (*argv, *weights), num_images * 40., seed, tuple(needs), 'data_free')
 
 
 def synthetic_student_cell(scale: Scale, mode: str, seed: int) -> Cell:
@@ -416,18 +415,19 @@ WEIGHTS: Dict[str, Tuple[str, ...]] = {
 def inversion(scale: Scale, seeds: Sequence[int]) -> Table:
     """How strong the losses for diversity may be."""
     make = dict(intra=intra_weights, adi=adi_weights)
-    tried: List[Tuple[str, str, Tuple[str, ...]]] = [('none', '', ()), *(
-        (mode, weight, make[mode](weight)) for mode, weights in WEIGHTS.items() for weight in weights)]
-    entries = [
-        Entry(f'{MODES[mode][0]}, {weight}'.strip(', '), column, (inversion_cell(
-            scale, f'images-{mode}-{weight}-seed{seeds[0]}'.replace('--', '-'), mode, seeds[0], 120, argv),), None, key,
-            key)
-        for mode, weight, argv in tried for column, key in IMAGE_FIGURES.items()]
+    tried: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {MODES['none'][0]: ('none', 'none', ())}
+    for mode, weights in WEIGHTS.items():
+        tried.update({f'{MODES[mode][0]}, {w}': (f'{mode}-{w}', mode, make[mode](w)) for w in weights})
     return Table(
         'Weights for diversity, without real images',
-        '120 images each, by the weight of the easiest positive (a hundredth of it for the triplet, as in the paper)'
-        ' and of the competition. Tables 5 and 6 have the largest of these that leaves 90 % of the images with more'
-        ' than half of the probability of the CNN that they are made out of; the other CNN had no say.', entries)
+        '120 images each, of one seed, by the weight of the easiest positive (a hundredth of it for the triplet, as in'
+        ' the paper) and of the competition. Tables 5 and 6 are to have the largest of these that leaves 90 % of the'
+        ' images with more than half of the probability of the CNN that they are made out of, as far as they have been'
+        ' run; three images are 2.5 points. The other CNN has no say.',
+        [Entry(row, column, (inversion_cell(
+            scale, f'tuning-images-{name}-seed{seeds[0]}', scale.tuning_data, mode, seeds[0], 120, argv),), None, key,
+            key)
+         for row, (name, mode, argv) in tried.items() for column, key in IMAGE_FIGURES.items()])
 
 
 def table5(scale: Scale, seeds: Sequence[int]) -> Table:
@@ -439,15 +439,16 @@ def table5(scale: Scale, seeds: Sequence[int]) -> Table:
                       Entry(label, 'labels found', cells, None, 'labels', 'teacher_agreement', 2))]
     real, intra = real_students(scale, seeds), (MODES['intra'][0], 'top-1')
     note = (
-        f'DearKD students on {scale.num_synthetic} images made out of a CNN (before a verifier, where there is one,'
-        ' leaves any out), and on about as many real ones; their recipe was chosen on real ones.'
-        f'{weights_note(scale)} ADI competes with the student of DeepInversion\'s images. To the right: the share of'
-        ' the augmented images whose label, the class that they were made for, the teacher finds.')
+        f'DearKD students on {scale.num_synthetic} images made out of a CNN'
+        f'{"" if scale.cnn else " (before the verifier leaves any out)"}, and on about as many real ones; their recipe'
+        f' was chosen on real ones.{weights_note(scale)} ADI competes with the student of DeepInversion\'s images.'
+        ' To the right: the share of the augmented images whose label, the class that they were made for, the teacher'
+        ' finds.')
     if scale.cnn:
         note += (
-            ' The CNN is the teacher too; the paper has another one. The images are made to look like the crops that it'
-            ' was trained on, and are cropped once more for the student, which widens the gap to real images but not'
-            ' the gaps between the three.')
+            ' The CNN is the teacher too, where the paper has two, and no image is left out. Images are made to look'
+            ' like the crops that the CNN was trained on, and are cropped once more for the student, which may widen'
+            ' the gap to real ones.')
     return Table(
         'Data-free (table 5)', note,
         [*entries, Entry(REAL, 'top-1', real, 72.2, 'real'),
@@ -487,7 +488,7 @@ def table6(scale: Scale, seeds: Sequence[int]) -> Table:
         f'Distance of two images of a class: {metric}. Noise in the pixels is distance too, so that more of it is'
         ' diversity only where the images are recognised as well. Beside it: images in percent to which the CNN that'
         ' they were made out of gives more than half of its probability for their class, and to which another CNN does'
-        f'{", the one that has seen its own share of the real images" if scale.cnn else ""}.',
+        f'{", trained on as many real images" if scale.cnn else ""}.',
         distances + looks, [
             *_ordered('distance'),
             *(Claim(f'Real images above {label}', (REAL, 'distance'), (label, 'distance'))

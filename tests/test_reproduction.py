@@ -1,6 +1,7 @@
 """The driver of the reproduction and its report; what the cells train is train.py's to test."""
 import fcntl
 import gzip
+import hashlib
 import json
 import math
 import shlex
@@ -280,14 +281,17 @@ def test_students_of_another_teacher_start_anew(driver):
     assert driver.run(cells)
     results = [json.loads(path.read_text()) for path in driver.results.glob('*.json')]
     assert len({result['teacher'] for result in results if 'teacher' in result}) == 1
-    (driver.work / 'teacher' / 'model_best.safetensors').write_bytes(b'others')
+    for folder in (driver.work, driver.results):
+        (folder / 'teacher' / 'model_best.safetensors').write_bytes(b'others')
     (driver.results / 'dearkd-0.05-seed0.json').unlink()
     left_over = driver.work / 'dearkd-0.05-seed0' / 'old'
     left_over.touch()
     assert driver.run(cells) and not left_over.exists()
     report.write_report(driver.scale, driver.results, [0], driver.work / 'RESULTS.md')
     text = (driver.work / 'RESULTS.md').read_text()
-    assert '2 have been trained' in text and '**Not all students of seed 0 at 5 % have the same teacher.**' in text
+    other = hashlib.sha256(b'others').hexdigest()[:12]
+    assert f'1 figures are of students of teacher {other}, which is kept.' in text
+    assert '**Not all students of seed 0 at 5 % have the same teacher.**' in text
     assert '0 at 10 %' not in text
 
 
@@ -297,15 +301,25 @@ def test_the_teacher_of_the_results_teaches_elsewhere(driver, tmp_path):
     assert driver.run(cells)
     for name in run.TEACHER_FILES:
         (driver.results / 'teacher' / name).write_text(f'kept {name}')
-    (driver.results / 'dearkd-0.05-seed0.json').unlink()
+    for is_new in (True, False):  # where another one was trained, too
+        if is_new:
+            shutil.rmtree(driver.work)
+        else:
+            (driver.work / 'teacher' / 'model_best.safetensors').write_text('others')
+        (driver.results / 'dearkd-0.05-seed0.json').unlink()
+        driver.ran.clear()
+        assert driver.run(cells) and driver.ran == ['dearkd-0.05-seed0']
+        for name in run.TEACHER_FILES:
+            assert (driver.work / 'teacher' / name).read_text() == f'kept {name}'
     shutil.rmtree(driver.work)
+    (driver.results / 'teacher' / 'model_best.safetensors').unlink()  # as it is without the weights, in an archive
+    (driver.results / 'dearkd-0.05-seed0.json').unlink()
     driver.ran.clear()
-    assert driver.run(cells) and driver.ran == ['dearkd-0.05-seed0']
-    for name in run.TEACHER_FILES:
-        assert (driver.work / 'teacher' / name).read_text() == f'kept {name}'
+    assert driver.run(cells) and driver.ran == ['teacher', 'dearkd-0.05-seed0']
+    driver.ran.clear()
     shutil.rmtree(driver.work)
     changed = replace(teacher, argv=(*teacher.argv, '--epochs', '3'))
-    assert driver.run([changed]) and driver.ran[1:] == ['teacher']
+    assert driver.run([changed]) and driver.ran == ['teacher']
     assert not (driver.results / 'teacher' / 'model_best.safetensors').read_text()
 
 
@@ -532,6 +546,17 @@ def test_what_two_cnns_say_of_images(tmp_path):
         for teacher, verifier in probabilities])))
     assert driver.image_figures(cell) == dict(sure=75., recognised=25., images=4, kept=3)
     assert (folder / 'validation').samefile(tmp_path / 'data' / 'digits' / 'validation')
+
+
+def test_weights_for_diversity_are_those_that_the_table_tells():
+    scale = SCALES['small']
+    found = report.Results(scale, run.RESULTS / 'small', SEEDS)
+    sure = {entry.cells[0]: found.figure(entry) for entry in found.tables['inversion'].entries if entry.key == 'sure'}
+    for mode, chosen in (('intra', scale.intra), ('adi', scale.adi)):
+        tried = {cell.argv[-len(chosen):]: figure.mean for cell, figure in sure.items()
+                 if figure is not None and f'-{mode}-' in cell.name}
+        if tried:
+            assert chosen == [weights for weights, figure in tried.items() if figure >= 90][-1]
 
 
 def test_an_odd_file_is_no_result(tmp_path, capsys):

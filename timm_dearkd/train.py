@@ -304,7 +304,7 @@ def run_script(argv: Optional[Sequence[str]] = None) -> None:
         parser.error(f'--torchcompile: the model could not be compiled: {reason} Leave the flag out.')
     except Interrupted as e:
         status, message = 128 + e.signum, f'{parser.prog}: {e}\n'
-    except KeyboardInterrupt:  # in an evaluation, or the second one in training
+    except KeyboardInterrupt:  # of --eval-only, or the second one in training
         parser.exit(130, f'{parser.prog}: Interrupted.\n')
     if dist.is_initialized():  # after an error some may wait for others, but not here
         dist.barrier()  # a process that leaves while others still talk to it may be torn down with them
