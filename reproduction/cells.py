@@ -3,8 +3,8 @@ from dataclasses import dataclass
 from typing import Dict, Optional, Sequence, Tuple
 
 __all__ = [
-    'FIGURE4', 'METHODS', 'SCALES', 'TAUGHT', 'Cell', 'Scale', 'adi_weights', 'hidden_loss', 'intra_weights', 'methods',
-    'stages', 'student_cell', 'students', 'teacher_cell', 'training_cost', 'two_stages',
+    'FIGURE4', 'METHODS', 'SCALES', 'TAUGHT', 'Cell', 'Scale', 'adi_weights', 'cnn_cell', 'hidden_loss',
+    'intra_weights', 'methods', 'stages', 'student_cell', 'students', 'teacher_cell', 'training_cost', 'two_stages',
 ]
 
 
@@ -90,7 +90,7 @@ SCALES = {scale.name: scale for scale in (
         ('--model', 'efficientnet_lite0', '--checkpoint', '{data}/efficientnet_lite0.pth'),
         ('--resolutions', '32:200:0.2', '--classes-per-batch', '10', '--images-per-class', '6', '--jitter', '2',
          '--bn-norm', 'relative', '--bn-weight', '0.05', '--tv-weight', '0.003', *DEEP_INVERSION),
-        adi_weights('30'), intra_weights('0.1')),  # see `inversion` in tables.py
+        adi_weights('30'), intra_weights('0.1')),  # see `inversion` in data_free.py
     Scale(
         'imagenet', 'imagenet', '', 1281167, 50000, 'recipes/dearkd_300e.yaml', 'dearkd_tiny_patch16_224', (), (), 300,
         (0.1, 0.25, 0.5, 1.0), 1.0, 600_000, ('4:2',),
@@ -178,6 +178,14 @@ def teacher_cell(scale: Scale) -> Optional[Cell]:
     argv = ('-c', scale.recipe, *scale.cnn, *scale.teacher, '--val-interval', '1000')
     epochs = int(scale.teacher[scale.teacher.index('--epochs') + 1])
     return Cell('teacher', scale.data, argv, cost=scale.num_train * epochs / 3)
+
+
+def cnn_cell(scale: Scale, seed: int) -> Cell:
+    """The teacher's CNN, trained on a student's images alone, by the student's recipe."""
+    argv = ('-c', scale.recipe, *scale.cnn, '--epochs', str(scale.epochs), '--val-interval', str(scale.epochs),
+            '--train-fraction', str(scale.ablation_fraction), '--fraction-seed', str(seed))
+    cost = scale.num_train * scale.ablation_fraction * scale.epochs / 3
+    return Cell(f'cnn-{scale.ablation_fraction:g}-seed{seed}', scale.data, argv, cost, seed)
 
 
 def training_cost(scale: Scale, num_images: float, argv: Sequence[str], num_evaluations: int) -> float:

@@ -62,7 +62,8 @@ def write_fashion_mnist(folder: Path, source: Optional[Path] = None) -> None:
         labels = read_idx(source / f'{name}-labels-idx1-ubyte')
         images = read_idx(source / f'{name}-images-idx3-ubyte')
         count = dict.fromkeys(range(10), 0)
-        for index, (image, label) in enumerate(zip(tqdm(images, desc=split, unit='image', leave=False), labels)):
+        bar = tqdm(images, desc=split, unit='image', leave=False, disable=None)
+        for index, (image, label) in enumerate(zip(bar, labels)):
             path = temporary / split / str(label) / f'{index:05d}.png'
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)

@@ -14,7 +14,8 @@ sys.path[:0] = [str(ROOT)]
 
 from reproduction.cells import FIGURE4, METHODS, SCALES, Scale, teacher_cell  # noqa: E402
 from reproduction.run import definition, read_result, weights_hash  # noqa: E402
-from reproduction.tables import Entry, Table, tables_of  # noqa: E402
+from reproduction.table import Entry, Table  # noqa: E402
+from reproduction.tables import tables_of  # noqa: E402
 from timm_dearkd.analysis.attention_distance import DistanceHistory, plot_over_epochs, read_log  # noqa: E402
 from timm_dearkd.analysis.figures import new_figure, render  # noqa: E402
 from timm_dearkd.files import write_bytes  # noqa: E402
