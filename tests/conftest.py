@@ -4,10 +4,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Dict
 
 import numpy as np
 import pytest
 import torch
+from forked import run_forked
 from PIL import Image
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # no test asks the real Hub; without it, the client tries for long
@@ -46,16 +48,30 @@ def image_folder(tmp_path_factory) -> Path:
     return root
 
 
+def environment() -> Dict[str, str]:
+    """Of Python commands."""
+    return {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+
+
+def read_at_import() -> Dict[str, str]:
+    """What huggingface_hub and torch.compile look at when they are imported, and not again."""
+    return {name: value for name, value in os.environ.items() if name.startswith(('HF_', 'CXX'))}
+
+
+AT_IMPORT = read_at_import()
+
+
 def start_python(*args, **kwargs) -> subprocess.Popen:
     """Start a Python command in a process, and a process group, of its own."""
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
     return subprocess.Popen(
-        [sys.executable, *map(str, args)], env=environment, text=True, start_new_session=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, **{'cwd': ROOT, **kwargs})
+        [sys.executable, *map(str, args)], env=environment(), text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **{'cwd': ROOT, **kwargs})
 
 
 def run_python(*args, **kwargs) -> subprocess.CompletedProcess:
-    """Run a Python command, as a user would."""
+    """Run a Python command, as a user would; see `forked`, where it is a script, and nothing is special about it."""
+    if args[0] != '-c' and not set(kwargs) - {'cwd'} and read_at_import() == AT_IMPORT:
+        return run_forked([str(arg) for arg in args], environment(), kwargs.get('cwd', ROOT), timeout=500)
     process = start_python(*args, **kwargs)
     try:
         out, err = process.communicate(timeout=500)

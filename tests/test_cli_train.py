@@ -416,18 +416,17 @@ def test_evaluation_alone(run, train_cli, image_folder, tmp_path):
     assert json.loads(result.stdout)['top1'] == pytest.approx(100 * sum(hits) / len(hits))
 
 
-def test_a_checkpoint_is_evaluated_with_the_input_it_was_trained_with(train_cli, tmp_path):
+def test_a_checkpoint_is_evaluated_with_the_input_it_was_trained_with(train_cli, image_folder, tmp_path):
     result = train_cli(
         '--model', 'test_vit', '--in-chans', '1', '--mean', '0.1', '--std', '0.9', '--crop-pct', '0.7', '--epochs', '1',
         '--model-kwargs', 'qkv_bias=False', '--output', tmp_path, '--experiment', 'x')
     assert result.returncode == 0, result.stderr
-    data = result.args[2]
     command = ('--eval-only', '--batch-size', '8', '--workers', '0', '--device', 'cpu')
-    found = [json.loads(train_cli(*command, *args, data=data, small=False).stdout)['loss'] for args in (
+    found = [json.loads(train_cli(*command, *args, small=False).stdout)['loss'] for args in (
         ('--model', f'local-dir:{tmp_path / "x"}'),
         ('--model', 'test_vit', '--initial-checkpoint', tmp_path / 'x' / 'model_best.pth.tar'))]
     model = timm.create_model(f'local-dir:{tmp_path / "x"}', pretrained=True)
-    assert found[0] == found[1] == pytest.approx(evaluate(model, data)['loss'], rel=1e-4)
+    assert found[0] == found[1] == pytest.approx(evaluate(model, image_folder)['loss'], rel=1e-4)
 
 
 def test_a_plain_timm_model_is_evaluated(train_cli, image_folder, tmp_path):

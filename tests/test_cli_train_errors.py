@@ -61,6 +61,7 @@ ERRORS = {
     'progressive': (['--train-size-schedule', 'progressive'], 'two or more --train-img-sizes'),
     'tta': (['--tta', '3'], 'expected one of 0, 1, 2'),
     'script': (['--torchscript', '--torchcompile', 'eager'], '--torchscript does not go with'),
+    'script to evaluate': (['--torchscript', '--eval-only'], '--torchscript is for training'),
     'script of a student': (['--torchscript', '--kd-model-name', 'TEACHER'], 'Use --torchcompile'),
     'split bn': (['--split-bn'], '--aug-splits'),
     'module': (['--device-modules', 'no_such_module'], 'no_such_module'),

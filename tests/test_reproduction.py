@@ -20,7 +20,8 @@ from PIL import Image
 from reproduction import report, run
 from reproduction.cells import SCALES, Cell, teacher_cell
 from reproduction.fashion_mnist import write_fashion_mnist
-from reproduction.tables import CHOOSING, TABLES, Claim, Entry, Table, tables_of
+from reproduction.table import Claim, Entry, Table
+from reproduction.tables import CHOOSING, TABLES, tables_of
 from timm_dearkd.analysis.__main__ import build_parser as analysis_parser
 from timm_dearkd.data_free.__main__ import build_parser as data_free_parser
 from timm_dearkd.engine.options import build_config_parser, build_parser, parse_args

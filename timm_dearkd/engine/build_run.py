@@ -177,10 +177,11 @@ def _build_saver(args, folder: str, model: nn.Module, trainer: Trainer) -> Atomi
         max_history=args.checkpoint_hist,
     )
     if args.resume and os.path.dirname(os.path.abspath(args.resume)) == os.path.abspath(folder):
-        if os.path.samefile(args.resume, find_checkpoint(folder)):
-            saver.load_state_dict_from_checkpoint(args.resume)
-        else:
+        newest = find_checkpoint(folder)
+        if newest and not os.path.samefile(args.resume, newest):
             saver.go_back_to(args.resume)
+        else:
+            saver.load_state_dict_from_checkpoint(args.resume)
     else:
         remove_recovery(folder)  # of a run that has no other checkpoint
     return saver

@@ -1,4 +1,5 @@
 """Stopping a run from outside, between two steps."""
+import multiprocessing
 import os
 import signal
 import threading
@@ -82,14 +83,15 @@ def init_worker(worker_init_fn: Optional[Callable], worker_id: int) -> None:
         worker_id: Its argument.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, 'sigwaitinfo'):  # not on every system
+    parent = multiprocessing.parent_process()  # not what forked it, which may be the fork server
+    if parent is not None and hasattr(signal, 'sigwaitinfo'):  # not on every system
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_exit_for_parent, daemon=True).start()
+        threading.Thread(target=_exit_for, args=(parent.pid,), daemon=True).start()
     if worker_init_fn is not None:
         worker_init_fn(worker_id)
 
 
-def _exit_for_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+def _exit_for(parent: Optional[int]) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

@@ -345,6 +345,8 @@ def _config_argv(config: Dict[str, Any], parser: argparse.ArgumentParser) -> Lis
             if value is not True and not (either and value is False):
                 parser.error(f'configuration file: {key} is {value!r}, expected true or false')
             argv.append(flag)
+        elif action.nargs == '?' and value is True:
+            argv.append(flag)
         elif isinstance(value, dict):
             argv += [flag, *(f'{k}={v}' for k, v in value.items())]
         elif isinstance(value, (list, tuple)):

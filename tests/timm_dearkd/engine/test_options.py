@@ -110,6 +110,11 @@ def test_false_in_the_file_switches_off(config, key):
     assert parse(*config(dearkd_normalize_features=False))[0].dearkd_normalize_features is False
 
 
+def test_true_in_the_file_is_the_flag_alone(config):
+    for key in ('torchcompile', 'amp'):
+        assert parse(*config(**{key: True}))[0] == parse(f'--{key}')[0]
+
+
 def test_unknown_keys_are_warned_about(config, caplog):
     parse(*config(learning_rate=1., dist_url=None))  # the latter as timm writes them, unset
     assert 'learning_rate' in caplog.text and 'dist_url' not in caplog.text
