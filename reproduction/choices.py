@@ -65,12 +65,9 @@ CHOICES: Dict[str, Tuple[str, ...]] = {
     **RPE_CHOICES,
 }
 
-
 SET_ASIDE = (
     'Students on {:g} % of 55,000 training images, figures on the other 5,000, which no student has seen. The teacher'
     ' has seen all 60,000.')
-
-
 FIRST_ROUND = ' DearKD with beta 1 and features as they are.'
 
 

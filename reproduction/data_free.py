@@ -52,7 +52,8 @@ def inversion_cell(
     if mode == 'adi':
         needs.append(synthetic_student_cell(scale, 'none', seed))
         argv += ['--student', f'{{runs}}/{needs[-1].name}']
-    return Cell(name, data, (*argv, *weights), num_images * 40., seed, tuple(needs), 'data_free')
+    cost = num_images * (80. if mode == 'adi' else 40.)
+    return Cell(name, data, (*argv, *weights), cost, seed, tuple(needs), 'data_free')
 
 
 def synthetic_student_cell(scale: Scale, mode: str, seed: int) -> Cell:

@@ -6,6 +6,8 @@ from reproduction.cells import Cell
 
 __all__ = ['HIDDEN', 'Claim', 'Entry', 'Table']
 
+HIDDEN = 'hidden loss'  # an entry's noise: figures with it vary far less from seed to seed than those without
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -52,6 +54,3 @@ class Table:
     entries: List[Entry]
     claims: List[Claim] = field(default_factory=list)
     reference: str = ''
-
-
-HIDDEN = 'hidden loss'  # figures with it vary far less from seed to seed than those without

@@ -1,4 +1,4 @@
-"""The tables of the report: which cells their figures come from, the paper's figures, and the claims."""
+"""The tables of students on real images, and the list of all: their cells, the paper's figures, the claims."""
 from dataclasses import replace
 from typing import Callable, Dict, Sequence
 
@@ -77,7 +77,7 @@ def table2(scale: Scale, seeds: Sequence[int]) -> Table:
 
 
 def pupil_cell(scale: Scale, method: str, seed: int) -> Cell:
-    """A student that such a CNN teaches."""
+    """A student taught by the CNN of its own images."""
     cnn = cnn_cell(scale, seed)
     cell = student_cell(scale, f'pupil_{method}', methods(scale)[method], scale.ablation_fraction, seed)
     argv = tuple(arg.replace('{teacher}', f'{{runs}}/{cnn.name}') for arg in cell.argv)

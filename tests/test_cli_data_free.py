@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import run_python, start_python
+from conftest import run_process, run_python, start_python
 from PIL import Image
 
 from timm_dearkd.analysis.attention_distance import read_log
@@ -34,7 +34,7 @@ def make(cnn):
 @pytest.fixture(scope='module')
 def whole(make, tmp_path_factory):
     out = tmp_path_factory.mktemp('whole') / 'images'
-    result = make(out, '--num-images', '24')
+    result = make(out, '--num-images', '24', run=run_process)
     assert result.returncode == 0, result.stderr
     return out, result
 

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import run_python
+from conftest import run_process, run_python
 from PIL import Image
 from timm.data import create_dataset, create_loader, resolve_model_data_config
 from timm.models import save_for_hf
@@ -45,7 +45,8 @@ def run(train_cli, cnn, tmp_path_factory):
     result = train_cli(
         '--kd-model-name', f'local-dir:{cnn}', '--epochs', '6', '--dearkd-stage1-epochs', '4', '--model-ema',
         '--model-ema-decay', '0.8', '--dearkd-rpe-drop', '0.1', '--mixup', '0.2', '--mixup-off-epoch', '5',
-        '--drop-path', '0.1', '--log-interval', '3', '--output', out, '--experiment', 'dearkd')
+        '--drop-path', '0.1', '--log-interval', '3', '--workers', '1', '--output', out, '--experiment', 'dearkd',
+        start=run_process)
     assert result.returncode == 0, result.stderr
     return out / 'dearkd', result.stderr
 
@@ -211,6 +212,19 @@ def test_going_back_to_an_earlier_checkpoint(train_cli, tmp_path):
     assert result.returncode == 0, result.stderr
     assert [row['epoch'] for row in rows(folder)] == ['0', '1', '2']
     assert [float(row['lr']) for row in rows(folder)][:2] == rates
+
+
+def test_going_on_with_a_checkpoint_of_another_name(run, train_cli, tmp_path):
+    folder = tmp_path / 'dearkd'
+    shutil.copytree(run[0], folder)
+    (folder / 'last.pth.tar').rename(folder / 'kept.pth')
+    for path in folder.glob('*.pth.tar'):
+        path.unlink()
+    command = ('-c', folder / 'args.yaml', '--output', tmp_path, '--epochs', '7', '--resume')
+    result = train_cli(*command, folder / 'kept.pth', small=False)
+    assert result.returncode == 0, result.stderr
+    assert [row['epoch'] for row in rows(folder)] == [str(epoch) for epoch in range(7)]
+    assert torch.load(folder / 'last.pth.tar', weights_only=False)['epoch'] == 6
 
 
 def test_a_student_that_was_not_exported_is_in_the_end(run, train_cli, tmp_path):

@@ -178,10 +178,10 @@ def _build_saver(args, folder: str, model: nn.Module, trainer: Trainer) -> Atomi
     )
     if args.resume and os.path.dirname(os.path.abspath(args.resume)) == os.path.abspath(folder):
         newest = find_checkpoint(folder)
-        if newest and not os.path.samefile(args.resume, newest):
-            saver.go_back_to(args.resume)
-        else:
+        if newest and os.path.samefile(args.resume, newest):
             saver.load_state_dict_from_checkpoint(args.resume)
+        else:
+            saver.go_back_to(args.resume)
     else:
         remove_recovery(folder)  # of a run that has no other checkpoint
     return saver

@@ -156,7 +156,8 @@ def _check_combinations(args: argparse.Namespace) -> None:
     if args.torchscript and (args.torchcompile or args.sync_bn):
         raise ValueError('--torchscript does not go with --torchcompile or --sync-bn. Leave one of them out.')
     if args.torchscript and args.eval_only:
-        raise ValueError('--torchscript is for training. Leave it out with --eval-only, or take --torchcompile.')
+        raise ValueError(
+            '--torchscript is for training. Leave it out with --eval-only, in a file by torchscript: false.')
     for key in ('kd_teacher_checkpoint', 'kd_class_map'):
         if getattr(args, key) and not args.kd_model_name:
             raise ValueError(f'{_flag(key)} needs the architecture of the teacher: add --kd-model-name NAME.')

@@ -84,14 +84,17 @@ def init_worker(worker_init_fn: Optional[Callable], worker_id: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()  # not what forked it, which may be the fork server
-    if parent is not None and hasattr(signal, 'sigwaitinfo'):  # not on every system
+    if parent is not None and hasattr(signal, 'sigtimedwait'):  # not on every system
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_exit_for, args=(parent.pid,), daemon=True).start()
+        threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
     if worker_init_fn is not None:
         worker_init_fn(worker_id)
 
 
-def _exit_for(parent: Optional[int]) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
+def _exit_with(parent: Any) -> None:
+    """End when that process asks for it, or is no more."""
+    while parent.is_alive():
+        received = signal.sigtimedwait({signal.SIGTERM}, 5)
+        if received is not None and received.si_pid == parent.pid:
+            break
     os._exit(0)

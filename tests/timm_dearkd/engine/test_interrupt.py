@@ -1,25 +1,82 @@
 import multiprocessing
+import os
+import signal
+import subprocess
 import time
 
 import pytest
+from conftest import run_python, start_python
 
 from timm_dearkd.engine.interrupt import init_worker
 
+METHODS = multiprocessing.get_all_start_methods()
 
-def work(ready):
+
+def work(connection):
     init_worker(None, 0)
-    ready.set()
+    connection.send(os.getpid())
     time.sleep(100)
 
 
-@pytest.mark.parametrize('method', multiprocessing.get_all_start_methods())
-def test_workers_end_when_their_process_asks_for_it(method):
-    """Which has not forked them itself, under some start methods."""
-    context = multiprocessing.get_context(method)
-    ready = context.Event()
-    worker = context.Process(target=work, args=(ready,), daemon=True)
+def start(method, connection):
+    worker = multiprocessing.get_context(method).Process(target=work, args=(connection,))
     worker.start()
-    assert ready.wait(60)
-    worker.terminate()
-    worker.join(20)
-    assert not worker.is_alive()
+    return worker
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_workers_end_for_their_process(method):
+    """Which has not forked them itself, under some start methods; and for no other, who may signal the whole group."""
+    here, there = multiprocessing.Pipe()
+    worker = start(method, there)
+    try:
+        pid = here.recv()
+        if method != 'spawn':  # where libraries start threads, which take the signal, before the worker begins
+            subprocess.run(['kill', str(pid)], check=True)
+            worker.join(1)
+            assert worker.is_alive()
+        worker.terminate()
+        worker.join(20)
+        assert worker.exitcode == 0 or method == 'spawn' and worker.exitcode == -signal.SIGTERM
+    finally:
+        worker.kill()
+
+
+@pytest.mark.parametrize('method', sorted(set(METHODS) - {'fork'}))  # there, PyTorch looks for the parent
+def test_workers_end_when_their_process_is_killed(method, tmp_path):
+    script = tmp_path / 'script.py'
+    script.write_text(f"""
+import multiprocessing, time
+from timm_dearkd.engine.interrupt import init_worker
+
+def work(connection):
+    init_worker(None, 0)
+    connection.send('ready')
+    time.sleep(100)
+
+if __name__ == '__main__':
+    here, there = multiprocessing.Pipe()
+    worker = multiprocessing.get_context('{method}').Process(target=work, args=(there,))
+    worker.start()
+    here.recv()
+    print(worker.pid, flush=True)
+    time.sleep(100)
+""")
+    process = start_python(script)
+    pid = int(process.stdout.readline())
+    process.kill()
+    try:
+        process.communicate(timeout=30)  # which waits for the worker, for it has the same output
+    except subprocess.TimeoutExpired:
+        os.kill(pid, signal.SIGKILL)
+        raise
+
+
+def test_a_run_with_loaders_of_the_fork_server_ends(image_folder, tmp_path):
+    code = ("import multiprocessing; multiprocessing.set_start_method('forkserver')\n"
+            'from timm_dearkd.train import run_script; run_script()')
+    result = run_python(
+        '-c', code, image_folder, '--model', 'test_dearkd', '--img-size', '32', '--epochs', '1', '-b', '8', '--device',
+        'cpu', '--workers', '1', '--output', tmp_path, '--experiment', 'x')
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / 'x' / 'model_best.safetensors').exists()
