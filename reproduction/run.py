@@ -6,6 +6,7 @@ is kept as JSON with its command, seed and commits. `python reproduction/report.
 import argparse
 import csv
 import fcntl
+import fnmatch
 import hashlib
 import itertools
 import json
@@ -406,6 +407,21 @@ def collect_cells(scale: Scale, names: Sequence[str], seeds: Sequence[int]) -> L
     return list(wanted.values())
 
 
+def select_cells(cells: Sequence[Cell], patterns: Sequence[str]) -> List[Cell]:
+    """Those of some names, in the order of the patterns, which are a shell's.
+
+    Raises:
+        ValueError: A pattern fits none.
+    """
+    selected: Dict[str, Cell] = {}
+    for pattern in patterns:
+        found = {cell.name: cell for cell in cells if fnmatch.fnmatchcase(cell.name, pattern)}
+        if not found:
+            raise ValueError(f'None of the {len(cells)} cells is named {pattern}. --list has their commands.')
+        selected.update(found)
+    return list(selected.values())
+
+
 def validation_folder(data: Path) -> Path:
     """Of an image folder, by the names that timm knows.
 
@@ -457,6 +473,7 @@ def main() -> None:
     names = [*TABLES, 'all']
     parser.add_argument('tables', nargs='+', choices=names, metavar='TABLE', help=', '.join(names))
     parser.add_argument('--scale', default='small', choices=list(SCALES))
+    parser.add_argument('--only', nargs='+', metavar='CELL', help='the cells of these names, such as "stage50_*"')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--jobs', type=int, default=max(1, (os.cpu_count() or 1) // 2), help='cells at a time')
     parser.add_argument('--launcher', help='what starts a cell, say "torchrun --nproc_per_node 8" (with --jobs 1)')
@@ -476,6 +493,7 @@ def main() -> None:
     driver = Driver(scale, args.data, work, args.results or RESULTS / scale.name, max(1, args.jobs), launcher)
     cells = collect_cells(scale, tables, args.seeds)
     try:
+        cells = select_cells(cells, args.only or ['*'])
         lines = [driver.shell_line(cell) for cell in cells]
         if args.list:
             print('\n'.join(lines))
