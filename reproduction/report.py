@@ -5,197 +5,18 @@ import statistics
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
-
-import numpy as np
+from typing import Dict, List, Sequence
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from reproduction.cells import FIGURE4, METHODS, SCALES, Scale, teacher_cell  # noqa: E402
-from reproduction.run import definition, read_result, weights_hash  # noqa: E402
-from reproduction.table import Entry, Table  # noqa: E402
-from reproduction.tables import tables_of  # noqa: E402
+from reproduction.cells import FIGURE4, METHODS, SCALES, Scale  # noqa: E402
+from reproduction.results import RESULTS, Figure, Key, Results, weights_hash  # noqa: E402
+from reproduction.significance import Gap, judge, judge_growth, measure, t_quantile  # noqa: E402
+from reproduction.table import Table  # noqa: E402
 from timm_dearkd.analysis.attention_distance import DistanceHistory, plot_over_epochs, read_log  # noqa: E402
 from timm_dearkd.analysis.figures import new_figure, render  # noqa: E402
 from timm_dearkd.files import write_bytes  # noqa: E402
-
-# Two-sided 95 % quantiles of Student's t by degrees of freedom
-T_QUANTILES = {
-    1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26, 10: 2.23, 12: 2.18, 15: 2.13,
-    20: 2.09, 30: 2.04, 60: 2.00}
-Key = Tuple[str, str]
-
-
-def t_quantile(degrees: float) -> float:
-    """Of that many degrees of freedom, or of the next lower number in the table."""
-    return T_QUANTILES[max(n for n in T_QUANTILES if n <= degrees + 1e-6)]
-
-
-class Figure(NamedTuple):
-    """The figures of an entry by seed, and the digits that they are printed with."""
-    by_seed: Dict[int, float]
-    digits: int
-
-    @property
-    def mean(self) -> float:
-        return statistics.mean(self.by_seed.values())
-
-    @property
-    def error(self) -> Optional[float]:
-        """Standard error of the mean; None for one seed."""
-        values = self.by_seed.values()
-        return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-
-    def __str__(self) -> str:
-        if self.error is None:
-            return f'{self.mean:.{self.digits}f} (1 seed)'
-        seeds = f' ({len(self.by_seed)} seeds)' if len(self.by_seed) != 3 else ''
-        return f'{self.mean:.{self.digits}f} ± {self.error:.{self.digits}f}{seeds}'
-
-
-class Results:
-    """Figures by cell.
-
-    Args:
-        scale: Of the experiments.
-        folder: Of the JSON files.
-        seeds: That may be there.
-    """
-
-    def __init__(self, scale: Scale, folder: Path, seeds: Sequence[int]) -> None:
-        self.tables = {name: make(scale, seeds) for name, make in tables_of(scale).items()}
-        cells = {cell.name: cell for table in self.tables.values() for entry in table.entries for cell in entry.cells}
-        teacher = teacher_cell(scale)
-        if teacher is not None:
-            cells[teacher.name] = teacher
-        results = {name: read_result(folder / f'{name}.json') for name in cells}
-        self.cells = {name: result for name, result in results.items()
-                      if result is not None and result['definition'] == definition(cells[name])}
-        self.stale = [name for name, result in results.items() if result is not None and name not in self.cells]
-
-    def figure(self, entry: Entry) -> Optional[Figure]:
-        """Of the cells that are there; None without any."""
-        by_seed = {
-            cell.seed: self.cells[cell.name][entry.key] for cell in entry.cells
-            if entry.key in self.cells.get(cell.name, {})}
-        return Figure(by_seed, entry.digits) if by_seed else None
-
-    def mixed_seeds(self, name: str) -> List[str]:
-        """Seeds of a table, of each column of table 2, whose figures are of students of different teachers."""
-        teachers: Dict[str, Set[str]] = {}
-        for entry in self.tables[name].entries:
-            for cell in entry.cells:
-                if 'teacher' in self.cells.get(cell.name, {}):
-                    place = f'{cell.seed}' + (f' at {entry.column}' if name == 'table2' else '')
-                    teachers.setdefault(place, set()).add(self.cells[cell.name]['teacher'])
-        return [place for place, found in teachers.items() if len(found) > 1]
-
-    def figures(self, table: Table) -> Dict[Key, Figure]:
-        """Figures by row and column."""
-        found = {(entry.row, entry.column): self.figure(entry) for entry in table.entries}
-        return {key: figure for key, figure in found.items() if figure is not None}
-
-
-class Gap(NamedTuple):
-    """A difference, and half of its 95 % interval; not a number where nothing is known of the noise."""
-    value: float
-    margin: float
-
-    def verdict(self) -> str:
-        """Whether it is above 0, where there is a margin."""
-        if abs(self.value) > self.margin:
-            return 'holds' if self.value > 0 else '**does not hold, the other way round**'
-        return f'not to be told from the noise, leaning {"this way" if self.value > 0 else "the other way"}'
-
-    def text(self, digits: int) -> str:
-        margin = f' ± {self.margin:.{digits}f}' if math.isfinite(self.margin) else ''
-        return f'{self.value:+.{digits}f}{margin}'
-
-
-class Noise(NamedTuple):
-    """Variance of a figure from seed to seed, and its degrees of freedom."""
-    variance: float
-    degrees: int
-
-
-def measure_noise(figures: Sequence[Figure], paired: bool) -> Noise:
-    """That of figures that are alike, by least squares; not a number where all have but one seed.
-
-    Args:
-        figures: Each has a mean of its own.
-        paired: Each seed has an effect of its own too, the same on all figures (a randomised block design).
-    """
-    observed = [(i, seed, value) for i, figure in enumerate(figures) for seed, value in figure.by_seed.items()]
-    blocks = sorted({seed for _, seed, _ in observed}) if paired else []
-    values = np.array([value for *_, value in observed])
-    design = np.array([
-        [float(i == row) for row in range(len(figures))] + [float(seed == block) for block in blocks]
-        for i, seed, _ in observed])
-    residuals = values - design @ np.linalg.lstsq(design, values, rcond=None)[0]
-    degrees = len(values) - int(np.linalg.matrix_rank(design))
-    return Noise(float(residuals @ residuals) / degrees if degrees else math.nan, degrees)
-
-
-def measure(table: Table, figures: Dict[Key, Figure], factors: Dict[Key, float]) -> Gap:
-    """A sum of a table's means with factors, by Welch's t.
-
-    Figures that are alike are compared by the seeds that they share.
-    """
-    alike: Dict[str, Dict[Key, Figure]] = {}
-    for entry in table.entries:
-        key = (entry.row, entry.column)
-        if key in figures:
-            alike.setdefault(entry.noise, {})[key] = figures[key]
-    value, parts = 0., []
-    for group in alike.values():
-        used = {key: factor for key, factor in factors.items() if key in group}
-        if not used:
-            continue
-        shared = set.intersection(*(set(group[key].by_seed) for key in used))
-        paired = math.isclose(sum(used.values()), 0., abs_tol=1e-9) and bool(shared)
-        noise = measure_noise(list(group.values()), paired)
-        variance = 0.
-        for key, factor in used.items():
-            by_seed = group[key].by_seed
-            values = [by_seed[seed] for seed in shared] if paired else list(by_seed.values())
-            value += factor * statistics.mean(values)
-            variance += factor ** 2 * noise.variance / len(values)
-        parts.append(Noise(variance, noise.degrees))
-    total = sum(part.variance for part in parts)
-    if not total > 1e-12:  # nothing is known, or the figures are the same in all seeds
-        return Gap(value, math.nan)
-    degrees = total ** 2 / sum(part.variance ** 2 / part.degrees for part in parts)  # Welch and Satterthwaite
-    return Gap(value, t_quantile(degrees) * math.sqrt(total))
-
-
-def judge(table: Table, figures: Dict[Key, Figure]) -> List[str]:
-    """The claims, held against the figures, as far as their noise is known."""
-    lines = []
-    for claim in table.claims:
-        if claim.higher in figures and claim.lower in figures:
-            gap = measure(table, figures, {claim.higher: 1., claim.lower: -1.})
-            if math.isfinite(gap.margin):
-                lines.append(f'- {claim.text}: {gap.verdict()} ({gap.text(figures[claim.higher].digits)}).')
-    return lines
-
-
-def judge_growth(table: Table, figures: Dict[Key, Figure]) -> List[str]:
-    """Whether DearKD is further above each other method at the smallest size than at the largest."""
-    dearkd, lines = METHODS['dearkd'], []
-    for other in METHODS.values():
-        columns = [column for row, column in figures if row == dearkd and (other, column) in figures]
-        if other == dearkd or len(columns) < 2:
-            continue
-        first, last = columns[0], columns[-1]
-        gap = measure(table, figures, {
-            (dearkd, first): 1., (other, first): -1., (dearkd, last): -1., (other, last): 1.})
-        if not math.isfinite(gap.margin):
-            continue
-        listed = ', '.join(f'{figures[dearkd, c].mean - figures[other, c].mean:+.1f} at {c}' for c in columns)
-        lines.append(f'- In points, DearKD is further above "{other}" at {first} than at {last}: {gap.verdict()}'
-                     f' ({gap.text(1)}; {listed}).')
-    return lines
 
 
 def markdown(table: Table, figures: Dict[Key, Figure]) -> List[str]:
@@ -383,7 +204,7 @@ def main() -> None:
     args = parser.parse_args()
     scale = SCALES[args.scale]
     output = args.output or ROOT / ('RESULTS.md' if scale.name == 'small' else f'RESULTS-{scale.name}.md')
-    write_report(scale, args.results or ROOT / 'reproduction' / 'results' / scale.name, args.seeds, output)
+    write_report(scale, args.results or RESULTS / scale.name, args.seeds, output)
     print(output)
 
 

@@ -1,0 +1,120 @@
+"""What is kept of the cells: a JSON file each, and the files of the teacher."""
+import hashlib
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+
+import yaml
+
+from reproduction.cells import Cell, Scale, teacher_cell
+from reproduction.table import Entry, Table
+from reproduction.tables import tables_of
+
+__all__ = ['FIGURES', 'RESULTS', 'ROOT', 'TEACHER_FILES', 'Figure', 'Key', 'Results', 'definition', 'read_result',
+           'weights_hash']
+
+ROOT = Path(__file__).resolve().parents[1]
+
+RESULTS = ROOT / 'reproduction' / 'results'
+# Kept with the results: another machine would train another teacher, and figures of its students would not compare
+TEACHER_FILES = ('model_best.safetensors', 'config.json')
+# What the three programs measure, and how it is told
+FIGURES = {'top1': '{:.2f} %', 'distance': 'distance {:.3f}', 'sure': 'sure of {:.0f} % of the images'}
+Key = Tuple[str, str]
+
+
+def definition(cell: Cell) -> str:
+    """Of what a cell does: its arguments, what is in its recipe, and the same of the cells that it needs."""
+    recipe = ROOT / cell.argv[cell.argv.index('-c') + 1] if '-c' in cell.argv else None
+    parts = [
+        cell.program, cell.data, cell.argv, cell.seed, yaml.safe_load(recipe.read_text()) if recipe else None,
+        [definition(need) for need in cell.needs]]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_result(path: Path) -> Optional[Dict[str, Any]]:
+    """What is in a result's file; None, with a warning, where it holds none."""
+    try:
+        result = json.loads(path.read_text())
+        if {'definition', 'seconds'} <= set(result) and set(FIGURES) & set(result):
+            return result
+    except FileNotFoundError:
+        return None
+    except (TypeError, ValueError):
+        pass
+    print(f'{path} is not a result of the driver. It is left out.', file=sys.stderr)
+    return None
+
+
+def weights_hash(folder: Path) -> str:
+    """The beginning of the SHA-256 of a run's weights; '' where there are none."""
+    path = folder / 'model_best.safetensors'
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else ''
+
+
+class Figure(NamedTuple):
+    """The figures of an entry by seed, and the digits that they are printed with."""
+    by_seed: Dict[int, float]
+    digits: int
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.by_seed.values())
+
+    @property
+    def error(self) -> Optional[float]:
+        """Standard error of the mean; None for one seed."""
+        values = self.by_seed.values()
+        return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+    def __str__(self) -> str:
+        if self.error is None:
+            return f'{self.mean:.{self.digits}f} (1 seed)'
+        seeds = f' ({len(self.by_seed)} seeds)' if len(self.by_seed) != 3 else ''
+        return f'{self.mean:.{self.digits}f} ± {self.error:.{self.digits}f}{seeds}'
+
+
+class Results:
+    """Figures by cell.
+
+    Args:
+        scale: Of the experiments.
+        folder: Of the JSON files.
+        seeds: That may be there.
+    """
+
+    def __init__(self, scale: Scale, folder: Path, seeds: Sequence[int]) -> None:
+        self.tables = {name: make(scale, seeds) for name, make in tables_of(scale).items()}
+        cells = {cell.name: cell for table in self.tables.values() for entry in table.entries for cell in entry.cells}
+        teacher = teacher_cell(scale)
+        if teacher is not None:
+            cells[teacher.name] = teacher
+        results = {name: read_result(folder / f'{name}.json') for name in cells}
+        self.cells = {name: result for name, result in results.items()
+                      if result is not None and result['definition'] == definition(cells[name])}
+        self.stale = [name for name, result in results.items() if result is not None and name not in self.cells]
+
+    def figure(self, entry: Entry) -> Optional[Figure]:
+        """Of the cells that are there; None without any."""
+        by_seed = {
+            cell.seed: self.cells[cell.name][entry.key] for cell in entry.cells
+            if entry.key in self.cells.get(cell.name, {})}
+        return Figure(by_seed, entry.digits) if by_seed else None
+
+    def mixed_seeds(self, name: str) -> List[str]:
+        """Seeds of a table, of each column of table 2, whose figures are of students of different teachers."""
+        teachers: Dict[str, Set[str]] = {}
+        for entry in self.tables[name].entries:
+            for cell in entry.cells:
+                if 'teacher' in self.cells.get(cell.name, {}):
+                    place = f'{cell.seed}' + (f' at {entry.column}' if name == 'table2' else '')
+                    teachers.setdefault(place, set()).add(self.cells[cell.name]['teacher'])
+        return [place for place, found in teachers.items() if len(found) > 1]
+
+    def figures(self, table: Table) -> Dict[Key, Figure]:
+        """Figures by row and column."""
+        found = {(entry.row, entry.column): self.figure(entry) for entry in table.entries}
+        return {key: figure for key, figure in found.items() if figure is not None}

@@ -1,0 +1,154 @@
+"""What the cells run, and what the tables claim of them; what they train is train.py's to test."""
+from pathlib import Path
+
+import pytest
+from helpers import SEEDS, make_driver
+
+from reproduction.cells import SCALES, teacher_cell
+from reproduction.driver import is_taught
+from reproduction.results import RESULTS, ROOT, Results
+from reproduction.tables import CHOOSING, TABLES, tables_of
+from timm_dearkd.analysis.__main__ import build_parser as analysis_parser
+from timm_dearkd.data_free.__main__ import build_parser as data_free_parser
+from timm_dearkd.engine.options import build_config_parser, build_parser, parse_args
+
+
+@pytest.mark.parametrize('name', list(SCALES))
+def test_every_cell_is_a_command_that_can_be_parsed(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    driver = make_driver(tmp_path, name)
+    commands = {}
+
+    def and_needs(cell):
+        return [cell, *(other for need in cell.needs for other in and_needs(need))]
+
+    for cell in (cell for make in tables_of(driver.scale).values() for entry in make(driver.scale, SEEDS).entries
+                 for of_seed in entry.cells for cell in and_needs(of_seed)):
+        if cell.name in commands:  # a name means one command, in whichever table it stands
+            assert commands[cell.name] == driver.command(cell)
+            continue
+        command = driver.command(cell)
+        assert not any('{' in word for word in command), command
+        if cell.program == 'train':
+            parse_args(build_parser(), build_config_parser(), command[1:])
+        elif cell.program == 'data_free':
+            data_free_parser().parse_args(command[2:])
+        else:
+            analysis_parser().parse_args(command[2:])
+        commands[cell.name] = command
+    # and a command has one name
+    bare = [tuple(w for w in command if w != name) for name, command in commands.items()]
+    assert len(set(bare)) == len(bare)
+
+
+@pytest.mark.parametrize('name', list(SCALES))
+def test_methods_differ_in_what_the_tables_say_and_share_the_rest(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    driver = make_driver(tmp_path, name)
+    column = f'{100 * driver.scale.fractions[1]:g} %'
+    options = {
+        entry.row: vars(parse_args(build_parser(), build_config_parser(), driver.command(entry.cells[0])[1:])[0])
+        for entry in TABLES['table2'](driver.scale, [1]).entries if entry.column == column}
+    vit, hard, dearkd = options.values()
+    assert not vit['kd_model_name'] and hard['kd_model_name'] == dearkd['kd_model_name'] == driver.teacher()
+    assert vit['model_kwargs'] == hard['model_kwargs'] == {'num_mhca_blocks': 0}
+    assert 'num_mhca_blocks' not in dearkd['model_kwargs']
+    assert hard['dearkd_beta'] == 0 and dearkd['dearkd_beta'] == 10
+    method = {'kd_model_name', 'model_kwargs', 'dearkd_beta', 'dearkd_hooks', 'dearkd_stage1_epochs', 'experiment'}
+    for other in (hard, dearkd):
+        assert {key for key in vit if vit[key] != other[key]} <= method
+    for table, make in tables_of(driver.scale).items():
+        cells = [cell for entry in make(driver.scale, SEEDS).entries for cell in entry.cells]
+        chooses = table in CHOOSING
+        assert all(cell.data.endswith('tuning') == chooses for cell in cells)
+
+
+def test_a_teacher_of_no_more_images_than_its_student(tmp_path, monkeypatch):
+    """The CNN's images, architecture and recipe, and whom it teaches; all else is as with the CNN of all images."""
+    monkeypatch.chdir(ROOT)
+    driver = make_driver(tmp_path, 'small')
+
+    def options(cell):
+        return vars(parse_args(build_parser(), build_config_parser(), driver.command(cell)[1:])[0])
+
+    rows = {entry.row: entry.cells for entry in TABLES['own_teacher'](driver.scale, SEEDS).entries}
+    cnns, pupils = rows['that CNN'], rows['DearKD with that CNN']
+    assert [cell.seed for cell in cnns] == [cell.seed for cell in pupils] == [0, 1]
+    for cnn, pupil, usual in zip(cnns, pupils, rows['DearKD with the CNN of all images']):
+        teacher, student, other = options(cnn), options(pupil), options(usual)
+        assert pupil.needs == (cnn,) and student['kd_model_name'] == f'{driver.path(driver.work)}/{cnn.name}'
+        assert (student['train_fraction'], student['fraction_seed'], student['data_dir'], student['epochs']) \
+            == (teacher['train_fraction'], teacher['fraction_seed'], teacher['data_dir'], teacher['epochs'])
+        different = {key for key in student if student[key] != other[key]}
+        assert different == {'kd_model_name', 'experiment', 'track_attention_distance'}
+    different = {key for key in teacher if teacher[key] != student[key] and not key.startswith('dearkd_')}
+    assert different == {'model', 'model_kwargs', 'val_interval', 'experiment', 'kd_model_name'}
+    all_images = options(teacher_cell(driver.scale))
+    assert all_images['model_kwargs'] == teacher['model_kwargs'] and all_images['model'] == teacher['model']
+
+
+def test_rows_are_the_commands_that_they_say(tmp_path, monkeypatch):
+    """Table 1 by what is on, table 7 by its stages, tables 5 and 6 by who helps whom."""
+    monkeypatch.chdir(ROOT)
+    driver = make_driver(tmp_path, 'small')
+
+    def options(cell):
+        parser = data_free_parser() if cell.program == 'data_free' else None
+        argv = driver.command(cell)
+        return vars(parser.parse_args(argv[2:]) if parser else parse_args(
+            build_parser(), build_config_parser(), argv[1:])[0])
+
+    rows = {entry.row: options(entry.cells[0]) for entry in TABLES['table1'](driver.scale, SEEDS).entries}
+    for row, found in rows.items():
+        everything = row.startswith('all')
+        assert ('num_mhca_blocks' not in found['model_kwargs']) == (everything or 'MHCA' in row), row
+        assert bool(found['kd_model_name']) == (everything or 'hard' in row), row
+        if found['kd_model_name']:
+            assert (found['dearkd_beta'] > 0) == (everything or 'hidden' in row), row
+            assert (found['dearkd_stage1_epochs'] < found['epochs']) == everything, row
+    for entry in TABLES['table7'](driver.scale, SEEDS).entries:
+        found, percent = options(entry.cells[0]), float(entry.row.split()[0])
+        if not found['kd_model_name']:
+            assert (percent, entry.column) == (0, 'ce')
+            continue
+        assert 100 * found['dearkd_stage1_epochs'] / 40 == pytest.approx(percent, abs=1)
+        assert percent == 100 or found['dearkd_stage2'] == entry.column
+    synthetic = [entry for entry in TABLES['table5'](driver.scale, SEEDS).entries if entry.noise == 'synthetic']
+    assert len(synthetic) == 3
+    for entry in synthetic:
+        for cell in entry.cells:
+            images, = (need for need in cell.needs if need.program == 'data_free')
+            made = options(images)
+            assert cell.seed == images.seed and driver.command(cell)[1] == made['output']
+            assert is_taught(images) and made['min_prob'] == 0  # all are kept
+            assert Path(made['verifier']).name in {need.name for need in images.needs}
+            if entry.row == 'ADI':
+                helper, = (need for need in images.needs if 'student' in need.name)
+                assert helper.seed == cell.seed and made['student'] == f'{driver.path(driver.work)}/{helper.name}'
+                assert driver.command(helper)[1].endswith(f'images-none-seed{cell.seed}')
+            else:
+                assert not made['student'] and made['diversity'] == {'DeepInversion': 'none'}.get(entry.row, 'intra')
+            if made['diversity'] == 'intra':  # Eq. 13's weights
+                assert made['ep_weight'] / made['triplet_weight'] == pytest.approx(50 / 0.5)
+
+
+@pytest.mark.parametrize('name', list(SCALES))
+def test_claims_are_about_figures_that_the_tables_have(name):
+    scale = SCALES[name]
+    for table, make in tables_of(scale).items():
+        made = make(scale, SEEDS)
+        keys = {(entry.row, entry.column) for entry in made.entries}
+        assert len(keys) == len(made.entries)
+        assert all({claim.higher, claim.lower} <= keys for claim in made.claims)
+        assert made.claims or table in ('recipes', 'inversion', 'figure4') or made.reference in {row for row, _ in keys}
+
+
+def test_weights_for_diversity_are_those_that_the_table_tells():
+    scale = SCALES['small']
+    found = Results(scale, RESULTS / 'small', SEEDS)
+    sure = {entry.cells[0]: found.figure(entry) for entry in found.tables['inversion'].entries if entry.key == 'sure'}
+    for mode, chosen in (('intra', scale.intra), ('adi', scale.adi)):
+        tried = {cell.argv[-len(chosen):]: figure.mean for cell, figure in sure.items()
+                 if figure is not None and f'-{mode}-' in cell.name}
+        if tried:
+            assert chosen == [weights for weights, figure in tried.items() if figure >= 90][-1]
