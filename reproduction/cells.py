@@ -1,11 +1,19 @@
 """The cells of the reproduction: which command each figure comes from, at which scale, by which method."""
+import hashlib
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Dict, Optional, Sequence, Tuple
 
+import yaml
+
 __all__ = [
-    'FIGURE4', 'METHODS', 'SCALES', 'TAUGHT', 'Cell', 'Scale', 'adi_weights', 'cnn_cell', 'hidden_loss',
-    'intra_weights', 'methods', 'stages', 'student_cell', 'students', 'teacher_cell', 'training_cost', 'two_stages',
+    'FIGURE4', 'METHODS', 'ROOT', 'SCALES', 'TAUGHT', 'Cell', 'CellError', 'Scale', 'adi_weights', 'cnn_cell',
+    'definition', 'hidden_loss', 'intra_weights', 'methods', 'stages', 'student_cell', 'students', 'teacher_cell',
+    'training_cost', 'two_stages',
 ]
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -127,6 +135,19 @@ class Cell:
     seed: int = 0
     needs: Tuple['Cell', ...] = ()
     program: str = 'train'
+
+
+class CellError(Exception):
+    """Why a cell has no figures."""
+
+
+def definition(cell: Cell) -> str:
+    """Of what a cell does: its arguments, what is in its recipe, and the same of the cells that it needs."""
+    recipe = ROOT / cell.argv[cell.argv.index('-c') + 1] if '-c' in cell.argv else None
+    parts = [
+        cell.program, cell.data, cell.argv, cell.seed, yaml.safe_load(recipe.read_text()) if recipe else None,
+        [definition(need) for need in cell.needs]]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 # What makes each method, beside the recipe that all share. All is written out: a result must not change its meaning

@@ -1,6 +1,5 @@
 """Run cells in parallel processes: what is there is skipped, what is half done goes on."""
 import argparse
-import csv
 import fcntl
 import itertools
 import json
@@ -18,12 +17,12 @@ from typing import Any, Dict, Iterator, List, Sequence, Set, TextIO
 
 import yaml
 
-from reproduction.cells import Cell, Scale, teacher_cell
+from reproduction.cells import ROOT, Cell, CellError, Scale, definition, teacher_cell
 from reproduction.prepare import validation_folder
-from reproduction.results import FIGURES, ROOT, TEACHER_FILES, definition, read_result, weights_hash
+from reproduction.results import FIGURES, READERS, TEACHER_FILES, read_result, weights_hash
 from timm_dearkd.files import write_bytes
 
-__all__ = ['CellError', 'Driver', 'count_processes', 'git_commit', 'is_taught']
+__all__ = ['Driver', 'count_processes', 'git_commit', 'is_taught']
 
 
 def git_commit() -> str:
@@ -56,10 +55,6 @@ def count_processes(launcher: Sequence[str]) -> int:
 def is_taught(cell: Cell) -> bool:
     """Whether its figure depends on the teacher."""
     return any(need.name == 'teacher' or is_taught(need) for need in cell.needs)
-
-
-class CellError(Exception):
-    """Why a cell has no figures."""
 
 
 class Driver:
@@ -197,9 +192,9 @@ class Driver:
         cell, kept = teacher_cell(self.scale), self.results / 'teacher'
         if cell is None or not self.has_result(cell) or not all((kept / name).exists() for name in TEACHER_FILES):
             return
-        if self.has_output(cell) and weights_hash(kept) == self.teacher_weights():
-            return
         with self.locked(cell.name):
+            if self.has_output(cell) and weights_hash(kept) == self.teacher_weights():
+                return
             shutil.rmtree(self.work / cell.name, ignore_errors=True)
             shutil.copytree(kept, self.work / cell.name)
             self.write_log(cell, dict(definition=definition(cell), commits=[], seconds=0.))
@@ -227,13 +222,26 @@ class Driver:
             finally:
                 log['seconds'] += time.monotonic() - start
                 self.write_log(cell, log)
-            figures = {'train': self.student_figures, 'data_free': self.image_figures, 'diversity': self.distance}
+            figures = READERS[cell.program](self.work / cell.name)
+            self.keep_files(cell)
             result = dict(
-                name=cell.name, command=self.shell_line(cell), seed=cell.seed, **log,
-                **figures[cell.program](cell), threads=self.threads)
+                name=cell.name, command=self.shell_line(cell), seed=cell.seed, **log, **figures, threads=self.threads)
             result['seconds'] = max(1, round(log['seconds']))
             write_bytes(self.result_path(cell.name), json.dumps(result, indent=1).encode())
             return result
+
+    def keep_files(self, cell: Cell) -> None:
+        """Attention distances, and the teacher, go beside the results; real validation images beside synthetic ones."""
+        folder = self.work / cell.name
+        distances = folder / 'attention_distance.csv'
+        if distances.exists():
+            write_bytes(self.results / f'{cell.name}.distances.csv', distances.read_bytes())
+        for name in TEACHER_FILES if cell.name == 'teacher' else ():
+            write_bytes(self.results / cell.name / name, (folder / name).read_bytes())
+        if cell.program == 'data_free':
+            link = folder / 'validation'
+            link.unlink(missing_ok=True)
+            link.symlink_to(validation_folder(self.data / cell.data))
 
     def shell_line(self, cell: Cell) -> str:
         """The command as a user would give it."""
@@ -242,46 +250,6 @@ class Driver:
 
     def write_log(self, cell: Cell, log: Dict[str, Any]) -> None:
         write_bytes(self.work / f'{cell.name}.json', json.dumps(log).encode())
-
-    def student_figures(self, cell: Cell) -> Dict[str, Any]:
-        """Top-1 after the last epoch, which is the figure, and on the way; and how often the teacher found the label.
-
-        Attention distances, and the teacher, are kept in files beside the result.
-        """
-        folder = self.work / cell.name
-        with open(folder / 'summary.csv', newline='') as f:
-            rows = list(csv.DictReader(f))
-        if not rows or None in rows[-1] or not rows[-1].get('eval_top1'):
-            raise CellError(f'{folder}/summary.csv does not end with an evaluation. Remove the folder.')
-        evaluated = {int(row['epoch']) + 1: float(row['eval_top1']) for row in rows if row['eval_top1']}
-        distances = folder / 'attention_distance.csv'
-        if distances.exists():
-            write_bytes(self.results / f'{cell.name}.distances.csv', distances.read_bytes())
-        for name in TEACHER_FILES if cell.name == 'teacher' else ():
-            write_bytes(self.results / cell.name / name, (folder / name).read_bytes())
-        agreement = [row['train_teacher_agreement'] for row in rows if row.get('train_teacher_agreement')]
-        return dict(
-            top1=evaluated[max(evaluated)], top1_by_epoch=evaluated,
-            **(dict(teacher_agreement=float(agreement[-1])) if agreement else {}))
-
-    def image_figures(self, cell: Cell) -> Dict[str, Any]:
-        """How sure of the images their CNN and the verifier are; the real validation images come beside them."""
-        folder = self.work / cell.name
-        link = folder / 'validation'
-        link.unlink(missing_ok=True)
-        link.symlink_to(validation_folder(self.data / cell.data))
-        images = json.loads((folder / 'manifest.json').read_text())['images']
-
-        def share(key: str) -> float:
-            return 100 * sum(image[key] > 0.5 for image in images) / len(images)
-
-        return dict(sure=share('teacher_prob'), recognised=share('verifier_prob'), images=len(images),
-                    kept=sum(image['kept'] for image in images))
-
-    def distance(self, cell: Cell) -> Dict[str, Any]:
-        """How far apart the images of a class are."""
-        measured, = json.loads((self.work / cell.name / 'diversity.json').read_text())['folders'].values()
-        return dict(distance=measured['mean'])
 
     def stop(self, signum: int, *_: Any) -> None:
         """Let the cells that run write their checkpoints, and begin no other."""
@@ -312,8 +280,12 @@ class Driver:
 
     def run(self, cells: Sequence[Cell]) -> bool:
         """Run what has no result yet. Returns whether all cells have one in the end."""
-        if any(map(is_taught, cells)):
-            self.restore_teacher()
+        try:
+            if any(map(is_taught, cells)):
+                self.restore_teacher()
+        except CellError:  # asked to stop while another driver has it
+            print('Stopped. The same command goes on.', file=sys.stderr)
+            return False
         todo = self.missing(cells)
         print(f'{len(cells)} cells, {sum(cell.name not in todo for cell in cells)} of them done', flush=True)
         waiting, failed = dict(todo), {}  # type: ignore[var-annotated]

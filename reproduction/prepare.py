@@ -4,9 +4,8 @@ import sys
 from pathlib import Path
 from typing import Set
 
-from reproduction.cells import Scale
+from reproduction.cells import ROOT, Scale
 from reproduction.fashion_mnist import write_fashion_mnist
-from reproduction.results import ROOT
 from timm_dearkd.files import write_bytes
 
 __all__ = ['prepare_data', 'validation_folder']

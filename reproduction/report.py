@@ -92,7 +92,6 @@ def write_figure4(
         results: Path,
         folder: Path,
         root: Path,
-        seeds: Sequence[int],
 ) -> List[str]:
     """Attention distance over the epochs, of the runs that recorded it, and how it changes in stage II."""
     lines, pictures, verdicts = [], [], []
@@ -100,10 +99,11 @@ def write_figure4(
     moments = {
         'the first epoch': 0, **{f'epoch {end}': end - 1 for end in ends.values()}, 'the last': scale.epochs - 1}
     changes: Dict[int, List[str]] = {end: [] for end in ends.values()}
-    for name, label in FIGURE4.items():
-        cells = {seed: f'{name}-{scale.ablation_fraction:g}-seed{seed}' for seed in seeds}
+    for name, entry in zip(FIGURE4, found.tables['figure4'].entries):
+        label = entry.row
         histories = {
-            seed: read_log(results / f'{cell}.distances.csv') for seed, cell in cells.items() if cell in found.cells}
+            cell.seed: read_log(results / f'{cell.name}.distances.csv')
+            for cell in entry.cells if cell.name in found.cells}
         complete = {
             seed: history for seed, history in histories.items()
             if history is not None and set(moments.values()) <= set(history.epochs)}
@@ -180,7 +180,7 @@ def write_report(scale: Scale, results: Path, seeds: Sequence[int], output: Path
         heading = [f'## {table.title}', '', table.note, ''] + (
             [f'**Not all students of seed {", ".join(mixed)} have the same teacher.**', ''] if mixed else [])
         if name == 'figure4':
-            figure4 = write_figure4(scale, found, results, pictures, output.parent, seeds)
+            figure4 = write_figure4(scale, found, results, pictures, output.parent)
             lines += [*heading, *figure4] if figure4 else []
             continue
         figures = found.figures(table)

@@ -1,22 +1,18 @@
 """What is kept of the cells: a JSON file each, and the files of the teacher."""
+import csv
 import hashlib
 import json
 import math
 import statistics
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
-import yaml
-
-from reproduction.cells import Cell, Scale, teacher_cell
+from reproduction.cells import ROOT, CellError, Scale, definition
 from reproduction.table import Entry, Table
-from reproduction.tables import tables_of
+from reproduction.tables import collect_cells, tables_of
 
-__all__ = ['FIGURES', 'RESULTS', 'ROOT', 'TEACHER_FILES', 'Figure', 'Key', 'Results', 'definition', 'read_result',
-           'weights_hash']
-
-ROOT = Path(__file__).resolve().parents[1]
+__all__ = ['FIGURES', 'READERS', 'RESULTS', 'TEACHER_FILES', 'Figure', 'Key', 'Results', 'read_result', 'weights_hash']
 
 RESULTS = ROOT / 'reproduction' / 'results'
 # Kept with the results: another machine would train another teacher, and figures of its students would not compare
@@ -24,15 +20,6 @@ TEACHER_FILES = ('model_best.safetensors', 'config.json')
 # What the three programs measure, and how it is told
 FIGURES = {'top1': '{:.2f} %', 'distance': 'distance {:.3f}', 'sure': 'sure of {:.0f} % of the images'}
 Key = Tuple[str, str]
-
-
-def definition(cell: Cell) -> str:
-    """Of what a cell does: its arguments, what is in its recipe, and the same of the cells that it needs."""
-    recipe = ROOT / cell.argv[cell.argv.index('-c') + 1] if '-c' in cell.argv else None
-    parts = [
-        cell.program, cell.data, cell.argv, cell.seed, yaml.safe_load(recipe.read_text()) if recipe else None,
-        [definition(need) for need in cell.needs]]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_result(path: Path) -> Optional[Dict[str, Any]]:
@@ -53,6 +40,41 @@ def weights_hash(folder: Path) -> str:
     """The beginning of the SHA-256 of a run's weights; '' where there are none."""
     path = folder / 'model_best.safetensors'
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else ''
+
+
+def student_figures(folder: Path) -> Dict[str, Any]:
+    """Top-1 after the last epoch, which is the figure, and on the way; and how often the teacher found the label."""
+    with open(folder / 'summary.csv', newline='') as f:
+        rows = list(csv.DictReader(f))
+    if not rows or None in rows[-1] or not rows[-1].get('eval_top1'):
+        raise CellError(f'{folder}/summary.csv does not end with an evaluation. Remove the folder.')
+    evaluated = {int(row['epoch']) + 1: float(row['eval_top1']) for row in rows if row['eval_top1']}
+    agreement = [row['train_teacher_agreement'] for row in rows if row.get('train_teacher_agreement')]
+    return dict(
+        top1=evaluated[max(evaluated)], top1_by_epoch=evaluated,
+        **(dict(teacher_agreement=float(agreement[-1])) if agreement else {}))
+
+
+def image_figures(folder: Path) -> Dict[str, Any]:
+    """How sure of the images their CNN and the verifier are."""
+    images = json.loads((folder / 'manifest.json').read_text())['images']
+
+    def share(key: str) -> float:
+        return 100 * sum(image[key] > 0.5 for image in images) / len(images)
+
+    return dict(sure=share('teacher_prob'), recognised=share('verifier_prob'), images=len(images),
+                kept=sum(image['kept'] for image in images))
+
+
+def distance_figures(folder: Path) -> Dict[str, Any]:
+    """How far apart the images of a class are."""
+    measured, = json.loads((folder / 'diversity.json').read_text())['folders'].values()
+    return dict(distance=measured['mean'])
+
+
+# What is read of the folder of a run, by its program
+READERS: Dict[str, Callable[[Path], Dict[str, Any]]] = {
+    'train': student_figures, 'data_free': image_figures, 'diversity': distance_figures}
 
 
 class Figure(NamedTuple):
@@ -88,10 +110,7 @@ class Results:
 
     def __init__(self, scale: Scale, folder: Path, seeds: Sequence[int]) -> None:
         self.tables = {name: make(scale, seeds) for name, make in tables_of(scale).items()}
-        cells = {cell.name: cell for table in self.tables.values() for entry in table.entries for cell in entry.cells}
-        teacher = teacher_cell(scale)
-        if teacher is not None:
-            cells[teacher.name] = teacher
+        cells = {cell.name: cell for cell in collect_cells(scale, list(self.tables), seeds)}
         results = {name: read_result(folder / f'{name}.json') for name in cells}
         self.cells = {name: result for name, result in results.items()
                       if result is not None and result['definition'] == definition(cells[name])}

@@ -16,27 +16,11 @@ from typing import Dict, List, Sequence
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from reproduction.cells import SCALES, Cell, Scale  # noqa: E402
+from reproduction.cells import SCALES, Cell  # noqa: E402
 from reproduction.driver import Driver  # noqa: E402
 from reproduction.prepare import prepare_data  # noqa: E402
 from reproduction.results import RESULTS  # noqa: E402
-from reproduction.tables import TABLES, tables_of  # noqa: E402
-
-
-def collect_cells(scale: Scale, names: Sequence[str], seeds: Sequence[int]) -> List[Cell]:
-    """The cells of some tables and what they need, each once."""
-    wanted: Dict[str, Cell] = {}
-
-    def add(cell: Cell) -> None:
-        for need in cell.needs:
-            add(need)
-        wanted.setdefault(cell.name, cell)
-
-    for name in names:
-        for entry in TABLES[name](scale, seeds).entries:
-            for cell in entry.cells:
-                add(cell)
-    return list(wanted.values())
+from reproduction.tables import TABLES, collect_cells, tables_of  # noqa: E402
 
 
 def select_cells(cells: Sequence[Cell], patterns: Sequence[str]) -> List[Cell]:

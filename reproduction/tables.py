@@ -1,6 +1,6 @@
 """The tables of students on real images, and the list of all: their cells, the paper's figures, the claims."""
 from dataclasses import replace
-from typing import Callable, Dict, Sequence
+from typing import Callable, Dict, List, Sequence
 
 from reproduction.cells import (
     FIGURE4,
@@ -17,7 +17,7 @@ from reproduction.choices import choices, first_choices, longer, recipes
 from reproduction.data_free import inversion, table5, table6
 from reproduction.table import HIDDEN, Claim, Entry, Table
 
-__all__ = ['CHOOSING', 'TABLES', 'tables_of']
+__all__ = ['CHOOSING', 'TABLES', 'collect_cells', 'tables_of']
 
 
 def table1(scale: Scale, seeds: Sequence[int]) -> Table:
@@ -157,3 +157,19 @@ def tables_of(scale: Scale) -> Dict[str, Callable[[Scale, Sequence[int]], Table]
     """The tables that a scale has: nothing is chosen where there are no images for it, no CNN trained where one is."""
     missing = (() if scale.tuning_data else CHOOSING) + (() if scale.cnn else ('own_teacher',))
     return {name: make for name, make in TABLES.items() if name not in missing}
+
+
+def collect_cells(scale: Scale, names: Sequence[str], seeds: Sequence[int]) -> List[Cell]:
+    """The cells of some tables and what they need, each once."""
+    wanted: Dict[str, Cell] = {}
+
+    def add(cell: Cell) -> None:
+        for need in cell.needs:
+            add(need)
+        wanted.setdefault(cell.name, cell)
+
+    for name in names:
+        for entry in TABLES[name](scale, seeds).entries:
+            for cell in entry.cells:
+                add(cell)
+    return list(wanted.values())

@@ -1,9 +1,8 @@
 """Drivers and results for the tests."""
 import json
 
-from reproduction.cells import SCALES
+from reproduction.cells import SCALES, definition
 from reproduction.driver import Driver
-from reproduction.results import definition
 from reproduction.tables import TABLES
 
 SEEDS = [0, 1, 2]

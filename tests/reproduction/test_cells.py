@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 from helpers import SEEDS, make_driver
 
-from reproduction.cells import SCALES, teacher_cell
+from reproduction.cells import ROOT, SCALES, teacher_cell
 from reproduction.driver import is_taught
-from reproduction.results import RESULTS, ROOT, Results
+from reproduction.results import RESULTS, Results
 from reproduction.tables import CHOOSING, TABLES, tables_of
 from timm_dearkd.analysis.__main__ import build_parser as analysis_parser
 from timm_dearkd.data_free.__main__ import build_parser as data_free_parser

@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 from helpers import make_driver
 
-from reproduction.cells import Cell, teacher_cell
-from reproduction.driver import CellError, count_processes, git_commit
+from reproduction.cells import Cell, CellError, teacher_cell
+from reproduction.driver import count_processes, git_commit
 from reproduction.report import write_report
-from reproduction.results import TEACHER_FILES, Results
-from reproduction.run import collect_cells
-from reproduction.tables import TABLES
+from reproduction.results import READERS, TEACHER_FILES, Results, image_figures, student_figures
+from reproduction.tables import TABLES, collect_cells
 
 
 @pytest.fixture()
@@ -83,9 +82,8 @@ def test_what_is_needed_is_made_where_only_its_result_is_there(driver):
 
 def test_one_exception_is_one_cell(driver, monkeypatch, capsys):
     cells = collect_cells(driver.scale, ['table2'], [0])
-    collect = driver.student_figures
-    monkeypatch.setattr(
-        driver, 'student_figures', lambda cell: {}['x'] if cell.name.startswith('vit-0.05') else collect(cell))
+    monkeypatch.setitem(
+        READERS, 'train', lambda folder: {}['x'] if folder.name.startswith('vit-0.05') else student_figures(folder))
     assert not driver.run(cells)
     assert len(list(driver.results.glob('*.json'))) == len(cells) - 1
     assert "No result: vit-0.05-seed0: KeyError: 'x'" in capsys.readouterr().err
@@ -167,6 +165,28 @@ def test_the_teacher_of_the_results_teaches_elsewhere(driver, tmp_path):
     assert not (driver.results / 'teacher' / 'model_best.safetensors').read_text()
 
 
+def test_the_teacher_is_restored_once_and_a_stop_while_waiting_is_said(driver, capsys, monkeypatch):
+    """Another driver has it: what that one restored is left alone."""
+    cells = collect_cells(driver.scale, ['table2'], [0])
+    assert driver.run(cells)
+    shutil.rmtree(driver.work / 'teacher')
+    other = make_driver(driver.work.parent)
+    with open(driver.work / 'teacher.log', 'a') as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+
+        def sleep(seconds):
+            fcntl.flock(log, fcntl.LOCK_UN)
+            other.restore_teacher()
+            (driver.work / 'teacher' / 'mark').touch()
+
+        monkeypatch.setattr('reproduction.driver.time.sleep', sleep)
+        assert driver.run(cells) and (driver.work / 'teacher' / 'mark').exists()
+        fcntl.flock(log, fcntl.LOCK_EX)
+        monkeypatch.setattr('reproduction.driver.time.sleep', lambda seconds: driver.stop(15))
+        capsys.readouterr()
+        assert not driver.run(cells) and capsys.readouterr().err == 'Stopped. The same command goes on.\n'
+
+
 def test_seconds_of_a_cell_add_up_over_its_goes(driver, monkeypatch):
     cell, times = TABLES['table2'](driver.scale, [0]).entries[0].cells[0], iter([10., 13., 20., 24.])
     monkeypatch.setattr('reproduction.driver.time.monotonic', lambda: next(times))
@@ -195,5 +215,6 @@ def test_what_two_cnns_say_of_images(tmp_path):
     (folder / 'manifest.json').write_text(json.dumps(dict(images=[
         dict(teacher_prob=teacher, verifier_prob=verifier, kept=verifier > 0.1)
         for teacher, verifier in probabilities])))
-    assert driver.image_figures(cell) == dict(sure=75., recognised=25., images=4, kept=3)
+    assert image_figures(folder) == dict(sure=75., recognised=25., images=4, kept=3)
+    driver.keep_files(cell)
     assert (folder / 'validation').samefile(tmp_path / 'data' / 'digits' / 'validation')

@@ -1,8 +1,8 @@
 """What is kept of the cells."""
 from dataclasses import replace
 
-from reproduction.cells import SCALES, teacher_cell
-from reproduction.results import definition, read_result
+from reproduction.cells import SCALES, definition, teacher_cell
+from reproduction.results import read_result
 from reproduction.tables import TABLES
 
 

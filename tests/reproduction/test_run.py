@@ -5,11 +5,11 @@ import subprocess
 
 from conftest import run_python
 
-from reproduction.cells import SCALES
+from reproduction.cells import ROOT, SCALES
 from reproduction.driver import Driver
 from reproduction.report import write_report
-from reproduction.results import RESULTS, ROOT
-from reproduction.run import collect_cells
+from reproduction.results import RESULTS
+from reproduction.tables import collect_cells
 from timm_dearkd.engine.options import build_config_parser, build_parser, parse_args
 
 
