@@ -1,4 +1,5 @@
 """python -m timm_dearkd.data_free as users run it, on a small CNN."""
+import copy
 import csv
 import json
 import os
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from conftest import run_process, run_python, start_python
 from PIL import Image
 
 from timm_dearkd.analysis.attention_distance import read_log
 from timm_dearkd.commands import run_command
-from timm_dearkd.data_free.__main__ import main, match_classes
+from timm_dearkd.data_free.__main__ import Judge, main, match_classes
 from timm_dearkd.engine.build_data import build_distance_images, build_eval_loader
 from timm_dearkd.engine.device import SINGLE
 from timm_dearkd.train import _parse_args
@@ -163,6 +165,38 @@ def test_a_verifier_keeps_what_it_believes(make, cnn, tmp_path):
     assert len(pixels(tmp_path / 'images')) == sum(image['kept'] for image in manifest['images'])
 
 
+def test_a_verifier_of_other_order_and_size(cnn):
+    """Its classes are found by their names, and a ViT sees the images at its own size."""
+    names = ['blue sky', 'grass', 'rust']
+    model = timm.create_model(f'local-dir:{cnn}', pretrained=True).eval()
+    config = timm.data.resolve_model_data_config(model)
+    other = copy.deepcopy(model)
+    order = [2, 0, 1]
+    for parameter in other.get_classifier().parameters():
+        parameter.data = parameter.data[order]
+    other.pretrained_cfg = {**model.pretrained_cfg, 'label_names': [names[i] for i in order]}
+    pixels = torch.randint(0, 256, (6, 32, 32, 3), dtype=torch.uint8)
+    targets = torch.tensor([0, 1, 2, 0, 1, 2])
+    for record in Judge(model, other, names, config, 0.3).records(pixels, targets):
+        assert record['verifier_prob'] == pytest.approx(record['teacher_prob'], abs=1e-3)
+        assert record['kept'] == (record['verifier_prob'] >= 0.3)
+    vit = timm.create_model('test_vit', num_classes=3, img_size=48).eval()
+    judge = Judge(model, vit, names, config, 0.3)
+    judge.check_size(32)
+    array = F.interpolate(pixels.permute(0, 3, 1, 2) / 255, (48, 48), mode='bilinear', antialias=True)
+    mean, std = (torch.tensor(vit.pretrained_cfg[key]).view(3, 1, 1) for key in ('mean', 'std'))
+    with torch.no_grad():
+        expected = vit((array - mean) / std).softmax(1)[range(6), targets]
+    found = [record['verifier_prob'] for record in judge.records(pixels, targets)]
+    assert found == pytest.approx(expected.tolist(), abs=1e-3)
+    other.pretrained_cfg['label_names'] = names[:2]
+    with pytest.raises(ValueError, match='knows 2 of the 3 classes'):
+        Judge(model, other, names, config, 0.3)
+    small = timm.create_model('inception_v3', num_classes=3).eval()
+    with pytest.raises(ValueError, match='verifier does not take images of 8 pixels'):
+        Judge(model, small, names, config, 0.3).check_size(8)
+
+
 def test_some_classes_and_a_competitor(make, train_cli, cnn, tmp_path):
     """The class map brings the CNN's classes to the student."""
     out = tmp_path / 'images'
@@ -192,6 +226,9 @@ ERRORS = {
     'weights': (['--model', 'resnet18'], 'Name a trained checkpoint of it'),
     'student classes': (
         ['--diversity', 'adi', '--student', 'test_vit', '--student-checkpoint', 'FOUR'], 'knows 4 classes, the CNN 3'),
+    'verifier classes': (
+        ['--verifier', 'test_vit', '--verifier-checkpoint', 'FOUR'], 'verifier knows 4 classes, the CNN 3'),
+    'channels': (['--model', 'test_resnet', '--checkpoint', 'FIVE'], 'takes 5 channels'),
     'no norm': (
         ['--model', 'test_vit', '--checkpoint', 'VIT', '--resolutions', '160:5:0.1'], 'has no BatchNorm layers'),
     'student': (['--diversity', 'adi'], "'adi' needs a student"),
@@ -210,8 +247,9 @@ def test_errors_are_one_line_and_status_2(case, whole, cnn, tmp_path, capsys):
     (tmp_path / 'full' / 'file').write_text('')
     torch.save(timm.create_model('test_vit', num_classes=3).state_dict(), tmp_path / 'vit.pth')
     torch.save(timm.create_model('test_vit', num_classes=4).state_dict(), tmp_path / 'four.pth')
-    replaced = {'FOUR': tmp_path / 'four.pth', 'VIT': tmp_path / 'vit.pth', 'NAMES': tmp_path / 'names.txt',
-                'OTHER': whole[0], 'FULL': tmp_path / 'full'}
+    torch.save(timm.create_model('test_resnet', num_classes=3, in_chans=5).state_dict(), tmp_path / 'five.pth')
+    replaced = {'FIVE': tmp_path / 'five.pth', 'FOUR': tmp_path / 'four.pth', 'VIT': tmp_path / 'vit.pth',
+                'NAMES': tmp_path / 'names.txt', 'OTHER': whole[0], 'FULL': tmp_path / 'full'}
     args = [str(replaced.get(a, a)) for a in args]
     if args[0].startswith('--'):
         args = [str(tmp_path / 'new'), *args]
@@ -236,9 +274,9 @@ def test_a_grey_cnn_and_a_class_without_images(train_cli, tmp_path, capsys, capl
     assert (out / 'kd_class_map.txt').read_text() == ''.join(f'{name} {name}\n' for name in present)
     assert all(Image.open(path).mode == 'L' for path in (out / 'train').rglob('*.png'))
     command = said.split('python train.py ')[1].split()
-    flags = command[command.index('--kd-model-name'):-1]
+    flags = command[command.index('--in-chans'):-1]
     result = train_cli(
-        *flags, '--in-chans', '1', '--batch-size', '2', '--val-split', '', '--epochs', '1', '--output', tmp_path,
+        *flags, '--batch-size', '2', '--val-split', '', '--epochs', '1', '--output', tmp_path,
         '--experiment', 'x', data=out)
     assert result.returncode == 0, result.stderr
 
@@ -252,7 +290,7 @@ def test_a_competitor_trained_on_some_classes(cnn, tmp_path):
         student.pretrained_cfg, num_classes=2, label_names=['rust', 'blue sky']))
     (tmp_path / 'run' / 'config.json').write_text(json.dumps(cfg, default=str))
     student = timm.create_model(f'local-dir:{tmp_path / "run"}', pretrained=True)
-    assert match_classes(student, ['blue sky', 'grass', 'rust']) == [2, 0]
+    assert match_classes(student, ['blue sky', 'grass', 'rust'], 'student') == [2, 0]
     main([
         str(tmp_path / 'images'), '--model', str(cnn), *QUICK, '--num-images', '6', '--diversity', 'adi',
         '--student', f'local-dir:{tmp_path / "run"}'])
@@ -275,6 +313,22 @@ def test_a_batch_that_is_lost(make, tmp_path):
     assert 'trying another seed' in result.stderr and 'it is left out' in result.stderr
     assert json.loads((tmp_path / 'images' / 'manifest.json').read_text())['failed_batches'] == [0]
     assert '0 of 0 images kept, 1 batches failed' in result.stdout
+
+
+def test_a_compiler_that_fails_and_an_interruption_are_one_line(make, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setenv('CXX', 'no-such-compiler')
+        patch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path / 'cache'))
+        result = make(tmp_path / 'images', '--num-images', '6', '--torchcompile')
+    assert result.returncode == 2 and 'Traceback' not in result.stderr
+    assert '--torchcompile: the model could not be compiled' in result.stderr.strip().splitlines()[-1]
+
+    def main(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as e:
+        run_command('data_free', main, hint='It goes on.')
+    assert e.value.code == 130 and capsys.readouterr().err == 'data_free: Interrupted. It goes on.\n'
 
 
 def test_a_full_disk(make, tmp_path):

@@ -14,7 +14,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path, PurePosixPath
-from typing import Any, Iterator, List, Optional, Sequence, Union
+from typing import Any, Iterator, List, Optional, Sequence, Tuple, Union
 
 import timm
 from huggingface_hub import (
@@ -62,6 +62,13 @@ CITATION = '''@inproceedings{chen2022dearkd,
 
 class HubError(OSError):
     """What the Hub can't do, in a line, with what to do about it."""
+
+
+def _split(repo: str) -> Tuple[str, Optional[str]]:
+    """Name and revision."""
+    if repo.count('@') > 1:
+        raise HubError(f'{repo!r} is not the name of a Hub repository. Expected ORG/NAME, or ORG/NAME@REVISION.')
+    return hf_split(repo)
 
 
 @contextlib.contextmanager
@@ -148,7 +155,7 @@ def download_weights(
     Raises:
         HubError: It can not be had, or is not what was pushed. The cache holds no broken file then.
     """
-    name, revision = hf_split(repo)
+    name, revision = _split(repo)
     with _hub_errors(repo):
         cached = try_to_load_from_cache(name, filename, cache_dir=cache_dir, revision=revision)
         path = Path(hf_hub_download(name, filename, revision=revision, cache_dir=cache_dir))
@@ -161,15 +168,19 @@ def pull(repo: str, cache_dir: Optional[Union[str, Path]] = None) -> Path:
     """All files of a Hub repository, as a folder of the cache that `local-dir:` loads, with their hashes checked.
 
     Raises:
-        HubError: See `download_weights`.
+        HubError: See `download_weights`; or there are no weights in it.
     """
-    name, revision = hf_split(repo)
+    name, revision = _split(repo)
     download_weights(repo, 'config.json', cache_dir)
     with _hub_errors(repo):
         folder = Path(snapshot_download(name, revision=revision, cache_dir=cache_dir))
         for path in folder.rglob('*'):
             if path.is_file():
                 _verify(path)
+    if not any(path.suffix in ('.safetensors', '.bin', '.pth') for path in folder.iterdir()):
+        raise HubError(
+            f'{repo} has no weights, or the Hub can not be reached and the cache has none. Check the connection, or'
+            ' unset HF_HUB_OFFLINE.')
     return folder
 
 

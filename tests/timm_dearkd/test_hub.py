@@ -93,6 +93,19 @@ def test_push_pull_and_offline(run_folder, hub, user):
     assert offline.stdout == pulled.stdout and len(hub.requests) == count
 
 
+def test_a_pull_without_weights_is_no_pull(run_folder, hub, user):
+    """Such as of a cache where only the configuration is."""
+    result = user('-m', 'timm_dearkd.hub', 'push', run_folder, '--repo', 'someone/dearkd_test')
+    assert result.returncode == 0, result.stderr
+    result = user('-c', 'import timm, timm_dearkd; timm.create_model("hf-hub:someone/dearkd_test")')
+    assert result.returncode == 0, result.stderr
+    result = user('-m', 'timm_dearkd.hub', 'pull', 'someone/dearkd_test', HF_HUB_OFFLINE='1')
+    assert result.returncode == 2 and 'has no weights' in result.stderr.strip().splitlines()[-1]
+    assert not result.stdout
+    result = user('-m', 'timm_dearkd.hub', 'pull', 'someone/dearkd_test')
+    assert result.returncode == 0 and os.path.exists(os.path.join(result.stdout.strip(), 'model.safetensors'))
+
+
 def test_the_card_is_that_of_the_run(run_folder):
     from timm_dearkd.hub import prepare_folder
     prepare_folder(str(run_folder), run_folder.parent / 'card', 'someone/dearkd_test', license='mit')

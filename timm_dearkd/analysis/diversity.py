@@ -76,17 +76,22 @@ class FeatureDistance:
         name: What to call it.
 
     Raises:
-        ValueError: A model that does not say where its feature levels are.
+        ValueError: A model that does not say where its feature levels are, or has other channels than 1 or 3.
     """
 
     def __init__(self, model: nn.Module, name: str) -> None:
-        info = getattr(model, 'feature_info', None)
-        if not info:
+        modules = {module for module, _ in model.named_modules() if module}
+        levels = [level['module'] for level in getattr(model, 'feature_info', None) or ()]
+        levels = [level for level in levels if level in modules]  # timm's lists also name what a model may lack
+        if not levels:
             raise ValueError(f'{name} does not say where its feature maps are. Choose a timm CNN, such as resnet50.')
         config = resolve_model_data_config(model)
         self.in_chans: int = getattr(model, 'in_chans', len(config['mean']))
+        if self.in_chans not in (1, 3):
+            raise ValueError(f'{name} takes {self.in_chans} channels, expected 1 or 3. Choose another CNN.')
         self.model = model.eval()
-        self.capture = FeatureCapture(model, [level['module'] for level in info if level['module']])
+        self.capture = FeatureCapture(model, levels)
+        self._channels = -1 if getattr(model, 'output_fmt', 'NCHW') == 'NHWC' else 1
         self.img_size: int = config['input_size'][-1]
         self.name = f'squared distance of {name} features (not LPIPS)'
         self.device = next(model.parameters()).device
@@ -99,10 +104,10 @@ class FeatureDistance:
         self.model((images - self.mean) / self.std)
         total = torch.zeros(len(first), device=self.device)
         for features in self.capture.take():
-            if features.ndim != 4:
-                raise ValueError(f'{self.name}: not feature maps. Choose a CNN, such as resnet50.')
-            a, b = F.normalize(features.float(), dim=1, eps=1e-10).chunk(2)
-            total += (a - b).square().sum(dim=1).mean(dim=(1, 2))
+            if not isinstance(features, torch.Tensor) or features.ndim != 4:
+                raise ValueError(f'{self.name}: not feature maps. Choose another CNN, such as resnet50.')
+            a, b = F.normalize(features.float(), dim=self._channels, eps=1e-10).chunk(2)
+            total += (a - b).square().sum(dim=self._channels).mean(dim=(1, 2))
         return total.cpu()
 
 

@@ -16,15 +16,15 @@ from timm.utils import setup_default_logging
 from tqdm import tqdm
 
 import timm_dearkd
-from distill_hooks import Teacher, create_teacher
+from distill_hooks import create_teacher
 from distill_hooks.teacher import input_normalisation, weights_fingerprint
 from timm_dearkd.analysis.inputs import label_names
 from timm_dearkd.commands import run_command
-from timm_dearkd.engine.device import Precision, Ranks, check_backend, select_device
+from timm_dearkd.engine.device import Precision, Ranks, check_backend, compile_errors, select_device
 from timm_dearkd.files import write_bytes
 
 from .dataset import FORMATS, SyntheticSet, folder_name
-from .inversion import DIVERSITIES, Inverter, LossWeights, Resolution, batch_targets
+from .inversion import DIVERSITIES, Inverter, LossWeights, Resolution, batch_targets, spectator
 from .look import contact_sheet, loss_curves
 
 _logger = logging.getLogger(__name__)
@@ -144,19 +144,24 @@ def read_class_names(path: Optional[str], model: torch.nn.Module) -> List[str]:
     return names
 
 
-def match_classes(student: torch.nn.Module, names: Sequence[str]) -> List[int]:
-    """The CNN's class for each class of the student: by name, where it has names of the CNN's, else by number.
+def match_classes(model: Any, names: Sequence[str], role: str) -> List[int]:
+    """The CNN's class for each class of another network: by name, where it has names of the CNN's, else by number.
+
+    Args:
+        model: The other network.
+        names: Of the CNN's classes.
+        role: What to call it.
 
     Raises:
-        ValueError: A student of other classes.
+        ValueError: A network of other classes.
     """
-    own = [folder_name(n, i) for i, n in enumerate((student.pretrained_cfg or {}).get('label_names') or ())]  # type: ignore
+    own = [folder_name(name, i) for i, name in enumerate((model.pretrained_cfg or {}).get('label_names') or ())]
     if own and set(own) <= set(names):
         return [names.index(name) for name in own]
-    if student.num_classes != len(names):
+    if model.num_classes != len(names):
         raise ValueError(
-            f'The student knows {student.num_classes} classes, the CNN {len(names)}, and their names do not say which'
-            ' is which. Take a student that was trained on images of this CNN.')
+            f'The {role} knows {model.num_classes} classes, the CNN {len(names)}, and their names do not say which'
+            f' is which. Take a {role} that was trained on the same classes.')
     return list(range(len(names)))
 
 
@@ -167,7 +172,7 @@ def make_inverter(args, model, config: Dict[str, Any], names: Sequence[str], pre
     student, student_classes = None, None
     if args.student:
         student = create_teacher(args.student, args.student_checkpoint, device=precision.device)
-        student_classes = match_classes(student, names)
+        student_classes = match_classes(student, names, 'student')
     return Inverter(
         model,
         config['mean'],
@@ -194,19 +199,50 @@ class Judge:
 
     Args:
         model: The CNN that the images are made of.
-        verifier: An independent one.
+        verifier: An independent one, which may have its classes in another order.
+        names: Of the classes of `model`.
         config: timm's data configuration of `model`.
         min_prob: What the verifier has to give.
+
+    Raises:
+        ValueError: A verifier of other classes.
     """
 
-    def __init__(self, model, verifier: Optional[torch.nn.Module], config: Dict[str, Any], min_prob: float) -> None:
+    def __init__(
+            self,
+            model: torch.nn.Module,
+            verifier: Optional[torch.nn.Module],
+            names: Sequence[str],
+            config: Dict[str, Any],
+            min_prob: float,
+    ) -> None:
         self.mean, self.std = (torch.tensor(config[key]).view(1, -1, 1, 1) for key in ('mean', 'std'))
         self.model = model
         self.verifier = None
         if verifier is not None:
-            self.verifier = Teacher(verifier, in_chans=len(config['mean']), mean=config['mean'], std=config['std'])
-            self.verifier.to(next(verifier.parameters()).device)
+            classes = match_classes(verifier, names, 'verifier')
+            if len(classes) < len(names):
+                raise ValueError(
+                    f'The verifier knows {len(classes)} of the {len(names)} classes. Take one that was trained on all.')
+            self.verifier = spectator(verifier, config['mean'], config['std'])
+            self.verifier_classes = torch.tensor(classes).argsort()  # the verifier's for each of the CNN's
         self.min_prob = min_prob
+
+    def check_size(self, size: int) -> None:
+        """Show an image of that many pixels a side to the verifier, if there is one.
+
+        Raises:
+            ValueError: It does not take it.
+        """
+        if self.verifier is None:
+            return
+        pixels = torch.zeros(1, size, size, self.mean.shape[1], dtype=torch.uint8)
+        try:
+            self.records(pixels, torch.zeros(1, dtype=torch.long))
+        except (RuntimeError, AssertionError) as e:
+            raise ValueError(
+                f'The verifier does not take images of {size} pixels ({str(e).splitlines()[0]}). Take another one.'
+            ) from e
 
     def to_uint8(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, C, H, W) as pixels (B, H, W, C)."""
@@ -218,15 +254,15 @@ class Judge:
         """What the manifest says of each image."""
         device = next(self.model.parameters()).device
         images = ((pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std).to(device)
-        rows, where = torch.arange(len(targets)), targets.to(device)
 
-        def probabilities(logits: torch.Tensor) -> List[float]:
-            return logits.float().softmax(1)[rows.to(device), where].tolist()
+        def probabilities(logits: torch.Tensor, classes: torch.Tensor) -> List[float]:
+            return logits.float().softmax(1).gather(1, classes.to(device)[:, None])[:, 0].tolist()
 
-        teacher = probabilities(self.model(images))
+        teacher = probabilities(self.model(images), targets)
         verifier: List[Optional[float]] = [None] * len(targets)
         if self.verifier is not None:
-            verifier = list(probabilities(self.verifier(images, with_features=False)[0]))
+            logits, _ = self.verifier(images, with_features=False)
+            verifier = list(probabilities(logits, self.verifier_classes[targets]))
         return [
             dict(target=target, teacher_prob=round(p, 4), verifier_prob=None if v is None else round(v, 4),
                  kept=v is None or v >= self.min_prob)
@@ -274,16 +310,15 @@ def run(args) -> None:
     config['mean'], config['std'] = (values.tolist() for values in input_normalisation(model, model.in_chans))
     indices = parse_classes(args.classes, model.num_classes)
     names = read_class_names(args.class_names, model)
+    if not 1 <= model.in_chans <= 4:
+        raise ValueError(f'The CNN takes {model.in_chans} channels. Images can be made of 1 (grey) to 4 of them.')
     inverter = make_inverter(args, model, config, names, precision)
     inverter.check_sizes()
     verifier = None
     if args.verifier:
         verifier = create_teacher(args.verifier, args.verifier_checkpoint, device=device)
-        if verifier.num_classes != model.num_classes:
-            raise ValueError(
-                f'The verifier knows {verifier.num_classes} classes, the CNN {model.num_classes}. Take one that was'
-                ' trained on the same classes.')
-    judge = Judge(model, verifier, config, args.min_prob)
+    judge = Judge(model, verifier, names, config, args.min_prob)
+    judge.check_size(inverter.size)
     skipped = ('output', 'resume', 'device', 'format', 'classes', 'class_names', 'num_images')
     settings = {
         **{key: value for key, value in vars(args).items() if key not in skipped},
@@ -307,7 +342,7 @@ def run(args) -> None:
     if ranks.is_primary:
         while not all(dataset.is_done(batch) for batch in todo):  # the other processes may take hours longer
             time.sleep(0.2)
-        report(args, dataset, model.num_classes)
+        report(args, dataset, model)
 
 
 def make_images(
@@ -368,7 +403,7 @@ def advice(args, losses: Sequence[Dict[str, Any]]) -> str:
         f' {listed} (weighted). The weights are the network\'s own: lower {flags[largest]}, or take more steps.')
 
 
-def report(args, dataset: SyntheticSet, num_classes: int) -> None:
+def report(args, dataset: SyntheticSet, model: Any) -> None:
     """What has been made, and how to train on it."""
     counts, class_map = dataset.finish()
     write_bytes(dataset.root / 'samples.png', contact_sheet(dataset.samples()))
@@ -393,9 +428,11 @@ def report(args, dataset: SyntheticSet, num_classes: int) -> None:
     root = shlex.quote(str(dataset.root))
     data = f'{root} --val-split ""' if args.format == 'folder' else (
         f'{root} --dataset wds/ --train-split train --val-split "" --num-classes {len(class_map)}')
-    map_flag = '' if class_map == list(range(num_classes)) else f' --kd-class-map {root}/kd_class_map.txt'
+    map_flag = '' if class_map == list(range(model.num_classes)) else f' --kd-class-map {root}/kd_class_map.txt'
     checkpoint = f' --kd-teacher-checkpoint {shlex.quote(args.checkpoint)}' if args.checkpoint else ''
-    print(f'Train on them: python train.py {data} --kd-model-name {shlex.quote(args.model)}{checkpoint}{map_flag} ...')
+    channels = '' if model.in_chans == 3 else f' --in-chans {model.in_chans}'
+    print(f'Train on them: python train.py {data}{channels} --kd-model-name {shlex.quote(args.model)}{checkpoint}'
+          f'{map_flag} ...')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -403,11 +440,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parser.parse_args(argv)
     setup_default_logging()
     try:
-        run(args)
+        with compile_errors():
+            run(args)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 if __name__ == '__main__':
-    run_command(build_parser().prog, main)
+    run_command(build_parser().prog, main, hint='With --resume the same command goes on.')

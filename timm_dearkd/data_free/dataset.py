@@ -136,7 +136,7 @@ class SyntheticSet:
             images=images,
         )
         write_bytes(self.root / 'manifest.json', json.dumps(manifest, indent=1).encode())
-        kept = [image for image in images if image['kept']]
+        kept = [image for image in images if image['kept'] and self._is_there(image)]
         lines = [f'{index} {self.classes[index]}\n' for index in self.class_map(kept)]
         write_bytes(self.root / 'kd_class_map.txt', ''.join(lines).encode())
         self._write_losses(batches)
@@ -156,17 +156,27 @@ class SyntheticSet:
         for path in sorted(set((self.root / 'batches').glob('[0-9]*.json')) - self._sampled):
             self._sampled.add(path)
             for record in json.loads(path.read_text())['images']:
-                images = self._samples.setdefault(record['target'], [])
-                if record['kept'] and len(images) < columns:
-                    images.append(self._read(record))
-        return {self.classes[index]: self._samples[index]
-                for index in sorted(self.classes)[:rows] if self._samples.get(index)}
+                target = record['target']
+                wanted = len(self._samples) < rows or target <= max(self._samples)
+                full = len(self._samples.get(target, ())) >= columns
+                if wanted and not full and record['kept'] and self._is_there(record):
+                    self._samples.setdefault(target, []).append(self._read(record))
+                    if len(self._samples) > rows:
+                        del self._samples[max(self._samples)]
+        return {self.classes[index]: images for index, images in sorted(self._samples.items())}
+
+    def _image_path(self, record: Dict[str, Any]) -> Path:
+        return self.root / 'train' / self.classes[record['target']] / f'{record["name"]}.png'
+
+    def _is_there(self, record: Dict[str, Any]) -> bool:
+        """Whether nobody has taken out an image that was kept."""
+        return self.data_format != 'folder' or self._image_path(record).exists()
 
     def _read(self, record: Dict[str, Any]) -> Image.Image:
-        name = f'{record["name"]}.png'
         if self.data_format == 'folder':
-            content = (self.root / 'train' / self.classes[record['target']] / name).read_bytes()
+            content = self._image_path(record).read_bytes()
         else:
+            name = f'{record["name"]}.png'
             with tarfile.open(self.root / 'train' / f'train-{name.partition("-")[0]}.tar') as tar:
                 content = tar.extractfile(name).read()  # type: ignore[union-attr]
         return Image.open(io.BytesIO(content))

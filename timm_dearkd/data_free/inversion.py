@@ -1,7 +1,7 @@
 """The optimiser that makes images out of a CNN (section 4, Eq. 8, after DeepInversion)."""
 import contextlib
 from dataclasses import dataclass
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -12,7 +12,7 @@ from distill_hooks import Teacher
 
 from .losses import BatchNormStats, competition_loss, intra_divergence_loss, l2_prior, total_variation
 
-__all__ = ['DIVERSITIES', 'Inverter', 'LossWeights', 'Resolution', 'batch_targets']
+__all__ = ['DIVERSITIES', 'Inverter', 'LossWeights', 'Resolution', 'batch_targets', 'spectator']
 
 DIVERSITIES = ('none', 'adi', 'intra')
 
@@ -79,6 +79,13 @@ def batch_targets(
     return batches
 
 
+def spectator(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Teacher:
+    """Another network, to look at images of a CNN's normalisation; a ViT sees them at its own size."""
+    size = get_model_input_config(model)['input_size'][1:] if hasattr(model, 'patch_embed') else None
+    device = next(model.parameters()).device
+    return Teacher(model, in_chans=len(mean), mean=mean, std=std, img_size=size).to(device)
+
+
 class Inverter:
     """Makes images of given classes out of a classifier with BatchNorm.
 
@@ -131,10 +138,7 @@ class Inverter:
             raise ValueError("Diversity 'adi' needs a student to compete with, and the others have none.")
         device = next(model.parameters()).device
         self.model = model.eval().requires_grad_(False)
-        self.student = None
-        if student is not None:
-            size = get_model_input_config(student)['input_size'][1:] if hasattr(student, 'patch_embed') else None
-            self.student = Teacher(student, in_chans=len(mean), mean=mean, std=std, img_size=size).to(device)
+        self.student = None if student is None else spectator(student, mean, std)
         self.resolutions = list(resolutions)
         self.size = max(resolution.size for resolution in resolutions)
         self.weights = weights or LossWeights()
@@ -155,15 +159,19 @@ class Inverter:
         self.model.to(memory_format=self.memory_format)
         self._stats = BatchNormStats(self.model, relative=bn_relative, first_weight=self.weights.first_bn)
         self._features: List[torch.Tensor] = []
-        classifier: nn.Module = model.get_classifier()  # type: ignore[operator]
-        self._handle = classifier.register_forward_pre_hook(self._keep_features)
+        self._handles = []
+        if diversity == 'intra':
+            classifier: Any = model.get_classifier()  # type: ignore[operator]
+            classifier = classifier[0] if isinstance(classifier, tuple) else classifier  # of a distilled CNN
+            self._handles.append(classifier.register_forward_pre_hook(self._keep_features))
         # one graph per size, so that a batch does not depend on those before
         self._losses = torch.compile(self.losses, backend=compile, dynamic=False) if compile else self.losses
 
     def close(self) -> None:
         """Take the hooks off the CNN."""
         self._stats.close()
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
     def __enter__(self) -> 'Inverter':
         return self
@@ -175,12 +183,11 @@ class Inverter:
         if torch.is_grad_enabled():
             self._features.append(args[0].flatten(1))
 
-    @torch.no_grad()
     def check_sizes(self) -> None:
         """Try every resolution.
 
         Raises:
-            ValueError: One that the CNN does not take.
+            ValueError: One that the CNN does not take; or the CNN keeps its features to itself.
         """
         for resolution in self.resolutions:
             images = torch.zeros(1, self.in_chans, resolution.size, resolution.size, device=self.device)
@@ -190,6 +197,11 @@ class Inverter:
                 raise ValueError(
                     f'The CNN does not take images of {resolution.size} pixels ({str(e).splitlines()[0]}). Choose other'
                     ' sizes with --resolutions SIZE:STEPS:LR.') from e
+            if self._handles and not self._features:
+                raise ValueError(
+                    f'{type(self.model).__name__} does not call the classifier that it names, whose input the'
+                    ' intra-divergence loss compares. Choose another CNN, or --diversity none.')
+            self._features.clear()
 
     def losses(self, images: torch.Tensor, targets: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Eq. 8 and its terms, unweighted, for images (B, C, H, W) as the CNN sees them and targets (B,)."""
@@ -197,7 +209,6 @@ class Inverter:
         with self.autocast():
             logits = self.model(images)
             student_logits = self._compete(images)
-        features = self._features.pop()
         terms = dict(
             ce=F.cross_entropy(logits.float(), targets),
             bn=self._stats.loss(),
@@ -206,6 +217,7 @@ class Inverter:
         )
         loss = terms['ce'] + weights.bn * terms['bn'] + weights.tv * terms['tv'] + weights.l2 * terms['l2']
         if self.diversity == 'intra':
+            features = self._features.pop()
             terms['diversity'] = intra_divergence_loss(features, targets, weights.ep, weights.triplet, weights.margin)
             loss = loss + terms['diversity']
         if student_logits is not None:

@@ -51,15 +51,19 @@ def test_mean_over_pairs_then_over_classes(folder):
     assert (result['pairs'], result['images']) == (12, 9)
 
 
-def test_feature_distance_is_the_slow_formula():
-    model = timm.create_model('test_resnet', num_classes=3).eval()
+@pytest.mark.parametrize('name', ['test_resnet', 'test_mambaout'])
+def test_feature_distance_is_the_slow_formula(name):
+    model = timm.create_model(name, num_classes=3).eval()
     distance = FeatureDistance(model, 'cnn')
     a, b = torch.rand(2, 2, 3, 32, 32)
     mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ('mean', 'std'))
-    backbone = timm.create_model('test_resnet', features_only=True).eval()
-    backbone.load_state_dict(model.state_dict(), strict=False)
+    backbone = timm.create_model(name, features_only=True).eval()
+    weights = {key.replace('stages.', 'stages_'): value for key, value in model.state_dict().items()}
+    assert not backbone.load_state_dict(weights, strict=False).missing_keys
     with torch.no_grad():
         levels = zip(backbone((a - mean) / std), backbone((b - mean) / std))
+    if name == 'test_mambaout':  # (B, H, W, C)
+        levels = [(x.permute(0, 3, 1, 2), y.permute(0, 3, 1, 2)) for x, y in levels]
     expected = np.zeros(2)
     for x, y in levels:
         x, y = x.double().numpy(), y.double().numpy()
@@ -113,6 +117,8 @@ ERRORS = {
     'empty': (['EMPTY'], 'no class with two'),
     'broken': (['BROKEN'], 'None of the images'),
     'pairs': (['FOLDER', '--pairs-per-class', '0'], 'expected 1 or more'),
+    'lists': (['FOLDER', '--model', 'hrnet_w18_small', '--checkpoint', 'HRNET'], 'not feature maps'),
+    'channels': (['FOLDER', '--model', 'test_resnet', '--checkpoint', 'TWO'], 'takes 2 channels, expected 1 or 3'),
     'no maps': (['FOLDER', '--model', 'test_vit', '--checkpoint', 'VIT'], 'not feature maps'),
     'device': (['FOLDER', '--device', 'cuda:77'], 'is not available here'),
     'model': (['FOLDER', '--model', 'resnet26x'], 'nearest timm names'),
@@ -127,7 +133,11 @@ def test_errors_are_one_line_and_status_2(case, folder, cnn, tmp_path, capsys):
     for name in ('broken.png', 'other.png'):
         (tmp_path / 'bad' / 'a' / name).write_bytes(b'nothing')
     torch.save(timm.create_model('test_vit', num_classes=3).state_dict(), tmp_path / 'vit.pth')
-    replaced = {'VIT': tmp_path / 'vit.pth', 'EMPTY': tmp_path / 'empty', 'BROKEN': tmp_path / 'bad', 'FOLDER': folder}
+    torch.save(timm.create_model('test_resnet', num_classes=3, in_chans=2).state_dict(), tmp_path / 'two.pth')
+    if 'HRNET' in args:
+        torch.save(timm.create_model('hrnet_w18_small', num_classes=3).state_dict(), tmp_path / 'hrnet.pth')
+    replaced = {'TWO': tmp_path / 'two.pth', 'HRNET': tmp_path / 'hrnet.pth',
+                'VIT': tmp_path / 'vit.pth', 'EMPTY': tmp_path / 'empty', 'BROKEN': tmp_path / 'bad', 'FOLDER': folder}
     args = ['diversity', *(str(replaced.get(a, a)) for a in args)]
     with pytest.raises(SystemExit) as e:
         run_command('analysis', main, args if '--model' in args else [*args, '--model', str(cnn)])

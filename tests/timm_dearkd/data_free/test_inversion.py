@@ -111,6 +111,23 @@ def test_a_size_that_the_cnn_does_not_take(size):
     make().check_sizes()
 
 
+def test_cnns_with_two_classifiers_or_none():
+    """Where the CNN's features are not to be had, only the loss that needs them is refused."""
+    resolutions = [Resolution(32, 1, 0.1)]
+    two = timm.create_model('swiftformer_xs', num_classes=4)
+    assert isinstance(two.get_classifier(), tuple)
+    with Inverter(two, MEAN, STD, resolutions) as inverter:
+        inverter.check_sizes()
+        assert inverter.losses(torch.randn(6, 3, 32, 32), TARGETS)['diversity'].isfinite()
+    none = timm.create_model('efficientvim_m1', num_classes=4)
+    resolutions = [Resolution(64, 1, 0.1)]
+    with Inverter(none, MEAN, STD, resolutions) as inverter, pytest.raises(ValueError, match='--diversity none'):
+        inverter.check_sizes()
+    with Inverter(none, MEAN, STD, resolutions, diversity='none') as inverter:
+        inverter.check_sizes()
+        assert inverter.run(TARGETS, 0).isfinite().all()
+
+
 def test_a_loss_that_is_not_finite_ends_the_batch():
     inverter = make(weights=LossWeights(bn=float('inf')), check_interval=3)
     checks = []
