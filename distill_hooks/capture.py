@@ -56,7 +56,14 @@ class FeatureCapture:
             self._features[name] = output
 
     def take(self) -> List[torch.Tensor]:
-        """Outputs of the latest forward in the order of `names`; they are not kept after this."""
+        """Outputs of the latest forward in the order of `names`; they are not kept after this.
+
+        Raises:
+            ValueError: A module that was not called in it.
+        """
+        for name in self.names:
+            if name not in self._features:
+                raise ValueError(f'Layer {name!r} is there, but not called in the forward. Name another one.')
         features = [self._features[name] for name in self.names]
         self._features.clear()
         return features

@@ -66,6 +66,10 @@ def _check_student(student: nn.Module, hooks: Sequence[Hook]) -> None:
     if hooks and not isinstance(getattr(student, 'patch_drop', None) or nn.Identity(), nn.Identity):
         raise ValueError(
             f'Student {name} drops patches (patch_drop_rate), so its tokens are no map to align. Set it to 0.')
+    if hooks and not hasattr(student.patch_embed, 'dynamic_feat_size'):
+        raise ValueError(
+            f'Student {name} does not tell the grid of its tokens, which the hidden loss needs. Choose another ViT'
+            ' (dearkd_*, vit_*, deit*), or train without the hidden loss (--dearkd-beta 0).')
 
 
 class DearKDTrainable(nn.Module):
@@ -315,6 +319,10 @@ class DearKDTask(TrainingTask):
             self.trainable_module = self._wrap_distributed(cast(nn.Module, self.trainable_module.module))
 
     def _wrap_distributed(self, module: nn.Module) -> nn.Module:
+        state = module.state_dict()
+        constants = [name for name, _ in module.named_buffers() if name not in state]
+        # such as those of the token grid, which has another size in each process where images do
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, constants)
         return nn.parallel.DistributedDataParallel(module, **(self._ddp_kwargs or {}))
 
     def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs: Any) -> 'DearKDTask':

@@ -461,7 +461,7 @@ class Teacher(nn.Module):
             input_size: The student's (C, H, W).
 
         Raises:
-            ValueError: A layer whose output is not a 4-D map.
+            ValueError: A layer whose output is not a 4-D map, or has its channels last where none would expect it.
         """
         generator = torch.Generator().manual_seed(0)
         dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
@@ -475,6 +475,13 @@ class Teacher(nn.Module):
                     f'Teacher layer {layer!r} of {type(self.model).__name__} gives {shape}, not a 4-D feature map'
                     ' (B, C, H, W). Name a convolutional layer with --dearkd-hooks BLOCK:LAYER, take a CNN as the'
                     ' teacher, or train without the hidden loss (--dearkd-beta 0).')
+            infos = getattr(self.model, 'feature_info', None) or ()
+            stage: Dict[str, Any] = next((info for info in infos if info['module'] == layer), {})
+            if feature.shape[1] != stage.get('num_chs', feature.shape[1]) == feature.shape[3]:
+                raise ValueError(
+                    f'Teacher layer {layer!r} of {type(self.model).__name__} has its channels last, without saying so'
+                    ' (output_fmt). Take another CNN as the teacher, or train without the hidden loss (--dearkd-beta'
+                    ' 0).')
             specs.append(FeatureSpec(
                 layer, feature.shape[1], (feature.shape[2], feature.shape[3]), bool((feature >= 0).all())))
         return specs

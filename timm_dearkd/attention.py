@@ -305,11 +305,11 @@ def append_positions(
     dtype = qkv.dtype
     half = dtype == torch.float16 or dtype == torch.bfloat16
     key_is_exact = sq_steps <= (256 if dtype == torch.bfloat16 else 2048)
-    alpha = alpha / scale
     if half:
         alpha, delta = alpha.float(), delta.float()
-        if not key_is_exact:
-            alpha = alpha - (alpha - _round(alpha.detach(), dtype)).detach()  # straight-through
+    alpha = alpha / scale
+    if half and not key_is_exact:
+        alpha = alpha - (alpha - _round(alpha.detach(), dtype)).detach()  # straight-through
     offset = delta.unsqueeze(-1).unsqueeze(-1)  # (heads, 2, 1, 1)
     query = query_basis[0] + offset[:, 0] * query_basis[1] + offset[:, 1] * query_basis[2]
     query = query * alpha.view(alpha.shape[0], -1, 1)  # (heads, T, 4)
@@ -443,10 +443,10 @@ class ConvAttention(Attention):
 
     @torch.jit.unused
     def _is_cpu_inference(self) -> bool:
-        parameters = [p for p in self.rpe._parameters.values() if p is not None]  # no proxies under torch.fx
-        if self.training or parameters[0].device.type != 'cpu':
+        # by the buffer: a replica of nn.DataParallel has no parameters; and no attribute, which torch.fx makes a proxy
+        if self.training or self.rpe._buffers['key_basis'].device.type != 'cpu':  # type: ignore[union-attr]
             return False
-        takes_gradient = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+        takes_gradient = torch.is_grad_enabled() and any(p.requires_grad for p in self.rpe.parameters())
         return not takes_gradient or torch.jit.is_tracing()  # a trace is for inference, whatever the mode it is made in
 
     def _scores(self, dtype: torch.dtype) -> torch.Tensor:

@@ -89,6 +89,9 @@ def _convert_blocks(model: VisionTransformer, num_blocks: int, **rpe_kwargs: Any
             num_prefix_tokens=model.num_prefix_tokens,
             **rpe_kwargs,
         )
+    # DDP would send them, and they have another size in each process where images do
+    constants = [name for name, _ in model.named_buffers() if '.rpe.' in name]
+    model._ddp_params_and_buffers_to_ignore = constants  # type: ignore[assignment]
 
 
 class DearKD(MhcaMixin, VisionTransformer):

@@ -28,3 +28,12 @@ def test_unknown_layers_name_the_nearest():
     assert not model.layer1._forward_hooks
     with pytest.raises(ValueError, match='conv1'):
         find_module(model, '')
+
+
+def test_a_layer_that_is_not_called():
+    """There and in no forward, as timm's blocks have them that are off."""
+    model = timm.create_model('test_efficientnet').eval()
+    with FeatureCapture(model, ['blocks.1.0.drop_path']) as capture:
+        model(torch.randn(1, 3, 32, 32))
+        with pytest.raises(ValueError, match='not called in the forward'):
+            capture.take()

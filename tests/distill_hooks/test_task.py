@@ -198,6 +198,14 @@ def test_feature_std_is_fixed_by_the_first_batch():
     torch.testing.assert_close(task(images, labels)['hidden_loss'], expected)
 
 
+def test_feature_std_follows_the_task_to_another_device():
+    task = make(normalize_features=True, hooks=['4:2'])
+    task.set_epoch(0)
+    task(*batch())
+    task.to('meta')
+    assert task(*(t.to('meta') for t in batch()))['hidden_loss'].device.type == 'meta'
+
+
 def test_a_batch_without_deviation_leaves_the_features_as_they_are():
     """One image, and a map of one value per channel."""
     task, plain = make(normalize_features=True, hooks='4:layer4'), make(hooks='4:layer4')
@@ -334,6 +342,7 @@ def test_distributed_over_the_stages(tmp_path):
     try:
         task, plain = make(normalize_features=True), make(normalize_features=True)
         task.prepare_distributed()
+        assert not task.trainable_module.will_sync_module_buffers()  # the grid's constants are each process's own
         for epoch in (0, 8, 9, 0):
             for t in (task, plain):
                 t.set_epoch(epoch)
@@ -422,6 +431,7 @@ def test_hooks_are_parsed(spec, hook):
     (dict(teacher='no layers', teacher_class_map=[0, 1, 2, 3, 4]), r'Teacher\(class_map=...\)'),
     (dict(teacher_model='test_resnt'), "Unknown model 'test_resnt'.*test_resnet"),
     (dict(student='test_vit', student_kwargs=dict(patch_drop_rate=0.5)), 'patch_drop_rate'),
+    (dict(student='xcit_nano_12_p16_224'), 'does not tell the grid of its tokens'),
     (dict(student='test_resnet', student_kwargs=dict(img_size=None)), '--kd-distill-type logit'),
     (dict(teacher='no layers'), r'gives 0 layer\(s\) for 1 hook'),
 ])

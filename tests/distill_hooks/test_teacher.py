@@ -107,6 +107,12 @@ def test_swin_maps_are_channels_first():
     assert spec.num_chs == 48 and spec.size == (8, 8)
 
 
+def test_maps_with_channels_last_that_nobody_said():
+    model = timm.create_model('volo_d1_224', img_size=64, num_classes=3)
+    with pytest.raises(ValueError, match='has its channels last, without saying so'):
+        Teacher(model, ['network.0']).probe((3, 64, 64))
+
+
 def test_layers_without_a_map():
     model = timm.create_model('test_vit', img_size=32)
     with pytest.raises(ValueError, match=r'\(1, 5, 64\), not a 4-D feature map.*--dearkd-beta 0'):

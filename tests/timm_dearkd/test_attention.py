@@ -128,6 +128,18 @@ def test_factorised_form_is_as_precise_as_the_slow_one(grid_size, dtype):
                 assert (f - e).abs().max() <= (s - e).abs().max()
 
 
+@pytest.mark.parametrize('dim', [32, 48])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_parameters_of_half_precision_are_exact_whatever_the_scale(dtype, dim):
+    """Scores of a module whose alpha is of that dtype, to its rounding: e^-9 apart would be another distribution."""
+    rpe, scale = AdaptiveRelPos(2, (14, 14)), dim ** -0.5
+    alpha, delta = (torch.rand(2) * 2).to(dtype), (torch.rand(2, 2) * 6 - 3).to(dtype)
+    qkv = torch.zeros(1, 197, 3, 2, dim, dtype=dtype)
+    q, k, _ = append_positions(qkv, alpha.unsqueeze(1), delta, rpe.query_basis, rpe.key_basis, scale, rpe.sq_steps)
+    scores = scale * q[0].double() @ k[0].double().transpose(-2, -1)
+    torch.testing.assert_close(scores, rpe.offset_scores(alpha.double(), delta.double()).double(), atol=0.01, rtol=0)
+
+
 @pytest.mark.skipif(not shutil.which('g++'), reason='inductor needs a C++ compiler')
 @pytest.mark.parametrize('grid_size', [(14, 14), (24, 24)])
 def test_compiler_keeps_the_remainders(grid_size):

@@ -1,5 +1,6 @@
 """The models, and timm's contract: whatever a timm ViT does, a DearKD model does."""
 import copy
+import importlib
 import io
 
 import pytest
@@ -395,6 +396,44 @@ def test_compile_with_dynamic_img_size():
     for size in ((160, 160), (96, 128), (160, 160)):
         x = torch.randn(1, 3, *size)
         torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_replicas_of_data_parallel(training, monkeypatch):
+    """As its own `replicate` makes them, with the copying between devices, of which there is one, left out."""
+    module = importlib.import_module('torch.nn.parallel.replicate')
+    monkeypatch.setattr(module, '_get_device_index', lambda *args: 0)
+    monkeypatch.setattr(
+        module, '_broadcast_coalesced_reshape',
+        lambda tensors, devices, detach=False: [[t.detach() if detach else t * 1. for t in tensors] for _ in devices])
+    model = timm.create_model('test_dearkd', num_classes=3, img_size=32).train(training)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.set_grad_enabled(training):
+        for replica in module.replicate(model, [0, 0], detach=not training):
+            torch.testing.assert_close(replica(x), model(x))
+
+
+def test_parametrised_positions():
+    """Such as an alpha that is kept positive."""
+    model = timm.create_model('test_dearkd', num_classes=3, img_size=32).eval()
+    x = torch.randn(2, 3, 32, 32)
+    expected = model(x)
+    for block in model.blocks:
+        if hasattr(block.attn, 'rpe'):
+            for name in ('alpha', 'delta'):
+                torch.nn.utils.parametrize.register_parametrization(block.attn.rpe, name, torch.nn.Identity())
+    torch.testing.assert_close(model(x), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_ddp_sends_no_constants(tmp_path):
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        model = timm.create_model('test_dearkd', img_size=32)
+        assert not torch.nn.parallel.DistributedDataParallel(model).will_sync_module_buffers()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_copies_and_pickles():

@@ -371,8 +371,9 @@ def check_img_size(model: nn.Module, train_sizes: Sequence[int] = ()) -> None:
         raise ValueError(
             f'{type(model).__name__} takes images of one size. Add --model-kwargs dynamic_img_size=True for'
             ' --train-img-sizes.')
+    padded = getattr(model.patch_embed, 'dynamic_img_pad', False)
     for height, width in (get_model_input_config(model)['input_size'][1:], *((size, size) for size in train_sizes)):
-        if dynamic and (height % patch_size[0] or width % patch_size[1]):
+        if dynamic and not padded and (height % patch_size[0] or width % patch_size[1]):
             flag = '--train-img-sizes' if height in train_sizes else '--img-size'
             raise ValueError(
                 f'The image size {height}x{width} is no multiple of the patch size {patch_size[0]}x{patch_size[1]}.'

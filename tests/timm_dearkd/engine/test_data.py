@@ -5,6 +5,8 @@ import sys
 
 import numpy as np
 import pytest
+import timm
+import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import FakeData
@@ -12,6 +14,7 @@ from torchvision.datasets import FakeData
 from timm_dearkd.engine.data import (
     ClassFraction,
     SkipUnreadable,
+    check_img_size,
     check_labels,
     class_names,
     open_dataset,
@@ -220,3 +223,13 @@ def test_a_name_without_a_folder_is_refused(tmp_path):
             open_dataset(name, None, 'train')
     with pytest.raises(FileNotFoundError, match='No data set at'):
         open_dataset('photos', str(tmp_path / 'nowhere'), 'train')
+
+
+def test_sizes_that_are_no_multiple_of_the_patch():
+    """Are refused where the model would find out when training; not where it pads them."""
+    kwargs = dict(img_size=32, patch_size=8, dynamic_img_size=True)
+    with pytest.raises(ValueError, match='36x36 is no multiple of the patch size 8x8. Set --train-img-sizes 32'):
+        check_img_size(timm.create_model('test_dearkd', **kwargs), [32, 36])
+    model = timm.create_model('test_dearkd', dynamic_img_pad=True, **kwargs)
+    check_img_size(model, [32, 36])
+    assert model(torch.randn(1, 3, 36, 36)).isfinite().all()
