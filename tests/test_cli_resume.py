@@ -222,6 +222,22 @@ def test_other_options_are_named_when_a_run_goes_on(train_cli, image_folder, tmp
         assert told in result.stderr and bool(told) == ('other options' in result.stderr)
 
 
+def test_other_options_of_the_optimizer_are_taken(train_cli, tmp_path):
+    """What the log says of them is what the groups have, and the record."""
+    command = (
+        '--model', 'test_resnet', '--epochs', '2', '--output', tmp_path, '--experiment', 'run', '--resume', 'auto')
+    result = train_cli(*command, '--stop-epoch', '1', '--weight-decay', '0.05', '--lr', '1e-3')
+    assert result.returncode == 0, result.stderr
+    moments = load(tmp_path / 'run')['optimizer']['state']
+    result = train_cli(
+        *command, '--weight-decay', '0.5', '--opt-betas', '0.5', '0.6', '--opt-eps', '1e-3', '--lr', '1e-3')
+    assert result.returncode == 0 and 'weight_decay 0.05 → 0.5' in result.stderr, result.stderr
+    optimizer = load(tmp_path / 'run')['optimizer']
+    assert {group['weight_decay'] for group in optimizer['param_groups']} == {0., 0.5}
+    assert all((group['betas'], group['eps']) == ((0.5, 0.6), 1e-3) for group in optimizer['param_groups'])
+    assert all(optimizer['state'][key]['step'] == 2 * state['step'] for key, state in moments.items())
+
+
 def test_a_run_is_not_begun_over_another(train_cli, tmp_path):
     """Unless its folder has no checkpoint, because it was stopped before the first."""
     command = ('--epochs', '1', '--output', tmp_path, '--experiment', 'run')

@@ -26,6 +26,9 @@ ERRORS = {
     'weights folder': (['--initial-checkpoint', 'FOLDER'], '--model local-dir:'),
     'other classes': (
         ['--model', 'test_resnet', '--num-classes', '4', '--initial-checkpoint', 'FILE'], 'go in by --pretrained-path'),
+    'layer decay': (['--layer-decay', '0.7', '--sched', 'none'], 'Set --sched constant'),
+    'plateau': (['--sched', 'plateau', '--sched-on-updates'], 'does not go with --sched-on-updates'),
+    'compile mode': (['--torchcompile', '--torchcompile-mode', 'x'], "--torchcompile-mode is 'x', expected one of"),
     'checkpointing': (['--model', 'dla34', '--grad-checkpointing'], 'gradient checkpointing not supported'),
     'head': (
         ['--model', 'test_resnet', '--num-classes', '0', '--head-init-bias', '0'], 'a head with a weight and a bias'),

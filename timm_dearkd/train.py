@@ -30,7 +30,7 @@ from timm_dearkd.analysis.report import write_report
 from timm_dearkd.engine import build, build_data, build_run
 from timm_dearkd.engine.checks import check_args
 from timm_dearkd.engine.data import class_names
-from timm_dearkd.engine.device import Precision, Ranks, select_device
+from timm_dearkd.engine.device import CompileError, Precision, Ranks, compile_errors, select_device
 from timm_dearkd.engine.interrupt import Interrupted, StopRequest, TrainingError
 from timm_dearkd.engine.loop import Trainer, Validator, mean_lr
 from timm_dearkd.engine.options import build_config_parser, build_parser, parse_args
@@ -46,6 +46,8 @@ from timm_dearkd.engine.recorder import Recorder, print_results
 from timm_dearkd.engine.seeding import set_rng_state
 
 _logger = logging.getLogger('train')
+
+_GROUP_OPTIONS = {'lr', 'lr_scale', 'weight_decay', 'betas', 'eps', 'momentum'}  # not what an optimizer keeps there
 
 config_parser = build_config_parser()
 parser = build_parser()
@@ -157,14 +159,16 @@ def agree(path: str, ranks: Ranks) -> str:
 def schedule_run(args, trainer: Trainer) -> Tuple[Position, range]:
     """Resume, and set up the schedules. Returns where the run begins, and its epochs."""
     task, optimizer = trainer.task, trainer.step.optimizer
-    rates = [group['lr'] for group in optimizer.param_groups]
+    given = [{key: group[key] for key in _GROUP_OPTIONS & group.keys()} for group in optimizer.param_groups]
     start = Position()
     if args.resume:
         start = resume_run(
             args.resume, task, vars(args), None if args.no_resume_opt else optimizer, trainer.precision,
             build_data.images_per_update(args, trainer.ranks))
-    if args.sched != 'plateau':  # the rates of these options, which need not be those of the checkpoint
-        for group, rate in zip(optimizer.param_groups, rates):
+    for group, options in zip(optimizer.param_groups, given):  # which need not be those of the checkpoint
+        rate = options.pop('lr')
+        group.update(options)
+        if args.sched != 'plateau':  # whose rate is no function of the epoch
             group['lr'] = group['initial_lr'] = rate
     if args.start_epoch is not None:
         start = Position(args.start_epoch)
@@ -296,12 +300,10 @@ def run_script(argv: Optional[Sequence[str]] = None) -> None:
         parser.exit(130, f'{parser.prog}: Interrupted before the first step.\n')
     status, message = 0, None
     try:
-        run()
-    except (OSError, TrainingError) as e:
+        with compile_errors():
+            run()
+    except (OSError, TrainingError, CompileError) as e:
         parser.error(str(e).strip().splitlines()[-1])
-    except torch._dynamo.exc.TorchDynamoException as e:
-        reason = ' '.join(str(e).split())[:300]
-        parser.error(f'--torchcompile: the model could not be compiled: {reason} Leave the flag out.')
     except Interrupted as e:
         status, message = 128 + e.signum, f'{parser.prog}: {e}\n'
     except KeyboardInterrupt:  # of --eval-only, or the second one in training

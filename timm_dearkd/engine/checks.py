@@ -137,12 +137,17 @@ def _check_values(args: argparse.Namespace) -> None:
         num_betas = get_optimizer_info(args.opt.lower().split('_')[-1]).num_betas  # without lookahead_, as timm does
         if len(args.opt_betas) != num_betas:
             raise ValueError(f'--opt-betas has {len(args.opt_betas)} values, {args.opt} takes {num_betas}.')
-    check_backend(args.torchcompile)
+    check_backend(args.torchcompile, args.torchcompile_mode)
 
 
 def _check_combinations(args: argparse.Namespace) -> None:
     if args.resume == 'auto' and not args.experiment:
         raise ValueError('--resume auto goes on in the folder of the run, so it needs --experiment NAME.')
+    if args.layer_decay is not None and args.sched == 'none':
+        raise ValueError(
+            '--layer-decay is applied by the schedule, and --sched none is without one. Set --sched constant.')
+    if args.sched == 'plateau' and args.sched_on_updates:
+        raise ValueError('--sched plateau looks at epochs, so it does not go with --sched-on-updates. Leave that out.')
     if args.amp and args.model_dtype not in (None, 'float32'):
         raise ValueError('--amp keeps the weights in float32. Leave out --model-dtype, or --amp.')
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax

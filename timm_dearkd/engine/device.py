@@ -1,12 +1,15 @@
 """Where a run computes, in how many processes, and in which precision."""
+import contextlib
 import logging
-from typing import NamedTuple, Optional, Tuple
+from typing import Iterator, NamedTuple, Optional, Tuple
 
 import torch
 from timm.utils import NativeScaler
 from timm.utils.distributed import init_distributed_device_so, is_distributed_env, world_info_from_env
 
-__all__ = ['SINGLE', 'Precision', 'Ranks', 'check_backend', 'find_device', 'select_device']
+__all__ = [
+    'SINGLE', 'CompileError', 'Precision', 'Ranks', 'check_backend', 'compile_errors', 'find_device', 'select_device',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -29,14 +32,35 @@ class Ranks(NamedTuple):
 SINGLE = Ranks()
 
 
-def check_backend(name: Optional[str]) -> None:
-    """Refuse a --torchcompile that PyTorch does not know.
+def check_backend(name: Optional[str], mode: Optional[str] = None) -> None:
+    """Refuse a --torchcompile, or its mode, that PyTorch does not know.
 
     Raises:
         ValueError: It does not.
     """
+    if mode and mode not in (modes := torch._inductor.list_mode_options()):
+        raise ValueError(f'--torchcompile-mode is {mode!r}, expected one of {", ".join(modes)}.')
     if name and name not in torch.compiler.list_backends(exclude_tags=()):
         raise ValueError(f'--torchcompile is {name!r}, expected one of {", ".join(torch.compiler.list_backends())}.')
+
+
+class CompileError(ValueError):
+    """Why `torch.compile` has no code, in one line."""
+
+
+@contextlib.contextmanager
+def compile_errors() -> Iterator[None]:
+    """For what runs compiled.
+
+    Raises:
+        CompileError: It could not be compiled.
+    """
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException as e:
+        reason = ' '.join(str(e).split())[:300]
+        raise CompileError(
+            f'--torchcompile: the model could not be compiled: {reason} Leave the flag out.') from e
 
 
 def find_device(name: Optional[str]) -> torch.device:

@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, cast
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,8 @@ from .tracking import TeacherTimer
 __all__ = ['LossMeter', 'Stepper', 'Trainer', 'Validator', 'mean_lr']
 
 _logger = logging.getLogger(__name__)
+
+_LEAST_LOSS_SCALE = 2. ** -14  # of float16; it begins at 65536, and each step that overflows halves it
 
 
 class LossMeter:
@@ -84,6 +86,33 @@ class LossMeter:
             self.names, sums = list(state['names']), state['sums'].to(device)
             self.sums = sums if self.ranks.is_primary else torch.zeros_like(sums)  # what is there is once there
             self.offender = torch.zeros_like(sums)
+
+
+class RunningStats:
+    """BatchNorm's running statistics, which a forward that overflows would leave not finite for good.
+
+    Args:
+        model: What is trained.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        named = [getattr(m, name, None) for m in model.modules() for name in ('running_mean', 'running_var')]
+        self.buffers = [b for b in named if isinstance(b, torch.Tensor)]
+        self.before: Optional[torch.Tensor] = None
+
+    def keep(self) -> None:
+        """Remember them as they are."""
+        if self.buffers:
+            self.before = torch.cat([b.detach().flatten() for b in self.buffers])
+
+    @torch.no_grad()
+    def restore_unless(self, finite: torch.Tensor) -> None:
+        """Bring them back, unless the flag () says that all was finite, and they are; without asking for its value."""
+        if self.before is not None:
+            now = torch.cat([b.flatten() for b in self.buffers])
+            kept = torch.where(finite & now.isfinite().all(), now, self.before)
+            parts = kept.split([b.numel() for b in self.buffers])
+            torch._foreach_copy_(self.buffers, [part.view_as(b) for part, b in zip(parts, self.buffers)])
 
 
 @dataclass
@@ -269,6 +298,7 @@ class Trainer:
         self._timer = TeacherTimer(self.task, self.precision.device)
         self._skipped = torch.zeros((), device=self.precision.device)  # since the last log line
         self._lrs: Dict[int, float] = {}
+        self._running_stats = RunningStats(cast(nn.Module, self.task.get_trainable_module()))
 
     def train_epoch(self, epoch: int, first_update: int = 0, meter_state: Optional[Dict] = None) -> Dict[str, float]:
         """Train for an epoch, counted from 0, or for what is left of it.
@@ -312,6 +342,8 @@ class Trainer:
         """Forward, backward and, if it is the last of its accumulation, the update. Returns if all was finite."""
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
+        if finite is None:
+            self._running_stats.keep()
         with contextlib.nullcontext() if is_update else self.task.no_sync():
             with self.precision.autocast():
                 result = self.task(images, target)
@@ -321,6 +353,7 @@ class Trainer:
             scale = self.loss_scale(images.shape[0]) if self.loss_scale is not None else 1.
             stepped = self.step(result['loss'] * (scale / size), is_update, finite)
             if is_update:
+                self._running_stats.restore_unless(finite)
                 self._skipped = self._skipped + ~stepped
                 self._lrs[update] = mean_lr(self.step.optimizer)
         return finite
@@ -359,6 +392,11 @@ class Trainer:
         skipped, lrs = int(self._skipped), self._lrs
         update, losses = self.meter.take_offender()
         self._skipped, self._lrs = torch.zeros_like(self._skipped), {}
+        loss_scale = self.step.scaler.state_dict().get('scale', 1.) if self.step.scaler is not None else 1.
+        if loss_scale < _LEAST_LOSS_SCALE:
+            raise TrainingError(
+                f'Gradients not finite at epoch {epoch}, whatever the loss scale: it fell to {loss_scale:.1g}. Lower'
+                ' --lr, clip with --clip-grad 1, or use --amp-dtype bfloat16.')
         if not skipped:
             return
         self.num_skipped += skipped

@@ -99,7 +99,7 @@ def _add_data(group) -> None:
     add('--dataset', default='', help="type and name ('' is an image folder)")
     add('--train-split', default='train')
     add('--val-split', default='validation', help='\'\' trains without validation')
-    add('--train-num-samples', type=int)
+    add('--train-num-samples', type=int, help='of streamed data sets that do not say it')
     add('--val-num-samples', type=int)
     add('--train-fraction', type=float, default=1., help='train on this share of every class, always the same images')
     add('--fraction-seed', type=int, default=0, help='which images those are')
@@ -212,7 +212,7 @@ def _add_schedule(group) -> None:
     add('--warmup-lr', type=float, default=1e-5)
     add('--min-lr', type=float, default=0)
     add('--epochs', type=int, default=300)
-    add('--epoch-repeats', type=float, default=0.)
+    add('--epoch-repeats', type=float, default=0., help='of streamed data sets')
     add('--start-epoch', type=int)
     add('--stop-epoch', type=int, metavar='N', help='stop after N epochs; schedules stay those of the whole run')
     add('--decay-milestones', type=int, nargs='+', default=[90, 180, 270])
@@ -370,7 +370,7 @@ def parse_args(
     config_argv = []
     if config_args.config:
         try:
-            with open(config_args.config) as f:
+            with open(config_args.config, encoding='utf-8') as f:
                 config = yaml.safe_load(f) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
             parser.error(f'configuration file {config_args.config}: {" ".join(str(e).split())}')

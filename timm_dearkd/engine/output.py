@@ -17,6 +17,7 @@ from timm.models._hub import save_config_for_hf
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, unwrap_model
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
+from torch.utils._pytree import tree_map_only
 
 from ..files import write_table, write_text
 from .device import Precision
@@ -74,7 +75,7 @@ class AtomicCheckpointSaver(CheckpointSaver):
                 ' are whole. Make room, and go on with --resume FILE, or --resume auto.') from e
 
     def _replace(self, src: str, dst: str) -> None:
-        with open(src, 'rb') as f:
+        with open(src, 'r+b') as f:  # Windows syncs what can be written
             os.fsync(f.fileno())
         os.replace(src, dst)
 
@@ -301,14 +302,16 @@ def resume_run(
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
         reason = ' '.join(str(e).split())[:300]
         raise ValueError(f'--resume {path} does not fit this run: {reason}') from e
+    keys = ('rng_states', 'scheduler', 'ema_rng_state', 'progress')
+    state = tree_map_only(torch.Tensor, torch.clone, {key: run.get(key) for key in keys})  # else it maps the file
     position = Position(
         epoch or 0,
-        rng_states=tuple(run.get('rng_states', ())),
-        scheduler=run.get('scheduler'),
-        ema_rng_state=run.get('ema_rng_state'),
+        rng_states=tuple(state['rng_states'] or ()),
+        scheduler=state['scheduler'],
+        ema_rng_state=state['ema_rng_state'],
         num_skipped=run.get('num_skipped', 0),
     )
-    within = run.get('progress')
+    within = state['progress']
     if within is None:
         return position
     update = within['update'] * within['images_per_update'] // images_per_update

@@ -1,6 +1,7 @@
 """What a run writes as it goes: checkpoints, summary.csv, the exported student, and what its trackers are told."""
 import json
 import logging
+import math
 import os
 from typing import Any, Callable, Dict, List, Optional
 
@@ -133,6 +134,9 @@ class Recorder:
         """
         if epoch == 0:
             self._check_agreement(losses)
+        if metric is not None and not math.isfinite(metric):  # would be neither better nor worse than any other
+            _logger.warning(f'What the checkpoints are ranked by is {metric} in epoch {epoch}, which has no rank.')
+            metric = None
         row = summary_row(self.trainer.task, losses)
         self.results.append({'epoch': epoch, 'train': row, **({'validation': metrics} if metrics else {})})
         self._collect_state()
@@ -199,9 +203,12 @@ def print_results(results: List[Dict[str, Any]], eval_metric: str) -> None:
     if kind == 'train':  # losses of other weights are no better or worse
         last = results[-1][kind] if results else {}
         results = [r for r in results if all(r[kind].get(key) == last.get(key) for key in ('stage', 'alpha'))]
-    best = sorted(
-        (result for result in results if kind in result),
-        key=lambda result: result[kind].get(eval_metric, 0),
-        reverse='loss' in eval_metric,
-    )
+
+    def rank(result: Dict[str, Any]) -> float:
+        value = result[kind].get(eval_metric, 0)
+        if not math.isfinite(value):
+            return -math.inf
+        return -value if 'loss' in eval_metric else value
+
+    best = sorted((result for result in results if kind in result), key=rank)
     print(f'--result\n{json.dumps(best[-10:], indent=4)}')

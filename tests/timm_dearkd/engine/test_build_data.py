@@ -26,3 +26,9 @@ def test_a_folder_without_splits_is_taken_for_both_with_advice(image_folder, tmp
         caplog.clear()
         train_set, eval_set = build(*args)
         assert len(train_set) == len(eval_set) == 48 and caplog.text.strip().endswith(advice)
+
+
+def test_options_of_streams_are_said_to_do_nothing(image_folder, caplog):
+    build(image_folder, '--val-num-samples', '2', '--epoch-repeats', '3')
+    assert '--val-num-samples is for streamed' in caplog.text and '--epoch-repeats is for streamed' in caplog.text
+    assert '--train-num-samples' not in caplog.text

@@ -227,6 +227,53 @@ def test_one_bad_batch_of_an_accumulation_spoils_its_update():
     assert all(p.equal(q) for p, q in zip(task.parameters(), plain.parameters()))
 
 
+@pytest.mark.parametrize('scaled', [False, True])
+@pytest.mark.parametrize('accumulated', [1, 2])
+def test_running_statistics_do_not_take_in_what_is_not_finite(accumulated, scaled):
+    """Those of BatchNorm, and their average, are those of a training without the batches, bit for bit."""
+    images = [(torch.where(torch.tensor(i == 2), float('inf'), x), y) for i, (x, y) in enumerate(batches([4] * 6))]
+    without = [batch for i, batch in enumerate(images) if i // accumulated != 2 // accumulated]
+    states = []
+    for data in (images, without):
+        torch.manual_seed(0)
+        task = ClassificationTask(timm.create_model('test_resnet', num_classes=3))
+        task.setup_ema(decay=0.5)
+        optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=0.1)
+        scaler = NativeScaler('cpu') if scaled else None
+        Trainer(task, data, Stepper(task, optimizer, scaler), Precision(CPU), grad_accum_steps=accumulated,
+                skip_nan_steps=1).train_epoch(0)
+        states.append((task.trainable_module.state_dict(), task.trainable_module_ema.state_dict()))
+    (ours, average), (theirs, _) = states
+    assert all(value.isfinite().all() for value in average.values() if value.is_floating_point())
+    for name, value in ours.items():
+        if not name.endswith('num_batches_tracked'):
+            torch.testing.assert_close(value, theirs[name], rtol=1e-5 if scaled else 0., atol=1e-7 if scaled else 0.)
+
+
+def test_gradients_that_are_never_finite_stop_a_run_with_a_scaler():
+    """Their loss is, and the scaler looks for a scale that would do."""
+    class NanGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * float('nan')
+
+    class Task(ClassificationTask):
+        def forward(self, images, target):
+            result = super().forward(images, target)
+            return {**result, 'loss': NanGradient.apply(result['loss'])}
+
+    task = Task(make())
+    optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=0.1)
+    trainer = Trainer(
+        task, batches([2] * 40), Stepper(task, optimizer, NativeScaler('cpu')), Precision(CPU), log_interval=10)
+    with pytest.raises(TrainingError, match='whatever the loss scale'):
+        trainer.train_epoch(0)
+
+
 def test_float16_scaler_leaves_out_an_infinite_loss():
     task = Poisoned(make(), (1,), float('inf'))
     before = [p.clone() for p in task.parameters()]

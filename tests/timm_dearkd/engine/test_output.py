@@ -1,3 +1,4 @@
+import argparse
 import os
 import shutil
 import threading
@@ -8,8 +9,16 @@ import timm
 import torch
 from timm.task import ClassificationTask
 
+from timm_dearkd.engine.device import Precision
 from timm_dearkd.engine.interrupt import TrainingError
-from timm_dearkd.engine.output import AtomicCheckpointSaver, complete_export, export_model, find_checkpoint
+from timm_dearkd.engine.loop import LossMeter
+from timm_dearkd.engine.output import (
+    AtomicCheckpointSaver,
+    complete_export,
+    export_model,
+    find_checkpoint,
+    resume_run,
+)
 
 
 def make_saver(folder, **kwargs):
@@ -42,6 +51,27 @@ def save_epochs(saver, scores, first=0, milestones=()):
         saver.save_checkpoint(epoch, score)
         if epoch + 1 in milestones:
             saver.save_milestone(epoch + 1)
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/maps'), reason='looks at what Linux says is mapped')
+def test_a_resumed_run_lets_go_of_its_checkpoint(tmp_path):
+    """Else the space of one that was replaced is not free before the end of the run."""
+    task = ClassificationTask(timm.create_model('test_resnet', num_classes=3))
+    optimizer = torch.optim.AdamW(task.trainable_module.parameters())
+    task.trainable_module(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    saver = AtomicCheckpointSaver(
+        task.trainable_module, optimizer, args=argparse.Namespace(model='test_resnet', opt='adamw'), task=task,
+        checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path))
+    saver.run_state.update(rng_states=[torch.get_rng_state()], progress=dict(
+        update=5, images_per_update=4, meter=LossMeter().state_dict()))
+    saver.save_recovery(1, 5)
+    path = str(tmp_path / 'recovery-1-5.pth.tar')
+    options = dict(model='test_resnet', opt='adamw')
+    position = resume_run(path, task, options, optimizer, Precision(torch.device('cpu')), 4)
+    assert (position.epoch, position.update) == (1, 5) and position.rng_states[0].equal(torch.get_rng_state())
+    with open('/proc/self/maps') as f:
+        assert path not in f.read()
 
 
 @pytest.mark.parametrize('hardlinks', [True, False])

@@ -1,6 +1,34 @@
 import json
+import math
 
-from timm_dearkd.engine.recorder import print_results
+import timm
+import torch
+from timm.task import ClassificationTask
+
+from timm_dearkd.engine.device import Precision
+from timm_dearkd.engine.loop import Stepper, Trainer
+from timm_dearkd.engine.output import AtomicCheckpointSaver
+from timm_dearkd.engine.recorder import Recorder, print_results
+from timm_dearkd.engine.tracking import Tracker
+
+
+def test_an_evaluation_that_is_not_finite_is_never_the_best(tmp_path, capsys):
+    """Nor does it keep a later one from being so."""
+    task = ClassificationTask(timm.create_model('test_resnet', num_classes=3))
+    optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
+    trainer = Trainer(task, [None], Stepper(task, optimizer), Precision(torch.device('cpu')))
+    saver = AtomicCheckpointSaver(
+        task, optimizer, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path), decreasing=True, max_history=2)
+    exported = []
+    recorder = Recorder(
+        trainer, str(tmp_path), saver, Tracker(str(tmp_path)), lambda folder, state: exported.append(epoch), 4)
+    for epoch, metric in enumerate((math.nan, 1., math.nan, 0.5, math.inf)):
+        recorder.on_epoch(epoch, dict(loss=1.), dict(loss=metric, top1=1., top5=1.), metric, lr=0.1)
+    assert (saver.best_metric, saver.best_epoch) == (0.5, 3) and exported == [1, 3]
+    assert {path.name for path in tmp_path.glob('checkpoint-*')} == {'checkpoint-1.pth.tar', 'checkpoint-3.pth.tar'}
+    for metric, best in (('loss', 3), ('top1', 4)):
+        print_results(recorder.results, metric)
+        assert json.loads(capsys.readouterr().out.partition('\n')[2])[-1]['epoch'] == best
 
 
 def test_the_best_epochs_are_those_that_were_evaluated(capsys):
