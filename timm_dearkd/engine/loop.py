@@ -298,7 +298,6 @@ class Trainer:
         self._timer = TeacherTimer(self.task, self.precision.device)
         self._skipped = torch.zeros((), device=self.precision.device)  # since the last log line
         self._lrs: Dict[int, float] = {}
-        self._running_stats = RunningStats(cast(nn.Module, self.task.get_trainable_module()))
 
     def train_epoch(self, epoch: int, first_update: int = 0, meter_state: Optional[Dict] = None) -> Dict[str, float]:
         """Train for an epoch, counted from 0, or for what is left of it.
@@ -324,6 +323,7 @@ class Trainer:
             self.loader.set_epoch(epoch, first)
         clock, finite = _Clock(self._timer), None
         self.step.optimizer.zero_grad()
+        self._running_stats = RunningStats(cast(nn.Module, self.task.get_trainable_module()))
         label = f'Train: {epoch}'
         with _progress(self.loader, label, num_batches, first, self.ranks.is_primary) as batches:
             for i, (images, target) in enumerate(batches, first):

@@ -134,9 +134,6 @@ class Recorder:
         """
         if epoch == 0:
             self._check_agreement(losses)
-        if metric is not None and not math.isfinite(metric):  # would be neither better nor worse than any other
-            _logger.warning(f'What the checkpoints are ranked by is {metric} in epoch {epoch}, which has no rank.')
-            metric = None
         row = summary_row(self.trainer.task, losses)
         self.results.append({'epoch': epoch, 'train': row, **({'validation': metrics} if metrics else {})})
         self._collect_state()
@@ -148,6 +145,9 @@ class Recorder:
         if self.distance_log is not None:
             self.distance_log.record(epoch)
         self.tracker.log({f'eval/{k}': v for k, v in metrics.items()}, (epoch + 1) * self.trainer.num_updates)
+        if metric is not None and not math.isfinite(metric):  # would be neither better nor worse than any other
+            _logger.warning(f'What the checkpoints are ranked by is {metric} in epoch {epoch}, which has no rank.')
+            metric = None
         _, best_epoch = self.saver.save_checkpoint(epoch, metric=metric)
         if milestone:
             self.saver.save_milestone(epoch + 1)
