@@ -5,7 +5,7 @@ import statistics
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Dict, List, Sequence
+from typing import Dict, List, Optional, Sequence
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
@@ -94,41 +94,64 @@ def write_figure4(
         root: Path,
 ) -> List[str]:
     """Attention distance over the epochs, of the runs that recorded it, and how it changes in stage II."""
-    lines, pictures, verdicts = [], [], []
+    lines, pictures = [], []
     ends = {'stage50_ce': round(scale.epochs / 2), 'dearkd': round(scale.epochs * 5 / 6)}  # of stage I
     moments = {
         'the first epoch': 0, **{f'epoch {end}': end - 1 for end in ends.values()}, 'the last': scale.epochs - 1}
-    changes: Dict[int, List[str]] = {end: [] for end in ends.values()}
+    taught = int(scale.hooks[0].split(':')[0])  # the block that learns from the CNN's features
+    depths = {'all layers': None, f'the first {taught} layers, which the CNN teaches': taught}
+    complete: Dict[str, Dict[int, DistanceHistory]] = {}
     for name, entry in zip(FIGURE4, found.tables['figure4'].entries):
         label = entry.row
         histories = {
             cell.seed: read_log(results / f'{cell.name}.distances.csv')
             for cell in entry.cells if cell.name in found.cells}
-        complete = {
+        histories = {
             seed: history for seed, history in histories.items()
             if history is not None and set(moments.values()) <= set(history.epochs)}
-        if not complete:
+        if not histories:
             continue
-        first = complete[min(complete)]
-        for end, told in changes.items():
-            change = Figure({
-                seed: statistics.mean(layer_means(history, scale.epochs - 1))
-                - statistics.mean(layer_means(history, end - 1)) for seed, history in complete.items()}, 3)
-            told.append(f'{label} {change}')
-            if ends.get(name) == end and change.error is not None:
-                gap = Gap(change.mean, t_quantile(len(complete) - 1) * change.error)
-                verdicts.append(
-                    f'- {label}: the distance grows after stage I: {gap.verdict()} ({gap.text(3)} patches).')
-        lines.append(f'- {label}, patches by layer (seed {min(complete)}): {describe_distances(first, moments)}.')
+        complete[name] = histories
+        first = histories[min(histories)]
+        lines.append(f'- {label}, patches by layer (seed {min(histories)}): {describe_distances(first, moments)}.')
         picture = folder / f'figure4-{name}.png'
         write_bytes(picture, render(plot_over_epochs(first, ends.get(name))))
         pictures += [f'![Attention distance of {label}]({picture.relative_to(root).as_posix()})', '']
     if not lines:
         return []
-    return [
-        *lines,
-        *(f'- Change from epoch {end} to the last, a mean over the layers: {", ".join(told)}.'
-          for end, told in changes.items()), *verdicts, '', *pictures]
+
+    def mean_at(name: str, epoch: int, depth: Optional[int]) -> Dict[int, float]:
+        return {seed: statistics.mean(layer_means(history, epoch - 1)[:depth])
+                for seed, history in complete.get(name, {}).items()}
+
+    for name, end in ends.items():
+        for layers, depth in depths.items():
+            changes = {other: difference(mean_at(other, scale.epochs, depth), mean_at(other, end, depth))
+                       for other in complete}
+            told = ', '.join(f'{FIGURE4[other]} {change}' for other, change in changes.items())
+            lines.append(f'- Change from epoch {end} to the last, a mean over {layers}: {told}.')
+            lines += claim_above_zero(
+                f'{FIGURE4[name]}: the distance grows after stage I, a mean over {layers}', changes.get(name))
+    end = ends['stage50_ce']
+    for layers, depth in depths.items():
+        last = [mean_at(name, scale.epochs, depth) for name in ('stage50_ce', 'mhca_hidden')]
+        lines += claim_above_zero(
+            f'Without the CNN from epoch {end} on, the student looks further in the end than with it, to which it is'
+            f' the same until then, a mean over {layers}', difference(*last))
+    return [*lines, '', *pictures]
+
+
+def difference(first: Dict[int, float], second: Dict[int, float]) -> Figure:
+    """Of figures by seed, in patches."""
+    return Figure({seed: first[seed] - second[seed] for seed in first.keys() & second.keys()}, 3)
+
+
+def claim_above_zero(text: str, change: Optional[Figure]) -> List[str]:
+    """A claim, held against a t-test of pairs; none without two of them."""
+    if change is None or len(change.by_seed) < 2 or change.error is None:
+        return []
+    gap = Gap(change.mean, t_quantile(len(change.by_seed) - 1) * change.error)
+    return [f'- {text}: {gap.verdict()} ({gap.text(3)} patches).']
 
 
 def describe_runs(scale: Scale, found: Results, results: Path) -> List[str]:

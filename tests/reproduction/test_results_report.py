@@ -52,22 +52,29 @@ def test_choices_are_compared_with_the_default(tmp_path):
 
 def test_figure4_is_told_in_numbers(tmp_path):
     scale, results = SCALES['small'], tmp_path / 'results'
-    write_results(results, scale, {('figure4', 'DearKD', 'top-1'): [80., 81.]})
-    for seed, growth in ((0, 0.1), (1, 0.2)):
-        lines = ['epoch,layer,head,patches,pixels']
-        for epoch in range(40):
-            for layer in (1, 2):
-                for head in range(2):
-                    patches = layer + growth * epoch + 0.02 * head
-                    lines.append(f'{epoch},{layer},{head},{patches},{4 * patches}')
-        (results / f'dearkd-0.025-seed{seed}.distances.csv').write_text('\n'.join(lines) + '\n')
+    rows = ('DearKD', 'DearKD in one stage', 'DearKD, stage I of 50 %, then `ce`')
+    write_results(results, scale, {('figure4', row, 'top-1'): [80., 81.] for row in rows})
+    for name, further in (('dearkd', 0.), ('mhca_hidden', 0.), ('stage50_ce', 1.)):
+        for seed, growth in ((0, 0.1), (1, 0.2)):
+            lines = ['epoch,layer,head,patches,pixels']
+            for epoch in range(40):
+                for layer in range(1, 7):
+                    for head in range(2):
+                        patches = layer + growth * epoch * (layer < 3) + 0.02 * head + further * (epoch > 19)
+                        lines.append(f'{epoch},{layer},{head},{patches},{4 * patches}')
+            (results / f'{name}-0.025-seed{seed}.distances.csv').write_text('\n'.join(lines) + '\n')
     write_report(scale, results, SEEDS, tmp_path / 'RESULTS.md')
     text = (tmp_path / 'RESULTS.md').read_text()
-    assert ('after the first epoch 1.01, 2.01; after epoch 20 2.91, 3.91; after epoch 33 4.21, 5.21; after the last'
-            ' 4.91, 5.91') in text
-    # seven epochs of 0.1 and of 0.2, and twenty
-    assert 'Change from epoch 33 to the last, a mean over the layers: DearKD 1.050 ± 0.350' in text
-    assert 'Change from epoch 20 to the last, a mean over the layers: DearKD 3.000 ± 1.000' in text
+    assert ('after the first epoch 1.01, 2.01, 3.01, 4.01, 5.01, 6.01; after epoch 20 2.91, 3.91, 3.01, 4.01, 5.01,'
+            ' 6.01; after epoch 33 4.21, 5.21,') in text
+    # seven epochs of 0.1 and of 0.2 in two layers of six, or of the first four; and twenty
+    assert 'Change from epoch 33 to the last, a mean over all layers: DearKD 0.350 ± 0.117' in text
+    assert 'from epoch 33 to the last, a mean over the first 4 layers, which the CNN teaches: DearKD 0.525' in text
+    assert 'Change from epoch 20 to the last, a mean over all layers: DearKD 1.000 ± 0.333' in text
+    # one degree of freedom: 12.71 times the error
+    assert f'DearKD: the distance grows after stage I, a mean over all layers: not to be told from the noise, leaning' \
+           f' this way (+0.350 ± {12.71 * 0.35 / 3:.3f} patches)' in text
+    assert 'the same until then, a mean over the first 4 layers, which the CNN teaches: holds (+1.000 ± 0.000' in text
     assert (tmp_path / 'reproduction' / 'plots' / 'figure4-dearkd.png').exists()
 
 
