@@ -23,7 +23,7 @@ def hidden_loss(
         feature_map = feature_map.contiguous(memory_format=torch.channels_last)
     feature_map = feature_map.float()
     if std is not None:
-        feature_map = feature_map / std.to(feature_map.device).view(1, -1, 1, 1)
+        feature_map = feature_map / std.view(1, -1, 1, 1)
     return F.mse_loss(aligned.float(), feature_map)
 
 

@@ -72,6 +72,16 @@ def _check_student(student: nn.Module, hooks: Sequence[Hook]) -> None:
             ' (dearkd_*, vit_*, deit*), or train without the hidden loss (--dearkd-beta 0).')
 
 
+def keep_constants_local(module: nn.Module) -> None:
+    """Have DDP not send what no checkpoint holds, when it wraps the module.
+
+    Such as the constants of the token grid, which has another size in each process where images do.
+    """
+    state = module.state_dict()
+    constants = [name for name, _ in module.named_buffers() if name not in state]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, constants)
+
+
 class DearKDTrainable(nn.Module):
     """All that stage I trains in one module, as DDP wants it: the student, `head_dist` and the aligners.
 
@@ -306,6 +316,12 @@ class DearKDTask(TrainingTask):
         teacher.model.to(self.dtype)
         return teacher.to(self.device)
 
+    def _apply(self, fn, *args, **kwargs):
+        result = super()._apply(fn, *args, **kwargs)
+        if self.feature_std is not None:  # in float32, whatever the dtype
+            self.feature_std = [std.to(self.device) for std in self.feature_std]
+        return result
+
     def set_epoch(self, epoch: int) -> None:
         """Enter an epoch, counted from 0: its stage decides the losses, the branches and the teacher's work.
 
@@ -319,10 +335,7 @@ class DearKDTask(TrainingTask):
             self.trainable_module = self._wrap_distributed(cast(nn.Module, self.trainable_module.module))
 
     def _wrap_distributed(self, module: nn.Module) -> nn.Module:
-        state = module.state_dict()
-        constants = [name for name, _ in module.named_buffers() if name not in state]
-        # such as those of the token grid, which has another size in each process where images do
-        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, constants)
+        keep_constants_local(module)
         return nn.parallel.DistributedDataParallel(module, **(self._ddp_kwargs or {}))
 
     def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs: Any) -> 'DearKDTask':

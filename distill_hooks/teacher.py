@@ -476,8 +476,8 @@ class Teacher(nn.Module):
                     ' (B, C, H, W). Name a convolutional layer with --dearkd-hooks BLOCK:LAYER, take a CNN as the'
                     ' teacher, or train without the hidden loss (--dearkd-beta 0).')
             infos = getattr(self.model, 'feature_info', None) or ()
-            stage: Dict[str, Any] = next((info for info in infos if info['module'] == layer), {})
-            if feature.shape[1] != stage.get('num_chs', feature.shape[1]) == feature.shape[3]:
+            num_chs = next((info['num_chs'] for info in infos if info['module'] == layer), None)
+            if num_chs == feature.shape[3] and num_chs != feature.shape[1]:
                 raise ValueError(
                     f'Teacher layer {layer!r} of {type(self.model).__name__} has its channels last, without saying so'
                     ' (output_fmt). Take another CNN as the teacher, or train without the hidden loss (--dearkd-beta'

@@ -14,7 +14,7 @@ import os
 import shlex
 import sys
 from functools import partial
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from timm.utils import distribute_bn, random_seed, setup_default_logging
 
 import timm_dearkd  # noqa: F401  registers the architectures
 from distill_hooks import DearKDTask
+from distill_hooks.task import keep_constants_local
 from timm_dearkd.analysis.report import check_available as check_report
 from timm_dearkd.analysis.report import write_report
 from timm_dearkd.engine import build, build_data, build_run
@@ -131,6 +132,7 @@ def prepare_training(args, args_text: str, command: str, precision: Precision, r
         task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
         task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
     if ranks.distributed:
+        keep_constants_local(cast(torch.nn.Module, task.trainable_module))
         task.prepare_distributed(
             device_ids=[device] if device.type != 'cpu' else None,
             **(dict(broadcast_buffers=False) if args.no_ddp_bb else {}))

@@ -8,6 +8,7 @@ import timm
 import torch
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
+from distill_hooks.task import keep_constants_local
 from timm_dearkd import ConvAttention
 
 NAMES = [
@@ -432,6 +433,9 @@ def test_ddp_sends_no_constants(tmp_path):
     try:
         model = timm.create_model('test_dearkd', img_size=32)
         assert not torch.nn.parallel.DistributedDataParallel(model).will_sync_module_buffers()
+        compiled = torch.compile(timm.create_model('test_dearkd', img_size=32), backend='eager')
+        keep_constants_local(compiled)  # under their names with a prefix, as train.py has it for timm's own tasks
+        assert not torch.nn.parallel.DistributedDataParallel(compiled).will_sync_module_buffers()
     finally:
         torch.distributed.destroy_process_group()
 

@@ -24,7 +24,7 @@ from timm_dearkd.engine.device import Precision, Ranks, check_backend, compile_e
 from timm_dearkd.files import write_bytes
 
 from .dataset import FORMATS, SyntheticSet, folder_name
-from .inversion import DIVERSITIES, Inverter, LossWeights, Resolution, batch_targets, spectator
+from .inversion import DIVERSITIES, Inverter, LossWeights, Resolution, batch_targets, first_line, spectator
 from .look import contact_sheet, loss_curves
 
 _logger = logging.getLogger(__name__)
@@ -241,7 +241,7 @@ class Judge:
             self.records(pixels, torch.zeros(1, dtype=torch.long))
         except (RuntimeError, AssertionError) as e:
             raise ValueError(
-                f'The verifier does not take images of {size} pixels ({str(e).splitlines()[0]}). Take another one.'
+                f'The verifier does not take images of {size} pixels ({first_line(e)}). Take another one.'
             ) from e
 
     def to_uint8(self, images: torch.Tensor) -> torch.Tensor:
@@ -430,7 +430,8 @@ def report(args, dataset: SyntheticSet, model: Any) -> None:
         f'{root} --dataset wds/ --train-split train --val-split "" --num-classes {len(class_map)}')
     map_flag = '' if class_map == list(range(model.num_classes)) else f' --kd-class-map {root}/kd_class_map.txt'
     checkpoint = f' --kd-teacher-checkpoint {shlex.quote(args.checkpoint)}' if args.checkpoint else ''
-    channels = '' if model.in_chans == 3 else f' --in-chans {model.in_chans}'
+    channels = {1: ' --in-chans 1', 2: ' --in-chans 2 --input-img-mode LA', 3: '',
+                4: ' --in-chans 4 --input-img-mode RGBA'}[model.in_chans]
     print(f'Train on them: python train.py {data}{channels} --kd-model-name {shlex.quote(args.model)}{checkpoint}'
           f'{map_flag} ...')
 

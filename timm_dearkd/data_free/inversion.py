@@ -12,7 +12,9 @@ from distill_hooks import Teacher
 
 from .losses import BatchNormStats, competition_loss, intra_divergence_loss, l2_prior, total_variation
 
-__all__ = ['DIVERSITIES', 'Inverter', 'LossWeights', 'Resolution', 'batch_targets', 'spectator']
+__all__ = [
+    'DIVERSITIES', 'Inverter', 'LossWeights', 'Resolution', 'batch_targets', 'first_line', 'spectator',
+]
 
 DIVERSITIES = ('none', 'adi', 'intra')
 
@@ -77,6 +79,11 @@ def batch_targets(
                 chosen.append(queue.pop(place))
         batches.append(torch.tensor(chosen).repeat_interleave(images_per_class))
     return batches
+
+
+def first_line(error: Exception) -> str:
+    """Of its text, which a bare `assert` has not."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def spectator(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Teacher:
@@ -195,13 +202,14 @@ class Inverter:
                 self.model(images.to(memory_format=self.memory_format))
             except (RuntimeError, AssertionError) as e:
                 raise ValueError(
-                    f'The CNN does not take images of {resolution.size} pixels ({str(e).splitlines()[0]}). Choose other'
+                    f'The CNN does not take images of {resolution.size} pixels ({first_line(e)}). Choose other'
                     ' sizes with --resolutions SIZE:STEPS:LR.') from e
             if self._handles and not self._features:
                 raise ValueError(
                     f'{type(self.model).__name__} does not call the classifier that it names, whose input the'
                     ' intra-divergence loss compares. Choose another CNN, or --diversity none.')
             self._features.clear()
+            self._stats.clear()
 
     def losses(self, images: torch.Tensor, targets: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Eq. 8 and its terms, unweighted, for images (B, C, H, W) as the CNN sees them and targets (B,)."""

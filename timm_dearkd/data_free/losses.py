@@ -106,6 +106,10 @@ class BatchNormStats:
         self._moments[module] = (mean, var)  # layers may run in another order than they are listed in
         return (x, *args[1:])
 
+    def clear(self) -> None:
+        """Forget the latest forward."""
+        self._moments.clear()
+
     def loss(self) -> torch.Tensor:
         """R_BN of the latest forward, which it forgets."""
         if len(self._moments) != len(self.layers):

@@ -380,7 +380,8 @@ def build_optimizer(args, task: TrainingTask, device: torch.device, ranks: Ranks
         scale = args.lr_base_scale or ('sqrt' if any(o in args.opt.lower() for o in ('ada', 'lamb')) else 'linear')
         kwargs['lr'] = args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
         _logger.info(f'Learning rate {kwargs["lr"]:.4g}, from lr-base {args.lr_base:g} ({scale} in the batch size).')
-    if device.type == 'cuda' and _takes_fused(args.opt) and not {'foreach', 'differentiable'} & args.opt_kwargs.keys():
+    if device.type == 'cuda' and _takes_fused(args.opt) and not any(
+            args.opt_kwargs.get(other) for other in ('foreach', 'differentiable')):
         kwargs['fused'] = True  # leaves out a step on the device, and is faster
     try:
         optimizer = create_optimizer_v2(cast(nn.Module, task.get_trainable_module()), **{**kwargs, **args.opt_kwargs})

@@ -65,11 +65,13 @@ def build_datasets(args) -> Tuple[Any, Any]:
     train_set = open_dataset(
         args.dataset, root, args.train_split, is_training=True,
         repeats=args.epoch_repeats, num_samples=args.train_num_samples, **common)
-    for name in ('train_num_samples', 'val_num_samples', 'epoch_repeats'):
-        if getattr(args, name) and not isinstance(train_set, IterableDataset):
-            _logger.warning(
-                f'--{name.replace("_", "-")} is for streamed data sets, and does nothing here. --train-fraction takes a'
-                ' share of the images.')
+    if not isinstance(train_set, IterableDataset):
+        for name, instead in (
+                ('train_num_samples', ' --train-fraction takes a share of the images.'), ('val_num_samples', ''),
+                ('epoch_repeats', '')):
+            if getattr(args, name):
+                _logger.warning(
+                    f'--{name.replace("_", "-")} is for streamed data sets, and does nothing here.{instead}')
     if args.train_fraction < 1.:
         skips = isinstance(train_set, SkipUnreadable)
         train_set = ClassFraction(

@@ -353,7 +353,7 @@ class Trainer:
             scale = self.loss_scale(images.shape[0]) if self.loss_scale is not None else 1.
             stepped = self.step(result['loss'] * (scale / size), is_update, finite)
             if is_update:
-                self._running_stats.restore_unless(finite)
+                self._running_stats.restore_unless(stepped)
                 self._skipped = self._skipped + ~stepped
                 self._lrs[update] = mean_lr(self.step.optimizer)
         return finite
@@ -392,14 +392,16 @@ class Trainer:
         skipped, lrs = int(self._skipped), self._lrs
         update, losses = self.meter.take_offender()
         self._skipped, self._lrs = torch.zeros_like(self._skipped), {}
+        self.num_skipped += skipped
+        if skipped:
+            self._tell_skipped(epoch, update, losses, lrs)
         loss_scale = self.step.scaler.state_dict().get('scale', 1.) if self.step.scaler is not None else 1.
-        if loss_scale < _LEAST_LOSS_SCALE:
+        if loss_scale < _LEAST_LOSS_SCALE * 2. ** -self.num_skipped:  # each of those has halved it, too
             raise TrainingError(
                 f'Gradients not finite at epoch {epoch}, whatever the loss scale: it fell to {loss_scale:.1g}. Lower'
                 ' --lr, clip with --clip-grad 1, or use --amp-dtype bfloat16.')
-        if not skipped:
-            return
-        self.num_skipped += skipped
+
+    def _tell_skipped(self, epoch: int, update: int, losses: Dict[str, float], lrs: Dict[int, float]) -> None:
         where = (
             f'Loss not finite at epoch {epoch}, step {update} of {self.num_updates}'
             f' ({_format_losses(losses)}; learning rate {lrs.get(update, 0.):.3e}). No step was taken with it.'

@@ -293,7 +293,8 @@ def resume_run(
     trained = run.get('args')
     changed = changed_options(vars(trained) if isinstance(trained, Namespace) else {}, options)
     if changed:
-        _logger.warning(f'The run goes on with other options: {changed}.')
+        stays = ' Those in opt_kwargs stay as they were.' if 'opt_kwargs' in changed else ''
+        _logger.warning(f'The run goes on with other options: {changed}.{stays}')
     try:
         scaler = precision.scaler if optimizer is not None else None
         epoch = resume_task_checkpoint(task, path, optimizer=optimizer, loss_scaler=scaler)

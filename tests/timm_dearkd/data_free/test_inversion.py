@@ -111,6 +111,19 @@ def test_a_size_that_the_cnn_does_not_take(size):
     make().check_sizes()
 
 
+def test_looking_at_the_sizes_leads_to_no_further_graph():
+    counts = []
+    for looks in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        with make(compile='eager') as inverter:
+            if looks:
+                inverter.check_sizes()
+            inverter.run(TARGETS, 0)
+        counts.append(torch._dynamo.utils.counters['stats']['unique_graphs'])
+    assert counts[0] == counts[1] > 0
+
+
 def test_cnns_with_two_classifiers_or_none():
     """Where the CNN's features are not to be had, only the loss that needs them is refused."""
     resolutions = [Resolution(32, 1, 0.1)]

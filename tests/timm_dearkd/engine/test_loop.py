@@ -250,23 +250,50 @@ def test_running_statistics_do_not_take_in_what_is_not_finite(accumulated, scale
             torch.testing.assert_close(value, theirs[name], rtol=1e-5 if scaled else 0., atol=1e-7 if scaled else 0.)
 
 
+class NanGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * float('nan')
+
+
+class NanGradientTask(ClassificationTask):
+    """With a finite loss."""
+    def forward(self, images, target):
+        result = super().forward(images, target)
+        return {**result, 'loss': NanGradient.apply(result['loss'])}
+
+
+def test_running_statistics_do_not_take_in_a_step_whose_gradients_are_not_finite():
+    task = NanGradientTask(timm.create_model('test_resnet', num_classes=3))
+    before = copy.deepcopy(task.trainable_module.state_dict())
+    optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=0.1)
+    Trainer(task, batches([4] * 2), Stepper(task, optimizer), Precision(CPU), skip_nan_steps=2).train_epoch(0)
+    assert all(value.equal(before[name]) for name, value in task.trainable_module.state_dict().items()
+               if not name.endswith('num_batches_tracked'))
+
+
+def test_losses_that_are_not_finite_are_told_with_a_scaler_and_left_out_as_often_as_is_allowed():
+    """However far they bring the loss scale down."""
+    for allowed in (0, 40):
+        task = Poisoned(make(), range(2, 42))
+        optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=0.1)
+        trainer = Trainer(task, batches([2] * 42), Stepper(task, optimizer, NativeScaler('cpu')), Precision(CPU),
+                          skip_nan_steps=allowed)
+        if allowed:
+            trainer.train_epoch(0)
+            assert trainer.num_skipped == 40 and trainer.step.scaler.state_dict()['scale'] < 2 ** -20
+        else:
+            with pytest.raises(TrainingError, match='Loss not finite at epoch 0, step 2 of 42'):
+                trainer.train_epoch(0)
+
+
 def test_gradients_that_are_never_finite_stop_a_run_with_a_scaler():
     """Their loss is, and the scaler looks for a scale that would do."""
-    class NanGradient(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad * float('nan')
-
-    class Task(ClassificationTask):
-        def forward(self, images, target):
-            result = super().forward(images, target)
-            return {**result, 'loss': NanGradient.apply(result['loss'])}
-
-    task = Task(make())
+    task = NanGradientTask(make())
     optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=0.1)
     trainer = Trainer(
         task, batches([2] * 40), Stepper(task, optimizer, NativeScaler('cpu')), Precision(CPU), log_interval=10)
