@@ -14,8 +14,9 @@ from reproduction.cells import FIGURE4, METHODS, SCALES, Scale  # noqa: E402
 from reproduction.results import RESULTS, Figure, Key, Results, weights_hash  # noqa: E402
 from reproduction.significance import Gap, judge, judge_growth, measure, t_quantile  # noqa: E402
 from reproduction.table import Table  # noqa: E402
-from timm_dearkd.analysis.attention_distance import DistanceHistory, plot_over_epochs, read_log  # noqa: E402
+from timm_dearkd.analysis.attention_distance import plot_over_epochs  # noqa: E402
 from timm_dearkd.analysis.figures import new_figure, render  # noqa: E402
+from timm_dearkd.distances import DistanceHistory, read_log  # noqa: E402
 from timm_dearkd.files import write_bytes  # noqa: E402
 
 

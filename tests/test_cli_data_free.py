@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from conftest import run_process, run_python, start_python
 from PIL import Image
 
-from timm_dearkd.analysis.attention_distance import read_log
 from timm_dearkd.commands import run_command
 from timm_dearkd.data_free.__main__ import Judge, main, match_classes
+from timm_dearkd.distances import read_log
 from timm_dearkd.engine.build_data import build_distance_images, build_eval_loader
 from timm_dearkd.engine.device import SINGLE
 from timm_dearkd.train import _parse_args

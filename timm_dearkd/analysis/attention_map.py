@@ -13,9 +13,9 @@ from torchvision.transforms.functional import to_pil_image
 
 from distill_hooks.teacher import input_normalisation
 from timm_dearkd.attention import ConvAttention
+from timm_dearkd.distances import attention_layers, attention_weights
 from timm_dearkd.files import write_bytes
 
-from .attention_distance import attention_layers, attention_weights
 from .figures import new_figure, render
 from .inputs import add_model_arguments, check_counts, image_transform, load_model, open_image, output_path
 

@@ -11,12 +11,12 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
 from distill_hooks import create_teacher
-from timm_dearkd.engine.data import check_mode
+from timm_dearkd.engine.data import check_mode, spread
 from timm_dearkd.engine.device import find_device
 
 __all__ = [
     'ImageFiles', 'add_model_arguments', 'check_counts', 'class_names', 'find_images', 'image_transform',
-    'label_names', 'load_images', 'load_model', 'open_image', 'output_path', 'spread',
+    'label_names', 'load_images', 'load_model', 'open_image', 'output_path',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -195,8 +195,3 @@ def load_images(model: nn.Module, folder: str, count: int) -> torch.Tensor:
     if not images:
         raise ValueError(f'None of the images in {folder!r} can be read.')
     return torch.stack(images)
-
-
-def spread(length: int, count: int) -> List[int]:
-    """At most `count` places in a sequence, as far apart as can be."""
-    return torch.linspace(0, length - 1, min(count, length)).long().tolist()

@@ -13,14 +13,15 @@ from timm.data import resolve_model_data_config
 from torch.utils.data import IterableDataset
 
 from timm_dearkd._version import __version__
-from timm_dearkd.engine.data import open_dataset, set_image_mode
+from timm_dearkd.distances import read_log
+from timm_dearkd.engine.data import open_dataset, set_image_mode, spread
 from timm_dearkd.files import write_bytes
 
-from .attention_distance import plot_over_epochs, read_log
+from .attention_distance import plot_over_epochs
 from .attention_map import head_positions, plot_heads
 from .compare import drawn_columns, plot_column, plot_runs
 from .figures import new_figure, render
-from .inputs import ImageFiles, check_counts, class_names, image_transform, load_model, spread
+from .inputs import ImageFiles, check_counts, class_names, image_transform, load_model
 from .predict import Prediction, accuracy, mistakes_first, predict
 from .runs import Run, open_run, readable
 

@@ -9,8 +9,7 @@ from PIL import ImageMode
 from timm.data import FastCollateMixup, Mixup
 from torch.utils.data import IterableDataset, Subset
 
-from ..analysis.attention_distance import attention_layers
-from ..analysis.inputs import spread
+from ..distances import attention_layers
 from .data import (
     ClassFraction,
     SkipUnreadable,
@@ -21,6 +20,7 @@ from .data import (
     open_eval_dataset,
     relabel,
     set_image_mode,
+    spread,
 )
 from .device import SINGLE, Ranks
 from .loader import TrainLoader, create_eval_loader, create_train_loader

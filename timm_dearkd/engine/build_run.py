@@ -12,7 +12,7 @@ from timm.models import safe_model_name
 from timm.task import TrainingTask
 
 from .._version import __version__
-from ..analysis.attention_distance import LOG_NAME, DistanceLog
+from ..distances import LOG_NAME, DistanceLog
 from .build_data import images_per_update, model_dtype
 from .device import Precision, Ranks
 from .loader import TrainLoader

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 __all__ = [
     'ClassFraction', 'SkipUnreadable', 'check_img_size', 'check_labels', 'check_mode', 'class_names',
     'find_splits', 'folder_of', 'is_image_folder', 'open_dataset', 'open_eval_dataset', 'relabel', 'set_image_mode',
+    'spread',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -333,6 +334,11 @@ def class_names(dataset) -> Optional[List[str]]:
     if not class_to_idx or sorted(class_to_idx.values()) != list(range(len(class_to_idx))):
         return None  # unknown, or a class map with gaps or with several names for a class
     return [str(name) for name in sorted(class_to_idx, key=lambda name: class_to_idx[name])]
+
+
+def spread(length: int, count: int) -> List[int]:
+    """At most `count` places in a sequence, as far apart as can be."""
+    return torch.linspace(0, length - 1, min(count, length)).long().tolist()
 
 
 def check_labels(dataset, num_classes: int, remedy: str = '') -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from timm.task import ClassificationEvaluator
 from timm.utils import update_summary
 
-from ..analysis.attention_distance import DistanceLog
+from ..distances import DistanceLog
 from .interrupt import Interrupted, StopRequest
 from .loop import Trainer, mean_lr
 from .output import AtomicCheckpointSaver, remove_recovery, save_images

@@ -13,14 +13,10 @@ from timm.data import create_transform, resolve_model_data_config
 
 import timm_dearkd  # noqa: F401
 from timm_dearkd.analysis.__main__ import main
-from timm_dearkd.analysis.attention_distance import (
-    DistanceHistory,
-    attention_distances,
-    plot_over_epochs,
-    read_log,
-)
+from timm_dearkd.analysis.attention_distance import plot_over_epochs
 from timm_dearkd.analysis.report import write_report
 from timm_dearkd.commands import run_command
+from timm_dearkd.distances import DistanceHistory, attention_distances, read_log
 
 pytest.importorskip('matplotlib')
 

@@ -1,0 +1,177 @@
+"""How far the heads of a ViT look (figure 4): the measure, and the file in which a run keeps it over its epochs."""
+import csv
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
+
+import torch
+import torch.nn as nn
+from timm.layers import Attention
+from timm.utils import unwrap_model
+
+from .attention import AdaptiveRelPos, ConvAttention
+
+__all__ = [
+    'DistanceHistory', 'DistanceLog', 'attention_distances', 'attention_layers', 'attention_weights', 'mean_distances',
+    'read_log', 'stride',
+]
+
+LOG_NAME = 'attention_distance.csv'
+LOG_HEADER = ('epoch', 'layer', 'head', 'patches', 'pixels')
+
+
+def attention_weights(attention: Attention, x: torch.Tensor) -> torch.Tensor:
+    """Attention after the softmax, which fused kernels do not show.
+
+    Args:
+        attention: timm's `Attention`, or ours.
+        x: Tokens (B, T, dim), as its `forward` takes them.
+
+    Returns:
+        (B, heads, T, T).
+    """
+    if isinstance(attention, ConvAttention):
+        return attention.attention_scores(x)[2].float().softmax(dim=-1)
+    qkv = attention.qkv(x).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k = attention.q_norm(qkv[0]), attention.k_norm(qkv[1])
+    return ((q * attention.scale) @ k.transpose(-2, -1)).float().softmax(dim=-1)
+
+
+def mean_distances(weights: torch.Tensor, grid_size: Tuple[int, int]) -> torch.Tensor:
+    """Distance between query and attended patch, weighted by attention, averaged over images and queries.
+
+    Args:
+        weights: Attention (B, heads, T, T), whose last tokens are the patches. The others, such as [CLS], are left out,
+            as queries and as keys, and each query's attention to the patches is brought to a sum of 1 (our choice).
+        grid_size: Rows and columns of patches.
+
+    Returns:
+        (heads,), in patches.
+    """
+    rows, columns = grid_size
+    patches = rows * columns
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing='ij')
+    places = torch.stack([y, x], dim=-1).reshape(patches, 2).float().to(weights.device)
+    distances = torch.cdist(places, places, compute_mode='donot_use_mm_for_euclid_dist')
+    weights = weights[..., -patches:, -patches:]
+    weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-12)
+    return (weights * distances).sum(dim=-1).mean(dim=(0, 2))
+
+
+def attention_layers(model: nn.Module) -> List[Attention]:
+    """The attention of every block of a ViT.
+
+    Raises:
+        ValueError: A model without blocks of timm's `Attention`, or without a grid of patches.
+    """
+    layers: List[Any] = [getattr(block, 'attn', None) for block in getattr(model, 'blocks', ())]
+    has_grid = hasattr(getattr(model, 'patch_embed', None), 'dynamic_feat_size')
+    if not layers or not has_grid or not all(isinstance(layer, Attention) for layer in layers):
+        raise ValueError(
+            f"{type(model).__name__} has no blocks with timm's Attention on a grid of patches. This is for vision"
+            ' transformers such as dearkd_tiny_patch16_224 or deit_tiny_patch16_224.')
+    return layers
+
+
+def stride(model: Any) -> int:
+    """Pixels from patch to patch."""
+    return int(max(model.patch_embed.feat_ratio(as_scalar=False)))
+
+
+@torch.no_grad()
+def attention_distances(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Mean attention distance of every layer and head of a ViT.
+
+    Args:
+        model: A timm `VisionTransformer`, DearKD's or any other.
+        images: Normalised images (B, C, H, W).
+
+    Returns:
+        (layers, heads), in patches.
+
+    Raises:
+        ValueError: A model without blocks of timm's `Attention`.
+    """
+    layers = attention_layers(model)
+    grid_size = model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))  # type: ignore[union-attr, operator]
+    results: List[torch.Tensor] = []
+    handles = [
+        layer.register_forward_pre_hook(
+            lambda module, args: results.append(mean_distances(attention_weights(module, args[0]), grid_size)))
+        for layer in layers
+    ]
+    training = model.training
+    try:
+        model.eval().forward(images)  # a compiled call would not run the hooks
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return torch.stack(results)
+
+
+class DistanceLog:
+    """Attention distances of a model on a fixed batch, epoch after epoch, in `attention_distance.csv` of a run.
+
+    Args:
+        folder: Output folder of the run.
+        model: The model; it may be compiled, in wrappers, or trained in the meantime.
+        images: Normalised images (B, C, H, W) on the device.
+        autocast: Gives the context of the forward.
+
+    Raises:
+        ValueError: A model whose attention can not be seen.
+    """
+
+    def __init__(self, folder: str, model: nn.Module, images: torch.Tensor, autocast: Callable[[], Any] = nullcontext):
+        self.path = Path(folder) / LOG_NAME
+        self.model, self.images, self.autocast = unwrap_model(model), images, autocast
+        attention_layers(self.model)
+
+    def record(self, epoch: int) -> None:
+        """Append the rows of an epoch."""
+        positions = [module for module in self.model.modules() if isinstance(module, AdaptiveRelPos)]
+        grids = [position.grid_size for position in positions]
+        with self.autocast():
+            distances = attention_distances(self.model, self.images).tolist()
+        for position, grid in zip(positions, grids):  # other processes have not looked, and DDP compares buffers
+            position.set_grid_size(*grid)
+        pixels = stride(self.model)
+        is_new = not self.path.exists() or not self.path.stat().st_size
+        with open(self.path, 'a', newline='') as f:
+            writer = csv.writer(f)
+            writer.writerows([LOG_HEADER] if is_new else [])
+            writer.writerows(
+                [epoch, layer, head, f'{value:.4f}', f'{value * pixels:.2f}']
+                for layer, heads in enumerate(distances, start=1) for head, value in enumerate(heads, start=1))
+
+
+class DistanceHistory(NamedTuple):
+    """The heads' distances in patches by epoch and layer, and the pixels of a patch."""
+    epochs: Dict[int, Dict[int, List[float]]]
+    patch_size: float
+
+
+def read_log(path: Union[str, Path]) -> Optional[DistanceHistory]:
+    """What a `DistanceLog` has written so far, without an epoch that is half written; None if there is nothing.
+
+    Args:
+        path: Its file, or the folder of the run.
+    """
+    path = Path(path)
+    path = path / LOG_NAME if path.is_dir() else path
+    epochs: Dict[int, Dict[int, List[float]]] = {}
+    sums = [0., 0.]
+    if path.exists():
+        with open(path, newline='') as f:
+            for row in csv.DictReader(f):
+                try:
+                    epoch, layer = int(row['epoch']), int(row['layer'])
+                    patches, pixels = float(row['patches']), float(row['pixels'])
+                except (KeyError, TypeError, ValueError):  # a line may be half written
+                    continue
+                epochs.setdefault(epoch, {}).setdefault(layer, []).append(patches)
+                sums = [sums[0] + patches, sums[1] + pixels]
+    counts = {epoch: sum(map(len, layers.values())) for epoch, layers in epochs.items()}
+    whole = {epoch: layers for epoch, layers in epochs.items() if counts[epoch] == max(counts.values())}
+    return DistanceHistory(whole, round(sums[1] / sums[0], 1) if sums[0] else 1.) if whole else None
