@@ -19,12 +19,12 @@ import timm_dearkd
 from distill_hooks import create_teacher
 from distill_hooks.teacher import input_normalisation, weights_fingerprint
 from timm_dearkd.analysis.inputs import label_names
-from timm_dearkd.commands import run_command
+from timm_dearkd.commands import first_line, run_command
 from timm_dearkd.engine.device import Precision, Ranks, check_backend, compile_errors, select_device
 from timm_dearkd.files import write_bytes
 
 from .dataset import FORMATS, SyntheticSet, folder_name
-from .inversion import DIVERSITIES, Inverter, LossWeights, Resolution, batch_targets, first_line, spectator
+from .inversion import DIVERSITIES, Inverter, LossWeights, Resolution, batch_targets, spectator
 from .look import contact_sheet, loss_curves
 
 _logger = logging.getLogger(__name__)

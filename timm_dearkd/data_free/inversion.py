@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from timm.models import get_model_input_config
 
 from distill_hooks import Teacher
+from timm_dearkd.commands import first_line
 
 from .losses import BatchNormStats, competition_loss, intra_divergence_loss, l2_prior, total_variation
 
-__all__ = [
-    'DIVERSITIES', 'Inverter', 'LossWeights', 'Resolution', 'batch_targets', 'first_line', 'spectator',
-]
+__all__ = ['DIVERSITIES', 'Inverter', 'LossWeights', 'Resolution', 'batch_targets', 'spectator']
 
 DIVERSITIES = ('none', 'adi', 'intra')
 
@@ -79,11 +78,6 @@ def batch_targets(
                 chosen.append(queue.pop(place))
         batches.append(torch.tensor(chosen).repeat_interleave(images_per_class))
     return batches
-
-
-def first_line(error: Exception) -> str:
-    """Of its text, which a bare `assert` has not."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def spectator(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Teacher:

@@ -19,6 +19,7 @@ from timm.utils import CheckpointSaver, unwrap_model
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch.utils._pytree import tree_map_only
 
+from ..commands import first_line
 from ..files import write_table, write_text
 from .device import Precision
 from .interrupt import TrainingError
@@ -71,7 +72,7 @@ class AtomicCheckpointSaver(CheckpointSaver):
         except (OSError, RuntimeError) as e:  # PyTorch's writer raises the latter
             Path(save_path).unlink(missing_ok=True)
             raise TrainingError(
-                f'Could not write a checkpoint to {self.checkpoint_dir}: {str(e).splitlines()[0]}. Those that are there'
+                f'Could not write a checkpoint to {self.checkpoint_dir}: {first_line(e)}. Those that are there'
                 ' are whole. Make room, and go on with --resume FILE, or --resume auto.') from e
 
     def _replace(self, src: str, dst: str) -> None:
@@ -272,7 +273,7 @@ def resume_run(
     try:
         checkpoint = load_checkpoint_metadata(path)
     except Exception as e:  # torch's unpickler alone raises half a dozen kinds
-        reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
+        reason = first_line(e)[:200]
         raise ValueError(f'--resume {path} can not be read, it may be truncated: {reason}') from e
     run = checkpoint if isinstance(checkpoint, dict) else {}
     arch, opt = options['model'], options['opt']
