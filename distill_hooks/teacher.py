@@ -26,6 +26,7 @@ from timm.models import (
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from .capture import FeatureCapture, find_module
+from .errors import first_line
 
 __all__ = [
     'FeatureSpec', 'Teacher', 'create_teacher', 'load_class_map', 'resolve_layer', 'resolve_teacher', 'training_args']
@@ -297,7 +298,7 @@ def create_teacher(
         else:
             model = timm.create_model(name, pretrained=not checkpoint, **kwargs)
     except Exception as e:  # whatever the download raises, the remedy is the same
-        reason = (str(e).splitlines() or [''])[0]
+        reason = first_line(e)
         remedy = 'Check its name.' if checkpoint else 'Name a trained checkpoint of it.'
         raise ValueError(
             f'Could not get {"" if checkpoint else "weights of "}{name!r} ({type(e).__name__}: {reason}).'

@@ -1,11 +1,10 @@
 """The tables by which the recipe and what the paper leaves open were chosen, on training images set aside."""
-from dataclasses import replace
 from typing import Dict, Sequence, Tuple
 
-from reproduction.cells import METHODS, TAUGHT, Cell, Scale, hidden_loss, methods, stages, students
+from reproduction.cells import METHODS, STAGE1, TAUGHT, Cell, Scale, hidden_loss, methods, stages, students
 from reproduction.table import Entry, Table
 
-__all__ = ['choices', 'first_choices', 'longer', 'recipes']
+__all__ = ['choices', 'first_choices', 'recipes']
 
 # Recipes tried, one change each: learning rates and stronger augmentation for all methods, weaker ones and the paper's
 # heads for the ViT, and the weight of the teacher's labels where it is all that there is of the teacher
@@ -73,12 +72,12 @@ FIRST_ROUND = ' DearKD with beta 1 and features as they are.'
 
 def first_round(scale: Scale) -> Tuple[str, ...]:
     """DearKD in the first round of choices, in which beta turned out to matter most."""
-    return TAUGHT + hidden_loss(('4:1',), '1', normalize=False) + stages(scale, 5 / 6)
+    return TAUGHT + hidden_loss(('4:1',), '1', normalize=False) + stages(scale, STAGE1)
 
 
 def second_round(scale: Scale) -> Tuple[str, ...]:
     """DearKD in the second."""
-    return TAUGHT + hidden_loss(('4:1',)) + stages(scale, 5 / 6)
+    return TAUGHT + hidden_loss(('4:1',)) + stages(scale, STAGE1)
 
 
 def _slug(label: str) -> str:
@@ -127,15 +126,3 @@ def choices(scale: Scale, seeds: Sequence[int]) -> Table:
         ' stage 1. The later tables have CNN stage 2 by it; nothing was chosen again after that. Of so many differences'
         ' one is outside of its interval by chance.',
         'choice2', second_round(scale), CHOICES, seeds[:2])
-
-
-def longer(scale: Scale, seeds: Sequence[int]) -> Table:
-    """Whether the methods differ in where they end, or in how fast they get there."""
-    scale = replace(scale, epochs=4 * scale.epochs)
-    return Table(
-        'Four times as many epochs',
-        SET_ASIDE.format(100 * scale.ablation_fraction) + f' All have {scale.epochs} epochs.',
-        [Entry(label, 'top-1', students(
-            scale, f'longer-{name}', methods(scale)[name], scale.ablation_fraction, seeds[:1], tuning=True))
-         for name, label in METHODS.items()],
-        reference=METHODS['vit'])

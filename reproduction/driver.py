@@ -37,11 +37,17 @@ def git_commit() -> str:
 
 
 def count_processes(launcher: Sequence[str]) -> int:
-    """How many torchrun starts, by its arguments; 1 for other programs.
+    """How many torchrun starts, by its arguments; Python starts 1.
 
     Raises:
-        ValueError: They give no number.
+        ValueError: They give no number, or it is another launcher.
     """
+    if 'torchrun' not in map(os.path.basename, launcher) and 'torch.distributed.run' not in launcher:
+        if 'python' in os.path.basename(launcher[0]):
+            return 1
+        raise ValueError(
+            f'--launcher {shlex.join(launcher)}: how many processes that starts is only known of torchrun. Take it, or'
+            ' leave --launcher out.')
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument('--nnodes', default='1')
     parser.add_argument('--nproc_per_node', '--nproc-per-node', default='1')

@@ -9,7 +9,8 @@ made. They are links, so that nothing lies there twice.
 import argparse
 import gzip
 import os
-import shutil
+import tempfile
+import zlib
 from pathlib import Path
 from typing import Optional
 
@@ -46,7 +47,10 @@ def find_source(source: Optional[Path], folder: Path) -> Path:
 def read_idx(path: Path) -> np.ndarray:
     """An idx file of bytes, gzipped or not."""
     packed = path.with_name(f'{path.name}.gz')
-    content = gzip.decompress(packed.read_bytes()) if packed.exists() else path.read_bytes()
+    try:
+        content = gzip.decompress(packed.read_bytes()) if packed.exists() else path.read_bytes()
+    except (EOFError, zlib.error) as e:
+        raise OSError(f'{packed} is broken ({e}). Get it again.') from e
     shape = np.frombuffer(content, '>i4', count=content[3], offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape)
 
@@ -55,26 +59,30 @@ def write_fashion_mnist(folder: Path, source: Optional[Path] = None) -> None:
     """Write the folders, unless they are there. See the module."""
     if folder.exists():
         return
-    temporary = folder.with_name(f'.{folder.name}.tmp')
-    shutil.rmtree(temporary, ignore_errors=True)
-    source = find_source(source, temporary)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f'.{folder.name}.', dir=folder.parent) as temporary:
+        images = Path(temporary, 'images')
+        _write_images(images, find_source(source, Path(temporary)))
+        if not folder.exists():  # another process may have been faster
+            os.replace(images, folder)
+
+
+def _write_images(folder: Path, source: Path) -> None:
     for split, name in (('train', 'train'), ('validation', 't10k')):
         labels = read_idx(source / f'{name}-labels-idx1-ubyte')
         images = read_idx(source / f'{name}-images-idx3-ubyte')
         count = dict.fromkeys(range(10), 0)
         bar = tqdm(images, desc=split, unit='image', leave=False, disable=None)
         for index, (image, label) in enumerate(zip(bar, labels)):
-            path = temporary / split / str(label) / f'{index:05d}.png'
+            path = folder / split / str(label) / f'{index:05d}.png'
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
             if split == 'train':
                 count[label] += 1
                 part = 'validation' if count[label] <= NUM_SET_ASIDE else 'train'
-                link = temporary / 'tuning' / part / str(label) / path.name
+                link = folder / 'tuning' / part / str(label) / path.name
                 link.parent.mkdir(parents=True, exist_ok=True)
                 os.link(path, link)
-    shutil.rmtree(temporary / 'FashionMNIST', ignore_errors=True)
-    os.replace(temporary, folder)
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """Write RESULTS.md and its plots out of the files in reproduction/results: `python reproduction/report.py`."""
 import argparse
 import math
-import statistics
 import sys
 from collections import Counter
 from pathlib import Path
@@ -10,13 +9,13 @@ from typing import Dict, List, Optional, Sequence
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from reproduction.cells import FIGURE4, METHODS, SCALES, Scale  # noqa: E402
+from reproduction.cells import METHODS, SCALES, Scale  # noqa: E402
+from reproduction.figure4 import write_figure4  # noqa: E402
 from reproduction.results import RESULTS, Figure, Key, Results, weights_hash  # noqa: E402
-from reproduction.significance import Gap, judge, judge_growth, measure, t_quantile  # noqa: E402
+from reproduction.significance import judge, judge_growth, measure  # noqa: E402
 from reproduction.table import Table  # noqa: E402
-from timm_dearkd.analysis.attention_distance import plot_over_epochs  # noqa: E402
 from timm_dearkd.analysis.figures import new_figure, render  # noqa: E402
-from timm_dearkd.distances import DistanceHistory, read_log  # noqa: E402
+from timm_dearkd.commands import run_command  # noqa: E402
 from timm_dearkd.files import write_bytes  # noqa: E402
 
 
@@ -75,86 +74,6 @@ def plot_table7(figures: Dict[Key, Figure]) -> bytes:
 PLOTS = {'table2': plot_table2, 'table7': plot_table7}
 
 
-def layer_means(history: DistanceHistory, epoch: int) -> List[float]:
-    """Attention distance of each layer in patches, a mean over its heads."""
-    return [statistics.mean(heads) for _, heads in sorted(history.epochs[epoch].items())]
-
-
-def describe_distances(history: DistanceHistory, moments: Dict[str, int]) -> str:
-    """Those of some epochs."""
-    return '; '.join(
-        f'after {moment} ' + ', '.join(f'{distance:.2f}' for distance in layer_means(history, epoch))
-        for moment, epoch in moments.items() if epoch in history.epochs)
-
-
-def write_figure4(
-        scale: Scale,
-        found: Results,
-        results: Path,
-        folder: Path,
-        root: Path,
-) -> List[str]:
-    """Attention distance over the epochs, of the runs that recorded it, and how it changes in stage II."""
-    lines, pictures = [], []
-    ends = {'stage50_ce': round(scale.epochs / 2), 'dearkd': round(scale.epochs * 5 / 6)}  # of stage I
-    moments = {
-        'the first epoch': 0, **{f'epoch {end}': end - 1 for end in ends.values()}, 'the last': scale.epochs - 1}
-    taught = int(scale.hooks[0].split(':')[0])  # the block that learns from the CNN's features
-    depths = {'all layers': None, f'the first {taught} layers, which the CNN teaches': taught}
-    complete: Dict[str, Dict[int, DistanceHistory]] = {}
-    for name, entry in zip(FIGURE4, found.tables['figure4'].entries):
-        label = entry.row
-        histories = {
-            cell.seed: read_log(results / f'{cell.name}.distances.csv')
-            for cell in entry.cells if cell.name in found.cells}
-        histories = {
-            seed: history for seed, history in histories.items()
-            if history is not None and set(moments.values()) <= set(history.epochs)}
-        if not histories:
-            continue
-        complete[name] = histories
-        first = histories[min(histories)]
-        lines.append(f'- {label}, patches by layer (seed {min(histories)}): {describe_distances(first, moments)}.')
-        picture = folder / f'figure4-{name}.png'
-        write_bytes(picture, render(plot_over_epochs(first, ends.get(name))))
-        pictures += [f'![Attention distance of {label}]({picture.relative_to(root).as_posix()})', '']
-    if not lines:
-        return []
-
-    def mean_at(name: str, epoch: int, depth: Optional[int]) -> Dict[int, float]:
-        return {seed: statistics.mean(layer_means(history, epoch - 1)[:depth])
-                for seed, history in complete.get(name, {}).items()}
-
-    for name, end in ends.items():
-        for layers, depth in depths.items():
-            changes = {other: difference(mean_at(other, scale.epochs, depth), mean_at(other, end, depth))
-                       for other in complete}
-            told = ', '.join(f'{FIGURE4[other]} {change}' for other, change in changes.items())
-            lines.append(f'- Change from epoch {end} to the last, a mean over {layers}: {told}.')
-            lines += claim_above_zero(
-                f'{FIGURE4[name]}: the distance grows after stage I, a mean over {layers}', changes.get(name))
-    end = ends['stage50_ce']
-    for layers, depth in depths.items():
-        last = [mean_at(name, scale.epochs, depth) for name in ('stage50_ce', 'mhca_hidden')]
-        lines += claim_above_zero(
-            f'Without the CNN from epoch {end} on, the student looks further in the end than with it, to which it is'
-            f' the same until then, a mean over {layers}', difference(*last))
-    return [*lines, '', *pictures]
-
-
-def difference(first: Dict[int, float], second: Dict[int, float]) -> Figure:
-    """Of figures by seed, in patches."""
-    return Figure({seed: first[seed] - second[seed] for seed in first.keys() & second.keys()}, 3)
-
-
-def claim_above_zero(text: str, change: Optional[Figure]) -> List[str]:
-    """A claim, held against a t-test of pairs; none without two of them."""
-    if change is None or len(change.by_seed) < 2 or change.error is None:
-        return []
-    gap = Gap(change.mean, t_quantile(len(change.by_seed) - 1) * change.error)
-    return [f'- {text}: {gap.verdict()} ({gap.text(3)} patches).']
-
-
 def describe_runs(scale: Scale, found: Results, results: Path) -> List[str]:
     """What all figures have in common."""
     cells = found.cells.values()
@@ -170,12 +89,15 @@ def describe_runs(scale: Scale, found: Results, results: Path) -> List[str]:
         shares = dict.fromkeys(f'{100 * share:.0f}' for share in (min(agreements), max(agreements)))
         text += (f' That of table 2 finds the label of {" to ".join(shares)} % of the augmented images that it teaches'
                  ' its students on.')
-    teachers = Counter(cell['teacher'] for cell in cells if 'teacher' in cell)
+    teachers = Counter(cell['teacher'] for cell in cells if {'teacher', 'top1'} <= set(cell))
     if len(teachers) > 1:
         kept = weights_hash(results / 'teacher')
-        text += ' The recipe was run more than once, and not always to the same weights: ' + ', '.join(
-            f'{count} figures are of students of teacher {name}{", which is kept" if name == kept else ""}'
-            for name, count in teachers.most_common()) + '. A table says where students of one seed differ in it.'
+        text += ' It was trained more than once by the same recipe, and not always to the same weights: ' + ', '.join(
+            f'teacher {name}{", which is kept," if name == kept else ""} has {count} of the students'
+            for name, count in teachers.most_common()) + '. A table says where its students differ in it.'
+    changed = sum(any(commit.endswith('+') for commit in cell.get('commits', ())) for cell in cells)
+    if changed:
+        text += f' {changed} files have a "+" behind their commit: the code had changes that were not committed.'
     return [
         f'Made by `python reproduction/report.py --scale {scale.name}` from the {len(cells)} files in'
         f' `reproduction/results/{scale.name}`, each of which holds its command, seed and commits'
@@ -193,16 +115,29 @@ def describe_runs(scale: Scale, found: Results, results: Path) -> List[str]:
         *([f'Left out, as made by another definition: {", ".join(found.stale)}.', ''] if found.stale else [])]
 
 
+def describe_teachers(found: Results, name: str) -> List[str]:
+    """Where the students of a table differ in it."""
+    groups = found.teachers(name)
+    if len(set().union(*groups.values())) < 2:
+        return []
+    told = '; '.join(f'{place}: {", ".join(sorted(names))}' for place, names in groups.items())
+    return [f'Not all of these students have the same teacher. {told}.', '']
+
+
 def write_report(scale: Scale, results: Path, seeds: Sequence[int], output: Path) -> None:
-    """The report, and its plots in `reproduction/plots` beside it, from what is there."""
+    """The report, and its plots in `reproduction/plots` beside it, from what is there.
+
+    Raises:
+        ValueError: Nothing is.
+    """
     found, pictures = Results(scale, results, seeds), output.parent / 'reproduction' / 'plots'
+    if not found.cells:
+        raise ValueError(f'{results} holds no results of scale {scale.name}. Run reproduction/run.py first.')
     if scale.name != 'small':
         pictures /= scale.name
     lines = ['# Results', '', *describe_runs(scale, found, results)]
     for name, table in found.tables.items():
-        mixed = found.mixed_seeds(name)
-        heading = [f'## {table.title}', '', table.note, ''] + (
-            [f'**Not all students of seed {", ".join(mixed)} have the same teacher.**', ''] if mixed else [])
+        heading = [f'## {table.title}', '', table.note, '', *describe_teachers(found, name)]
         if name == 'figure4':
             figure4 = write_figure4(scale, found, results, pictures, output.parent)
             lines += [*heading, *figure4] if figure4 else []
@@ -219,13 +154,13 @@ def write_report(scale: Scale, results: Path, seeds: Sequence[int], output: Path
     write_bytes(output, ('\n'.join(lines).rstrip() + '\n').encode())
 
 
-def main() -> None:
+def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--scale', default='small', choices=list(SCALES))
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--results', type=Path)
     parser.add_argument('--output', type=Path, help='RESULTS.md, or RESULTS-SCALE.md for another scale than small')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     scale = SCALES[args.scale]
     output = args.output or ROOT / ('RESULTS.md' if scale.name == 'small' else f'RESULTS-{scale.name}.md')
     write_report(scale, args.results or RESULTS / scale.name, args.seeds, output)
@@ -233,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command('report.py', main)

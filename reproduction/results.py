@@ -6,7 +6,7 @@ import math
 import statistics
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Set, Tuple
 
 from reproduction.cells import ROOT, CellError, Scale, definition
 from reproduction.table import Entry, Table
@@ -123,15 +123,15 @@ class Results:
             if entry.key in self.cells.get(cell.name, {})}
         return Figure(by_seed, entry.digits) if by_seed else None
 
-    def mixed_seeds(self, name: str) -> List[str]:
-        """Seeds of a table, of each column of table 2, whose figures are of students of different teachers."""
+    def teachers(self, name: str) -> Dict[str, Set[str]]:
+        """Those of the students of a table, by seed, or by column in table 2, whose columns share no student."""
         teachers: Dict[str, Set[str]] = {}
         for entry in self.tables[name].entries:
             for cell in entry.cells:
                 if 'teacher' in self.cells.get(cell.name, {}):
-                    place = f'{cell.seed}' + (f' at {entry.column}' if name == 'table2' else '')
+                    place = entry.column if name == 'table2' else f'seed {cell.seed}'
                     teachers.setdefault(place, set()).add(self.cells[cell.name]['teacher'])
-        return [place for place, found in teachers.items() if len(found) > 1]
+        return teachers
 
     def figures(self, table: Table) -> Dict[Key, Figure]:
         """Figures by row and column."""

@@ -59,10 +59,10 @@ def main() -> None:
     if missing:
         parser.error(f'Scale {scale.name} has no {", ".join(missing)}. It has {", ".join(tables_of(scale))}.')
     work = args.work or ROOT / 'output/reproduction' / scale.name
-    launcher = shlex.split(args.launcher) if args.launcher else [sys.executable]
-    driver = Driver(scale, args.data, work, args.results or RESULTS / scale.name, max(1, args.jobs), launcher)
     cells = collect_cells(scale, tables, args.seeds)
     try:
+        launcher = shlex.split(args.launcher) if args.launcher else [sys.executable]
+        driver = Driver(scale, args.data, work, args.results or RESULTS / scale.name, max(1, args.jobs), launcher)
         cells = select_cells(cells, args.only or ['*'])
         lines = [driver.shell_line(cell) for cell in cells]
         if args.list:

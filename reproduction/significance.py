@@ -9,7 +9,7 @@ from reproduction.cells import METHODS
 from reproduction.results import Figure, Key
 from reproduction.table import Table
 
-__all__ = ['Gap', 'judge', 'judge_growth', 'measure', 't_quantile']
+__all__ = ['Gap', 'judge', 'judge_change', 'judge_growth', 'measure']
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom
 T_QUANTILES = {
@@ -27,15 +27,17 @@ class Gap(NamedTuple):
     value: float
     margin: float
 
-    def verdict(self) -> str:
+    def verdict(self, digits: int) -> str:
         """Whether it is above 0, where there is a margin."""
         if abs(self.value) > self.margin:
             return 'holds' if self.value > 0 else '**does not hold, the other way round**'
+        if not round(self.value, digits):
+            return 'not to be told from the noise'
         return f'not to be told from the noise, leaning {"this way" if self.value > 0 else "the other way"}'
 
     def text(self, digits: int) -> str:
         margin = f' ± {self.margin:.{digits}f}' if math.isfinite(self.margin) else ''
-        return f'{self.value:+.{digits}f}{margin}'
+        return f'{round(self.value, digits) + 0.:+.{digits}f}{margin}'  # + 0. makes a -0 a 0
 
 
 class Noise(NamedTuple):
@@ -101,23 +103,33 @@ def judge(table: Table, figures: Dict[Key, Figure]) -> List[str]:
         if claim.higher in figures and claim.lower in figures:
             gap = measure(table, figures, {claim.higher: 1., claim.lower: -1.})
             if math.isfinite(gap.margin):
-                lines.append(f'- {claim.text}: {gap.verdict()} ({gap.text(figures[claim.higher].digits)}).')
+                digits = figures[claim.higher].digits
+                lines.append(f'- {claim.text}: {gap.verdict(digits)} ({gap.text(digits)}).')
     return lines
 
 
+def judge_change(text: str, change: Figure, unit: str) -> List[str]:
+    """The claim that a change by seed is above 0, by a t-test of pairs; none without two of them."""
+    if len(change.by_seed) < 2 or change.error is None:
+        return []
+    gap = Gap(change.mean, t_quantile(len(change.by_seed) - 1) * change.error)
+    return [f'- {text}: {gap.verdict(change.digits)} ({gap.text(change.digits)} {unit}).']
+
+
 def judge_growth(table: Table, figures: Dict[Key, Figure]) -> List[str]:
-    """Whether DearKD is further above each other method at the smallest size than at the largest."""
-    dearkd, lines = METHODS['dearkd'], []
-    for other in METHODS.values():
-        columns = [column for row, column in figures if row == dearkd and (other, column) in figures]
-        if other == dearkd or len(columns) < 2:
+    """Whether a method is further above another at the smallest size than at the largest."""
+    vit, hard, dearkd = METHODS.values()
+    lines = []
+    for better, other in ((dearkd, vit), (dearkd, hard), (hard, vit)):
+        columns = [column for row, column in figures if row == better and (other, column) in figures]
+        if len(columns) < 2:
             continue
         first, last = columns[0], columns[-1]
         gap = measure(table, figures, {
-            (dearkd, first): 1., (other, first): -1., (dearkd, last): -1., (other, last): 1.})
+            (better, first): 1., (other, first): -1., (better, last): -1., (other, last): 1.})
         if not math.isfinite(gap.margin):
             continue
-        listed = ', '.join(f'{figures[dearkd, c].mean - figures[other, c].mean:+.1f} at {c}' for c in columns)
-        lines.append(f'- In points, DearKD is further above "{other}" at {first} than at {last}: {gap.verdict()}'
+        listed = ', '.join(f'{figures[better, c].mean - figures[other, c].mean:+.1f} at {c}' for c in columns)
+        lines.append(f'- In points, "{better}" is further above "{other}" at {first} than at {last}: {gap.verdict(1)}'
                      f' ({gap.text(1)}; {listed}).')
     return lines

@@ -2,7 +2,7 @@
 import sys
 from typing import Callable, Optional, Sequence
 
-__all__ = ['first_line', 'run_command']
+__all__ = ['run_command']
 
 
 def run_command(
@@ -27,8 +27,3 @@ def run_command(
     except KeyboardInterrupt:
         sys.stderr.write(f'{name}: Interrupted. {hint}'.rstrip() + '\n')
         sys.exit(130)
-
-
-def first_line(error: Exception) -> str:
-    """Of its text, which a bare `assert` has not."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -12,8 +12,8 @@ from timm.utils import unwrap_model
 from .attention import AdaptiveRelPos, ConvAttention
 
 __all__ = [
-    'DistanceHistory', 'DistanceLog', 'attention_distances', 'attention_layers', 'attention_weights', 'mean_distances',
-    'read_log', 'stride',
+    'LOG_NAME', 'DistanceHistory', 'DistanceLog', 'attention_distances', 'attention_layers', 'attention_weights',
+    'mean_distances', 'read_log', 'stride',
 ]
 
 LOG_NAME = 'attention_distance.csv'

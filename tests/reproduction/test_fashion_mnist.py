@@ -29,3 +29,8 @@ def test_sets_of_images(tmp_path):
     np.testing.assert_array_equal(image, pixels['t10k'][17])
     with pytest.raises(FileNotFoundError, match='Name the folder'):
         write_fashion_mnist(tmp_path / 'other', tmp_path)
+    packed = source / 't10k-images-idx3-ubyte.gz'
+    packed.write_bytes(packed.read_bytes()[:-30])
+    with pytest.raises(OSError, match='is broken'):
+        write_fashion_mnist(tmp_path / 'other', source)
+    assert {path.name for path in tmp_path.iterdir()} == {'out', 'source'}

@@ -1,11 +1,14 @@
 """RESULTS.md, out of files."""
+import json
 import math
 import statistics
 
+import pytest
 from helpers import SEEDS, write_results
 
 from reproduction.cells import SCALES
-from reproduction.report import write_report
+from reproduction.report import main, write_report
+from timm_dearkd.commands import run_command
 
 
 def test_the_report_is_made_of_the_files_alone(tmp_path):
@@ -34,8 +37,8 @@ def test_the_report_is_made_of_the_files_alone(tmp_path):
     assert f'DearKD on 2.5 % of the images above the plain ViT on 5 %: holds (+10.0 ± {margin:.1f})' in text
     # the same of four figures, with twice the degrees
     margin = 2.228 * math.sqrt((plain + own) * 2 / 3)
-    assert f'above "ViT" at 1 % than at 5 %: not to be told from the noise, leaning the other way (-1.0 ± ' \
-           f'{margin:.1f}; +10.0 at 1 %, +10.0 at 2.5 %, +11.0 at 5 %)' in text
+    assert f'"DearKD" is further above "ViT" at 1 % than at 5 %: not to be told from the noise, leaning the other way' \
+           f' (-1.0 ± {margin:.1f}; +10.0 at 1 %, +10.0 at 2.5 %, +11.0 at 5 %)' in text
     assert '## Ablation (table 1)' in text and '## Recipe' not in text
     assert (tmp_path / 'reproduction' / 'plots' / 'table2.png').stat().st_size > 3000
 
@@ -76,6 +79,31 @@ def test_figure4_is_told_in_numbers(tmp_path):
            f' this way (+0.350 ± {12.71 * 0.35 / 3:.3f} patches)' in text
     assert 'the same until then, a mean over the first 4 layers, which the CNN teaches: holds (+1.000 ± 0.000' in text
     assert (tmp_path / 'reproduction' / 'plots' / 'figure4-dearkd.png').exists()
+
+
+def test_the_report_tells_whose_students_are_in_a_table(tmp_path):
+    scale = SCALES['small']
+    write_results(tmp_path, scale, {
+        ('table2', method, column): [70.] for method in ('ViT', 'DearKD') for column in ('1 %', '2.5 %')})
+
+    def report(*teachers):
+        for fraction, teacher in zip(('0.01', '0.025'), teachers):
+            path = tmp_path / f'dearkd-{fraction}-seed0.json'
+            path.write_text(json.dumps({**json.loads(path.read_text()), 'teacher': teacher, 'commits': ['0ab+']}))
+        write_report(scale, tmp_path, SEEDS, tmp_path / 'RESULTS.md')
+        return (tmp_path / 'RESULTS.md').read_text()
+
+    assert 'the same teacher' not in report('abc', 'abc') and 'of teacher' not in report('abc', 'abc')
+    text = report('abc', 'def')
+    assert 'Not all of these students have the same teacher. 1 %: abc; 2.5 %: def.' in text
+    assert 'teacher abc has 1 of the students, teacher def has 1' in text and '2 files have a "+"' in text
+
+
+def test_no_report_without_results(tmp_path, capsys):
+    with pytest.raises(SystemExit) as e:
+        run_command('report.py', main, ['--results', str(tmp_path / 'typo'), '--output', str(tmp_path / 'RESULTS.md')])
+    assert e.value.code == 2 and 'holds no results of scale small' in capsys.readouterr().err
+    assert not (tmp_path / 'RESULTS.md').exists()
 
 
 def test_another_scale_has_its_own_report(tmp_path):

@@ -44,7 +44,7 @@ def test_command_line(tmp_path):
             found, _ = parse_args(build_parser(), build_config_parser(), words[5:])
             batches[found.batch_size * found.grad_accum_steps * 8] += 1
     assert batches == {2048: 12, 1024: 4}
-    assert run_python('reproduction/run.py', 'figure4', '--list').stdout.count('--track-attention-distance') == 17
+    assert run_python('reproduction/run.py', 'figure4', '--list').stdout.count('--track-attention-distance') == 19
     listed = run_python('reproduction/run.py', 'table7', '--list', '--only', 'stage50_ce*', 'mhca-*1').stdout
     assert [line.split('--experiment ')[1].split()[0] for line in listed.splitlines()] == [
         'stage50_ce-0.025-seed0', 'stage50_ce-0.025-seed1', 'mhca-0.025-seed1']
@@ -53,6 +53,7 @@ def test_command_line(tmp_path):
             (['table2', '--scale', 'imagenet', '--data', tmp_path], 'no folder validation'),
             (['table2', '--only', 'stage50_*'], 'named stage50_*'),
             (['table2', '--launcher', 'torchrun --nproc-per-node=2'], '2 processes can not share the 1 accumulation'),
+            (['table2', '--launcher', 'torchrun "'], 'No closing quotation'),
             (['choices', '--scale', 'imagenet'], 'has no choices. It has table2, table1, table7,')):
         result = run_python('reproduction/run.py', *args)
         assert result.returncode == 2 and message in result.stderr.strip().splitlines()[-1]

@@ -1,4 +1,4 @@
-"""How far the heads look: the mean distance between a query patch and what it attends to (figure 4)."""
+"""The command that measures how far the heads of models look (figure 4), and its pictures."""
 import argparse
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence

@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 import timm_dearkd
 from distill_hooks import create_teacher
+from distill_hooks.errors import first_line
 from distill_hooks.teacher import input_normalisation, weights_fingerprint
 from timm_dearkd.analysis.inputs import label_names
-from timm_dearkd.commands import first_line, run_command
+from timm_dearkd.commands import run_command
 from timm_dearkd.engine.device import Precision, Ranks, check_backend, compile_errors, select_device
 from timm_dearkd.files import write_bytes
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.models import get_model_input_config
 
 from distill_hooks import Teacher
-from timm_dearkd.commands import first_line
+from distill_hooks.errors import first_line
 
 from .losses import BatchNormStats, competition_loss, intra_divergence_loss, l2_prior, total_variation
 

@@ -19,7 +19,8 @@ from timm.utils import CheckpointSaver, unwrap_model
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch.utils._pytree import tree_map_only
 
-from ..commands import first_line
+from distill_hooks.errors import first_line
+
 from ..files import write_table, write_text
 from .device import Precision
 from .interrupt import TrainingError
