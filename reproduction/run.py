@@ -61,7 +61,7 @@ def main() -> None:
     work = args.work or ROOT / 'output/reproduction' / scale.name
     cells = collect_cells(scale, tables, args.seeds)
     try:
-        launcher = shlex.split(args.launcher) if args.launcher else [sys.executable]
+        launcher = shlex.split(args.launcher or '') or [sys.executable]
         driver = Driver(scale, args.data, work, args.results or RESULTS / scale.name, max(1, args.jobs), launcher)
         cells = select_cells(cells, args.only or ['*'])
         lines = [driver.shell_line(cell) for cell in cells]

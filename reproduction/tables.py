@@ -174,8 +174,7 @@ TABLES: Dict[str, Callable[[Scale, Sequence[int]], Table]] = {
 
 
 def tables_of(scale: Scale) -> Dict[str, Callable[[Scale, Sequence[int]], Table]]:
-    """The tables that a scale has: nothing is chosen or explained where there are no images for it,
-    no CNN trained where one is."""
+    """The tables that a scale has: without images set aside nothing is chosen, and where there is a CNN none trained."""
     missing = (() if scale.tuning_data else (*CHOOSING, 'longer')) + (() if scale.cnn else ('own_teacher',))
     return {name: make for name, make in TABLES.items() if name not in missing}
 
