@@ -176,7 +176,7 @@ class DearKDTask(TrainingTask):
     Call `set_epoch` at the start of every epoch; nothing else is asked of the training loop.
 
     Our choices, where the paper is silent: block 4 of the student learns from the teacher stage with the largest stride
-    not above half the patch size, or 8 for patches below 16, where that was better than an earlier stage (RESULTS.md);
+    not above half the patch size, or 8 for patches below 16, where that did better than stages around it (RESULTS.md);
     alpha, beta and the stage lengths as in `TwoStageSchedule`.
 
     Args:
