@@ -174,7 +174,7 @@ TABLES: Dict[str, Callable[[Scale, Sequence[int]], Table]] = {
 
 
 def tables_of(scale: Scale) -> Dict[str, Callable[[Scale, Sequence[int]], Table]]:
-    """The tables that a scale has: without images set aside nothing is chosen, and where there is a CNN none trained."""
+    """The tables that a scale has: nothing is chosen without images set aside, no CNN trained where timm has one."""
     missing = (() if scale.tuning_data else (*CHOOSING, 'longer')) + (() if scale.cnn else ('own_teacher',))
     return {name: make for name, make in TABLES.items() if name not in missing}
 
