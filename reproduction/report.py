@@ -81,14 +81,14 @@ def describe_runs(scale: Scale, found: Results, results: Path) -> List[str]:
     teacher = found.cells.get('teacher', {}).get('top1')
     agreements = [
         found.cells[cell.name]['teacher_agreement'] for entry in found.tables['table2'].entries for cell in entry.cells
-        if 'teacher_agreement' in found.cells.get(cell.name, {})]
+        if entry.row == METHODS['hard'] and 'teacher_agreement' in found.cells.get(cell.name, {})]
     text = (
         f'Student: `{scale.student}`, {scale.epochs} epochs at every size; recipe: `{scale.recipe}`.'
         + (f' Teacher: a CNN with {teacher:.1f} % top-1.' if teacher else ''))
     if agreements:
         shares = dict.fromkeys(f'{100 * share:.0f}' for share in (min(agreements), max(agreements)))
-        text += (f' That of table 2 finds the label of {" to ".join(shares)} % of the augmented images that it teaches'
-                 ' its students on.')
+        text += (f' That of table 2 finds the label of {" to ".join(shares)} % of the augmented images that it gives'
+                 ' hard labels to.')
     teachers = Counter(cell['teacher'] for cell in cells if {'teacher', 'top1'} <= set(cell))
     if len(teachers) > 1:
         kept = weights_hash(results / 'teacher')
