@@ -406,7 +406,7 @@ def test_evaluation_alone(run, train_cli, image_folder, tmp_path):
     assert result.returncode == 2 and 'Leave out --dataset' in result.stderr
 
     save_for_hf(timm.create_model('test_vit', num_classes=2, img_size=32), tmp_path / 'two', safe_serialization=True)
-    result = train_cli('--eval-only', '--model', f'local-dir:{tmp_path / "two"}', data=other)
+    result = train_cli('--eval-only', '--model', tmp_path / 'two', data=other)
     assert result.returncode == 2 and 'The data set has 3 classes, the model 2. Move away' in result.stderr
     for args, message in (
         ([], "Split 'validation' has classes that the model does not know: snow. Move them away"),

@@ -30,7 +30,7 @@ from timm_dearkd.analysis.report import check_available as check_report
 from timm_dearkd.analysis.report import write_report
 from timm_dearkd.engine import build, build_data, build_run
 from timm_dearkd.engine.checks import check_args
-from timm_dearkd.engine.data import class_names
+from timm_dearkd.engine.data import class_names, classes_of
 from timm_dearkd.engine.device import CompileError, Precision, Ranks, compile_errors, select_device
 from timm_dearkd.engine.interrupt import Interrupted, StopRequest, TrainingError
 from timm_dearkd.engine.loop import Trainer, Validator, mean_lr
@@ -40,6 +40,7 @@ from timm_dearkd.engine.output import (
     complete_export,
     export_model,
     find_checkpoint,
+    read_classes,
     refuse_to_overwrite,
     resume_run,
 )
@@ -104,7 +105,7 @@ def prepare_training(args, args_text: str, command: str, precision: Precision, r
         args.resume = agree(find_checkpoint(folder) if ranks.is_primary else '', ranks)
     if args.experiment and ranks.is_primary:
         refuse_to_overwrite(folder, args.resume)
-    train_set, eval_set = build_data.build_datasets(args)
+    train_set, eval_set = build_data.build_datasets(args, read_classes(args.resume))
     if eval_set is None:
         args.eval_metric = 'loss'
     model, data_config = build.build_student(args, train_set, device, create_model)
@@ -139,7 +140,7 @@ def prepare_training(args, args_text: str, command: str, precision: Precision, r
     run_info = build_run.describe_run(args, train_set, eval_set, model, precision, ranks)
     run_info.update(command=command, epochs=epochs.stop)
     recorder = build_run.build_recorder(
-        args, args_text, trainer, model, data_config, export, start, run_info, distance_images)
+        args, args_text, trainer, model, data_config, export, start, run_info, classes_of(train_set), distance_images)
     return partial(fit, args, trainer, validator, recorder, start, epochs)
 
 

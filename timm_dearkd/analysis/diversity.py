@@ -13,12 +13,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from timm.data import resolve_model_data_config
-from timm.data.readers.reader_image_folder import find_images_and_targets
 from tqdm import tqdm
 
 from distill_hooks import FeatureCapture, create_teacher
 from distill_hooks.teacher import input_normalisation
 from timm_dearkd.engine.device import find_device
+from timm_dearkd.engine.image_folder import numbered, scan_folder
 from timm_dearkd.files import write_bytes
 
 from .inputs import check_counts, open_image
@@ -182,8 +182,9 @@ def measure_diversity(
     if not root.is_dir():
         raise FileNotFoundError(f'No folder {folder!r}. Give one that has a folder of images for each class.')
     root = root / 'train' if (root / 'train').is_dir() else root
-    samples, class_to_idx = find_images_and_targets(str(root))
-    pairs = class_pairs([label for _, label in samples], pairs_per_class, seed)
+    scan = scan_folder(str(root))
+    samples, numbers = scan.images, numbered(scan.names)
+    pairs = class_pairs([numbers[name] for _, name in samples], pairs_per_class, seed)
     if not pairs:
         raise ValueError(
             f'{str(root)!r} has {len(samples)} images and no class with two of them. Expected a folder for each class.')
@@ -206,7 +207,7 @@ def measure_diversity(
                 values.setdefault(label, []).append(value)
     if not values:
         raise ValueError(f'None of the images in {str(root)!r} can be read.')
-    names = {index: name for name, index in class_to_idx.items()}
+    names = {index: name for name, index in numbers.items()}
     by_class = {names[label]: float(np.mean(of_class)) for label, of_class in values.items()}
     means = np.array(list(by_class.values()))
     return dict(

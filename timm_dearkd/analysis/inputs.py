@@ -8,11 +8,11 @@ import torch
 import torch.nn as nn
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
-from timm.data.readers.reader_image_folder import find_images_and_targets
 
 from distill_hooks import create_teacher
-from timm_dearkd.engine.data import check_mode, spread
+from timm_dearkd.engine.data import spread
 from timm_dearkd.engine.device import find_device
+from timm_dearkd.engine.image_folder import check_mode, class_order, normal_name, numbered, scan_folder
 
 __all__ = [
     'ImageFiles', 'add_model_arguments', 'check_counts', 'class_names', 'find_images', 'image_transform',
@@ -160,18 +160,17 @@ def find_images(
         if not Path(path).is_dir():
             samples.append((path, None))
             continue
-        found, class_to_idx = find_images_and_targets(path)
-        if not found:
+        scan = scan_folder(path)
+        if not scan.images:
             raise ValueError(f'{path!r} holds no images.')
-        by_name = {name: index for index, name in enumerate(names)} if names else {}
-        in_order = names is None and len(class_to_idx) == num_classes
-        labels = {index: index if in_order else by_name.get(name) for name, index in class_to_idx.items()}
-        unknown = [name for name, index in class_to_idx.items() if labels[index] is None]
-        if unknown and len(class_to_idx) > 1 and (names or num_classes):
+        in_order = names is None and len(scan.names) == num_classes
+        labels = numbered(scan.names) if in_order else {normal_name(name): i for i, name in enumerate(names or ())}
+        unknown = class_order(scan.names - set(labels))
+        if unknown and len(scan.names) > 1 and (names or num_classes):
             _logger.warning(
-                f'{len(unknown)} of {len(class_to_idx)} folders in {path!r} are no class of the model, so their images'
+                f'{len(unknown)} of {len(scan.names)} folders in {path!r} are no class of the model, so their images'
                 f' have no label: {", ".join(unknown[:5])}.')
-        samples += [(str(file), labels.get(index)) for file, index in found]
+        samples += [(file, labels.get(name)) for file, name in scan.images]
     return ImageFiles(samples, mode)
 
 

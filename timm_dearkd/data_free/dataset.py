@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence, Set, Tuple
 
 from PIL import Image
-from timm.utils.misc import natural_key
 
+from timm_dearkd.engine.image_folder import class_order, normal_name
 from timm_dearkd.files import write_bytes
 
 __all__ = ['FORMATS', 'SyntheticSet', 'folder_name']
@@ -53,7 +53,7 @@ class SyntheticSet:
         self.settings = {**settings, 'classes': {str(index): name for index, name in classes.items()},
                          'format': data_format}
         self.data_format = data_format
-        self.names = sorted(classes.values(), key=natural_key)  # the order in which timm numbers the folders
+        self.names = class_order(classes.values())  # in which train.py numbers the folders
         self._samples: Dict[int, List[Image.Image]] = {}
         self._sampled: Set[Path] = set()
         self._check(resume)
@@ -203,5 +203,5 @@ class SyntheticSet:
 
 
 def folder_name(name: str, index: int) -> str:
-    """A class name as the name of a folder."""
-    return re.sub(r'[^\w\-. ]+', '_', name).strip('. ') or f'{index:04d}'
+    """Return a class name as the name of a folder."""
+    return re.sub(r'[^\w\-. ]+', '_', normal_name(name)).strip('. ') or f'{index:04d}'

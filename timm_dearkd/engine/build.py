@@ -34,6 +34,7 @@ from .build_data import dataset_kwargs, images_per_update, model_dtype, open_val
 from .checks import check_distillation
 from .data import check_img_size, check_labels, class_names, open_dataset, open_eval_dataset
 from .device import Ranks
+from .image_folder import class_order, normal_name
 from .output import Position
 
 __all__ = [
@@ -98,6 +99,9 @@ def build_student(
                 ' The file is of other classes than the images, or of another --img-size.' if args.eval_only else
                 ' Weights of other classes or another image size go in by --pretrained-path, with a new head.')
         raise ValueError(f'Could not create --model {args.model}: {_reason(e)}{remedy}') from e
+    if num_classes is None and not names and not args.eval_only:
+        _logger.warning(
+            f'The data set does not tell its classes, so the model has {model.num_classes}. Set --num-classes.')
     has_weights = parse_model_name(args.model)[0] is not None  # local-dir:, hf-hub:
     if has_weights and not (args.eval_only or args.pretrained or overlay or args.initial_checkpoint or args.resume):
         _logger.warning(f'{args.model} gives its architecture alone, with new weights. For its own: --pretrained.')
@@ -125,8 +129,8 @@ def build_evaluation(args, device: torch.device, create_model: Callable[..., Any
     own = cfg.get('num_classes')
     if not args.initial_checkpoint and own is not None and args.num_classes not in (None, own):
         raise ValueError(f'--num-classes is {args.num_classes}, but {args.model} knows {own} classes. Leave it out.')
-    names, trained = class_names(eval_set), cfg.get('label_names')
-    unknown = sorted(set(names or ()) - set(trained or ()))
+    names, trained = class_names(eval_set), [normal_name(str(name)) for name in cfg.get('label_names') or ()]
+    unknown = class_order(set(names or ()) - set(trained))
     if trained and names and not args.class_map and not unknown:
         eval_set = open_validation_set(args, {name: index for index, name in enumerate(trained)})
     elif trained and names and not args.class_map and not args.initial_checkpoint:

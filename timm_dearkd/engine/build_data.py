@@ -11,18 +11,21 @@ from torch.utils.data import IterableDataset, Subset
 
 from ..distances import attention_layers
 from .data import (
+    UNKNOWN_CLASSES,
+    Classes,
     ClassFraction,
     SkipUnreadable,
-    find_splits,
     folder_of,
     is_image_folder,
     open_dataset,
     open_eval_dataset,
+    open_with_classes,
     relabel,
     set_image_mode,
     spread,
 )
 from .device import SINGLE, Ranks
+from .image_folder import find_splits
 from .loader import TrainLoader, create_eval_loader, create_train_loader
 
 __all__ = [
@@ -59,11 +62,16 @@ def open_validation_set(args, class_to_idx: Optional[Dict[str, int]] = None):
     return relabel(*place, class_to_idx, **kwargs)
 
 
-def build_datasets(args) -> Tuple[Any, Any]:
-    """The training and the validation set; without a --val-split, there is no validation set."""
+def build_datasets(args, trained: Classes = UNKNOWN_CLASSES) -> Tuple[Any, Any]:
+    """Open the training and the validation set; without a --val-split, there is no validation set.
+
+    Args:
+        args: The options.
+        trained: Classes of the run that is resumed.
+    """
     common, root = dataset_kwargs(args), args.data_dir or args.data
-    train_set = open_dataset(
-        args.dataset, root, args.train_split, is_training=True,
+    train_set = open_with_classes(
+        trained, args.dataset, root, args.train_split, is_training=True,
         repeats=args.epoch_repeats, num_samples=args.train_num_samples, **common)
     if not isinstance(train_set, IterableDataset):
         for name, instead in (

@@ -14,6 +14,7 @@ from timm.task import TrainingTask
 from .._version import __version__
 from ..distances import LOG_NAME, DistanceLog
 from .build_data import images_per_update, model_dtype
+from .data import Classes
 from .device import Precision, Ranks
 from .loader import TrainLoader
 from .loop import Stepper, Trainer, Validator
@@ -100,6 +101,7 @@ def build_recorder(
         export: Callable[..., None],
         start: Position,
         run_info: Dict[str, Any],
+        classes: Classes,
         distance_images: Optional[torch.Tensor] = None,
 ) -> Recorder:
     """The output folder with `args.yaml` and `run.json`, and what writes into it."""
@@ -114,7 +116,7 @@ def build_recorder(
             raise ValueError(f'Could not make the folder {folder!r} ({e.strerror}). Set another --output.') from e
         write_text(folder, 'args.yaml', args_text)
         write_run_info(folder, position=start, **run_info)
-        saver = _build_saver(args, folder, model, trainer)
+        saver = _build_saver(args, folder, model, trainer, classes)
         for table in ('summary.csv', LOG_NAME):
             trim_table(os.path.join(folder, table), start.epoch)
     wandb = dict(
@@ -164,7 +166,8 @@ def describe_run(args, train_set, eval_set, model: nn.Module, precision: Precisi
     return dict(data={key: value for key, value in data.items() if value is not None}, environment=environment)
 
 
-def _build_saver(args, folder: str, model: nn.Module, trainer: Trainer) -> AtomicCheckpointSaver:
+def _build_saver(
+        args, folder: str, model: nn.Module, trainer: Trainer, classes: Classes) -> AtomicCheckpointSaver:
     saver = AtomicCheckpointSaver(
         model=model,
         task=trainer.task,
@@ -175,6 +178,7 @@ def _build_saver(args, folder: str, model: nn.Module, trainer: Trainer) -> Atomi
         recovery_dir=folder,
         decreasing='loss' in args.eval_metric,
         max_history=args.checkpoint_hist,
+        classes=classes,
     )
     if args.resume and os.path.dirname(os.path.abspath(args.resume)) == os.path.abspath(folder):
         newest = find_checkpoint(folder)

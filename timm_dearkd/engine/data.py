@@ -1,41 +1,60 @@
-"""Data sets of train.py, made of timm's."""
+"""Data sets of train.py, opened by timm."""
 import logging
 import os
-from collections import Counter
-from mimetypes import guess_type
-from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
+import struct
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
 import torch.nn as nn
 from PIL import Image
-from timm.data import ImageDataset, add_img_extensions, create_dataset, get_img_extensions
+from timm.data import ImageDataset, IterableImageDataset, add_img_extensions, create_dataset
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.models import get_model_input_config
 from torch.utils.data import Dataset
 
+from .hf_labels import hf_classes
+from .image_folder import (
+    check_depth,
+    check_mode,
+    class_digests,
+    class_order,
+    is_deep,
+    is_image_file,
+    open_folder,
+    read_class_map,
+    split_folder,
+)
+
 __all__ = [
-    'ClassFraction', 'SkipUnreadable', 'check_img_size', 'check_labels', 'check_mode', 'class_names',
-    'find_splits', 'folder_of', 'is_image_folder', 'open_dataset', 'open_eval_dataset', 'relabel', 'set_image_mode',
-    'spread',
+    'UNKNOWN_CLASSES', 'ClassFraction', 'Classes', 'SkipUnreadable', 'check_img_size', 'check_labels', 'class_indices',
+    'class_names', 'classes_of', 'folder_of', 'is_image_folder', 'open_dataset', 'open_eval_dataset',
+    'open_with_classes', 'relabel', 'set_image_mode', 'spread',
 ]
 
 _logger = logging.getLogger(__name__)
 
-# timm's readers, of folders and of tar files, would leave these out without a word
+# timm's readers, of folders and of tar files, would skip these without a word
 add_img_extensions(('.webp', '.bmp', '.tif', '.tiff', '.gif'))
 
-NUM_DEPTH_CHECKS = 50
-_DEEP_MODES = ('I', 'F')
-_SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation')
+# What Pillow raises for files that are broken or are no images
+_BROKEN = (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 
 
 def open_dataset(name: str, root: Optional[str], split: str, **kwargs: Any):
     """Open a split of a data set by timm's `create_dataset`.
 
+    Classes come in one order in every process, see `class_order`. Images that cannot be read are skipped.
+
+    Args:
+        name: Type and name of the data set, as `--dataset` takes them; '' is an image folder.
+        root: Its folder.
+        split: Name of the split; for an image folder also a path.
+        **kwargs: Arguments of `create_dataset`. `class_map` is a path or the class index by name.
+
     Raises:
-        FileNotFoundError: No such folder, or no such split in it.
-        ValueError: timm can't open it, it is empty, or the folders in it are no classes.
+        FileNotFoundError: If there is no such folder, or no such split in it.
+        ValueError: If timm cannot open it, it is empty, or its folders or labels are no classes.
     """
     is_folder = is_image_folder(name)
     if not root and (is_folder or name.lower().startswith('torch/')):
@@ -44,140 +63,132 @@ def open_dataset(name: str, root: Optional[str], split: str, **kwargs: Any):
             if name else 'No data set given. Name an image folder (train.py DIR) or a --dataset.')
     if is_folder and root and not os.path.exists(root):
         raise FileNotFoundError(f'No data set at {root!r}. Expected an image folder {root}/{split}/CLASS/IMAGE.')
-    try:
-        dataset = create_dataset(name, root=root, split=split, **kwargs)
-    except (AssertionError, ImportError, OSError, RuntimeError, TypeError, ValueError) as e:
-        what = f'data set {name!r} in {root!r}' if name else f'image folder {root!r}'
-        reason = ' '.join(str(e).split()).rstrip('.').replace('download=True', '--dataset-download')
-        raise ValueError(
-            f'Could not open split {split!r} of {what}: {reason}.'
-            + ('' if name else ' Image folders look like DIR/train/CLASS/IMAGE and DIR/validation/CLASS/IMAGE.')) from e
-    found = folder_of(dataset) if is_folder else None
-    if root and found is not None and os.path.isdir(found):
-        if os.path.abspath(found) == os.path.abspath(root):
-            _check_split(root, split)
+    if is_folder and root and os.path.isdir(root):
         if '/' not in name:
-            _check_folders(found, _class_to_idx(dataset), **kwargs)
-        _check_depth(getattr(dataset, 'reader', dataset).samples, kwargs.get('input_img_mode', 'RGB'))
-    return SkipUnreadable(dataset) if isinstance(dataset, ImageDataset) else dataset
+            keys = ('class_map', 'is_training', 'input_key', 'input_img_mode')
+            reader = open_folder(root, split, **{key: kwargs[key] for key in keys if key in kwargs})
+            mode = kwargs.get('input_img_mode', 'RGB')
+            return SkipUnreadable(ImageDataset(reader.root, reader=reader, input_img_mode=mode))
+        dataset = _create_dataset(name, split_folder(root, split), split, is_valid_file=is_image_file, **kwargs)
+        check_depth(dataset.samples, kwargs.get('input_img_mode', 'RGB'))
+        return dataset
+    if isinstance(kwargs.get('class_map'), str) and kwargs['class_map']:
+        kwargs['class_map'] = read_class_map(kwargs['class_map'], root or '')
+    dataset = _create_dataset(name, root, split, **kwargs)
+    ordered = _ordered_classes(dataset, name, split, kwargs.get('class_map'), kwargs.get('is_training', False))
+    if ordered is not None:
+        dataset = _create_dataset(name, root, split, **{**kwargs, 'class_map': ordered})
+    if isinstance(getattr(dataset, 'reader', None), ReaderImageInTar):
+        _drop_hidden(dataset.reader)
+    if isinstance(dataset, ImageDataset):
+        return SkipUnreadable(dataset)
+    if isinstance(dataset, IterableImageDataset) and name.lower().startswith(('wds/', 'hfids/')):
+        return SkipDeepStream(dataset)
+    return dataset
+
+
+def _create_dataset(name: str, root: Optional[str], split: str, **kwargs: Any):
+    try:
+        return create_dataset(name, root=root, split=split, **kwargs)
+    except (AssertionError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as e:
+        reason = ' '.join(str(e).split()).rstrip('.').replace('download=True', '--dataset-download')
+        raise ValueError(f'Could not open split {split!r} of data set {name!r} in {root!r}: {reason}.') from e
+
+
+def _drop_hidden(reader: ReaderImageInTar) -> None:
+    """Remove hidden files, such as macOS writes beside every file of a tar, from the samples."""
+    kept = [not os.path.basename(sample[0].name).startswith('.') for sample in reader.samples]
+    reader.samples, reader.targets = reader.samples[kept], reader.targets[kept]
+
+
+def _ordered_classes(dataset, name: str, split: str, class_map: Any, is_training: bool) -> Optional[Dict[Any, int]]:
+    """Return the class index by name that the data set must be opened with again; None if it is right as it is.
+
+    Raises:
+        ValueError: See `hf_classes`.
+    """
+    reader = getattr(dataset, 'reader', None)
+    if name.lower().startswith('hfds/'):
+        return hf_classes(reader, name, split, class_map, is_training)
+    names = getattr(reader, 'class_name_to_idx', None)  # timm's reader of tar files
+    if class_map or not names:
+        return None
+    ordered = class_order(names)
+    return None if list(names) == ordered else {name: index for index, name in enumerate(ordered)}
 
 
 def is_image_folder(name: str) -> bool:
-    """Whether timm takes this for a folder of images: any name without a prefix."""
+    """Return whether timm takes this for a folder of images: any name without a prefix."""
     prefix, slash, rest = name.lower().partition('/')
     return not slash or (prefix == 'torch' and rest in ('folder', 'image_folder'))
 
 
 def folder_of(dataset) -> Optional[str]:
-    """The folder of a split, where the data set is one of files."""
+    """Return the folder of a split, where the data set is one of files."""
     return getattr(getattr(dataset, 'reader', dataset), 'root', None)
 
 
-def _check_split(root: str, split: str) -> None:
-    """Refuse a split that is not there, for timm would take the others for classes."""
-    if find_splits(root):
-        splits = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-        raise FileNotFoundError(f'No split {split!r} in image folder {root!r}. There are: {", ".join(splits)}.')
+def class_indices(dataset) -> Dict[Any, int]:
+    """Return the class index by name; empty where the data set does not know its classes."""
+    source = getattr(dataset, 'reader', dataset)
+    return getattr(source, 'class_to_idx', None) or getattr(source, 'class_name_to_idx', None) or {}
 
 
-def find_splits(root: str) -> List[str]:
-    """Names of the splits in a folder, among those that timm looks for."""
-    return [name for name in _SPLITS if os.path.isdir(os.path.join(root, name))]
-
-
-def _check_folders(
-        root: str,
-        class_to_idx: Dict[str, int],
-        class_map: Any = '',
-        is_training: bool = False,
-        input_key: Optional[str] = None,
-        **_: Any,
-) -> None:
-    """Refuse folders that timm would take for other classes than are meant, and name what it leaves out."""
-    if isinstance(class_map, dict):
-        return  # of a model or of the training set, and not of the user
-    types = set(input_key.split(';')) if input_key else get_img_extensions(as_set=True)
-    folders, others = [], Counter[str]()
-    for path, _dirs, files in os.walk(root, followlinks=True):
-        kinds = Counter(os.path.splitext(file)[1].lower() for file in files)
-        if types & set(kinds):
-            folders.append(Path(path).relative_to(root))
-        others.update({kind: count for kind, count in kinds.items() if kind not in types})
-    others = Counter({k: n for k, n in others.items() if (guess_type(f'x{k}')[0] or '').startswith('image/')})
-    if others and is_training and not input_key:
-        _logger.warning(
-            f'Images in {root!r} that are left out, for they are of types that are not read:'
-            f' {", ".join(f"{count} {kind}" for kind, count in others.most_common())}. Convert them, to PNG or JPEG.')
-    if class_map:
-        _compare_class_map(class_map, root, {path.name for path in folders}, class_to_idx, is_training)
-    else:
-        _check_class_folders(root, folders, class_to_idx, is_training)
-
-
-def _check_class_folders(root: str, folders: List[Path], class_to_idx: Dict[str, int], is_training: bool) -> None:
-    """timm numbers the innermost folders that have images, so a hidden or an empty one would shift the classes."""
-    for path in folders:
-        if any(part.startswith('.') for part in path.parts):
-            raise ValueError(f'The hidden folder {str(root / path)!r} has images, and would be a class. Remove it.')
-        if not path.parts:
-            raise ValueError(f'There are images in {root!r} itself. Expected a folder for each class. Move them.')
-    nested = sorted({path.name for path in folders if len(path.parts) > 1})
-    if nested:
-        raise ValueError(
-            f'There are folders in class folders of {root!r}, and classes are taken from the innermost folders:'
-            f' {_first(nested)}. Move the images up. If these are the classes, list them in a --class-map.')
-    for entry in sorted(os.scandir(root), key=lambda entry: entry.name) if is_training else ():
-        if entry.is_dir() and entry.name not in class_to_idx and not entry.name.startswith('.'):
-            raise ValueError(f'Class folder {entry.path!r} has no images. Add some, or remove the folder.')
-
-
-def _compare_class_map(
-        class_map: str, root: str, names: Set[str], class_to_idx: Dict[str, int], is_training: bool) -> None:
-    """timm leaves out what a class map does not name; validation need not have all that it does."""
-    unlisted = sorted(names - set(class_to_idx))
-    missing = sorted(str(name) for name in set(class_to_idx) - names if name) if is_training else []
-    if unlisted or missing:
-        _logger.warning(
-            f'--class-map {class_map} is not of {root!r}:'
-            + (f' folders that it does not name are left out: {_first(unlisted)}.' if unlisted else '')
-            + (f' These classes have no images: {_first(missing)}.' if missing else ''))
-
-
-def _first(names: List[str]) -> str:
-    return ', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
-
-
-def _check_depth(samples: Sequence[Tuple[str, int]], mode: str) -> None:
-    """Look at an image of each class, of some classes where there are many, for depths that Pillow does not convert."""
-    paths = list({label: path for path, label in reversed(samples)}.values())
-    for path in paths[::-(-len(paths) // NUM_DEPTH_CHECKS)]:
-        try:
-            with Image.open(path) as image:
-                found = image.mode
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            continue  # it is named when it is read
-        check_mode(path, found, mode)
-
-
-def check_mode(path: str, found: str, mode: str) -> None:
-    """Refuse an image that Pillow would not convert but clip, to white as a rule.
+class Classes(NamedTuple):
+    """Classes of a training set, as a checkpoint keeps them.
 
     Args:
-        path: Its file.
-        found: The mode that it has.
-        mode: The mode that is asked for.
+        indices: Class index by name; empty where the data set does not know its classes.
+        digests: See `class_digests`, by class index.
+    """
+    indices: Dict[Any, int] = {}
+    digests: Dict[int, str] = {}
+
+
+UNKNOWN_CLASSES = Classes()
+
+
+def classes_of(dataset) -> Classes:
+    """Return the classes of a training set."""
+    return Classes(class_indices(dataset), class_digests(getattr(dataset, 'reader', None)))
+
+
+def open_with_classes(trained: Classes, name: str, root: Optional[str], split: str, **kwargs: Any):
+    """Open the training split of a run that is resumed, with the class indices that the run began with.
+
+    Args:
+        trained: Of the checkpoint.
+        name: See `open_dataset`.
+        root: See `open_dataset`.
+        split: See `open_dataset`.
+        **kwargs: See `open_dataset`.
 
     Raises:
-        ValueError: More than 8 bits in each channel where 8 are asked for.
+        ValueError: If the class names are others, or the images of a class are those that another one had.
     """
-    if found.split(';')[0] in _DEEP_MODES and mode.split(';')[0] not in _DEEP_MODES:
+    dataset = open_dataset(name, root, split, **kwargs)
+    found = class_indices(dataset)
+    if not trained.indices or not found:
+        return dataset
+    remedy = ' Restore the names, or begin in another --experiment.'
+    if set(found) != set(trained.indices):
+        new = class_order(str(name) for name in set(found) - set(trained.indices))
+        gone = class_order(str(name) for name in set(trained.indices) - set(found))
         raise ValueError(
-            f'{path!r} is a 16-bit image, or deeper (mode {found}). Pillow would clip it: convert the images to 8 bit'
-            ' first.')
-
-
-def _class_to_idx(dataset) -> Dict[str, int]:
-    return getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None) or {}
+            'The classes are not those that the run began with.'
+            + (f' New: {", ".join(new[:10])}.' if new else '') + (f' Missing: {", ".join(gone[:10])}.' if gone else '')
+            + remedy)
+    if found != trained.indices:
+        _logger.info('The classes come in another order than when the run began. Their labels are matched by name.')
+        dataset = relabel(name, root, split, trained.indices, **kwargs)
+    names = {index: name for name, index in trained.indices.items()}
+    now, then = classes_of(dataset).digests, trained.digests
+    for index, digest in now.items():
+        former = next((other for other, before in then.items() if before == digest), index)
+        if former != index and then.get(index) != digest:
+            raise ValueError(
+                f'Class {names[index]!r} has the images that class {names[former]!r} had when the run began.{remedy}')
+    return dataset
 
 
 def open_eval_dataset(train_set, name: str, root: Optional[str], split: str, class_map: str = '', **kwargs: Any):
@@ -187,31 +198,31 @@ def open_eval_dataset(train_set, name: str, root: Optional[str], split: str, cla
     serve as the class map.
 
     Raises:
-        ValueError: A validation folder with a class that training does not know, or one that can't be mapped.
+        ValueError: If validation has a class that training has not, or labels that cannot be mapped.
     """
     dataset = open_dataset(name, root, split, class_map=class_map, **kwargs)
-    known, found = _class_to_idx(train_set), _class_to_idx(dataset)
-    if not class_map and known and found and known != found:
-        unknown = sorted(set(found) - set(known))
+    known, found = class_indices(train_set), class_indices(dataset)
+    if known and found and known != found:
+        unknown = class_order(map(str, set(found) - set(known)))
         if unknown:
             raise ValueError(
                 f'Split {split!r} has classes that the training set has not: {", ".join(unknown[:5])}.'
-                ' Rename or remove their folders, or name the labels with --class-map.')
+                ' Rename or remove them, or name the labels with --class-map.')
         dataset = relabel(name, root, split, known, **kwargs)
     return dataset
 
 
-def relabel(name: str, root: Optional[str], split: str, class_to_idx: Dict[str, int], **kwargs: Any):
+def relabel(name: str, root: Optional[str], split: str, class_to_idx: Dict[Any, int], **kwargs: Any):
     """Open a split with given labels.
 
     Raises:
-        ValueError: See `open_dataset`; or labels that can't be given, and are others.
+        ValueError: See `open_dataset`; or if the labels differ and the data set takes no others.
     """
-    dataset = open_dataset(name, root, split, class_map=class_to_idx, **kwargs)
-    if _class_to_idx(dataset) != class_to_idx:  # torchvision's data sets take no class map
+    dataset = open_dataset(name, root, split, **{**kwargs, 'class_map': class_to_idx})
+    if class_indices(dataset) != class_to_idx:  # torchvision's data sets take no class map
         raise ValueError(
-            f'Split {split!r} of data set {name!r} has other classes than training, which shifts its labels.'
-            ' Leave out --dataset, for timm to read the folder.')
+            f'Split {split!r} of data set {name!r} has other classes, or another order, than training, and cannot be'
+            ' relabelled. Leave out --dataset, so that timm reads the folder.')
     return dataset
 
 
@@ -236,14 +247,17 @@ class _Wrapper(Dataset):
 
 
 class SkipUnreadable(_Wrapper):
-    """A timm data set that names the files it can not read, once in all workers, and takes the next image instead.
+    """A timm data set that skips the files it cannot read, names each once in all workers, and takes the next image.
+
+    Images of 16 bits and more count as unreadable where 8 are asked for: Pillow would clip them, and only some types of
+    files say how many of the bits are used.
 
     Args:
-        dataset: timm's `ImageDataset`, which takes the next image too, but tells its number only; or a fraction of one.
+        dataset: timm's `ImageDataset`, or a fraction of one.
         max_skips: How many images in a row may be unreadable.
 
     Raises:
-        OSError: More than that are.
+        OSError: If more than that are.
     """
 
     def __init__(self, dataset, max_skips: int = 10) -> None:
@@ -251,10 +265,20 @@ class SkipUnreadable(_Wrapper):
         source: Any = dataset
         while isinstance(source, _Wrapper):
             source = source.dataset
+        self._transform, source.transform = source.transform, None
+        self.input_img_mode, source.input_img_mode = source.input_img_mode, ''  # so that images come unconverted
         source._max_retries = 1
         self.max_skips = max_skips
-        # shared, for the workers of a loader may be others in each epoch; a fraction may have its files several times
+        # shared, because a loader may start new workers in each epoch; a fraction may have its files several times
         self.is_named = torch.zeros(len(getattr(dataset, 'indices', dataset)), dtype=torch.bool).share_memory_()
+
+    @property
+    def transform(self):
+        return self._transform
+
+    @transform.setter
+    def transform(self, transform) -> None:
+        self._transform = transform
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -262,16 +286,64 @@ class SkipUnreadable(_Wrapper):
     def __getitem__(self, index: int):
         for _ in range(self.max_skips):
             try:
-                return self.dataset[index]
-            except RuntimeError as e:
-                if not str(e).startswith('Failed to load'):
-                    raise
-            name = self.dataset.filename(index, absolute=True)
-            if not self.is_named[index % len(self.is_named)]:
-                self.is_named[index % len(self.is_named)] = True
-                _logger.warning(f'Unreadable image {name!r}: the next one takes its place. Repair or remove it.')
+                image, *rest = self._read(index)
+            except ValueError as e:
+                reason = str(e)
+            else:
+                return (image if self.transform is None else self.transform(image), *rest)
+            place = index % len(self.is_named)
+            if not self.is_named[place]:
+                self.is_named[place] = True
+                _logger.warning(f'{reason} Skipped: the next image takes its place.')
             index = (index + 1) % len(self.dataset)
-        raise OSError(f'{self.max_skips} images in a row can not be read, the last one is {name!r}.')
+        raise OSError(f'{self.max_skips} images in a row cannot be read. The last one: {reason}')
+
+    def _read(self, index: int):
+        """Return the converted image, its label and what else the data set gives.
+
+        Raises:
+            ValueError: If the image cannot be read. The message names it.
+        """
+        try:
+            image, *rest = self.dataset[index]
+        except RuntimeError as e:
+            if not str(e).startswith('Failed to load'):
+                raise
+            raise ValueError(f'{self._name(index)!r} cannot be read as an image.') from e
+        if is_deep(image.mode, self.input_img_mode):
+            check_mode(self._name(index), image.mode, self.input_img_mode)
+        try:
+            return image.convert(self.input_img_mode), *rest
+        except _BROKEN as e:
+            raise ValueError(f'{self._name(index)!r} cannot be read as an image ({" ".join(str(e).split())}).') from e
+
+    def _name(self, index: int) -> str:
+        return self.dataset.filename(index, absolute=True) or f'image {index}'
+
+
+class SkipDeepStream(IterableImageDataset):
+    """A stream of images that skips those of 16 bits and more, with one warning in each worker.
+
+    Args:
+        dataset: timm's, of WebDataset shards or streamed from Hugging Face.
+    """
+
+    def __init__(self, dataset: IterableImageDataset) -> None:
+        super().__init__('', reader=dataset.reader, transform=dataset.transform)
+        self.input_img_mode, self.reader.input_img_mode = self.reader.input_img_mode, ''
+
+    def __iter__(self):
+        is_named = False
+        for image, target in self.reader:
+            if is_deep(image.mode, self.input_img_mode):
+                if not is_named:
+                    _logger.warning(
+                        f'Skips images of the stream with 16 bits per channel or more (mode {image.mode}), which Pillow'
+                        ' clips to white. Convert them to 8 bits.')
+                is_named = True
+                continue
+            image = image.convert(self.input_img_mode)
+            yield image if self.transform is None else self.transform(image), target
 
 
 class ClassFraction(_Wrapper):
@@ -320,9 +392,12 @@ class ClassFraction(_Wrapper):
 
 
 def set_image_mode(dataset, mode: str) -> None:
-    """Let a timm data set hand out images in this PIL mode."""
-    while isinstance(dataset, _Wrapper):
+    """Have a timm data set give images in a Pillow mode."""
+    while isinstance(dataset, _Wrapper) and not isinstance(dataset, SkipUnreadable):
         dataset = dataset.dataset
+    if isinstance(dataset, (SkipUnreadable, SkipDeepStream)):
+        dataset.input_img_mode = mode
+        return
     for source in (dataset, getattr(dataset, 'reader', dataset)):
         if hasattr(source, 'input_img_mode'):
             source.input_img_mode = mode
@@ -330,7 +405,7 @@ def set_image_mode(dataset, mode: str) -> None:
 
 def class_names(dataset) -> Optional[List[str]]:
     """Class names in the order of their indices, where the data set knows them."""
-    class_to_idx = _class_to_idx(dataset)
+    class_to_idx = class_indices(dataset)
     if not class_to_idx or sorted(class_to_idx.values()) != list(range(len(class_to_idx))):
         return None  # unknown, or a class map with gaps or with several names for a class
     return [str(name) for name in sorted(class_to_idx, key=lambda name: class_to_idx[name])]
@@ -352,7 +427,7 @@ def check_labels(dataset, num_classes: int, remedy: str = '') -> None:
     Raises:
         ValueError: More classes than `num_classes`.
     """
-    class_to_idx = _class_to_idx(dataset)
+    class_to_idx = class_indices(dataset)
     count = max(class_to_idx.values(), default=-1) + 1
     if count > num_classes:
         remedy = remedy or f'Set --num-classes {count}.'

@@ -1,9 +1,11 @@
 """The command line of train.py: timm's flags with timm's defaults, DearKD's own, and YAML files of either."""
 import argparse
 import logging
+import os
 from typing import Any, Dict, List, NoReturn, Optional, Sequence, Tuple
 
 import yaml
+from timm.models import is_model
 from timm.utils import ParseKwargs
 
 __all__ = ['build_config_parser', 'build_parser', 'parse_args']
@@ -97,8 +99,9 @@ def _add_data(group) -> None:
     add('data', nargs='?', metavar='DIR', help='data set folder')
     add('--data-dir', metavar='DIR', help='data set folder')
     add('--dataset', default='', help="type and name ('' is an image folder)")
-    add('--train-split', default='train')
-    add('--val-split', default='validation', help='\'\' trains without validation')
+    add('--train-split', default='train', help='training split: a folder in DIR, or a path (train)')
+    add('--val-split', default='validation',
+        help="validation split, as --train-split; '' trains without one (validation)")
     add('--train-num-samples', type=int, help='of streamed data sets that do not say it')
     add('--val-num-samples', type=int)
     add('--train-fraction', type=float, default=1., help='train on this share of every class, always the same images')
@@ -106,7 +109,7 @@ def _add_data(group) -> None:
     add('--fraction-keep', default='epochs', choices=('epochs', 'steps'),
         help='with fewer images, train for as many epochs, or for as many steps as with all of them')
     add('--dataset-download', action='store_true')
-    add('--class-map', default='', metavar='FILE')
+    add('--class-map', default='', metavar='FILE', help='class names, one per line, in the order of their indices')
     add('--input-img-mode', help='image mode, RGB or L (by the number of channels)')
     add('--input-key')
     add('--target-key')
@@ -130,7 +133,7 @@ def _add_data(group) -> None:
 
 def _add_model(group) -> None:
     add = group.add_argument
-    add('--model', default='resnet50', metavar='NAME')
+    add('--model', default='resnet50', metavar='NAME', help='timm model, or the output folder of a run (resnet50)')
     add('--pretrained', action='store_true', help='start from pretrained weights')
     add('--pretrained-path', metavar='FILE', help='start from this file as if it were the pretrained weights')
     add('--pretrained-cfg-overlay', nargs='*', default={}, action=_ParseKwargs,
@@ -382,5 +385,7 @@ def parse_args(
     args = parser.parse_args(rest, parser.parse_args(config_argv))
     if args.data and not parser.parse_args(rest).data_dir:
         args.data_dir = None  # the file's
+    if os.path.isdir(args.model) and not is_model(args.model):
+        args.model = f'local-dir:{args.model}'
     args_text = yaml.safe_dump(vars(args), default_flow_style=False)
     return args, args_text

@@ -22,11 +22,13 @@ from torch.utils._pytree import tree_map_only
 from distill_hooks.errors import first_line
 
 from ..files import write_table, write_text
+from .data import UNKNOWN_CLASSES, Classes
 from .device import Precision
 from .interrupt import TrainingError
 
 __all__ = [
-    'AtomicCheckpointSaver', 'Position', 'complete_export', 'export_model', 'find_checkpoint', 'read_run_info',
+    'AtomicCheckpointSaver', 'Position', 'complete_export', 'export_model', 'find_checkpoint', 'read_classes',
+    'read_run_info',
     'refuse_to_overwrite', 'remove_recovery', 'resume_run', 'save_config', 'save_folder', 'save_images', 'trim_table',
     'write_run_info',
 ]
@@ -39,13 +41,14 @@ EXPORT_NAME = 'model_best.safetensors'
 class _TaskWithRun:
     """A task whose checkpoints hold the run's state too."""
 
-    def __init__(self, task: TrainingTask, run_state: Dict[str, Any]) -> None:
+    def __init__(self, task: TrainingTask, run_state: Dict[str, Any], classes: Classes) -> None:
         self.task = task
         self.run_state = run_state
+        self.classes = classes
 
     def get_checkpoint_state(self, ema: bool = False, **kwargs: Any) -> Dict[str, Any]:
         state = self.task.get_checkpoint_state(ema=ema, **kwargs)
-        return state if ema else {**state, **self.run_state}
+        return state if ema else {**state, **self.run_state, 'classes': self.classes._asdict()}
 
 
 class AtomicCheckpointSaver(CheckpointSaver):
@@ -55,17 +58,18 @@ class AtomicCheckpointSaver(CheckpointSaver):
 
     Args:
         *args: timm's.
+        classes: Classes of the training set, for every checkpoint.
         **kwargs: timm's.
 
     Raises:
         TrainingError: A file that can't be written, in `save_checkpoint` and the like. Those there are stay.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, classes: Classes = UNKNOWN_CLASSES, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.run_state: Dict[str, Any] = {}
         if self.task is not None:
-            self.task = _TaskWithRun(self.task, self.run_state)
+            self.task = _TaskWithRun(self.task, self.run_state, classes)
 
     def _save(self, save_path, epoch, metric=None):
         try:
@@ -215,6 +219,17 @@ def find_checkpoint(folder: str) -> str:
         raise ValueError(
             f'No checkpoint in {folder!r} can be read: {", ".join(tried)}. Begin anew in another --experiment.')
     return max(found)[1] if found else ''
+
+
+def read_classes(path: str) -> Classes:
+    """Return the classes that a checkpoint was trained with; unknown ones where it has none, or for no path."""
+    if not path:
+        return UNKNOWN_CLASSES
+    try:
+        checkpoint = load_checkpoint_metadata(path)
+    except Exception:  # `resume_run` tells why it cannot be read
+        return UNKNOWN_CLASSES
+    return Classes(**((checkpoint if isinstance(checkpoint, dict) else {}).get('classes') or {}))
 
 
 def refuse_to_overwrite(folder: str, resume: str) -> None:

@@ -44,7 +44,7 @@ def test_unreadable_images_are_named_once_and_replaced(image_folder, tmp_path, c
     assert len(messages) == 2 and 'a.png' in ''.join(messages) and '0.png' in ''.join(messages)
     for path in (root / 'train').glob('*/*.png'):
         path.write_bytes(b'nothing')
-    with pytest.raises(OSError, match='10 images in a row can not be read'):
+    with pytest.raises(OSError, match='10 images in a row cannot be read'):
         open_dataset('', str(root), 'train')[0]
 
 
@@ -89,11 +89,8 @@ def copy_into(image_folder, root, *names):
 @pytest.mark.parametrize('names, message', [
     (['grass/2021', 'rust/2020'], 'innermost folders: 2020, 2021. Move the images up'),
     (['rust/grass'], 'innermost folders: grass'),
-    (['.ipynb_checkpoints'], "hidden folder '.*/train/.ipynb_checkpoints' has images"),
-    (['grass/.ipynb_checkpoints'], "hidden folder '.*/train/grass/.ipynb_checkpoints' has images.*Remove it"),
-    (['.cache/grass'], 'hidden folder'),
     (['.'], "images in '.*/train' itself"),
-], ids=['years', 'class in a class', 'beside', 'inside', 'deep', 'no class'])
+], ids=['years', 'class in a class', 'no class'])
 def test_classes_are_the_folders_of_the_split(names, message, image_folder, tmp_path):
     root = copy_into(image_folder, tmp_path / 'data', *names)
     for name in ('', 'image_folder'):
@@ -109,7 +106,7 @@ def test_a_class_map_chooses_among_any_folders_and_is_compared_with_them(image_f
     dataset = open_dataset('', root, 'train', is_training=True, class_map=str(class_map))
     assert [label for _, label in dataset] == [0] + [2] * 16
     assert len(caplog.messages) == 1
-    assert 'are left out: blue sky, owl, rust.' in caplog.text and 'classes have no images: Owl.' in caplog.text
+    assert 'it does not name: blue sky, owl, rust.' in caplog.text and 'classes have no images: Owl.' in caplog.text
     caplog.clear()
     class_map.write_text('dog\nowl\ngrass\nrust\nblue sky\n')
     open_dataset('', root, 'train', is_training=True, class_map=str(class_map))
@@ -131,7 +128,7 @@ def test_images_of_other_types_are_read_and_those_that_are_not_are_counted(image
     means = {dataset.filename(i)[-5:]: np.asarray(dataset[i][0]).mean() for i in range(len(dataset))}
     for kind in types:
         assert means[f'a.{kind}'[-5:]] == pytest.approx(pixels.mean(), abs=5)
-    assert len(caplog.messages) == 1 and 'read: 2 .heic, 1 .avif.' in caplog.text
+    assert len(caplog.messages) == 1 and 'are not read: 2 .heic, 1 .avif.' in caplog.text
 
 
 @pytest.mark.parametrize('mode, name', [('I;16', '0.png'), ('I', '0.tif'), ('F', '0.tif')])
@@ -144,7 +141,7 @@ def test_deep_images_are_refused(mode, name, image_folder, tmp_path):
     path.parent.mkdir()
     Image.fromarray(np.full((8, 8), 30_000, {'I;16': np.uint16, 'I': np.int32, 'F': np.float32}[mode])).save(path)
     for wanted in ('RGB', 'L'):
-        with pytest.raises(ValueError, match=f'rust/{name}.*mode {mode}.*convert the images to 8 bit first'):
+        with pytest.raises(ValueError, match=f'rust/{name}.*mode {mode}.*Convert it to 8 bits'):
             open_dataset('', str(root), 'train', input_img_mode=wanted)
     assert len(open_dataset('', str(root), 'train', input_img_mode='F'))  # what asks for it gets it
     for i in range(60):  # of many classes, not every one is looked at
@@ -187,7 +184,7 @@ def test_validation_takes_the_labels_of_training(image_folder, tmp_path):
     dataset = open_eval_dataset(train_set, '', str(root), 'validation')
     assert [label for _, label in dataset] == [1] * 4 + [2] * 4
     torchvisions = open_dataset('torch/image_folder', str(root), 'train')
-    with pytest.raises(ValueError, match='shifts its labels. Leave out --dataset'):
+    with pytest.raises(ValueError, match='cannot be relabelled. Leave out --dataset'):
         open_eval_dataset(torchvisions, 'torch/image_folder', str(root), 'validation')
     (root / 'validation' / 'grass').rename(root / 'validation' / 'Grass')
     with pytest.raises(ValueError, match='has not: Grass'):
@@ -200,7 +197,7 @@ def test_errors(image_folder, tmp_path):
     with pytest.raises(FileNotFoundError, match='train/CLASS/IMAGE'):
         open_dataset('', str(tmp_path / 'nowhere'), 'train')
     (tmp_path / 'train').mkdir()
-    with pytest.raises(ValueError, match="split 'train'.*DIR/train/CLASS/IMAGE"):
+    with pytest.raises(ValueError, match="No images in .*, split 'train'.*DIR/train/CLASS/IMAGE"):
         open_dataset('', str(tmp_path), 'train')
     with pytest.raises(FileNotFoundError, match="No split 'trian'.*train, validation"):
         open_dataset('', str(image_folder), 'trian')
