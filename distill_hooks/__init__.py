@@ -6,13 +6,18 @@ from .losses import dearkd_loss, hard_label_loss, hidden_loss
 from .schedule import StageWeights, TwoStageSchedule
 from .task import DearKDTask, has_content_tokens
 from .teacher import Teacher, create_teacher, load_class_map, resolve_layer
+from .timm_tasks import FeatureTask, LogitTask, TimmTeacher, TokenTask
 
 __all__ = [
     'Aligner',
     'DearKDTask',
     'FeatureCapture',
+    'FeatureTask',
+    'LogitTask',
     'StageWeights',
     'Teacher',
+    'TimmTeacher',
+    'TokenTask',
     'TwoStageSchedule',
     'create_teacher',
     'dearkd_loss',

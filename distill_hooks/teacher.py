@@ -9,12 +9,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
+from timm.models import get_model_input_config
 
 from .capture import FeatureCapture, find_module
 from .checkpoint import load_model, resolve_teacher, training_args
+from .errors import first_line
 
 __all__ = [
-    'FeatureSpec', 'Teacher', 'create_teacher', 'load_class_map', 'resolve_layer', 'resolve_teacher', 'training_args']
+    'FeatureSpec', 'StudentInput', 'Teacher', 'build_teacher', 'create_teacher', 'load_class_map', 'resolve_layer',
+    'resolve_teacher', 'training_args',
+]
 
 # Containers of stages. timm's feature_info may begin with a stem, of stride 2 at most, that is in none of them
 _STAGES = re.compile(r'^(blocks|stages?|layers?[1-9]?|level[1-9]|s[1-9]|features\.(?!norm0|conv1))')
@@ -26,6 +30,29 @@ class FeatureSpec(NamedTuple):
     num_chs: int
     size: Tuple[int, int]
     non_negative: bool
+
+
+class StudentInput(NamedTuple):
+    """Images that a student gets: their (C, H, W) and the normalisation per channel."""
+    size: Tuple[int, int, int]
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    @classmethod
+    def of(
+            cls,
+            student: nn.Module,
+            size: Optional[Tuple[int, int, int]] = None,
+            mean: Optional[Sequence[float]] = None,
+            std: Optional[Sequence[float]] = None,
+    ) -> 'StudentInput':
+        """Take what is not given from the student's `pretrained_cfg`."""
+        cfg: Any = getattr(student, 'pretrained_cfg', None) or {}
+        channels, height, width = size or get_model_input_config(student)['input_size']
+        return cls(
+            (channels, height, width),
+            mean if mean is not None else cfg.get('mean', IMAGENET_DEFAULT_MEAN),
+            std if std is not None else cfg.get('std', IMAGENET_DEFAULT_STD))
 
 
 def resolve_layer(model: nn.Module, layer: Optional[str] = None, max_stride: Optional[float] = None) -> str:
@@ -183,6 +210,7 @@ class Teacher(nn.Module):
 
         self.capture = FeatureCapture(model, self.layers)
         self._run = self._forward
+        self._run_pooled = self._pooled
         self.eval()
 
     def _set_class_map(self, class_map: Sequence[int]) -> None:
@@ -203,6 +231,7 @@ class Teacher(nn.Module):
     def compile(self, *args, **kwargs) -> None:
         """Compile the forward, hooks included. Takes the arguments of `torch.compile`."""
         self._run = torch.compile(self._forward, *args, **kwargs)
+        self._run_pooled = torch.compile(self._pooled, *args, **kwargs)
 
     def store_weights(self, dtype: torch.dtype) -> None:
         """Keep the weights of convolutions and linear layers in `dtype`, for calls under autocast of that type.
@@ -246,6 +275,56 @@ class Teacher(nn.Module):
         """Logits (B, classes) and, if asked for, the maps (B, C, h, w) of `layers`, for the student's input."""
         return self._run(x, with_features)
 
+    def _pooled(self, x: torch.Tensor) -> torch.Tensor:
+        model: Any = self.model
+        self.capture.enabled = False
+        return model.forward_head(model.forward_features(self.prepare_input(x)), pre_logits=True)
+
+    @torch.no_grad()
+    def pooled_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Features (B, D) that the model's classifier takes, for the student's input."""
+        return self._run_pooled(x)
+
+    def _noise(self, input_size: Tuple[int, int, int]) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
+        return torch.randn(1, *input_size, generator=generator).to(self.scale.device, dtype)
+
+    @torch.no_grad()
+    def check_input(self, input_size: Tuple[int, int, int], pooled: bool = False) -> None:
+        """Run the model once on noise, so that an image size that it does not take is found before training.
+
+        Args:
+            input_size: The student's (C, H, W).
+            pooled: Look at `pooled_features`, too.
+
+        Raises:
+            ValueError: If the model does not take the size, or has no pooled features. The message names the remedy.
+        """
+        name = type(self.model).__name__
+        noise = self._noise(input_size)
+        self.capture.enabled = False
+        try:
+            self.model(self.prepare_input(noise))
+        except Exception as e:  # models raise what they like, assertions too
+            height, width = self.img_size or input_size[1:]
+            is_timms = hasattr(self.model, 'pretrained_cfg')
+            own = get_model_input_config(self.model)['input_size'][1:] if is_timms else (height, width)
+            remedy = (
+                f'--kd-teacher-img-size {own[-1]} resizes them to the size that it was made for.'
+                if tuple(own) != (height, width) else
+                'Choose another teacher, or a size that it takes (--kd-teacher-img-size).')
+            raise ValueError(
+                f'Teacher {name} does not take images of {height}x{width} pixels'
+                f' ({first_line(e)[:200].rstrip(".")}). {remedy}') from e
+        if pooled:
+            try:
+                self._pooled(noise)
+            except Exception as e:
+                raise ValueError(
+                    f'Teacher {name} gives no pooled features ({first_line(e)[:200].rstrip(".")}). Choose another'
+                    ' teacher, or --kd-distill-type logit.') from e
+
     @torch.no_grad()
     def probe(self, input_size: Tuple[int, int, int]) -> List[FeatureSpec]:
         """Shape and sign of each layer's feature map, from one forward of noise.
@@ -256,10 +335,7 @@ class Teacher(nn.Module):
         Raises:
             ValueError: A layer whose output is not a 4-D map, or has its channels last where none would expect it.
         """
-        generator = torch.Generator().manual_seed(0)
-        dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
-        noise = torch.randn(1, *input_size, generator=generator).to(self.scale.device, dtype)
-        _, features = self._forward(noise, True)
+        _, features = self._forward(self._noise(input_size), True)
         specs = []
         for layer, feature in zip(self.layers, features):
             if not isinstance(feature, torch.Tensor) or feature.ndim != 4:
@@ -281,3 +357,62 @@ class Teacher(nn.Module):
 
 
 TeacherLike = Union[str, nn.Module, Teacher]
+
+
+def _check_classes(teacher: Teacher, num_classes: int, class_map: Optional[Sequence[int]]) -> None:
+    if class_map is not None and len(class_map) != num_classes:
+        raise ValueError(
+            f'The class map has {len(class_map)} entries, the student {num_classes} classes.'
+            ' Give one teacher class per student class in --kd-class-map.')
+    if teacher.num_classes is not None and teacher.num_classes != num_classes:
+        raise ValueError(
+            f'The teacher knows {teacher.num_classes} classes, the student {num_classes}.'
+            " Say which of the teacher's classes are the student's (--kd-class-map), take a teacher trained on the"
+            f' same ones (--kd-teacher-checkpoint), or set --num-classes {teacher.num_classes}.')
+
+
+def build_teacher(
+        teacher: nn.Module,
+        images: StudentInput,
+        num_classes: Optional[int],
+        layers: Sequence[Optional[str]] = (),
+        img_size: Optional[int] = None,
+        class_map: Optional[Sequence[int]] = None,
+        pooled: bool = False,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+) -> Tuple[Teacher, str]:
+    """Make a model the `Teacher` of a student, and check that it can teach it.
+
+    Args:
+        teacher: The model, which is frozen, moved and converted in place, or a ready `Teacher`.
+        images: What the student gets.
+        num_classes: The student's; None if the teacher's classes do not matter.
+        layers: Module names, see `Teacher`. Of a ready one, only their number counts.
+        img_size: See `Teacher`.
+        class_map: See `Teacher`.
+        pooled: Whether its pooled features will be asked for.
+        device: Where to put it.
+        dtype: What to convert its weights to.
+
+    Returns:
+        The teacher, and its fingerprint, which does not depend on `dtype`.
+
+    Raises:
+        ValueError: If channels, classes, layers or image size do not fit. The message names the remedy.
+    """
+    if not isinstance(teacher, Teacher):
+        names = [layer for layer in layers if layer is not None]
+        teacher = Teacher(teacher, names, images.size[0], images.mean, images.std, img_size, class_map)
+    elif class_map is not None:
+        raise ValueError('A ready Teacher has its own classes. Give the map to it instead: Teacher(class_map=...).')
+    elif layers and len(teacher.layers) != len(layers):
+        raise ValueError(
+            f'The Teacher gives {len(teacher.layers)} layer(s) for {len(layers)} hook(s). Pass as many of each.')
+    if num_classes is not None:
+        _check_classes(teacher, num_classes, class_map)
+    fingerprint = teacher.fingerprint()
+    teacher.model.to(dtype)
+    teacher.to(device)
+    teacher.check_input(images.size, pooled)
+    return teacher, fingerprint
