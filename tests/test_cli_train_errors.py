@@ -44,11 +44,14 @@ ERRORS = {
     'class map file': (
         ['--kd-class-map', 'nothing.txt', '--kd-model-name', 'TEACHER'], "--kd-class-map: no file 'nothing.txt'"),
     'class map kind': (
-        ['--kd-class-map', 'FILE', '--kd-model-name', 'TEACHER', '--kd-distill-type', 'logit'],
-        '--kd-class-map goes with --kd-distill-type dearkd, this run has logit'),
+        ['--kd-class-map', 'FILE', '--kd-model-name', 'TEACHER', '--kd-distill-type', 'feature'],
+        '--kd-class-map goes with --kd-distill-type dearkd or logit or token, this run has feature'),
     'class map of a cnn': (
         ['--model', 'test_resnet', '--kd-class-map', 'FILE', '--kd-model-name', 'TEACHER'],
-        '--kd-class-map goes with --kd-distill-type dearkd, this run has logit'),
+        'not with a teacher class. Write one index'),
+    'teacher size': (
+        ['--model', 'test_resnet', '--kd-model-name', 'TEACHER', '--kd-teacher-img-size', '-1'],
+        'does not take images of -1x-1 pixels'),
     'flag of a vit': (
         ['--model', 'test_resnet', '--dearkd-beta', '5', '--kd-model-name', 'TEACHER'],
         '--dearkd-beta goes with --kd-distill-type dearkd, this run has logit'),
@@ -66,6 +69,9 @@ ERRORS = {
     'script': (['--torchscript', '--torchcompile', 'eager'], '--torchscript does not go with'),
     'script to evaluate': (['--torchscript', '--eval-only'], '--torchscript is for training'),
     'script of a student': (['--torchscript', '--kd-model-name', 'TEACHER'], 'Use --torchcompile'),
+    'script of two heads': (
+        ['--model', 'deit_tiny_distilled_patch16_224', '--model-kwargs', 'depth=1', '--torchscript', '--kd-model-name',
+         'TEACHER', '--kd-distill-type', 'token'], '--torchscript does not go with --kd-distill-type token'),
     'split bn': (['--split-bn'], '--aug-splits'),
     'module': (['--device-modules', 'no_such_module'], 'no_such_module'),
     'seed': (['--seed', '-1'], '--seed is -1, expected 0 or more'),

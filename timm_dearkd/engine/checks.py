@@ -53,9 +53,9 @@ _TAUGHT = {
     'dearkd': (
         'dearkd_stage1_epochs', 'dearkd_stage2', 'dearkd_alpha', 'dearkd_beta', 'dearkd_hooks',
         'dearkd_normalize_features', 'kd_teacher_img_size', 'kd_class_map'),
-    'logit': ('kd_loss_type', 'kd_temperature', *_WEIGHTS),
-    'feature': ('kd_student_feature_dim', 'kd_teacher_feature_dim', *_WEIGHTS),
-    'token': ('kd_token_distill_type', 'kd_temperature', *_WEIGHTS),
+    'logit': ('kd_loss_type', 'kd_temperature', 'kd_teacher_img_size', 'kd_class_map', *_WEIGHTS),
+    'feature': ('kd_student_feature_dim', 'kd_teacher_feature_dim', 'kd_teacher_img_size', *_WEIGHTS),
+    'token': ('kd_token_distill_type', 'kd_temperature', 'kd_teacher_img_size', 'kd_class_map', *_WEIGHTS),
 }
 
 
@@ -175,11 +175,15 @@ def _check_combinations(args: argparse.Namespace) -> None:
 def check_distillation(args: argparse.Namespace, distill_type: str) -> None:
     """Refuse options of another kind of distillation than the student gets.
 
-    Where the kind is named, as over the options of a recipe, they are only said to do nothing. A class map never is.
+    If the command names the kind, as it may over a recipe, such options only give a warning, a class map excepted.
 
     Raises:
-        ValueError: There is one.
+        ValueError: If there is such an option, or the kind does not go with TorchScript.
     """
+    if args.torchscript and distill_type == 'token':
+        raise ValueError(
+            '--torchscript does not go with --kd-distill-type token, which trains two heads that TorchScript merges.'
+            ' Use --torchcompile.')
     others = dict.fromkeys(key for keys in _TAUGHT.values() for key in keys if key not in _TAUGHT[distill_type])
     for key in _given(args, list(others)):
         kinds = ' or '.join(kind for kind, keys in _TAUGHT.items() if key in keys)
