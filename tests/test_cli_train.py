@@ -65,7 +65,7 @@ def test_summary_has_the_stage_and_each_loss(run):
     table = rows(run[0])
     assert list(table[0]) == [
         'epoch', 'train_stage', 'train_alpha', 'train_loss', 'train_ce_loss', 'train_logit_loss', 'train_hidden_loss',
-        'train_teacher_agreement', 'eval_loss', 'eval_top1', 'eval_top5', 'lr']
+        'train_teacher_agreement', 'eval_loss', 'eval_top1', 'eval_top5', 'eval_teacher_top1', 'lr']
     assert [row['train_stage'] for row in table] == ['1'] * 4 + ['2'] * 2
     assert [float(row['train_alpha']) for row in table] == [0.5] * 4 + [0.75, 1.]
     assert [bool(row['train_hidden_loss']) for row in table] == [True] * 4 + [False] * 2
@@ -75,6 +75,18 @@ def test_summary_has_the_stage_and_each_loss(run):
         parts = alpha * float(row['train_ce_loss']) + (1 - alpha) * float(
             row['train_logit_loss'] or 0) + 10 * float(row['train_hidden_loss'] or 0)
         assert float(row['train_loss']) == pytest.approx(parts, rel=1e-4)
+
+
+def test_the_teacher_is_evaluated_beside_the_student(run, cnn, image_folder):
+    """As timm evaluates it, and in every place that tells what the student is worth."""
+    folder, log = run
+    top1 = evaluate(timm.create_model(f'local-dir:{cnn}', pretrained=True), image_folder)['top1']
+    assert [float(row['eval_teacher_top1']) for row in rows(folder)] == pytest.approx([top1] * 6)
+    best = max(float(row['eval_top1']) for row in rows(folder))
+    results = json.loads((folder / 'run.json').read_text())['results']
+    assert results == dict(teacher_top1=pytest.approx(top1, abs=1e-3), student_top1=pytest.approx(best, abs=1e-3))
+    assert f'Top-1: teacher {top1:.2f} %, student {best:.2f} %' in log
+    assert log.count('Teacher: [') == 1
 
 
 def test_every_log_line_has_the_stage_and_each_loss(run):

@@ -151,12 +151,12 @@ def complete_run(args, folder: str, export: Callable[..., Any], use_ema: bool, d
         report(folder, device)
 
 
-def agree(path: str, ranks: Ranks) -> str:
-    """What the primary process says, for it alone may see the output folder."""
-    paths = [path]
+def agree(value: Any, ranks: Ranks) -> Any:
+    """Return the value of the primary process, which alone may see the output folder."""
+    values = [value]
     if ranks.distributed:
-        dist.broadcast_object_list(paths)
-    return paths[0]
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 def schedule_run(args, trainer: Trainer) -> Tuple[Position, range]:
@@ -215,6 +215,7 @@ def fit(
     if start.ema_rng_state is not None and task.has_ema():
         task.trainable_module_ema._sr_generator.set_state(start.ema_rng_state)
     with recorder.tracker, StopRequest(ranks) as stop:
+        evaluate_teacher(trainer, validator, recorder, stop)
         trainer.on_log, trainer.on_update = recorder.on_log, partial(recorder.on_update, stop)
         if validator is not None and validator.in_step:  # else the next update asks
             validator.on_batch = partial(recorder.on_eval_batch, stop)
@@ -237,10 +238,32 @@ def fit(
             recorder.on_epoch(epoch, losses, metrics, metric, lr, is_milestone)
     if recorder.saver is not None:
         complete_run(args, recorder.folder, recorder.export, recorder.export_ema, trainer.precision.device)
+        recorder.compare_with_teacher()
         if recorder.saver.best_metric is not None:
             _logger.info(f'*** Best metric: {recorder.saver.best_metric:.4g} (epoch {recorder.saver.best_epoch})')
             _logger.info(f"*** Load it with timm.create_model('local-dir:{recorder.folder}', pretrained=True)")
         print_results(recorder.results, args.eval_metric)
+
+
+def evaluate_teacher(trainer: Trainer, validator: Optional[Validator], recorder: Recorder, stop: StopRequest) -> None:
+    """Evaluate the teacher once in a run, on the validation images as the student's task feeds it.
+
+    Raises:
+        Interrupted: A signal asks for the end.
+    """
+    task: Any = trainer.task
+    teacher = getattr(task, 'teacher', None)
+    if teacher is None or validator is None or agree(recorder.teacher_top1, trainer.ranks) is not None:
+        return
+    if getattr(teacher, 'teacher', teacher).num_classes not in (None, task.get_eval_model().num_classes):
+        return  # feature distillation takes a teacher of other classes
+
+    def check() -> None:
+        if stop:
+            raise Interrupted(stop.signum)
+
+    validator.on_batch = check if validator.in_step else None
+    recorder.on_teacher(validator(teacher, 'Teacher')['top1'])
 
 
 def report(folder: str, device: torch.device) -> None:

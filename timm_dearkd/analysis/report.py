@@ -149,6 +149,9 @@ def _tiles(run: Run, model: Any) -> List[Tuple[str, str]]:
         if point:
             digits = '.2f' if unit else '.4g'
             tiles.append((f'{point[1]:{digits}}{unit}', f'{which} {label}, epoch {point[0]}'))
+    teacher_top1 = run.info.get('results', {}).get('teacher_top1')
+    if teacher_top1 is not None:
+        tiles.append((f'{teacher_top1:.2f} %', 'top-1 of the teacher'))
     tiles.append((f'{len(run.rows)} / {run.num_epochs}', 'epochs'))
     if model is not None:
         tiles.append((f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M', 'parameters'))

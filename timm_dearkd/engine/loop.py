@@ -230,6 +230,7 @@ class _Clock:
 
     def __init__(self, teacher: TeacherTimer) -> None:
         self.teacher = teacher
+        self.teacher.seconds()  # drop forwards from before, such as an evaluation of the teacher
         self.samples, self.data_time = 0, 0.
         self.start = self.end = time.perf_counter()
 

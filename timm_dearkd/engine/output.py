@@ -28,7 +28,7 @@ from .interrupt import TrainingError
 
 __all__ = [
     'AtomicCheckpointSaver', 'Position', 'complete_export', 'export_model', 'find_checkpoint', 'read_classes',
-    'read_run_info',
+    'read_run_info', 'record_results',
     'refuse_to_overwrite', 'remove_recovery', 'resume_run', 'save_config', 'save_folder', 'save_images', 'trim_table',
     'write_run_info',
 ]
@@ -361,10 +361,19 @@ def write_run_info(folder: str, command: str, position: Position, **info: Any) -
         **info: Anything that JSON holds.
     """
     goes_on = position.epoch or position.update
-    sessions = read_run_info(folder).get('sessions', []) if goes_on else []
+    before = read_run_info(folder) if goes_on else {}
+    sessions = before.get('sessions', [])
     started = datetime.now().astimezone().isoformat(' ', 'seconds')
     sessions.append(dict(command=command, epoch=position.epoch, started=started))
-    write_text(folder, 'run.json', json.dumps(dict(info, sessions=sessions), indent=1))
+    info.update(sessions=sessions, results=before.get('results', {}))
+    write_text(folder, 'run.json', json.dumps(info, indent=1))
+
+
+def record_results(folder: str, **results: float) -> None:
+    """Add figures to the `results` of `run.json`."""
+    info = read_run_info(folder)
+    info['results'] = {**info.get('results', {}), **results}
+    write_text(folder, 'run.json', json.dumps(info, indent=1))
 
 
 def save_config(model: nn.Module, path: Path, label_names: Optional[Sequence[str]] = None, **kwargs: Any) -> None:

@@ -1,4 +1,5 @@
 """What a run writes as it goes: checkpoints, summary.csv, the exported student, and what its trackers are told."""
+import csv
 import json
 import logging
 import math
@@ -13,7 +14,7 @@ from timm.utils import update_summary
 from ..distances import DistanceLog
 from .interrupt import Interrupted, StopRequest
 from .loop import Trainer, mean_lr
-from .output import AtomicCheckpointSaver, remove_recovery, save_images
+from .output import AtomicCheckpointSaver, read_run_info, record_results, remove_recovery, save_images
 from .seeding import get_rng_state
 from .tracking import Tracker, mhca_stats, scalars
 
@@ -62,6 +63,7 @@ class Recorder:
         self.saves_images = saves_images
         self.distance_log = distance_log
         self.results: List[Dict[str, Any]] = []
+        self.teacher_top1: Optional[float] = read_run_info(folder).get('results', {}).get('teacher_top1')
 
     def on_log(self, epoch: int, update: int, losses, rates, images: torch.Tensor) -> None:
         """Take the figures of a log line."""
@@ -139,8 +141,9 @@ class Recorder:
         self._collect_state()
         if self.saver is None:
             return
+        teacher = {} if self.teacher_top1 is None else {'teacher_top1': self.teacher_top1}
         update_summary(
-            epoch, row, metrics or dict.fromkeys(ClassificationEvaluator.metric_names, ''),
+            epoch, row, {**(metrics or dict.fromkeys(ClassificationEvaluator.metric_names, '')), **teacher},
             os.path.join(self.folder, 'summary.csv'), lr=lr)
         if self.distance_log is not None:
             self.distance_log.record(epoch)
@@ -155,6 +158,25 @@ class Recorder:
         if best_epoch == epoch:
             state = self.trainer.task.get_checkpoint_state(ema=self.export_ema)
             self.export(self.folder, state['state_dict_ema' if self.export_ema else 'state_dict'])
+
+    def on_teacher(self, top1: float) -> None:
+        """Take the teacher's top-1 on the validation images, in percent."""
+        self.teacher_top1 = top1
+        if self.saver is not None:
+            record_results(self.folder, teacher_top1=round(top1, 3))
+
+    def compare_with_teacher(self) -> None:
+        """Record the top-1 of the best epoch, and log it beside the teacher's."""
+        if self.saver is None or self.saver.best_epoch is None:
+            return
+        with open(os.path.join(self.folder, 'summary.csv'), newline='') as f:
+            rows = {int(row['epoch']): row for row in csv.DictReader(f)}
+        top1 = rows.get(self.saver.best_epoch, {}).get('eval_top1')
+        if not top1:
+            return
+        record_results(self.folder, student_top1=round(float(top1), 3))
+        if self.teacher_top1 is not None:
+            _logger.info(f'*** Top-1: teacher {self.teacher_top1:.2f} %, student {float(top1):.2f} %')
 
     def _check_agreement(self, losses: Dict[str, float]) -> None:
         """Say so if the teacher's decisions look as if its classes were others, or in another order."""
