@@ -1,5 +1,5 @@
 """timm's own distillation tasks with a `Teacher`."""
-from typing import Any, Dict, Optional, Sequence, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple, cast
 
 import torch
 import torch.nn as nn
@@ -12,6 +12,7 @@ from timm.task import (
 )
 from timm.utils import unwrap_model
 
+from .answers import AnswerCounter
 from .teacher import StudentInput, Teacher, TeacherLike, build_teacher, create_teacher
 
 __all__ = ['FeatureTask', 'LogitTask', 'TimmTeacher', 'TokenTask']
@@ -20,7 +21,8 @@ __all__ = ['FeatureTask', 'LogitTask', 'TimmTeacher', 'TokenTask']
 class TimmTeacher(DistillationTeacher):
     """A `Teacher` with the interface of timm's `DistillationTeacher`.
 
-    timm's tasks take it as it is, and leave normalisation, channels, image size and classes to the `Teacher`.
+    timm's tasks take it as it is, and leave normalisation, channels, image size and classes to the `Teacher`. The
+    latest `logits` are kept.
 
     Args:
         teacher: The teacher.
@@ -29,6 +31,7 @@ class TimmTeacher(DistillationTeacher):
     def __init__(self, teacher: Teacher) -> None:
         super().__init__(teacher.model)
         self.teacher = teacher
+        self.logits: Optional[torch.Tensor] = None
 
     def compile(self, *args, compile_model: bool = True, compile_features: bool = False, **kwargs) -> 'TimmTeacher':
         """Compile the teacher. What is not called is not compiled, so timm's two switches change nothing."""
@@ -43,7 +46,8 @@ class TimmTeacher(DistillationTeacher):
         """Logits (B, classes) or pooled features (B, D) for the student's input."""
         if return_features:
             return self.teacher.pooled_features(input)
-        return self.teacher(input, with_features=False)[0]
+        self.logits, _ = self.teacher(input, with_features=False)
+        return self.logits
 
 
 class TaughtTask(TrainingTask):
@@ -100,6 +104,17 @@ class TaughtTask(TrainingTask):
         init: Any = super().__init__  # of timm's task, not of TrainingTask
         init(student_model, TimmTeacher(teacher), device=device, dtype=dtype, **kwargs)
         self._fingerprint = fingerprint
+        self.answers = AnswerCounter(student.num_classes, teacher.class_map) if self.uses_classes else None
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """Return what timm's task does and, where the teacher's classes matter, 'teacher_agreement'.
+
+        That is the share of the images whose label (the larger one, after Mixup) is the teacher's answer.
+        """
+        result = super().forward(input, target)
+        if self.answers is not None:
+            result['teacher_agreement'] = self.answers.update(cast(Any, self.teacher).logits, target)
+        return result
 
     def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
         """State of timm's task, and the teacher's fingerprint."""

@@ -520,16 +520,35 @@ def test_a_teacher_of_more_classes(train_cli, tmp_path):
         (tmp_path / 'map.txt').write_text('3\n4\n5\n')
 
 
-def test_a_teacher_whose_classes_are_in_another_order_is_said(train_cli, cnn, tmp_path):
+def test_a_teacher_whose_classes_are_in_another_order_is_told(train_cli, cnn, tmp_path):
+    """A map that turns the classes round; then the one that the run has written."""
     (tmp_path / 'map.txt').write_text('1\n2\n0\n')
+    written = tmp_path / 'wrong' / 'kd_class_map.txt'
     agreements = []
-    for name, extra in (('right', []), ('wrong', ['--kd-class-map', tmp_path / 'map.txt'])):
+    for name, extra in (
+            ('right', []), ('wrong', ['--kd-class-map', tmp_path / 'map.txt']),
+            ('mended', ['--kd-class-map', written])):
         result = train_cli('--kd-model-name', f'local-dir:{cnn}', '--epochs', '1', '--no-aug', '--output', tmp_path,
                            '--experiment', name, *extra)
         assert result.returncode == 0, result.stderr
-        assert ('the same order? If not: --kd-class-map FILE' in result.stderr) == (name == 'wrong')
+        assert ("seem to be in another order: class 'blue sky' looks like" in result.stderr) == (name == 'wrong')
+        assert (f'train again with --kd-class-map {written}.' in result.stderr) == (name == 'wrong')
         agreements.append(float(rows(tmp_path / name)[0]['train_teacher_agreement']))
-    assert agreements[0] > 0.8 and agreements[1] < 0.2
+    assert written.read_text() == '0 blue sky\n1 grass\n2 rust\n'
+    assert agreements[0] == agreements[2] > 0.8 and agreements[1] < 0.2
+
+
+def test_a_teacher_that_guesses_is_told(train_cli, tmp_path):
+    """One that was never trained, whose answer is one class or another whatever the image is."""
+    torch.manual_seed(0)
+    model = timm.create_model('test_resnet', num_classes=3)
+    torch.nn.init.zeros_(model.fc.weight)
+    torch.save(model.state_dict(), tmp_path / 'cnn.pth')
+    result = train_cli(
+        '--model', 'test_resnet', '--kd-model-name', 'test_resnet', '--kd-teacher-checkpoint', tmp_path / 'cnn.pth',
+        '--epochs', '1', '--output', tmp_path, '--experiment', 'x')
+    assert result.returncode == 0, result.stderr
+    assert 'the same order? If not: --kd-class-map FILE' in result.stderr and 'another order:' not in result.stderr
 
 
 def test_a_teacher_is_matched_by_the_names_of_its_classes(train_cli, cnn, tmp_path):

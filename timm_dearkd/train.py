@@ -214,6 +214,7 @@ def fit(
         random_seed(args.seed, ranks.rank)
     if start.ema_rng_state is not None and task.has_ema():
         task.trainable_module_ema._sr_generator.set_state(start.ema_rng_state)
+    recorder.resume_answers(start)
     with recorder.tracker, StopRequest(ranks) as stop:
         evaluate_teacher(trainer, validator, recorder, stop)
         trainer.on_log, trainer.on_update = recorder.on_log, partial(recorder.on_update, stop)

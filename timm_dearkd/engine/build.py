@@ -354,6 +354,8 @@ def _build_distillation(
         for size in args.train_img_sizes or ():
             teacher.check_input((data_config['input_size'][0], size, size))
     _log_teacher_size(args, loaded, data_config['input_size'])
+    if task.answers is not None and label_names:
+        task.answers.class_names = list(label_names)
     if args.amp:
         teacher.store_weights(getattr(torch, args.amp_dtype))
     return task

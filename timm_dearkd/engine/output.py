@@ -160,6 +160,7 @@ class Position(NamedTuple):
     epoch: int = 0
     update: int = 0
     meter: Optional[Dict[str, Any]] = None
+    answers: Optional[Dict[str, Any]] = None
     rng_states: Tuple[Dict[str, Any], ...] = ()
     scheduler: Optional[Dict[str, Any]] = None
     ema_rng_state: Optional[torch.Tensor] = None
@@ -333,7 +334,8 @@ def resume_run(
     if within is None:
         return position
     update = within['update'] * within['images_per_update'] // images_per_update
-    return position._replace(epoch=run['epoch'], update=update, meter=within['meter'])
+    return position._replace(
+        epoch=run['epoch'], update=update, meter=within['meter'], answers=within.get('answers'))
 
 
 def read_run_info(folder: Union[str, Path]) -> Dict[str, Any]:
