@@ -3,6 +3,7 @@ import logging
 import os
 import platform
 from datetime import datetime
+from functools import partial
 from typing import Any, Callable, Dict, Optional, cast
 
 import timm
@@ -27,6 +28,7 @@ from .output import (
     write_text,
 )
 from .recorder import Recorder
+from .run_folder import RunFolder, on_primary
 from .tracking import Tracker
 
 __all__ = [
@@ -94,6 +96,7 @@ def output_parent(args) -> str:
 def build_recorder(
         args,
         args_text: str,
+        run_folder: RunFolder,
         trainer: Trainer,
         model: nn.Module,
         data_config: Dict[str, Any],
@@ -103,15 +106,11 @@ def build_recorder(
         distance_images: Optional[torch.Tensor] = None,
 ) -> Recorder:
     """The output folder with `args.yaml` and `run.json`, and what writes into it."""
-    name = args.experiment or '-'.join([
+    default_name = '-'.join([
         datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(data_config['input_size'][-1])])
-    folder, saver = os.path.join(output_parent(args), name), None
-    is_primary = trainer.ranks.is_primary
+    folder = on_primary(trainer.ranks, partial(run_folder.create, default_name, args.resume))
+    saver, is_primary = None, trainer.ranks.is_primary
     if is_primary:
-        try:
-            os.makedirs(folder, exist_ok=True)
-        except OSError as e:
-            raise ValueError(f'Could not make the folder {folder!r} ({e.strerror}). Set another --output.') from e
         write_text(folder, 'args.yaml', args_text)
         write_run_info(folder, position=start, **run_info)
         saver = _build_saver(args, folder, model, trainer)
