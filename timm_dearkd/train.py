@@ -184,12 +184,14 @@ def schedule_run(args, trainer: Trainer) -> Tuple[Position, range]:
         group.update(options)
         if args.sched != 'plateau':  # whose rate is no function of the epoch
             group['lr'] = group['initial_lr'] = rate
+    resumed = start
     if args.start_epoch is not None:
         start = Position(args.start_epoch)
     trainer.num_skipped = start.num_skipped
     trainer.lr_scheduler, num_epochs = build.build_scheduler(args, optimizer, trainer.num_updates, start)
     if isinstance(task, DearKDTask):
         task.schedule = build.build_schedule(args, num_epochs)
+        build_run.log_changed_stages(args, task.schedule.stage1_epochs, resumed, start.epoch)
     build_run.warn_of_short_run(args, num_epochs, trainer.num_updates)
     stop_epoch = num_epochs if args.stop_epoch is None else args.stop_epoch
     for name, epoch in (('stop-epoch', stop_epoch), *(('save-epochs', epoch) for epoch in args.save_epochs)):

@@ -12,6 +12,8 @@ import torch.nn as nn
 from timm.models import safe_model_name
 from timm.task import TrainingTask
 
+from distill_hooks import TwoStageSchedule
+
 from .._version import __version__
 from ..distances import LOG_NAME, DistanceLog
 from .build_data import images_per_update, model_dtype
@@ -32,7 +34,8 @@ from .run_folder import RunFolder, on_primary
 from .tracking import Tracker
 
 __all__ = [
-    'build_recorder', 'build_trainer', 'build_validator', 'describe_run', 'output_parent', 'warn_of_short_run']
+    'build_recorder', 'build_trainer', 'build_validator', 'describe_run', 'log_changed_stages', 'output_parent',
+    'warn_of_short_run']
 
 _logger = logging.getLogger(__name__)
 
@@ -86,6 +89,33 @@ def warn_of_short_run(args, num_epochs: int, num_updates: int) -> None:
         _logger.warning(
             f'{100 * left:.0f} % of the average of weights will still be those that the run starts with. Set'
             ' --model-ema-warmup, or a lower --model-ema-decay.')
+
+
+def log_changed_stages(args, stage1_epochs: int, resumed: Position, first_epoch: int) -> None:
+    """Warn if a resumed run goes back from stage II to stage I, and log any other change of the stages.
+
+    Args:
+        args: The options.
+        stage1_epochs: Epochs of stage I.
+        resumed: Position of the checkpoint.
+        first_epoch: First epoch that is trained now, counted from 0.
+    """
+    before = resumed.options or {}
+    if not before.get('kd_model_name') or 'dearkd_stage1_epochs' not in before:
+        return
+    old_epochs = TwoStageSchedule(before['epochs'], before['dearkd_stage1_epochs']).stage1_epochs
+    if old_epochs == stage1_epochs:
+        return
+    flag = 'epochs' if args.dearkd_stage1_epochs is None else 'dearkd-stage1-epochs'
+    change = f'With --{flag} {getattr(args, flag.replace("-", "_"))}, stage I lasts {stage1_epochs} epochs'
+    keep = f' To keep the stages, set --dearkd-stage1-epochs {old_epochs}.' if old_epochs <= args.epochs else ''
+    last_epoch = resumed.epoch if resumed.update else resumed.epoch - 1
+    if old_epochs <= last_epoch and first_epoch < stage1_epochs:
+        _logger.warning(
+            f'The run was in stage II at epoch {last_epoch}. {change} (was {old_epochs}), so epochs {first_epoch} to'
+            f' {stage1_epochs - 1} are in stage I again.{keep}')
+    else:
+        _logger.info(f'{change} (was {old_epochs}).{keep}')
 
 
 def output_parent(args) -> str:
