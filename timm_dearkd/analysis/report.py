@@ -39,7 +39,8 @@ def check_available() -> None:
     try:
         import jinja2  # noqa: F401
     except ImportError as e:
-        raise ValueError('Reports need jinja2: pip install "timm-dearkd[analysis]".') from e
+        raise ValueError(
+            "Reports need jinja2: pip install -e '.[analysis]' in the clone, or pip install jinja2.") from e
 
 
 def write_report(
