@@ -117,7 +117,8 @@ def test_the_card_is_that_of_the_run(run_folder):
     top1 = max(float(row[rows[0].index('eval_top1')]) for row in rows[1:])
     assert result.metric_value == pytest.approx(top1 / 100, abs=1e-4)
     for text in ('test_dearkd', '**Training images:** 48', '**Teacher:** test_resnet', '**Stage I:** 1 epochs',
-                 'curves.png', '**Stage II:** 1 epochs, anneal', "timm.create_model('hf-hub:someone/dearkd_test'", '@inproceedings'):
+                 'curves.png', '**Stage II:** 1 epochs, anneal', "timm.create_model('hf-hub:someone/dearkd_test'",
+                 '@inproceedings'):
         assert text in card.text, text
     assert str(run_folder.parent) not in card.content  # where its author keeps things
     assert 'pip install PATH_TO_CLONE' in card.text and 'pip install timm-dearkd' not in card.text
