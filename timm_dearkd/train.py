@@ -41,10 +41,10 @@ from timm_dearkd.engine.output import (
     export_model,
     find_checkpoint,
     read_classes,
-    refuse_to_overwrite,
     resume_run,
 )
 from timm_dearkd.engine.recorder import Recorder, print_results
+from timm_dearkd.engine.run_folder import RunFolder, on_primary
 from timm_dearkd.engine.seeding import set_rng_state
 
 _logger = logging.getLogger('train')
@@ -98,13 +98,32 @@ def command_line(argv: Optional[Sequence[str]], ranks: Ranks) -> str:
 
 
 def prepare_training(args, args_text: str, command: str, precision: Precision, ranks: Ranks) -> Callable[[], None]:
-    """The data, the task and the schedules of a run."""
+    """Prepare a run whose folder is locked until the run, or its preparation, ends."""
+    run_folder = RunFolder(build_run.output_parent(args), args.experiment)
+    try:
+        train = build_run_in(run_folder, args, args_text, command, precision, ranks)
+    except BaseException:
+        run_folder.discard()
+        raise
+
+    def run() -> None:
+        with run_folder:
+            train()
+
+    return run
+
+
+def build_run_in(
+        run_folder: RunFolder,
+        args,
+        args_text: str,
+        command: str,
+        precision: Precision,
+        ranks: Ranks,
+) -> Callable[[], None]:
+    """Build the data, the task, the schedules and the recorder of a run."""
     device, is_auto = precision.device, args.resume == 'auto'
-    folder = os.path.join(build_run.output_parent(args), args.experiment)
-    if is_auto:
-        args.resume = agree(find_checkpoint(folder) if ranks.is_primary else '', ranks)
-    if args.experiment and ranks.is_primary:
-        refuse_to_overwrite(folder, args.resume)
+    args.resume = on_primary(ranks, partial(run_folder.find_start, args.resume))
     train_set, eval_set = build_data.build_datasets(args, read_classes(args.resume))
     if eval_set is None:
         args.eval_metric = 'loss'
@@ -125,7 +144,8 @@ def prepare_training(args, args_text: str, command: str, precision: Precision, r
     if is_auto and start.epoch >= epochs.stop:
         _logger.info(f'{args.experiment} has its {start.epoch} epochs already. It is left as it is.')
         use_ema = task.has_ema() and not args.model_ema_force_cpu
-        return partial(complete_run, args, folder, export, use_ema, device) if ranks.is_primary else lambda: None
+        complete = partial(complete_run, args, run_folder.path, export, use_ema, device)
+        return complete if ranks.is_primary else lambda: None
     if start.epoch >= epochs.stop:
         raise ValueError(f'Nothing to train: the run ends after epoch {epochs.stop}, and {start.epoch} are done.')
 
@@ -140,7 +160,8 @@ def prepare_training(args, args_text: str, command: str, precision: Precision, r
     run_info = build_run.describe_run(args, train_set, eval_set, model, precision, ranks)
     run_info.update(command=command, epochs=epochs.stop)
     recorder = build_run.build_recorder(
-        args, args_text, trainer, model, data_config, export, start, run_info, classes_of(train_set), distance_images)
+        args, args_text, run_folder, trainer, model, data_config, export, start, run_info, classes_of(train_set),
+        distance_images)
     return partial(fit, args, trainer, validator, recorder, start, epochs)
 
 
@@ -149,14 +170,6 @@ def complete_run(args, folder: str, export: Callable[..., Any], use_ema: bool, d
     complete_export(folder, export, use_ema)
     if args.report:
         report(folder, device)
-
-
-def agree(value: Any, ranks: Ranks) -> Any:
-    """Return the value of the primary process, which alone may see the output folder."""
-    values = [value]
-    if ranks.distributed:
-        dist.broadcast_object_list(values)
-    return values[0]
 
 
 def schedule_run(args, trainer: Trainer) -> Tuple[Position, range]:
@@ -173,12 +186,14 @@ def schedule_run(args, trainer: Trainer) -> Tuple[Position, range]:
         group.update(options)
         if args.sched != 'plateau':  # whose rate is no function of the epoch
             group['lr'] = group['initial_lr'] = rate
+    resumed = start
     if args.start_epoch is not None:
         start = Position(args.start_epoch)
     trainer.num_skipped = start.num_skipped
     trainer.lr_scheduler, num_epochs = build.build_scheduler(args, optimizer, trainer.num_updates, start)
     if isinstance(task, DearKDTask):
         task.schedule = build.build_schedule(args, num_epochs)
+        build_run.log_changed_stages(args, task.schedule.stage1_epochs, resumed, start.epoch)
     build_run.warn_of_short_run(args, num_epochs, trainer.num_updates)
     stop_epoch = num_epochs if args.stop_epoch is None else args.stop_epoch
     for name, epoch in (('stop-epoch', stop_epoch), *(('save-epochs', epoch) for epoch in args.save_epochs)):
@@ -254,7 +269,7 @@ def evaluate_teacher(trainer: Trainer, validator: Optional[Validator], recorder:
     """
     task: Any = trainer.task
     teacher = getattr(task, 'teacher', None)
-    if teacher is None or validator is None or agree(recorder.teacher_top1, trainer.ranks) is not None:
+    if teacher is None or validator is None or on_primary(trainer.ranks, lambda: recorder.teacher_top1) is not None:
         return
     if getattr(teacher, 'teacher', teacher).num_classes not in (None, task.get_eval_model().num_classes):
         return  # feature distillation takes a teacher of other classes

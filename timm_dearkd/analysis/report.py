@@ -21,7 +21,7 @@ from .attention_distance import plot_over_epochs
 from .attention_map import head_positions, plot_heads
 from .compare import drawn_columns, plot_column, plot_runs
 from .figures import new_figure, render
-from .inputs import ImageFiles, check_counts, class_names, image_transform, load_model
+from .inputs import ImageFiles, check_counts, check_overwrite, class_names, image_transform, load_model
 from .predict import Prediction, accuracy, mistakes_first, predict
 from .runs import Run, open_run, readable
 
@@ -30,6 +30,7 @@ __all__ = ['check_available', 'write_report']
 _logger = logging.getLogger(__name__)
 
 NUM_PICTURES = 18
+PICTURES = ('curves', 'distances', 'heads')  # plots that can be written as PNG files
 
 
 def check_available() -> None:
@@ -38,7 +39,8 @@ def check_available() -> None:
     try:
         import jinja2  # noqa: F401
     except ImportError as e:
-        raise ValueError('Reports need jinja2: pip install "timm-dearkd[analysis]".') from e
+        raise ValueError(
+            "Reports need jinja2: pip install -e '.[analysis]' in the clone, or pip install jinja2.") from e
 
 
 def write_report(
@@ -242,10 +244,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--output', metavar='FILE', help='the page (RUN/report.html)')
     add('--num-images', type=int, default=512, help='validation images that are predicted')
     add('--pictures', metavar='DIR', help='write the plots as PNG files too')
+    add('--overwrite', action='store_true', help='replace files that exist; RUN/report.html always is')
     add('--device', help='cuda, cpu, ... (the accelerator there is, else the CPU)')
 
 
 def run(args: argparse.Namespace) -> None:
     """The command."""
     check_counts(args, 'num_images')
+    default = Path(args.run, 'report.html')
+    files = [Path(args.output or default), *(Path(args.pictures, f'{name}.png') for name in PICTURES if args.pictures)]
+    check_overwrite([file for file in files if file.absolute() != default.absolute()], args.overwrite)
     print(write_report(args.run, args.output, args.num_images, args.device, args.pictures))

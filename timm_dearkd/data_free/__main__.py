@@ -413,7 +413,7 @@ def report(args, dataset: SyntheticSet, model: Any) -> None:
         try:
             write_bytes(dataset.root / 'losses.png', loss_curves(losses))
         except ImportError:
-            _logger.info('The curves of losses.csv are drawn when matplotlib is installed (timm-dearkd[analysis]).')
+            _logger.info('The curves of losses.csv are drawn when matplotlib is installed (pip install matplotlib).')
     failed = f', {counts["failed"]} batches failed' if counts['failed'] else ''
     print(f'{counts["kept"]} of {counts["made"]} images kept{failed}: {dataset.root}/train, manifest.json, samples.png')
     if counts['made']:

@@ -100,6 +100,9 @@ def build_student(
         _logger.warning(
             f'The data set does not tell its classes, so the model has {model.num_classes}. Set --num-classes.')
     has_weights = parse_model_name(args.model)[0] is not None  # local-dir:, hf-hub:
+    if not ((has_weights and args.pretrained) or 'license' in overlay):
+        # the licence of a registered architecture is for its code or its published weights, not for this run's
+        model.pretrained_cfg = {**model.pretrained_cfg, 'license': None}
     if has_weights and not (args.eval_only or args.pretrained or overlay or args.initial_checkpoint or args.resume):
         _logger.warning(f'{args.model} gives its architecture alone, with new weights. For its own: --pretrained.')
     if not args.eval_only:  # where the labels are yet to be those of the model

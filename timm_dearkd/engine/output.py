@@ -165,6 +165,7 @@ class Position(NamedTuple):
     scheduler: Optional[Dict[str, Any]] = None
     ema_rng_state: Optional[torch.Tensor] = None
     num_skipped: int = 0
+    options: Optional[Dict[str, Any]] = None  # that the run had before
 
 
 def _recovery_files(folder: str) -> List[Path]:
@@ -329,6 +330,7 @@ def resume_run(
         scheduler=state['scheduler'],
         ema_rng_state=state['ema_rng_state'],
         num_skipped=run.get('num_skipped', 0),
+        options=vars(trained) if isinstance(trained, Namespace) else None,
     )
     within = state['progress']
     if within is None:
