@@ -114,8 +114,8 @@ def test_a_teacher_in_another_order_is_told_after_the_first_epoch(tmp_path, capl
         recorder = make_recorder(folder, kind, given)
         trainer = recorder.trainer
         start = resume_run(
-            f'{folder}/recovery-0-4.pth.tar', trainer.task, dict(model='visiontransformerdistilled', opt=''), trainer.step.optimizer,
-            trainer.precision, images_per_update=4)
+            f'{folder}/recovery-0-4.pth.tar', trainer.task, dict(model='visiontransformerdistilled', opt=''),
+            trainer.step.optimizer, trainer.precision, images_per_update=4)
         recorder.resume_answers(start)
         losses = trainer.train_epoch(start.epoch, start.update, start.meter)
         assert recorder.answers.read().sum() == 24
