@@ -73,6 +73,7 @@ class AnswerCounter:
             self._batches += 1
             if self.counts is None:
                 self.counts = torch.zeros(2 * self.num_classes ** 2, dtype=torch.long, device=labels.device)
+            self.counts = self.counts.to(labels.device)  # the task may have moved
             # bincount would wait for the device
             self.counts.index_add_(0, (halves * self.num_classes + labels) * self.num_classes + answers, is_clear)
         return (answers == labels).float().mean()
