@@ -233,6 +233,14 @@ def _load_weights(model: nn.Module, state_dict: Dict[str, torch.Tensor], name: s
         ' all shapes agree. That says nothing of activations, padding or the eps of BatchNorm: check the accuracy.')
 
 
+def nearest_names(name: str) -> str:
+    """Return up to four timm names that resemble an unknown one, for an error: those that it begins come first."""
+    names = list_models()
+    beginnings = [known for known in names if known.startswith(name.lower().replace('-', '_'))]
+    near = difflib.get_close_matches(name, names, n=4, cutoff=0.4)
+    return ', '.join(list(dict.fromkeys(beginnings + near))[:4]) or 'none'
+
+
 def resolve_teacher(name: str, checkpoint: Optional[str] = None) -> Tuple[str, Optional[str]]:
     """The name by which timm knows a teacher, and the file of its weights.
 
@@ -253,8 +261,7 @@ def resolve_teacher(name: str, checkpoint: Optional[str] = None) -> Tuple[str, O
             f'No folder {folder!r}. Give the output folder of a run, the name of a timm model, or hf-hub:ORG/NAME.')
     source, architecture = parse_model_name(name)
     if source is None and not is_model(architecture.split('.')[0]):
-        near = ', '.join(difflib.get_close_matches(architecture, list_models(), n=4, cutoff=0.4)) or 'none'
-        raise ValueError(f'Unknown model {name!r}. The nearest timm names: {near}.')
+        raise ValueError(f'Unknown model {name!r}. The nearest timm names: {nearest_names(architecture)}.')
     return name, checkpoint
 
 

@@ -87,6 +87,7 @@ def test_the_teacher_is_evaluated_beside_the_student(run, cnn, image_folder):
     assert results == dict(teacher_top1=pytest.approx(top1, abs=1e-3), student_top1=pytest.approx(best, abs=1e-3))
     assert f'Top-1: teacher {top1:.2f} %, student {best:.2f} %' in log
     assert log.count('Teacher: [') == 1
+    assert len(re.findall(r'Epoch 0 took 0:00:\d\d. Expected end: about \d{4}-\d\d-\d\d \d\d:\d\d, in', log)) == 1
 
 
 def test_every_log_line_has_the_stage_and_each_loss(run):

@@ -78,6 +78,7 @@ ERRORS = {
     'milestone': (['--save-epochs', '1', '7'], '--save-epochs is 7, expected 1 to 2'),
     'milestone of nothing': (['--save-epochs', '0', '2'], '--save-epochs is 0, expected 1 to 2'),
     'model': (['--model', 'dearkd_tny_patch16_224'], 'dearkd_tiny_patch16_224'),
+    'beginning of a model': (['--model', 'dearkd-small'], 'The nearest names: dearkd_small_patch16_224'),
     'batch size': (['--batch-size', '64'], 'Set --batch-size to 48 or less'),
     'classes': (['--num-classes', '2'], 'Set --num-classes 3'),
     'split': (['--train-split', 'trian'], "'trian'"),

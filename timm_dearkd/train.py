@@ -13,6 +13,8 @@ import logging
 import os
 import shlex
 import sys
+import time
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple, cast
 
@@ -236,6 +238,7 @@ def fit(
         if validator is not None and validator.in_step:  # else the next update asks
             validator.on_batch = partial(recorder.on_eval_batch, stop)
         for epoch in epochs:
+            began = time.monotonic()
             if isinstance(task, DearKDTask):
                 task.set_epoch(epoch)
                 if validator is None and recorder.saver is not None and task.weights != task.schedule(epoch - 1):
@@ -252,6 +255,8 @@ def fit(
             if trainer.lr_scheduler is not None:
                 trainer.lr_scheduler.step(epoch + 1, metric)
             recorder.on_epoch(epoch, losses, metrics, metric, lr, is_milestone)
+            if epoch == start.epoch and epoch + 1 < epochs.stop and not start.update:
+                log_expected_end(epoch, time.monotonic() - began, epochs.stop - epoch - 1)
     if recorder.saver is not None:
         complete_run(args, recorder.folder, recorder.export, recorder.export_ema, trainer.precision.device)
         recorder.compare_with_teacher()
@@ -280,6 +285,13 @@ def evaluate_teacher(trainer: Trainer, validator: Optional[Validator], recorder:
 
     validator.on_batch = check if validator.in_step else None
     recorder.on_teacher(validator(teacher, 'Teacher')['top1'])
+
+
+def log_expected_end(epoch: int, seconds: float, epochs_left: int) -> None:
+    """Log when the run will be over, from the time of one epoch with its evaluation."""
+    left = timedelta(seconds=round(seconds * epochs_left))
+    end = (datetime.now() + left).strftime('%Y-%m-%d %H:%M')
+    _logger.info(f'Epoch {epoch} took {timedelta(seconds=round(seconds))}. Expected end: about {end}, in {left}.')
 
 
 def report(folder: str, device: torch.device) -> None:

@@ -1,13 +1,14 @@
 """What train.py refuses before it begins, as far as the options alone tell."""
 import argparse
-import difflib
 import logging
 import os
 from typing import List, Sequence
 
-from timm.models import is_model, list_models, parse_model_name
+from timm.models import is_model, parse_model_name
 from timm.optim import get_optimizer_info
 from timm.task import ClassificationEvaluator
+
+from distill_hooks.checkpoint import nearest_names
 
 from .device import check_backend
 from .options import build_parser
@@ -86,8 +87,7 @@ def _flag(name: str) -> str:
 def _check_model(args: argparse.Namespace) -> None:
     source, name = parse_model_name(args.model)
     if source is None and not is_model(name.split('.')[0]):
-        near = difflib.get_close_matches(name, list_models(), n=4, cutoff=0.4)
-        raise ValueError(f'Unknown --model {args.model!r}. The nearest names: {", ".join(near) or "none"}.')
+        raise ValueError(f'Unknown --model {args.model!r}. The nearest names: {nearest_names(name)}.')
     for key in _given(args, [key for key in vars(args) if key.startswith('naflex_')]):
         raise ValueError(
             f'{_flag(key)} is not supported: NaFlex feeds sequences of patches, and the tokens of a DearKD student'

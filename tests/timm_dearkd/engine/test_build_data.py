@@ -1,7 +1,9 @@
 import logging
 import os
 
-from timm_dearkd.engine.build_data import build_datasets
+import pytest
+
+from timm_dearkd.engine.build_data import build_datasets, num_workers
 from timm_dearkd.train import _parse_args
 
 
@@ -32,3 +34,11 @@ def test_options_of_streams_are_said_to_do_nothing(image_folder, caplog):
     build(image_folder, '--val-num-samples', '2', '--epoch-repeats', '3')
     assert '--val-num-samples is for streamed' in caplog.text and '--epoch-repeats is for streamed' in caplog.text
     assert '--train-num-samples' not in caplog.text
+
+
+@pytest.mark.parametrize('flags,processes,expected', [
+    ([], '1', 2), ([], '2', 1), ([], '8', 1), (['-j', '0'], '1', 0), (['-j', '3'], '1', 3)])
+def test_default_workers_are_no_more_than_cores(flags, processes, expected, monkeypatch):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {0, 1}, raising=False)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', processes)
+    assert num_workers(_parse_args(['DIR', *flags])[0]) == expected
