@@ -384,9 +384,9 @@ def build_optimizer(args, task: TrainingTask, device: torch.device, ranks: Ranks
         scale = args.lr_base_scale or ('sqrt' if any(o in args.opt.lower() for o in ('ada', 'lamb')) else 'linear')
         kwargs['lr'] = args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
         _logger.info(f'Learning rate {kwargs["lr"]:.4g}, from lr-base {args.lr_base:g} ({scale} in the batch size).')
-    if device.type == 'cuda' and _takes_fused(args.opt) and not any(
+    if device.type == 'cuda' and _takes_fused(args) and not any(
             args.opt_kwargs.get(other) for other in ('foreach', 'differentiable')):
-        kwargs['fused'] = True  # leaves out a step on the device, and is faster
+        kwargs['fused'] = True  # skips a step on the device, and is faster
     try:
         optimizer = create_optimizer_v2(cast(nn.Module, task.get_trainable_module()), **{**kwargs, **args.opt_kwargs})
     except (AssertionError, RuntimeError, TypeError, ValueError) as e:
@@ -403,13 +403,16 @@ def _keep_fused(optimizer: torch.optim.Optimizer, state_dict: Dict[str, Any]) ->
     return {**state_dict, 'param_groups': groups}
 
 
-def _takes_fused(name: str) -> bool:
+def _takes_fused(args) -> bool:
+    """Return whether the optimizer has a fused step on CUDA that is safe to use."""
     try:
-        optimizer_class: Any = get_optimizer_class(name, bind_defaults=False)
+        optimizer_class: Any = get_optimizer_class(args.opt, bind_defaults=False)
     except ValueError:
         return False
-    # that of Adagrad is for the CPU alone in older versions of PyTorch
-    return optimizer_class in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+    if optimizer_class is torch.optim.SGD:
+        # A loss scale that overflows in the first step leaves the momentum of PyTorch's fused SGD uninitialised
+        return not (args.momentum and args.amp and args.amp_dtype == 'float16')
+    return optimizer_class in (torch.optim.Adam, torch.optim.AdamW)  # Adagrad's is for the CPU alone in older versions
 
 
 def build_scheduler(args, optimizer: torch.optim.Optimizer, num_updates: int, start: Position):
