@@ -31,7 +31,7 @@ def make_step(task: TrainingTask, batch, args, precision: Precision) -> Callable
     optimizer = torch.optim.AdamW(task.get_trainable_module().parameters(), lr=1e-6)
     if args.compile:
         task.compile()
-    stepper = Stepper(task, optimizer, precision.scaler, clip_grad=1., on_host=precision.device.type == 'cpu')
+    stepper = Stepper(task, optimizer, precision.scaler, clip_grad=1.)
     trainer = Trainer(task, [batch], stepper, precision, channels_last=args.channels_last)
     return lambda: trainer.train_epoch(0)
 

@@ -115,8 +115,9 @@ class DearKDTrainable(nn.Module):
         self.student = student
         self.indices = sorted({block - 1 for block in blocks})
         self.sources = [self.indices.index(block - 1) for block in blocks]  # per aligner
+        grid = getattr(student.patch_embed, 'grid_size', None)
         self.aligners = nn.ModuleList(
-            Aligner(student.embed_dim, spec.num_chs, relu=spec.non_negative, **dd) for spec in specs)
+            Aligner(student.embed_dim, spec.num_chs, spec.non_negative, grid, spec.size, **dd) for spec in specs)
         self.head_dist = nn.Linear(student.embed_dim, student.num_classes, **dd)
         self.uses_head_dist = True
         self.uses_aligners = bool(specs)

@@ -7,8 +7,10 @@ import shutil
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
+import torchvision
 import yaml
 from conftest import run_process, run_python
 from PIL import Image
@@ -17,6 +19,7 @@ from timm.models import save_for_hf
 from timm.task import ClassificationEvaluator
 
 import timm_dearkd  # noqa: F401
+from timm_dearkd.hub import prepare_folder
 
 
 def rows(folder):
@@ -314,6 +317,40 @@ def test_the_first_head_weights_of_both_heads(image_folder, tmp_path, monkeypatc
         '--head-init-scale', '0', '--head-init-bias', '-2')])
     for head in made[0].get_classifier():
         assert head.weight.abs().sum() == 0 and (head.bias == -2).all()
+
+
+@pytest.mark.parametrize('kind', ['no architecture', 'class of timm', 'torchvision'])
+def test_a_model_of_the_users_own_is_trained(kind, image_folder, tmp_path, monkeypatch, capfd):
+    """Its weights are saved. The log says once why no config.json is; tools and the Hub say so, too."""
+    def create_model(name, num_classes, **kwargs):
+        if kind == 'torchvision':
+            return torchvision.models.resnet18(num_classes=num_classes)
+        if kind == 'class of timm':
+            return timm.models.resnet.ResNet(timm.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=num_classes)
+        model = timm.create_model(name, num_classes=num_classes)
+        del model.pretrained_cfg['architecture']
+        return model
+
+    train = importlib.import_module('train')
+    monkeypatch.setattr(train, 'create_model', create_model)
+    run = tmp_path / 'run'
+    train.main([str(value) for value in (
+        image_folder, '--model', 'test_resnet', '--img-size', '32', '-b', '24', '-j', '0', '--epochs', '2', '--device',
+        'cpu', '--warmup-epochs', '0', '--report', '--output', tmp_path, '--experiment', 'run')])
+    err = capfd.readouterr().err
+    assert err.count('has no name in timm') == 1 and f'Its weights: {run}/model_best.safetensors' in err
+    weights = safetensors.torch.load_file(run / 'model_best.safetensors')
+    best = torch.load(run / 'model_best.pth.tar', weights_only=False)['state_dict']
+    assert set(weights) == set(best) and all(value.equal(weights[key]) for key, value in best.items())
+    assert not (run / 'config.json').exists()
+    assert 'it has no name in timm' in (run / 'report.html').read_text()
+    with pytest.raises(ValueError, match='has no model: it has no name in timm'):
+        prepare_folder(str(run), tmp_path / 'hub', 'a/b')
+    exported = (run / 'model_best.safetensors').stat().st_mtime_ns
+    train.main([str(value) for value in (
+        image_folder, '--model', 'test_resnet', '--img-size', '32', '-b', '24', '-j', '0', '--epochs', '2', '--device',
+        'cpu', '--output', tmp_path, '--experiment', 'run', '--resume', 'auto')])
+    assert (run / 'model_best.safetensors').stat().st_mtime_ns == exported  # a finished run is left alone
 
 
 def test_without_validation(train_cli, tmp_path):

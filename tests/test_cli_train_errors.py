@@ -2,7 +2,10 @@
 import importlib
 
 import pytest
+import torch
 from conftest import SMALL
+
+from timm_dearkd.engine.device import use_deterministic_kernels
 
 ERRORS = {
     'image mode': (['--input-img-mode', 'L'], 'another number of channels than the model takes, 3'),
@@ -29,6 +32,12 @@ ERRORS = {
     'layer decay': (['--layer-decay', '0.7', '--sched', 'none'], 'Set --sched constant'),
     'plateau': (['--sched', 'plateau', '--sched-on-updates'], 'does not go with --sched-on-updates'),
     'compile mode': (['--torchcompile', '--torchcompile-mode', 'x'], "--torchcompile-mode is 'x', expected one of"),
+    'graphs of a teacher': (
+        ['--torchcompile', '--torchcompile-mode', 'reduce-overhead', '--kd-model-name', 'TEACHER'],
+        'do not work with a teacher: they overwrite their outputs. Set --torchcompile-mode max-autotune-no-cudagraphs'),
+    'graphs of parts': (
+        ['--torchcompile', '--torchcompile-mode', 'max-autotune', '--grad-accum-steps', '2'],
+        'do not work with --grad-accum-steps'),
     'checkpointing': (['--model', 'dla34', '--grad-checkpointing'], 'gradient checkpointing not supported'),
     'head': (
         ['--model', 'test_resnet', '--num-classes', '0', '--head-init-bias', '0'], 'a head with a weight and a bias'),
@@ -160,6 +169,26 @@ def test_an_interruption_at_once_is_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as e:
         train.run_script([])
     assert e.value.code == 130 and capsys.readouterr().err == 'train.py: Interrupted.\n'
+
+
+def test_no_deterministic_kernel_is_one_line(monkeypatch, capsys):
+    train = importlib.import_module('train')
+    monkeypatch.setenv('CUBLAS_WORKSPACE_CONFIG', '')
+
+    def run():
+        torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
+
+    monkeypatch.setattr(train, 'prepare', lambda argv: run)
+    benchmark = torch.backends.cudnn.benchmark
+    try:
+        use_deterministic_kernels()
+        with pytest.raises(SystemExit) as e:
+            train.run_script([])
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = benchmark
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.startswith('train.py: error: --deterministic: put_ ') and err.count('\n') == 1
 
 
 def test_no_compiler_is_one_line(train_cli, tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ import timm_dearkd  # noqa: F401  registers the architectures
 from distill_hooks.teacher import training_args
 from timm_dearkd.analysis.compare import drawn_columns, plot_runs
 from timm_dearkd.analysis.figures import render
-from timm_dearkd.analysis.runs import Run, open_run
+from timm_dearkd.analysis.runs import Run, open_run, why_no_model
 from timm_dearkd.attention import ConvAttention
 from timm_dearkd.commands import run_command
 from timm_dearkd.engine.output import save_folder
@@ -372,10 +372,7 @@ def prepare_folder(run_folder: str, folder: Path, repo: str, license: Optional[s
         raise ValueError(f'{repo!r} is not the name of a Hub repository. Expected ORG/NAME.')
     run = open_run(run_folder)
     if not (run.folder / 'config.json').exists():
-        by_timm = any(run.folder.glob('*.pth.tar'))
-        reason = "its checkpoints are of timm's own script, which writes no config.json" if by_timm else (
-            'the run has not finished an epoch')
-        raise ValueError(f'{run_folder!r} has no model: {reason}.')
+        raise ValueError(f'{run_folder!r} has no model: {why_no_model(run.folder)}.')
     try:
         model: Any = timm.create_model(f'local-dir:{run.folder}', pretrained=True)
     except (KeyError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as e:

@@ -27,17 +27,26 @@ from timm.utils import distribute_bn, random_seed, setup_default_logging
 
 import timm_dearkd  # noqa: F401  registers the architectures
 from distill_hooks import DearKDTask
+from distill_hooks.errors import first_line
 from distill_hooks.task import keep_constants_local
 from timm_dearkd.analysis.report import check_available as check_report
 from timm_dearkd.analysis.report import write_report
 from timm_dearkd.engine import build, build_data, build_run
 from timm_dearkd.engine.checks import check_args
 from timm_dearkd.engine.data import class_names, classes_of
-from timm_dearkd.engine.device import CompileError, Precision, Ranks, compile_errors, select_device
+from timm_dearkd.engine.device import (
+    CompileError,
+    Precision,
+    Ranks,
+    compile_errors,
+    select_device,
+    use_deterministic_kernels,
+)
 from timm_dearkd.engine.interrupt import Interrupted, StopRequest, TrainingError
 from timm_dearkd.engine.loop import Trainer, Validator, mean_lr
 from timm_dearkd.engine.options import build_config_parser, build_parser, parse_args
 from timm_dearkd.engine.output import (
+    EXPORT_NAME,
     Position,
     complete_export,
     export_model,
@@ -76,6 +85,8 @@ def prepare(argv: Optional[Sequence[str]] = None) -> Callable[[], None]:
     if args.report:
         check_report()
     device, ranks = select_device(args.device)
+    if args.deterministic:
+        use_deterministic_kernels()
     if not ranks.is_primary:
         logging.getLogger().setLevel(logging.ERROR)  # until the run begins, all say the same
     random_seed(args.seed)  # the same weights in every process
@@ -158,6 +169,7 @@ def build_run_in(
         keep_constants_local(cast(torch.nn.Module, task.trainable_module))
         task.prepare_distributed(
             device_ids=[device] if device.type != 'cpu' else None,
+            gradient_as_bucket_view=True,  # no copy of the gradients
             **(dict(broadcast_buffers=False) if args.no_ddp_bb else {}))
     run_info = build_run.describe_run(args, train_set, eval_set, model, precision, ranks)
     run_info.update(command=command, epochs=epochs.stop)
@@ -262,7 +274,10 @@ def fit(
         recorder.compare_with_teacher()
         if recorder.saver.best_metric is not None:
             _logger.info(f'*** Best metric: {recorder.saver.best_metric:.4g} (epoch {recorder.saver.best_epoch})')
-            _logger.info(f"*** Load it with timm.create_model('local-dir:{recorder.folder}', pretrained=True)")
+            if os.path.exists(os.path.join(recorder.folder, 'config.json')):
+                _logger.info(f"*** Load it with timm.create_model('local-dir:{recorder.folder}', pretrained=True)")
+            else:
+                _logger.info(f'*** Its weights: {os.path.join(recorder.folder, EXPORT_NAME)}')
         print_results(recorder.results, args.eval_metric)
 
 
@@ -358,6 +373,10 @@ def run_script(argv: Optional[Sequence[str]] = None) -> None:
             run()
     except (OSError, TrainingError, CompileError) as e:
         parser.error(str(e).strip().splitlines()[-1])
+    except RuntimeError as e:
+        if not torch.are_deterministic_algorithms_enabled() or 'determinis' not in str(e):
+            raise
+        parser.error(f'--deterministic: {first_line(e)} Leave the flag out.')
     except Interrupted as e:
         status, message = 128 + e.signum, f'{parser.prog}: {e}\n'
     except KeyboardInterrupt:  # of --eval-only, or the second one in training

@@ -23,7 +23,7 @@ from .compare import drawn_columns, plot_column, plot_runs
 from .figures import new_figure, render
 from .inputs import ImageFiles, check_counts, check_overwrite, class_names, image_transform, load_model
 from .predict import Prediction, accuracy, mistakes_first, predict
-from .runs import Run, open_run, readable
+from .runs import Run, open_run, readable, why_no_model
 
 __all__ = ['check_available', 'write_report']
 
@@ -119,7 +119,7 @@ def _curve(run: Run, column: str) -> str:
 def _load(run: Run, device: Optional[str]) -> Tuple[Any, str]:
     """The best model so far, or why there is none."""
     if not (run.folder / 'config.json').exists():
-        return None, 'There is no model yet: the run has not finished an epoch.'
+        return None, f'There is no model: {why_no_model(run.folder)}.'
     try:
         return load_model(str(run.folder), device=device), ''
     except (OSError, ValueError) as e:

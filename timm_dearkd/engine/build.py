@@ -32,7 +32,7 @@ from .checks import check_distillation
 from .data import check_img_size, check_labels, class_names, open_dataset, open_eval_dataset
 from .device import Ranks
 from .image_folder import class_order, normal_name
-from .output import Position
+from .output import EXPORT_NAME, Position, is_known_to_timm
 
 __all__ = [
     'build_evaluation', 'build_optimizer', 'build_schedule', 'build_scheduler', 'build_student', 'build_task',
@@ -96,6 +96,7 @@ def build_student(
                 ' The file is of other classes than the images, or of another --img-size.' if args.eval_only else
                 ' Weights of other classes or another image size go in by --pretrained-path, with a new head.')
         raise ValueError(f'Could not create --model {args.model}: {_reason(e)}{remedy}') from e
+    _complete_attributes(model, num_classes)
     if num_classes is None and not names and not args.eval_only:
         _logger.warning(
             f'The data set does not tell its classes, so the model has {model.num_classes}. Set --num-classes.')
@@ -107,6 +108,10 @@ def build_student(
         _logger.warning(f'{args.model} gives its architecture alone, with new weights. For its own: --pretrained.')
     if not args.eval_only:  # where the labels are yet to be those of the model
         check_labels(dataset, model.num_classes)
+        if not is_known_to_timm(model):
+            _logger.warning(
+                f'{type(model).__name__} has no name in timm (pretrained_cfg architecture), so the run writes no'
+                f' config.json: {EXPORT_NAME} has the weights alone.')
     check_img_size(model, args.train_img_sizes or ())
     model.to(device=device, dtype=model_dtype(args))
     data_config = resolve_input_data_config(model, args=vars(args), verbose=True)
@@ -175,6 +180,16 @@ def _label_as_training(args, eval_set):
         return eval_set
     return open_eval_dataset(
         train_set, args.dataset, root, args.val_split, num_samples=args.val_num_samples, **kwargs)
+
+
+def _complete_attributes(model: Any, num_classes: Optional[int]) -> None:
+    """Give a model that is none of timm's the attributes that timm's functions look for."""
+    if not hasattr(model, 'num_classes'):
+        if num_classes is None:
+            raise ValueError(f'{type(model).__name__} has no num_classes. Set --num-classes.')
+        model.num_classes = num_classes
+    if not hasattr(model, 'pretrained_cfg'):
+        model.pretrained_cfg = {}
 
 
 def _adapt_student(args, model: Any) -> None:
@@ -412,9 +427,9 @@ def build_optimizer(args, task: TrainingTask, device: torch.device, ranks: Ranks
         scale = args.lr_base_scale or ('sqrt' if any(o in args.opt.lower() for o in ('ada', 'lamb')) else 'linear')
         kwargs['lr'] = args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
         _logger.info(f'Learning rate {kwargs["lr"]:.4g}, from lr-base {args.lr_base:g} ({scale} in the batch size).')
-    if device.type == 'cuda' and _takes_fused(args.opt) and not any(
+    if device.type == 'cuda' and _takes_fused(args) and not any(
             args.opt_kwargs.get(other) for other in ('foreach', 'differentiable')):
-        kwargs['fused'] = True  # leaves out a step on the device, and is faster
+        kwargs['fused'] = True  # skips a step on the device, and is faster
     try:
         optimizer = create_optimizer_v2(cast(nn.Module, task.get_trainable_module()), **{**kwargs, **args.opt_kwargs})
     except (AssertionError, RuntimeError, TypeError, ValueError) as e:
@@ -431,13 +446,16 @@ def _keep_fused(optimizer: torch.optim.Optimizer, state_dict: Dict[str, Any]) ->
     return {**state_dict, 'param_groups': groups}
 
 
-def _takes_fused(name: str) -> bool:
+def _takes_fused(args) -> bool:
+    """Return whether the optimizer has a fused step on CUDA that is safe to use."""
     try:
-        optimizer_class: Any = get_optimizer_class(name, bind_defaults=False)
+        optimizer_class: Any = get_optimizer_class(args.opt, bind_defaults=False)
     except ValueError:
         return False
-    # that of Adagrad is for the CPU alone in older versions of PyTorch
-    return optimizer_class in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+    if optimizer_class is torch.optim.SGD:
+        # A loss scale that overflows in the first step leaves the momentum of PyTorch's fused SGD uninitialised
+        return not (args.momentum and args.amp and args.amp_dtype == 'float16')
+    return optimizer_class in (torch.optim.Adam, torch.optim.AdamW)  # Adagrad's is for the CPU alone in older versions
 
 
 def build_scheduler(args, optimizer: torch.optim.Optimizer, num_updates: int, start: Position):

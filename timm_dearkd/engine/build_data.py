@@ -149,7 +149,7 @@ def _loader_kwargs(args, device: torch.device, ranks: Ranks) -> Dict[str, Any]:
         device=device,
         ranks=ranks,
         num_workers=num_workers(args),
-        pin_memory=args.pin_mem,
+        pin_memory=device.type == 'cuda' if args.pin_mem is None else args.pin_mem,
         use_prefetcher=not args.no_prefetcher,
         img_dtype=model_dtype(args),
     )

@@ -51,11 +51,10 @@ def build_trainer(
 ) -> Trainer:
     """What runs the epochs."""
     power = dict(none=0., sqrt=0.5, linear=1.)[args.variable_batch_loss_scale]
-    on_host = precision.device.type == 'cpu'
     return Trainer(
         task,
         loader,
-        Stepper(task, optimizer, precision.scaler, args.clip_grad, args.clip_mode, on_host),
+        Stepper(task, optimizer, precision.scaler, args.clip_grad, args.clip_mode),
         precision,
         ranks,
         grad_accum_steps=args.grad_accum_steps,

@@ -30,6 +30,7 @@ _CHOICES = {
     'tta': (0, 1, 2),
     'worker_seeding': ('all', 'part'),
 }
+_CUDA_GRAPH_MODES = ('reduce-overhead', 'max-autotune')
 _AT_LEAST_ONE = ('batch_size', 'epochs', 'grad_accum_steps', 'log_interval', 'val_interval', 'checkpoint_hist')
 _FILES = ('resume', 'kd_teacher_checkpoint', 'initial_checkpoint', 'kd_class_map', 'pretrained_path')
 # What to give where a folder was given; by default, a file in it
@@ -138,6 +139,11 @@ def _check_values(args: argparse.Namespace) -> None:
         if len(args.opt_betas) != num_betas:
             raise ValueError(f'--opt-betas has {len(args.opt_betas)} values, {args.opt} takes {num_betas}.')
     check_backend(args.torchcompile, args.torchcompile_mode)
+    if args.torchcompile_mode in _CUDA_GRAPH_MODES and (args.kd_model_name or args.grad_accum_steps > 1):
+        what = 'a teacher' if args.kd_model_name else '--grad-accum-steps'
+        raise ValueError(
+            f'--torchcompile-mode {args.torchcompile_mode} records CUDA graphs, which do not work with {what}: they'
+            ' overwrite their outputs. Set --torchcompile-mode max-autotune-no-cudagraphs.')
 
 
 def _check_combinations(args: argparse.Namespace) -> None:

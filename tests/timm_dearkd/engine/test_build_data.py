@@ -2,8 +2,10 @@ import logging
 import os
 
 import pytest
+import torch
 
-from timm_dearkd.engine.build_data import build_datasets, num_workers
+from timm_dearkd.engine.build_data import _loader_kwargs, build_datasets, num_workers
+from timm_dearkd.engine.device import SINGLE
 from timm_dearkd.train import _parse_args
 
 
@@ -42,3 +44,11 @@ def test_default_workers_are_no_more_than_cores(flags, processes, expected, monk
     monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {0, 1}, raising=False)
     monkeypatch.setenv('LOCAL_WORLD_SIZE', processes)
     assert num_workers(_parse_args(['DIR', *flags])[0]) == expected
+
+
+@pytest.mark.parametrize('flags,on_cuda,on_cpu', [
+    ([], True, False), (['--pin-mem'], True, True), (['--no-pin-mem'], False, False)])
+def test_memory_is_pinned_on_cuda(flags, on_cuda, on_cpu):
+    args = _parse_args(['DIR', *flags])[0]
+    for device, pinned in (('cuda', on_cuda), ('cpu', on_cpu)):
+        assert _loader_kwargs(args, torch.device(device), SINGLE)['pin_memory'] is pinned
