@@ -4,7 +4,7 @@ Paper: `DearKD: Data-Efficient Early Knowledge Distillation for Vision Transform
 https://arxiv.org/abs/2204.12997, equations 2 and 3.
 """
 import math
-from typing import Any, Final, Optional, Tuple
+from typing import Any, Final, Optional, Tuple, cast
 
 import torch
 import torch.nn as nn
@@ -93,6 +93,7 @@ class AdaptiveRelPos(nn.Module):
     key_basis: torch.Tensor
     query_basis: torch.Tensor
     _scores_cache: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    _channels_cache: Optional[torch.Tensor]
 
     def __init__(
             self,
@@ -119,6 +120,7 @@ class AdaptiveRelPos(nn.Module):
         self.drop_rate = drop_rate
         self.drop_mode = drop_mode
         self.initial = (alpha, delta)
+        self._channels_key: Any = None
         self.alpha = nn.Parameter(torch.empty(num_heads, **dd))
         self.delta = nn.Parameter(torch.empty(num_heads, 2, **dd))
         # Constants of the token grid, in float32 whatever the model's dtype
@@ -149,7 +151,8 @@ class AdaptiveRelPos(nn.Module):
         self.set_grid_size(*self.grid_size)
 
     def train(self, mode: bool = True) -> 'AdaptiveRelPos':
-        """Set the mode; what inference cached goes when training begins."""
+        """Set the mode, and drop what inference cached."""
+        self._channels_cache = None
         if mode:
             self._scores_cache = None
             if self.key_basis.is_inference():  # of a compiled model in inference mode
@@ -172,7 +175,7 @@ class AdaptiveRelPos(nn.Module):
         constants = grid_constants(height, width, self.num_prefix_tokens, self.key_basis.device)
         self.key_basis, self.query_basis, self.sq_steps = constants
         self.grid_size = (height, width)
-        self._scores_cache = None
+        self._scores_cache = self._channels_cache = None
 
     @torch.jit.unused
     def trace_constants(self, constants: Any) -> None:
@@ -199,7 +202,8 @@ class AdaptiveRelPos(nn.Module):
         return result
 
     def __getstate__(self):
-        return {**self.__dict__, '_scores_cache': None}  # copies and pickles start without the cache
+        # copies and pickles start without the caches
+        return {**self.__dict__, '_scores_cache': None, '_channels_cache': None, '_channels_key': None}
 
     def extra_repr(self) -> str:
         return f'num_heads={self.num_heads}, grid_size={self.grid_size}, drop_rate={self.drop_rate}'
@@ -259,6 +263,35 @@ class AdaptiveRelPos(nn.Module):
         return scores
 
 
+    @torch.jit.unused
+    def cached_channels(self, scale: float, dtype: torch.dtype) -> Optional[torch.Tensor]:
+        """Return the channels (T, 3, heads, C) of the positional scores, made again when alpha or delta has changed.
+
+        For inference on an accelerator, where it does not wait for the device. A change shows in the parameters'
+        identity, storage or version. PyTorch's fused optimizers raise no version, but need a gradient: while there is
+        one, nothing is kept. train() and eval() make the channels again in any case; they are all that notices a write
+        to `.data`.
+
+        Args:
+            scale: Of the attention.
+            dtype: Of the tokens.
+
+        Returns:
+            None where a change could not be told: replicas, parametrised or functional alpha and delta.
+        """
+        parameters = [self._parameters.get(name) for name in ('alpha', 'delta')]
+        if any(type(p) is not nn.Parameter or p.grad is not None or p.is_inference() for p in parameters):
+            return None
+        alpha, delta = (cast(nn.Parameter, p) for p in parameters)
+        key = (scale, dtype, *((id(p), p.data_ptr(), p._version) for p in (alpha, delta)))
+        if self._channels_cache is None or self._channels_key != key:
+            with torch.inference_mode(False), torch.no_grad():
+                channels = position_channels(
+                    alpha.unsqueeze(1), delta, self.query_basis, self.key_basis, scale, self.sq_steps, dtype)
+                self._channels_cache, self._channels_key = stack_channels(*channels).to(dtype), key
+        return self._channels_cache
+
+
 def _append(
         qkv: torch.Tensor,
         query: torch.Tensor,
@@ -266,13 +299,29 @@ def _append(
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Append channels of queries (heads, T, C) and keys (T, C), the same for all images, to qkv (B, T, 3, heads, D).
 
-    Values get zeros, for fused kernels want one head dimension. Returns q, k and v, (B, heads, T, D + C).
+    Returns q, k and v, (B, heads, T, D + C).
+    """
+    return append_channels(qkv, stack_channels(query, key))
+
+
+def stack_channels(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Stack channels of queries (heads, T, C) and keys (T, C) as (T, 3, heads, C).
+
+    Values get zeros, because fused kernels take one head dimension.
     """
     query = query.transpose(0, 1)  # (T, heads, C)
-    key = key.unsqueeze(1).expand_as(query)
-    channels = torch.stack([query, key, torch.zeros_like(query)], dim=1).to(qkv.dtype)  # (T, 3, heads, C)
-    qkv = torch.cat([qkv, channels.unsqueeze(0).expand(qkv.shape[0], -1, -1, -1, -1)], dim=-1)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return torch.stack([query, key.unsqueeze(1).expand_as(query), torch.zeros_like(query)], dim=1)
+
+
+def append_channels(
+        qkv: torch.Tensor, channels: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Append channels (T, 3, heads, C) to qkv (B, T, 3, heads, D). Returns q, k and v, (B, heads, T, D + C)."""
+    expanded = channels.unsqueeze(0).expand(qkv.shape[0], -1, -1, -1, -1)
+    if not torch.jit.is_scripting() and torch.compiler.is_compiling():
+        expanded = expanded.to(qkv.dtype)  # one kernel with the rest, whose backward sums over the images in float32
+    else:
+        expanded = channels.to(qkv.dtype).unsqueeze(0).expand(qkv.shape[0], -1, -1, -1, -1)
+    q, k, v = torch.cat([qkv, expanded], dim=-1).permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
 
 
@@ -322,6 +371,31 @@ def append_positions(
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Split qkv (B, T, 3, heads, D), with channels appended so that ``scale * q @ k.T`` has the positional scores too.
 
+    Args:
+        alpha: See `position_channels`.
+        sq_steps: See `position_channels`.
+
+    Returns:
+        q, k and v of shape (B, heads, T, D + 4 or 8).
+    """
+    query, key = position_channels(alpha, delta, query_basis, key_basis, scale, sq_steps, qkv.dtype)
+    # torch.compile fuses the plain form, and PyTorch's optimizer for DDP takes no autograd function in older versions
+    if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return _append(qkv, query, key)
+    return _Append.apply(qkv, query, key)
+
+
+def position_channels(
+        alpha: torch.Tensor,
+        delta: torch.Tensor,
+        query_basis: torch.Tensor,
+        key_basis: torch.Tensor,
+        scale: float,
+        sq_steps: int,
+        dtype: torch.dtype,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Return channels of queries (heads, T, C) and keys (T, C) whose product is the positional score over `scale`.
+
     float32 and wider take four channels. In half precision the query part is split into a rounded value and its
     remainder, eight channels in all. The kernel rounds the gradient of the channels to that precision, so the gradients
     of alpha and delta carry more rounding noise than a bias of that dtype gives them (alpha's about ten times as much);
@@ -331,11 +405,8 @@ def append_positions(
         alpha: Sharpness (heads,), or (heads, T) with a dropout of query tokens in it.
         sq_steps: The grid's largest |p|^2, counted in its smallest step. Where the dtype's significand can't hold it,
             alpha is rounded, and the remainder channel that becomes free carries the remainder of |p|^2.
-
-    Returns:
-        q, k and v of shape (B, heads, T, D + 4 or 8).
+        dtype: Of the tokens.
     """
-    dtype = qkv.dtype
     half = dtype == torch.float16 or dtype == torch.bfloat16
     key_is_exact = sq_steps <= (256 if dtype == torch.bfloat16 else 2048)
     if half:
@@ -356,9 +427,7 @@ def append_positions(
             query_lo = torch.cat([query_lo[..., :2], query_hi[..., 2:3], query_lo[..., 3:]], dim=-1)
             key_lo = torch.cat([key[:, :2], key[:, 2:3] - key_hi[:, 2:3], key[:, 3:]], dim=-1)
         query, key = torch.cat([query_hi, query_lo], dim=-1), torch.cat([key_hi, key_lo], dim=-1)
-    if torch.jit.is_scripting() or torch.jit.is_tracing():
-        return _append(qkv, query, key)
-    return _Append.apply(qkv, query, key)
+    return query, key
 
 
 class ConvAttention(Attention):
@@ -367,7 +436,7 @@ class ConvAttention(Attention):
     timm's `Attention` with an `AdaptiveRelPos` on its scores; the arguments not listed are timm's. Which form computes
     the scores is decided per call. Wherever alpha and delta take a gradient the factorised one does, with no
     (T, T) tensor; where they take none, the CPU adds a cached bias, which is faster there. Elementwise dropout of the
-    positional scores needs the plain form.
+    positional scores needs the plain form. Inference on an accelerator keeps the channels of the factorised form.
 
     Args:
         grid_size: Token grid (rows, columns). `set_grid_size` changes it.
@@ -479,8 +548,21 @@ class ConvAttention(Attention):
         # by the buffer: a replica of nn.DataParallel has no parameters; and no attribute, which torch.fx makes a proxy
         if self.training or self.rpe._buffers['key_basis'].device.type != 'cpu':  # type: ignore[union-attr]
             return False
-        takes_gradient = torch.is_grad_enabled() and any(p.requires_grad for p in self.rpe.parameters())
-        return not takes_gradient or torch.jit.is_tracing()  # a trace is for inference, whatever the mode it is made in
+        # a trace is for inference, whatever the mode it is made in
+        return not self._takes_gradient() or torch.jit.is_tracing()
+
+    @torch.jit.unused
+    def _takes_gradient(self) -> bool:
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self.rpe.parameters())
+
+    @torch.jit.unused
+    def _cached_channels(self, dtype: torch.dtype) -> Optional[torch.Tensor]:
+        """Return the channels of the positional scores from the cache; None where this call must make them itself."""
+        if torch.jit.is_tracing() or torch.compiler.is_compiling() or isinstance(self.rpe.alpha, torch.fx.Proxy):
+            return None
+        if self.training or self._takes_gradient():
+            return None
+        return self.rpe.cached_channels(self.scale, dtype)
 
     def _scores(self, dtype: torch.dtype) -> torch.Tensor:
         """Positional scores as a bias (heads, T, T), from the cache where that is sound."""
@@ -517,11 +599,17 @@ class ConvAttention(Attention):
         rpe = self.rpe
 
         if self.fused_attn and not (rpe.needs_scores() or self._scores_are_constant()):
-            alpha = rpe.alpha.unsqueeze(1)
-            if rpe.dropout_active():
-                alpha = alpha * rpe.query_dropout()
-            key_basis, query_basis, sq_steps = rpe.constants()
-            q, k, v = append_positions(qkv, alpha, rpe.delta, query_basis, key_basis, self.scale, sq_steps)
+            channels: Optional[torch.Tensor] = None
+            if not torch.jit.is_scripting():
+                channels = self._cached_channels(qkv.dtype)
+            if channels is not None:
+                q, k, v = append_channels(qkv, channels)
+            else:
+                alpha = rpe.alpha.unsqueeze(1)
+                if rpe.dropout_active():
+                    alpha = alpha * rpe.query_dropout()
+                key_basis, query_basis, sq_steps = rpe.constants()
+                q, k, v = append_positions(qkv, alpha, rpe.delta, query_basis, key_basis, self.scale, sq_steps)
             x = F.scaled_dot_product_attention(
                 q, k, v,
                 attn_mask=attn_mask,

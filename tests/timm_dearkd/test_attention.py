@@ -1,5 +1,6 @@
 import copy
 import shutil
+from collections import Counter
 
 import pytest
 import timm
@@ -391,3 +392,88 @@ def test_errors():
         AdaptiveRelPos(4, (2, 2), drop_rate=1.)
     with pytest.raises(AssertionError, match='set_input_size'):
         ConvAttention(24, 4, grid_size=(3, 3))(torch.randn(1, 9, 24))
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """MHCA takes the CPU for an accelerator, on which no cached bias is faster."""
+    monkeypatch.setattr(ConvAttention, '_is_cpu_inference', lambda self: False)
+
+
+# no kernel on a device
+VIEWS = {'as_strided', 'expand', 'narrow', 'permute', 'reshape', 'select', 'slice', 'transpose', 'unbind', 'unsqueeze',
+         'view', '_reshape_alias', '_unsafe_view', 'clone', 'empty', 'empty_like', 'to'}
+
+
+def operations(function):
+    """Names of the operations that a function runs, in order."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    return [event.name for event in profile.events() if event.name.startswith('aten::')]
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_inference_on_an_accelerator_makes_the_channels_once(dtype, accelerator):
+    """From the second call on, it appends them, and computes nothing else that plain attention does not."""
+    mhca = ConvAttention(64, 4, grid_size=(5, 5), qkv_bias=True).to(dtype).eval()
+    plain = Attention(64, 4, qkv_bias=True).to(dtype).eval()
+    x = torch.randn(2, 26, 64, dtype=dtype)
+    first = operations(lambda: mhca(x))
+    again, of_plain = operations(lambda: mhca(x)), operations(lambda: plain(x))
+    for names in (first, again, of_plain):
+        assert 'aten::scaled_dot_product_attention' in names
+    new = Counter(again) - Counter(of_plain)
+    kernels = {name: count for name, count in new.items() if name.removeprefix('aten::') not in VIEWS}
+    assert kernels == {'aten::cat': 1, 'aten::copy_': 1}  # append the channels, and cut them off the output
+    assert len(first) > len(again) + 20
+
+
+CHANGES = {
+    'optimizer': lambda rpe: rpe_step(rpe, torch.optim.SGD),
+    'fused optimizer': lambda rpe: rpe_step(rpe, torch.optim.AdamW, fused=True),
+    'in place': lambda rpe: rpe.alpha.mul_(3.),
+    'state dict': lambda rpe: rpe.load_state_dict({'alpha': rpe.alpha * 2, 'delta': rpe.delta + 1}),
+    'assigned': lambda rpe: rpe.load_state_dict({'alpha': rpe.alpha * 2, 'delta': rpe.delta + 1}, assign=True),
+    'data': lambda rpe: setattr(rpe.delta, 'data', rpe.delta + 1),
+    'average': lambda rpe: torch._foreach_lerp_([rpe.alpha.detach()], [torch.full_like(rpe.alpha, 9.)], 0.5),
+    'double': lambda rpe: rpe.double(),
+    'grid': lambda rpe: rpe.set_grid_size(1, 25),
+    'a write that nothing tells, and eval': lambda rpe: (rpe.alpha.data.mul_(3.), rpe.eval()),
+}
+
+
+def rpe_step(rpe, optimizer_class, **kwargs):
+    for p in rpe.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer_class(rpe.parameters(), lr=0.5, **kwargs).step()
+
+
+@pytest.mark.parametrize('change', CHANGES.values(), ids=CHANGES)
+@torch.no_grad()
+def test_inference_on_an_accelerator_notices_changes(change, accelerator):
+    mhca = ConvAttention(64, 4, grid_size=(5, 5), qkv_bias=True).eval()
+    x = torch.randn(2, 26, 64)
+    before = mhca(x)
+    assert mhca.rpe._channels_cache is not None
+    change(mhca.rpe)
+    if mhca.rpe.alpha.dtype == torch.float64:
+        mhca, x = mhca.double(), x.double()
+    after = mhca(x)
+    fresh = copy.deepcopy(mhca)
+    assert fresh.rpe._channels_cache is None
+    assert after.equal(fresh(x)) and (after.dtype == torch.float64 or not torch.allclose(after, before))
+
+
+@torch.no_grad()
+def test_nothing_is_kept_where_a_change_could_not_be_told(accelerator):
+    """With a gradient, which an optimizer may apply at any time, or with parametrised values."""
+    mhca = ConvAttention(64, 4, grid_size=(5, 5), qkv_bias=True).eval()
+    x = torch.randn(2, 26, 64)
+    mhca.rpe.alpha.grad = torch.ones(4)
+    mhca(x)
+    assert mhca.rpe._channels_cache is None
+    mhca.rpe.alpha.grad = None
+    torch.nn.utils.parametrize.register_parametrization(mhca.rpe, 'alpha', torch.nn.Softplus())
+    mhca(x)
+    assert mhca.rpe._channels_cache is None
