@@ -281,6 +281,7 @@ class DearKDTask(TrainingTask):
         self.feature_std: Optional[List[torch.Tensor]] = None
         self.normalize_features = normalize_features
         self._ddp_kwargs: Optional[Dict[str, Any]] = None
+        self._hidden_loss = hidden_loss
         self.set_epoch(0)
         if verbose:
             _log_set_up(student, parsed, specs, schedule)
@@ -325,10 +326,11 @@ class DearKDTask(TrainingTask):
         return self
 
     def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs: Any) -> nn.Module:
-        """Compile the student (also alone, for evaluation), its branches and the teacher."""
+        """Compile the student (also alone, for evaluation), its branches, the hidden loss and the teacher."""
         kwargs = dict(backend=backend, mode=mode, **compile_kwargs)
         self.eval_model = cast(nn.Module, torch.compile(unwrap_model(self.trainable_module).student, **kwargs))
         self.trainable_module = cast(nn.Module, torch.compile(self.trainable_module, **kwargs))
+        self._hidden_loss = cast(Any, torch.compile(hidden_loss, **kwargs))
         self.teacher.compile(**kwargs)
         return self.eval_model
 
@@ -403,8 +405,11 @@ class DearKDTask(TrainingTask):
                 f'The deviation of the feature maps is that of {num_images} images, the first batch. If hidden_loss is'
                 ' far from 1, take larger batches, or --no-dearkd-normalize-features.')
         for feature in features:
-            values = feature.float()
-            moments = torch.stack([torch.ones_like(values), values, values.square()]).sum(dim=(1, 3, 4))
+            axes = (0, 2, 3)
+            total = feature.sum(dim=axes, dtype=torch.float32)  # sums per channel, with no copy of the map
+            squares = torch.linalg.vector_norm(feature, dim=axes, dtype=torch.float32).square()
+            count = torch.full_like(total, feature.numel() / feature.shape[1])
+            moments = torch.stack([count, total, squares])
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(moments)
             count, total, squares = moments
@@ -440,7 +445,7 @@ class DearKDTask(TrainingTask):
                 self._fix_feature_std(features)
             stds: Sequence[Optional[torch.Tensor]] = self.feature_std or [None] * len(features)
             losses['hidden_loss'] = sum(
-                hidden_loss(a, f, std) for a, f, std in zip(aligned, features, stds)) / len(features)
+                self._hidden_loss(a, f, std) for a, f, std in zip(aligned, features, stds)) / len(features)
         loss = dearkd_loss(
             losses['ce_loss'], losses.get('logit_loss', 0.), losses.get('hidden_loss', 0.), alpha, beta)
         if self.weights.uses_teacher:
