@@ -4,7 +4,7 @@ Paper: `DearKD: Data-Efficient Early Knowledge Distillation for Vision Transform
 https://arxiv.org/abs/2204.12997, equations 2 and 3.
 """
 import math
-from typing import Final, Optional, Tuple
+from typing import Any, Final, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -20,6 +20,41 @@ torch.fx.wrap('resolve_self_attn_mask')
 
 RPE_DROP_MODES = ('element', 'query')
 RPE_DELTAS = ('grid', 'zero', 'normal')
+
+
+@torch.fx.wrap
+@register_notrace_function
+def grid_constants(
+        height: int,
+        width: int,
+        num_prefix_tokens: int,
+        device: torch.device,
+) -> Tuple[torch.Tensor, torch.Tensor, int]:
+    """Compute the constants of a token grid, in float32.
+
+    With the centred patch position p, a key has the channels (p_row, p_col, |p|^2, 64), and the query channels are
+    ``alpha * (basis[0] + delta_row * basis[1] + delta_col * basis[2])``. Rows of prefix tokens are 0. The last
+    channel would be 1 but for float16, which the query's part of it, about alpha |p|^2, could overflow.
+
+    Returns:
+        The key channels (T, 4), the query basis (3, T, 4), and the largest |p|^2 counted in its smallest step.
+    """
+    rows = torch.arange(height, device=device, dtype=torch.float32) - (height - 1) / 2
+    cols = torch.arange(width, device=device, dtype=torch.float32) - (width - 1) / 2
+    y = rows.unsqueeze(1).expand(height, width).reshape(-1)
+    x = cols.unsqueeze(0).expand(height, width).reshape(-1)
+    sq, one, zero = y * y + x * x, torch.ones_like(y), torch.zeros_like(y)
+    key = torch.stack([y, x, sq, 64 * one], dim=-1)  # (H*W, 4)
+    query = torch.stack([
+        torch.stack([2 * y, 2 * x, -one, -sq / 64], dim=-1),
+        torch.stack([2 * one, zero, zero, -2 * y / 64], dim=-1),
+        torch.stack([zero, 2 * one, zero, -2 * x / 64], dim=-1),
+    ])  # (3, H*W, 4)
+    # |p|^2 is a multiple of 1 where both sides are odd, of 1/2 where both are even, of 1/4 otherwise
+    sq_per_step = 1 if height % 2 != width % 2 else (2 if height % 2 == 0 else 4)
+    sq_steps = ((height - 1) * (height - 1) + (width - 1) * (width - 1)) // sq_per_step
+    key, query = F.pad(key, [0, 0, num_prefix_tokens, 0]), F.pad(query, [0, 0, num_prefix_tokens, 0])
+    return key, query, sq_steps
 
 
 class AdaptiveRelPos(nn.Module):
@@ -134,31 +169,28 @@ class AdaptiveRelPos(nn.Module):
             self._build_grid(height, width)
 
     def _build_grid(self, height: int, width: int) -> None:
-        """Compute the constants of a grid.
-
-        With the centred patch position p, a key has the channels (p_row, p_col, |p|^2, 64), and the query channels are
-        ``alpha * (basis[0] + delta_row * basis[1] + delta_col * basis[2])``. Rows of prefix tokens are 0. The last
-        channel would be 1 but for float16, which the query's part of it, about alpha |p|^2, could overflow.
-        """
-        device = self.key_basis.device
-        rows = torch.arange(height, device=device, dtype=torch.float32) - (height - 1) / 2
-        cols = torch.arange(width, device=device, dtype=torch.float32) - (width - 1) / 2
-        y = rows.unsqueeze(1).expand(height, width).reshape(-1)
-        x = cols.unsqueeze(0).expand(height, width).reshape(-1)
-        sq, one, zero = y * y + x * x, torch.ones_like(y), torch.zeros_like(y)
-        key = torch.stack([y, x, sq, 64 * one], dim=-1)  # (H*W, 4)
-        query = torch.stack([
-            torch.stack([2 * y, 2 * x, -one, -sq / 64], dim=-1),
-            torch.stack([2 * one, zero, zero, -2 * y / 64], dim=-1),
-            torch.stack([zero, 2 * one, zero, -2 * x / 64], dim=-1),
-        ])  # (3, H*W, 4)
-        self.key_basis = F.pad(key, [0, 0, self.num_prefix_tokens, 0])  # (T, 4)
-        self.query_basis = F.pad(query, [0, 0, self.num_prefix_tokens, 0])  # (3, T, 4)
-        # |p|^2 is a multiple of 1 where both sides are odd, of 1/2 where both are even, of 1/4 otherwise
-        sq_per_step = 1 if height % 2 != width % 2 else (2 if height % 2 == 0 else 4)
-        self.sq_steps = ((height - 1) * (height - 1) + (width - 1) * (width - 1)) // sq_per_step
+        constants = grid_constants(height, width, self.num_prefix_tokens, self.key_basis.device)
+        self.key_basis, self.query_basis, self.sq_steps = constants
         self.grid_size = (height, width)
         self._scores_cache = None
+
+    @torch.jit.unused
+    def trace_constants(self, constants: Any) -> None:
+        """Take the constants from a node of the graph that torch.fx traces, which computes them from the input's size.
+
+        The tracer remembers the node, so the module itself does not change.
+        """
+        vars(constants.tracer).setdefault('mhca_constants', {})[self] = constants
+
+    def constants(self) -> Tuple[torch.Tensor, torch.Tensor, int]:
+        """Return `key_basis`, `query_basis` and `sq_steps`, or the nodes that `trace_constants` set for them."""
+        if not torch.jit.is_scripting():
+            alpha = self.alpha
+            if isinstance(alpha, torch.fx.Proxy):
+                node = getattr(alpha.tracer, 'mhca_constants', {}).get(self)
+                if node is not None:
+                    return node[0], node[1], node[2]
+        return self.key_basis, self.query_basis, self.sq_steps
 
     def _apply(self, fn, *args, **kwargs):
         """Follow device moves, but keep the grid constants in float32 (half precision could not hold |p|^2)."""
@@ -183,7 +215,7 @@ class AdaptiveRelPos(nn.Module):
     def offset_scores(self, alpha: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
         """Eq. 2 pair by pair, without dropout: (heads, T, T) for alpha (heads,) and delta (heads, 2)."""
         prefix = self.num_prefix_tokens
-        pos = self.key_basis[prefix:, :2]  # (H*W, 2)
+        pos = self.constants()[0][prefix:, :2]  # (H*W, 2)
         shift = pos.unsqueeze(0) - pos.unsqueeze(1)  # (H*W, H*W, 2), key minus query
         sq = (shift * shift).sum(-1)
         along = delta[:, 0, None, None] * shift[..., 0] + delta[:, 1, None, None] * shift[..., 1]
@@ -206,7 +238,8 @@ class AdaptiveRelPos(nn.Module):
 
     def query_dropout(self) -> torch.Tensor:
         """Dropout mask of the query tokens (heads, T), 0 or 1 / (1 - rate)."""
-        return F.dropout(self.key_basis.new_ones(self.num_heads, self.key_basis.shape[0]), self.drop_rate)
+        key_basis = self.constants()[0]
+        return F.dropout(key_basis.new_ones(self.num_heads, key_basis.shape[0]), self.drop_rate)
 
     @torch.jit.unused
     def cached_scores(self, dtype: torch.dtype) -> torch.Tensor:
@@ -426,7 +459,7 @@ class ConvAttention(Attention):
         """Queries, keys and values of the tokens (B, T, dim): (B, T, 3, heads, head_dim)."""
         B, T, _ = x.shape
         _assert(
-            self.rpe.key_basis.shape[0] == T,
+            self.rpe.constants()[0].shape[0] == T,
             'The number of tokens does not match the token grid of MHCA. Call set_input_size() on the model, or'
             ' rpe.set_grid_size(rows, columns) on a ConvAttention used alone.',
         )
@@ -487,8 +520,8 @@ class ConvAttention(Attention):
             alpha = rpe.alpha.unsqueeze(1)
             if rpe.dropout_active():
                 alpha = alpha * rpe.query_dropout()
-            q, k, v = append_positions(
-                qkv, alpha, rpe.delta, rpe.query_basis, rpe.key_basis, self.scale, rpe.sq_steps)
+            key_basis, query_basis, sq_steps = rpe.constants()
+            q, k, v = append_positions(qkv, alpha, rpe.delta, query_basis, key_basis, self.scale, sq_steps)
             x = F.scaled_dot_product_attention(
                 q, k, v,
                 attn_mask=attn_mask,

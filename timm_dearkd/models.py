@@ -21,9 +21,11 @@ from timm.models import (
 )
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-from .attention import ConvAttention
+from .attention import ConvAttention, grid_constants
 
 __all__ = ['DearKD', 'add_mhca']
+
+torch.fx.wrap('grid_constants')  # torch.fx wraps functions by the module that calls them
 
 
 def _parent_pos_embed(vit_cls: Type[VisionTransformer]) -> Callable[..., torch.Tensor]:
@@ -43,10 +45,24 @@ class MhcaMixin(VisionTransformer if TYPE_CHECKING else object):  # type: ignore
                 if block.attn.rpe.grid_size != (height, width):
                     block.attn.rpe.set_grid_size(height, width)
 
+    @torch.jit.unused
+    def _is_traced_by_fx(self, x: torch.Tensor) -> bool:
+        return isinstance(x, torch.fx.Proxy)
+
+    @torch.jit.unused
+    def _trace_mhca_grid(self, x: torch.Tensor) -> None:
+        constants = grid_constants(x.shape[1], x.shape[2], self.num_prefix_tokens, x.device)
+        for block in self.blocks:
+            if hasattr(block.attn, 'rpe'):
+                block.attn.rpe.trace_constants(constants)
+
     def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
         # timm's blocks pass attention no grid, and every forward path comes through here
         if self.dynamic_img_size:
-            self._set_mhca_grid(int(x.shape[1]), int(x.shape[2]))  # (B, H, W, C)
+            if not torch.jit.is_scripting() and self._is_traced_by_fx(x):
+                self._trace_mhca_grid(x)
+            else:
+                self._set_mhca_grid(int(x.shape[1]), int(x.shape[2]))  # (B, H, W, C)
         return self._parent_pos_embed(x)
 
     def set_input_size(

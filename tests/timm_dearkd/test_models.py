@@ -349,6 +349,100 @@ def test_fx_backward():
     assert all(p.grad is not None for p in graph.parameters())
 
 
+def create_shallow(name, **kwargs):
+    """A registered model with two blocks and 3x3 patches."""
+    patch = 4 if name.endswith('_32') else 16
+    return create(name, depth=2, num_mhca_blocks=1, img_size=3 * patch, num_classes=7, **kwargs), patch
+
+
+def trace_as_timm(model):
+    """Return the graph of the whole model, traced as timm's own tests do it, as a function to the logits."""
+    nodes = timm.layers.get_graph_node_names(model)[not model.training]
+    return timm.models.GraphExtractNet(model, [nodes[-1]])
+
+
+@pytest.mark.parametrize('name,dynamic', [(name, True) for name in NAMES] + [('dearkd_from', False)])
+def test_fx_graphs_compute_what_the_model_does(name, dynamic):
+    model, patch = create_shallow(name, dynamic_img_size=dynamic)
+    graph = trace_as_timm(model)
+    state = {key: value.clone() for key, value in graph.state_dict().items()}
+    with torch.no_grad():
+        for grid in [(3, 3), (2, 5), (4, 3), (3, 3)] if dynamic else [(3, 3)]:
+            x = torch.randn(2, 3, *(side * patch for side in grid))
+            torch.testing.assert_close(graph(x), model(x), atol=1e-5, rtol=1e-5)
+    assert all(value.equal(state[key]) for key, value in graph.state_dict().items())
+
+
+@pytest.mark.parametrize('name,dynamic', [('test_dearkd', True), ('dearkd_from', True), ('test_dearkd', False)])
+def test_fx_graphs_can_be_scripted(name, dynamic):
+    model, patch = create_shallow(name, dynamic_img_size=dynamic)
+    scripted = torch.jit.script(trace_as_timm(model).graph_module)
+    for grid in [(3, 3), (2, 5), (3, 3)] if dynamic else [(3, 3)]:
+        x = torch.randn(2, 3, *(side * patch for side in grid))
+        out, = scripted(x).values()
+        torch.testing.assert_close(out, model(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('mode', ['element', 'query'])
+def test_fx_graphs_train_at_any_size(mode):
+    model, _ = create_shallow('test_dearkd', rpe_drop_rate=0.5, rpe_drop_mode=mode)
+    model.train()
+    graph = trace_as_timm(model)
+    x = torch.randn(2, 3, 32, 80)
+    results = []
+    for network in (model, graph):
+        model.zero_grad()
+        graph.zero_grad()
+        torch.manual_seed(1)  # the same scores are dropped
+        out = network(x)
+        out.square().mean().backward()
+        results.append((out, {name.removeprefix('graph_module.'): p.grad for name, p in network.named_parameters()}))
+    torch.testing.assert_close(*(out for out, _ in results))
+    assert results[0][1].keys() == results[1][1].keys()
+    for name, grad in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], grad, msg=name)
+
+
+def test_fx_graphs_in_half_precision():
+    """On a grid whose |p|^2 bfloat16 cannot hold, though it can hold that of the traced grid."""
+    model, _ = create_shallow('test_dearkd', dtype=torch.bfloat16, patch_size=4)
+    x = torch.randn(1, 3, 80, 84, dtype=torch.bfloat16)
+    model.train()  # the factorised form
+    torch.testing.assert_close(trace_as_timm(model)(x), model(x))
+
+
+def test_fx_graph_of_two_models():
+    """Each keeps the grid of its own input."""
+    class Pair(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.large, self.small = (create_shallow('test_dearkd')[0] for _ in range(2))
+
+        def forward(self, x):
+            return self.large(x) + self.small(x[:, :, :32, :16])
+
+    pair = Pair().eval()
+    nodes = timm.layers.get_graph_node_names(pair)[1]
+    x = torch.randn(2, 3, 48, 64)
+    torch.testing.assert_close(timm.models.GraphExtractNet(pair, [nodes[-1]])(x), pair(x), atol=1e-5, rtol=1e-5)
+
+
+def test_features_only_by_fx():
+    model = create('test_dearkd', img_size=48)
+    features = timm.create_model(
+        'test_dearkd', img_size=48, features_only=True, feature_cls='fx', out_indices=(1, 4)).eval()
+    features.load_state_dict({
+        f'graph_module.{name}': value for name, value in model.state_dict().items()
+        if f'graph_module.{name}' in features.state_dict()})
+    x = torch.randn(2, 3, 32, 64)
+    expected = []
+    for index in (1, 4):
+        model.blocks[index].register_forward_hook(lambda module, args, out: expected.append(out))
+    model(x)
+    for feature, tokens in zip(features(x), expected, strict=True):
+        torch.testing.assert_close(feature, tokens, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize('name', SMALL)
 @pytest.mark.parametrize('grad', [True, False])
 def test_export(name, grad):
