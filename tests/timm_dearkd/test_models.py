@@ -350,9 +350,10 @@ def test_fx_backward():
 
 
 def create_shallow(name, **kwargs):
-    """A registered model with two blocks and 3x3 patches."""
+    """A registered model with two narrow blocks and 3x3 patches."""
     patch = 4 if name.endswith('_32') else 16
-    return create(name, depth=2, num_mhca_blocks=1, img_size=3 * patch, num_classes=7, **kwargs), patch
+    model = create(name, depth=2, embed_dim=48, num_mhca_blocks=1, img_size=3 * patch, num_classes=7, **kwargs)
+    return model, patch
 
 
 def trace_as_timm(model):
