@@ -338,13 +338,13 @@ def test_a_model_of_the_users_own_is_trained(kind, image_folder, tmp_path, monke
         image_folder, '--model', 'test_resnet', '--img-size', '32', '-b', '24', '-j', '0', '--epochs', '2', '--device',
         'cpu', '--warmup-epochs', '0', '--report', '--output', tmp_path, '--experiment', 'run')])
     err = capfd.readouterr().err
-    assert err.count('has no name in timm') == 1 and f'Its weights: {run}/model_best.safetensors' in err
+    assert err.count('it has no name in timm') == 1 and f'Its weights: {run}/model_best.safetensors' in err
     weights = safetensors.torch.load_file(run / 'model_best.safetensors')
     best = torch.load(run / 'model_best.pth.tar', weights_only=False)['state_dict']
     assert set(weights) == set(best) and all(value.equal(weights[key]) for key, value in best.items())
     assert not (run / 'config.json').exists()
-    assert 'it has no name in timm' in (run / 'report.html').read_text()
-    with pytest.raises(ValueError, match='has no model: it has no name in timm'):
+    assert 'timm cannot create it by name' in (run / 'report.html').read_text()
+    with pytest.raises(ValueError, match='has no model: timm cannot create it by name'):
         prepare_folder(str(run), tmp_path / 'hub', 'a/b')
     exported = (run / 'model_best.safetensors').stat().st_mtime_ns
     train.main([str(value) for value in (

@@ -128,8 +128,8 @@ def open_run(folder: str) -> Run:
 def why_no_model(folder: Path) -> str:
     """Return why the folder of a run has no config.json, from which a model could be loaded."""
     if (folder / EXPORT_NAME).exists():
-        return f'it has no name in timm, so there is no config.json, and {EXPORT_NAME} has the weights alone'
-    if any(folder.glob('*.pth.tar')):
+        return f'timm cannot create it by name, so there is no config.json, and {EXPORT_NAME} has the weights alone'
+    if any(folder.glob('*.pth.tar')) and not (folder / 'run.json').exists():
         return "its checkpoints are of timm's own script, which writes no config.json"
     return 'the run has not finished an epoch'
 

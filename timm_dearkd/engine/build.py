@@ -32,7 +32,7 @@ from .checks import check_distillation
 from .data import check_img_size, check_labels, class_names, open_dataset, open_eval_dataset
 from .device import Ranks
 from .image_folder import class_order, normal_name
-from .output import EXPORT_NAME, Position, is_known_to_timm
+from .output import EXPORT_NAME, Position, why_no_config
 
 __all__ = [
     'build_evaluation', 'build_optimizer', 'build_schedule', 'build_scheduler', 'build_student', 'build_task',
@@ -108,10 +108,11 @@ def build_student(
         _logger.warning(f'{args.model} gives its architecture alone, with new weights. For its own: --pretrained.')
     if not args.eval_only:  # where the labels are yet to be those of the model
         check_labels(dataset, model.num_classes)
-        if not is_known_to_timm(model):
+        reason = why_no_config(model)
+        if reason:
             _logger.warning(
-                f'{type(model).__name__} has no name in timm (pretrained_cfg architecture), so the run writes no'
-                f' config.json: {EXPORT_NAME} has the weights alone.')
+                f'timm cannot create this {type(model).__name__} by name: {reason}. So the run writes no config.json:'
+                f' {EXPORT_NAME} has the weights alone.')
     check_img_size(model, args.train_img_sizes or ())
     model.to(device=device, dtype=model_dtype(args))
     data_config = resolve_input_data_config(model, args=vars(args), verbose=True)

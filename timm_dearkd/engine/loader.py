@@ -122,7 +122,7 @@ def create_train_loader(
     if num_aug_repeats:
         sampler = _SeededRepeats(dataset, ranks.world_size, ranks.rank, num_repeats=num_aug_repeats)
         sampler.seed = seed
-    if not kwargs.get('batch_size_choices'):
+    if not kwargs.get('input_size_choices'):  # which --train-batches-per-epoch sets, too
         _tell_unused(len(sampler), batch_size, ranks.world_size, even=mixup is not None)
     return _seed_loader(loader, sampler, seed, ranks, mixup, mixup_off_epoch, kwargs.get('num_batches'))
 

@@ -14,6 +14,7 @@ import torch.nn as nn
 import torchvision
 from timm.models import clean_state_dict, is_model, load_state_dict, save_for_hf
 from timm.models._hub import save_config_for_hf
+from timm.models._input import get_model_args
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, unwrap_model
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
@@ -429,7 +430,7 @@ def export_model(
     tensors = {
         name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()
         if '.aux_bn.' not in name}  # --split-bn: of augmented copies, in training alone
-    has_config = is_known_to_timm(model)
+    has_config = not why_no_config(model)
     if label_names and has_config:  # with --num-classes, the model may know more
         others = range(len(label_names), cast(Any, model).num_classes)
         label_names = [*label_names, *(f'(no folder, class {index})' for index in others)]
@@ -438,7 +439,6 @@ def export_model(
         weights_file.write_bytes(safetensors.torch.save(tensors, metadata={'format': 'pt'}))
         if has_config:
             save_config(model, config_file, label_names, data_config=data_config)
-        if has_config:
             os.replace(config_file, Path(folder) / 'config.json')
         os.replace(weights_file, Path(folder) / EXPORT_NAME)  # last, because `complete_export` looks at it
     except OSError as e:
@@ -449,10 +449,18 @@ def export_model(
             ' command with --resume auto.') from e
 
 
-def is_known_to_timm(model: nn.Module) -> bool:
-    """Return whether timm can create the model by the name in its `pretrained_cfg`, as `config.json` says it."""
-    cfg = getattr(unwrap_model(model), 'pretrained_cfg', None) or {}
-    return is_model(str(cfg.get('architecture') or ''))
+def why_no_config(model: nn.Module) -> str:
+    """Return why timm cannot create a model from a `config.json`; '' if it can."""
+    model = unwrap_model(model)
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    if not is_model(str(cfg.get('architecture') or '')):
+        return 'it has no name in timm (pretrained_cfg architecture)'
+    for key, value in get_model_args(model).items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            return f'its argument {key} is no JSON value'
+    return ''
 
 
 def complete_export(folder: str, export: Callable[[str, Dict[str, torch.Tensor]], Any], use_ema: bool) -> None:

@@ -145,8 +145,10 @@ def test_a_run_that_still_goes_on(dearkd_run, tmp_path):
 
 
 def test_a_run_without_an_epoch(dearkd_run, tmp_path):
-    words = read_report(copy_run(dearkd_run, tmp_path / 'run', 'config.json', 'summary.csv', 'attention_distance.csv'))
-    assert 'No epoch is finished yet.' in words and words.count('There is no model yet') == 2
+    missing = ('config.json', 'model_best.safetensors', 'summary.csv', 'attention_distance.csv')
+    words = read_report(copy_run(dearkd_run, tmp_path / 'run', *missing))
+    assert 'No epoch is finished yet.' in words
+    assert words.count('There is no model: the run has not finished an epoch') == 2
     assert 'Not recorded.' in words and '0 / 3 epochs' in words
 
 

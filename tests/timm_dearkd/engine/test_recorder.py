@@ -93,7 +93,7 @@ def make_recorder(folder, kind, given):
     images = labels.view(-1, 1, 1, 1).expand(-1, 3, 32, 32).float()
     optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=1e-6)
     trainer = Trainer(
-        task, Batches(zip(images.split(4), labels.split(4))), Stepper(task, optimizer, on_host=True),
+        task, Batches(zip(images.split(4), labels.split(4))), Stepper(task, optimizer),
         Precision(torch.device('cpu')))
     saver = AtomicCheckpointSaver(
         student, optimizer, task=task, checkpoint_dir=folder, recovery_dir=folder, max_history=1)
