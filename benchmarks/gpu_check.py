@@ -108,6 +108,8 @@ def import_packages(toy: bool) -> None:
             f'Missing here: {", ".join(missing)}. Collect their wheels where there is a network (make gpu-check-wheels,'
             ' or pip download --no-deps), and pass --wheels FOLDER.')
     os.environ.setdefault('HF_HUB_OFFLINE', '1')
+    # An import that looks for a GPU asks the driver's NVML, and does not start CUDA, which would spoil every fork
+    os.environ['PYTORCH_NVML_BASED_CUDA_CHECK'] = '1'
     try:
         for name in ('safetensors.torch', 'huggingface_hub', 'yaml', 'tqdm', 'PIL', 'timm.task', 'timm_dearkd.train'):
             importlib.import_module(name)

@@ -127,8 +127,7 @@ def _train(argv: List[str], log: Path, threads: int) -> None:
 
 def run(check: Check) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        with check.part('images'):
-            runs = Runs(check, Path(folder))
+        runs = Runs(check, Path(folder))
         seconds = 0. if check.toy else 15.  # of a run, until one was timed
         start = time.monotonic()
         with check.part('bfloat16'):

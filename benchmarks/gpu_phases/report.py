@@ -131,7 +131,7 @@ def render(lines: List[Line], with_details: bool = False) -> str:
 
 def write(text: str, path: Path) -> None:
     """Put the tables between the marks of a document; a file without them becomes the tables alone."""
-    section = f'{BEGIN}\n{text}{END}'
+    section = f'{BEGIN}\n\n{text}\n{END}'
     document = path.read_text() if path.exists() else ''
     if BEGIN in document and END in document:
         pattern = re.compile(f'{re.escape(BEGIN)}.*?{re.escape(END)}', re.DOTALL)
