@@ -1,17 +1,25 @@
 """Distillation of CNN feature maps and logits into vision transformers, as timm training tasks."""
 from .aligner import Aligner
+from .answers import AnswerCounter
 from .capture import FeatureCapture, find_module
+from .checkpoint import load_model, resolve_teacher
 from .losses import dearkd_loss, hard_label_loss, hidden_loss
 from .schedule import StageWeights, TwoStageSchedule
 from .task import DearKDTask, has_content_tokens
-from .teacher import Teacher, create_teacher, load_class_map, resolve_layer, resolve_teacher
+from .teacher import Teacher, create_teacher, load_class_map, resolve_layer
+from .timm_tasks import FeatureTask, LogitTask, TimmTeacher, TokenTask
 
 __all__ = [
     'Aligner',
+    'AnswerCounter',
     'DearKDTask',
     'FeatureCapture',
+    'FeatureTask',
+    'LogitTask',
     'StageWeights',
     'Teacher',
+    'TimmTeacher',
+    'TokenTask',
     'TwoStageSchedule',
     'create_teacher',
     'dearkd_loss',
@@ -20,6 +28,7 @@ __all__ = [
     'has_content_tokens',
     'hidden_loss',
     'load_class_map',
+    'load_model',
     'resolve_layer',
     'resolve_teacher',
 ]

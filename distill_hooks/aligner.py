@@ -1,5 +1,5 @@
 """The aligner between transformer tokens and CNN feature maps (figure 3)."""
-from typing import Tuple
+from typing import Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -8,23 +8,51 @@ from timm.layers import LayerNorm
 
 __all__ = ['Aligner']
 
+Size = Tuple[int, int]
+
+
+def interpolation_matrix(in_size: int, out_size: int, device=None, dtype=None) -> torch.Tensor:
+    """Return the weights (out_size, in_size) of linear interpolation along one axis."""
+    identity = torch.eye(in_size, device=device, dtype=dtype).unsqueeze(0)
+    return F.interpolate(identity, size=out_size, mode='linear')[0].T.contiguous()
+
 
 class Aligner(nn.Module):
     """Brings content tokens to the shape of a CNN's feature map (section 3.1, figure 3).
 
     Bilinear interpolation, depth-wise 3x3 convolution, LayerNorm, ReLU. Our choices: a 1x1 convolution after the
-    depth-wise one changes the channels, LayerNorm is over channels, and the ReLU is left out where the feature map has
+    depth-wise one changes the channels, LayerNorm is over channels, and there is no ReLU where the feature map has
     negative values. It is trained with the student and thrown away afterwards.
+
+    Between the usual sizes, two matrix products interpolate: PyTorch's bilinear backward is not deterministic on CUDA.
 
     Args:
         in_chs: Channels of the tokens.
         out_chs: Channels of the feature map.
         relu: End with a ReLU.
+        in_size: Usual grid of the tokens (H, W). Others are interpolated by PyTorch.
+        out_size: Usual size of the feature map (h, w).
     """
 
-    def __init__(self, in_chs: int, out_chs: int, relu: bool = True, device=None, dtype=None) -> None:
+    rows: torch.Tensor
+    cols: torch.Tensor
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            relu: bool = True,
+            in_size: Optional[Size] = None,
+            out_size: Optional[Size] = None,
+            device=None,
+            dtype=None,
+    ) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
+        self.in_size, self.out_size = in_size, out_size
+        if in_size is not None and out_size is not None:
+            for name, sizes in (('rows', (in_size[0], out_size[0])), ('cols', (in_size[1], out_size[1]))):
+                self.register_buffer(name, interpolation_matrix(*sizes, **dd), persistent=False)
         self.conv_dw = nn.Conv2d(in_chs, in_chs, 3, padding=1, groups=in_chs, bias=False, **dd)
         weight = self.conv_dw.weight
         weight.data = weight.data.as_strided(weight.shape, (9, 1, 3, 1))  # as its gradient, which DDP asks for
@@ -32,9 +60,17 @@ class Aligner(nn.Module):
         self.norm = LayerNorm(out_chs, **dd)
         self.act = nn.ReLU() if relu else nn.Identity()
 
-    def forward(self, tokens: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
+    def _interpolate(self, tokens: torch.Tensor, size: Size) -> torch.Tensor:
+        if (tuple(tokens.shape[-2:]), tuple(size)) != (self.in_size, self.out_size):
+            return F.interpolate(tokens, size=size, mode='bilinear')
+        x = tokens.permute(0, 2, 3, 1)  # (B, H, W, D)
+        x = self.cols.to(x.dtype) @ x
+        x = self.rows.to(x.dtype) @ x.flatten(2)
+        return x.unflatten(2, (size[1], -1)).permute(0, 3, 1, 2)
+
+    def forward(self, tokens: torch.Tensor, size: Size) -> torch.Tensor:
         """Align tokens on their grid (B, D, H, W) with a feature map of `size` (h, w): (B, C, h, w)."""
         if tuple(tokens.shape[-2:]) != tuple(size):
-            tokens = F.interpolate(tokens, size=size, mode='bilinear')
+            tokens = self._interpolate(tokens, size)
         x = self.conv_dw(tokens).permute(0, 2, 3, 1)  # (B, h, w, D)
         return self.act(self.norm(self.conv_pw(x))).permute(0, 3, 1, 2)

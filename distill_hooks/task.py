@@ -5,17 +5,25 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, cast
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
-from timm.models import VisionTransformer, get_model_input_config, group_parameters
+from timm.models import VisionTransformer, group_parameters
 from timm.task import TrainingTask
 from timm.task.classification import resolve_classification_loss
 from timm.utils import unwrap_model
 
 from .aligner import Aligner
+from .answers import AnswerCounter
 from .losses import dearkd_loss, hard_label_loss, hidden_loss
 from .schedule import TwoStageSchedule
-from .teacher import FeatureSpec, Teacher, TeacherLike, create_teacher, resolve_layer
+from .teacher import (
+    FeatureSpec,
+    StudentInput,
+    Teacher,
+    TeacherLike,
+    build_teacher,
+    create_teacher,
+    resolve_layer,
+)
 
 __all__ = ['DearKDTask', 'DearKDTrainable', 'has_content_tokens']
 
@@ -107,8 +115,9 @@ class DearKDTrainable(nn.Module):
         self.student = student
         self.indices = sorted({block - 1 for block in blocks})
         self.sources = [self.indices.index(block - 1) for block in blocks]  # per aligner
+        grid = getattr(student.patch_embed, 'grid_size', None)
         self.aligners = nn.ModuleList(
-            Aligner(student.embed_dim, spec.num_chs, relu=spec.non_negative, **dd) for spec in specs)
+            Aligner(student.embed_dim, spec.num_chs, spec.non_negative, grid, spec.size, **dd) for spec in specs)
         self.head_dist = nn.Linear(student.embed_dim, student.num_classes, **dd)
         self.uses_head_dist = True
         self.uses_aligners = bool(specs)
@@ -202,8 +211,8 @@ class DearKDTask(TrainingTask):
         verbose: Log what teaches what.
 
     Raises:
-        ValueError: A student without content tokens, class counts that differ, a hook that does not exist, or a
-            teacher layer that is not a 4-D map. The message names the remedy.
+        ValueError: A student without content tokens, class counts that differ, a hook that does not exist, a teacher
+            layer that is not a 4-D map, or an image size that the teacher does not take. The message names the remedy.
 
     Examples:
 
@@ -241,22 +250,26 @@ class DearKDTask(TrainingTask):
         student = cast(VisionTransformer, unwrap_model(student_model))
         self.schedule = schedule
         self.criterion = resolve_classification_loss(criterion, self.device, criterion_kwargs=criterion_kwargs)
-        cfg = cast(Dict[str, Any], getattr(student, 'pretrained_cfg', None) or {})
         parsed = [parse_hook(spec) for spec in ([hooks] if isinstance(hooks, str) else hooks)]
         if not schedule.uses_features:
             parsed = []
         _check_student(student, parsed)
-        input_size = tuple(input_size or get_model_input_config(student)['input_size'])
-        self.teacher = self._build_teacher(
-            teacher_model, student, [hook.layer for hook in parsed],
-            checkpoint=teacher_checkpoint,
-            in_chans=input_size[0],
-            mean=mean if mean is not None else cfg.get('mean', IMAGENET_DEFAULT_MEAN),
-            std=std if std is not None else cfg.get('std', IMAGENET_DEFAULT_STD),
+        images = StudentInput.of(student, input_size, mean, std)
+        if isinstance(teacher_model, str):
+            teacher_model = create_teacher(teacher_model, teacher_checkpoint)
+        layers = [hook.layer for hook in parsed]
+        if not isinstance(teacher_model, Teacher):
+            max_stride = max(8, min(to_2tuple(student.patch_embed.patch_size)) / 2)
+            layers = [resolve_layer(teacher_model, layer, max_stride=max_stride) for layer in layers]
+        self.teacher, self._fingerprint = build_teacher(
+            teacher_model, images, student.num_classes, layers,
             img_size=teacher_img_size,
             class_map=teacher_class_map,
+            device=self.device,
+            dtype=self.dtype,
         )
-        specs = self.teacher.probe(input_size) if parsed else []
+        self.answers = AnswerCounter(student.num_classes, self.teacher.class_map)
+        specs = self.teacher.probe(images.size) if parsed else []
         self._blocks = [hook.block for hook in parsed]
         self.trainable_module: nn.Module = DearKDTrainable(
             cast(VisionTransformer, student_model),
@@ -282,39 +295,6 @@ class DearKDTask(TrainingTask):
         if self.schedule.uses_features:
             names.append('hidden_loss')
         return names + (['teacher_agreement'] if len(names) > 2 else [])
-
-    def _build_teacher(
-            self,
-            teacher: TeacherLike,
-            student: VisionTransformer,
-            layers: Sequence[Optional[str]],
-            checkpoint: Optional[str],
-            class_map: Optional[Sequence[int]],
-            **kwargs: Any,
-    ) -> Teacher:
-        if isinstance(teacher, str):
-            teacher = create_teacher(teacher, checkpoint)
-        if not isinstance(teacher, Teacher):
-            max_stride = max(8, min(to_2tuple(student.patch_embed.patch_size)) / 2)
-            names = [resolve_layer(teacher, layer, max_stride=max_stride) for layer in layers]
-            teacher = Teacher(teacher, names, class_map=class_map, **kwargs)
-        elif class_map is not None:
-            raise ValueError('A ready Teacher has its own classes. Give the map to it instead: Teacher(class_map=...).')
-        elif layers and len(teacher.layers) != len(layers):
-            raise ValueError(
-                f'The Teacher gives {len(teacher.layers)} layer(s) for {len(layers)} hook(s). Pass as many of each.')
-        if class_map is not None and len(class_map) != student.num_classes:
-            raise ValueError(
-                f'The class map has {len(class_map)} entries, the student {student.num_classes} classes.'
-                ' Give one teacher class per student class in --kd-class-map.')
-        if teacher.num_classes is not None and teacher.num_classes != student.num_classes:
-            raise ValueError(
-                f'The teacher knows {teacher.num_classes} classes, the student {student.num_classes}.'
-                " Say which of the teacher's classes are the student's (--kd-class-map), take a teacher trained on the"
-                f' same ones (--kd-teacher-checkpoint), or set --num-classes {teacher.num_classes}.')
-        self._fingerprint = teacher.fingerprint()
-        teacher.model.to(self.dtype)
-        return teacher.to(self.device)
 
     def _apply(self, fn, *args, **kwargs):
         result = super()._apply(fn, *args, **kwargs)
@@ -464,8 +444,7 @@ class DearKDTask(TrainingTask):
         loss = dearkd_loss(
             losses['ce_loss'], losses.get('logit_loss', 0.), losses.get('hidden_loss', 0.), alpha, beta)
         if self.weights.uses_teacher:
-            labels = target if target.ndim == 1 else target.argmax(dim=1)
-            losses['teacher_agreement'] = (teacher_logits.argmax(dim=1) == labels).float().mean()
+            losses['teacher_agreement'] = self.answers.update(teacher_logits, target)
         return {'loss': loss, 'output': logits, **losses}
 
 

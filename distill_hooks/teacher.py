@@ -1,42 +1,27 @@
 """The frozen CNN that teaches."""
-import argparse
-import difflib
 import hashlib
-import logging
 import os
 import re
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple, Union
 
-import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.data.model_config import resolve_input_data_config
 from timm.layers import to_2tuple
-from timm.models import (
-    clean_state_dict,
-    get_pretrained_cfg,
-    is_model,
-    list_models,
-    load_state_dict,
-    parse_model_name,
-    resolve_model_input_args,
-)
-from timm.utils.checkpoint_saver import load_checkpoint_metadata
+from timm.models import get_model_input_config
 
 from .capture import FeatureCapture, find_module
+from .checkpoint import load_model, resolve_teacher, training_args
 from .errors import first_line
 
 __all__ = [
-    'FeatureSpec', 'Teacher', 'create_teacher', 'load_class_map', 'resolve_layer', 'resolve_teacher', 'training_args']
-
-_logger = logging.getLogger(__name__)
+    'FeatureSpec', 'StudentInput', 'Teacher', 'build_teacher', 'create_teacher', 'load_class_map', 'resolve_layer',
+    'resolve_teacher', 'training_args',
+]
 
 # Containers of stages. timm's feature_info may begin with a stem, of stride 2 at most, that is in none of them
 _STAGES = re.compile(r'^(blocks|stages?|layers?[1-9]?|level[1-9]|s[1-9]|features\.(?!norm0|conv1))')
-# What PyTorch's layers call their tensors, whoever wrote the model; a layer scale has any name
-_TORCH_NAMES = {'weight', 'bias', 'running_mean', 'running_var'}
 
 
 class FeatureSpec(NamedTuple):
@@ -45,6 +30,29 @@ class FeatureSpec(NamedTuple):
     num_chs: int
     size: Tuple[int, int]
     non_negative: bool
+
+
+class StudentInput(NamedTuple):
+    """Images that a student gets: their (C, H, W) and the normalisation per channel."""
+    size: Tuple[int, int, int]
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    @classmethod
+    def of(
+            cls,
+            student: nn.Module,
+            size: Optional[Tuple[int, int, int]] = None,
+            mean: Optional[Sequence[float]] = None,
+            std: Optional[Sequence[float]] = None,
+    ) -> 'StudentInput':
+        """Take what is not given from the student's `pretrained_cfg`."""
+        cfg: Any = getattr(student, 'pretrained_cfg', None) or {}
+        channels, height, width = size or get_model_input_config(student)['input_size']
+        return cls(
+            (channels, height, width),
+            mean if mean is not None else cfg.get('mean', IMAGENET_DEFAULT_MEAN),
+            std if std is not None else cfg.get('std', IMAGENET_DEFAULT_STD))
 
 
 def resolve_layer(model: nn.Module, layer: Optional[str] = None, max_stride: Optional[float] = None) -> str:
@@ -109,203 +117,14 @@ def load_class_map(path: str) -> List[int]:
     return class_map
 
 
-def _read_state_dict(checkpoint: str) -> Dict[str, torch.Tensor]:
-    """State dict in a checkpoint file, whatever mapping it lies in."""
-    if os.path.isdir(checkpoint):
-        raise ValueError(
-            f'Checkpoint {checkpoint!r} is a folder. Name a file in it, or the folder as the model if it'
-            ' holds a config.json (--kd-model-name).')
-    try:
-        contents = load_state_dict(checkpoint)
-    except FileNotFoundError:
-        raise FileNotFoundError(f'No checkpoint at {checkpoint!r}.') from None
-    except Exception as e:  # torch's unpickler alone raises half a dozen kinds
-        reason = re.split(r'\.\s', str(e))[0].replace('\n', ' ')
-        raise ValueError(
-            f'Checkpoint {checkpoint!r} can not be read ({type(e).__name__}: {reason}). It may be cut'
-            ' short, or hold a whole model: write its tensors with torch.save(model.state_dict(), PATH).') from e
-    if not any(isinstance(value, torch.Tensor) for value in contents.values()):
-        inner = {
-            key: dict(value) for key, value in contents.items()
-            if isinstance(value, Mapping) and value and all(isinstance(v, torch.Tensor) for v in value.values())
-        }
-        if len(inner) != 1:
-            raise ValueError(
-                f'Checkpoint {checkpoint!r} holds {" and ".join(map(repr, inner)) or "no state dict"}, expected'
-                ' one state dict. Write it alone, with torch.save(model.state_dict(), PATH).')
-        contents = clean_state_dict(*inner.values())
-    return {key: value for key, value in contents.items() if isinstance(value, torch.Tensor)}
-
-
-def _checkpoint_shapes(name: str, state_dict: Dict[str, torch.Tensor]) -> Dict[str, int]:
-    """Class and channel count of a checkpoint, from the layers that timm names, else the last and the first one."""
-    cfg = get_pretrained_cfg(name)
-    classifier, first_conv = (f'{getattr(cfg, field, None)}.weight' for field in ('classifier', 'first_conv'))
-    weights = {key: value for key, value in state_dict.items() if key.endswith('weight') and value.ndim > 1}
-    convs = {key: value for key, value in weights.items() if value.ndim == 4}
-    shapes = {}
-    if weights:
-        shapes['num_classes'] = weights.get(classifier, list(weights.values())[-1]).shape[0]
-    if convs:
-        shapes['in_chans'] = convs.get(first_conv, list(convs.values())[0]).shape[1]
-    return shapes
-
-
-def _match_by_order(model: nn.Module, state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """A state dict under the model's names, matched by order.
-
-    The shapes have to agree, ones aside (torchvision's layer scales are (C, 1, 1)), and so does what PyTorch's layers
-    call their tensors. BatchNorm's counters do not matter.
-
-    Raises:
-        ValueError: What does not agree.
-    """
-    own, given = (
-        {key: value for key, value in tensors.items() if not key.endswith('num_batches_tracked')}
-        for tensors in (model.state_dict(), state_dict))
-    if len(own) != len(given):
-        raise ValueError(f'it holds {len(given)} tensors, the model {len(own)}')
-    for (key, value), (other, tensor) in zip(own.items(), given.items()):
-        kinds = {key.rpartition('.')[2], other.rpartition('.')[2]}
-        sizes, other_sizes = ([size for size in t.shape if size > 1] for t in (value, tensor))
-        if sizes != other_sizes or (len(kinds) > 1 and kinds & _TORCH_NAMES) or (other in own and other != key):
-            raise ValueError(f'{other} {tuple(tensor.shape)} is where {key} {tuple(value.shape)} belongs')
-    return {key: tensor.reshape(value.shape) for (key, value), tensor in zip(own.items(), given.values())}
-
-
-def _load_weights(model: nn.Module, state_dict: Dict[str, torch.Tensor], name: str, checkpoint: str) -> None:
-    """Load weights by name, or else by order."""
-    try:
-        model.load_state_dict(state_dict)
-        return
-    except RuntimeError as e:
-        lines = str(e).splitlines()
-        reason = ' '.join(line.strip() for line in lines[1:2] or lines)[:200]
-    try:
-        if os.path.splitext(checkpoint)[1] == '.safetensors':  # sorted by name: blocks.10 comes before blocks.2
-            raise ValueError(reason)
-        model.load_state_dict(_match_by_order(model, state_dict))
-    except ValueError as e:
-        size = ' If it was trained at another image size, name the folder of its run.' if 'pos_embed' in str(e) else ''
-        raise ValueError(
-            f'Checkpoint {checkpoint!r} does not fit architecture {name!r}: {e}.'
-            f' Name the architecture that it was trained with.{size}') from e
-    _logger.info(
-        f'{checkpoint} names its tensors otherwise than {name} does, so they were loaded by order, in which'
-        ' all shapes agree. That says nothing of activations, padding or the eps of BatchNorm: check the accuracy.')
-
-
-def resolve_teacher(name: str, checkpoint: Optional[str] = None) -> Tuple[str, Optional[str]]:
-    """The name by which timm knows a teacher, and the file of its weights.
-
-    Args:
-        name: A timm name, the folder of a run, which becomes a `local-dir:`, or a checkpoint of a run.
-        checkpoint: The file, if the name is none.
-
-    Raises:
-        ValueError: An unknown name, or a file that does not say of which architecture it is.
-    """
-    if os.path.isfile(name) and not checkpoint:
-        name, checkpoint = _architecture_of(name), name
-    if os.path.isdir(name) and not is_model(name.split('.')[0]):
-        name = f'local-dir:{name}'
-    folder = name.removeprefix('local-dir:')
-    if (folder != name or os.sep in folder) and ':' not in folder and not os.path.isdir(folder):
-        raise ValueError(
-            f'No folder {folder!r}. Give the output folder of a run, the name of a timm model, or hf-hub:ORG/NAME.')
-    source, architecture = parse_model_name(name)
-    if source is None and not is_model(architecture.split('.')[0]):
-        near = ', '.join(difflib.get_close_matches(architecture, list_models(), n=4, cutoff=0.4)) or 'none'
-        raise ValueError(f'Unknown model {name!r}. The nearest timm names: {near}.')
-    return name, checkpoint
-
-
-def _architecture_of(checkpoint: str) -> str:
-    """The model that a run's checkpoint says it is of."""
-    architecture = training_args(checkpoint).get('arch')
-    if architecture is None:
-        raise ValueError(
-            f'{checkpoint!r} is a file that does not say of which architecture. Name that as the model, and the file as'
-            ' its checkpoint.')
-    return architecture
-
-
-def training_args(checkpoint: str) -> Dict[str, Any]:
-    """The options that a checkpoint of timm's training script, or of ours, was trained with, and its model as `arch`.
-
-    Files of others have none.
-    """
-    try:
-        contents = load_checkpoint_metadata(checkpoint)
-    except Exception:  # no checkpoint of that kind
-        return {}
-    if not isinstance(contents, Mapping) or not isinstance(contents.get('arch'), str):
-        return {}
-    args = contents.get('args')
-    is_timms = isinstance(args, argparse.Namespace) and getattr(args, 'model', None) == contents['arch']
-    return {**(vars(args) if is_timms else {}), 'arch': contents['arch']}
-
-
-def _create_as_trained(name: str, args: Dict[str, Any], **kwargs: Any) -> nn.Module:
-    """A model without weights, of the arguments and for the input that a training script made it with.
-
-    Args:
-        name: See `create_teacher`.
-        args: Options of the script.
-        **kwargs: Arguments of `timm.create_model` that win over those.
-    """
-    kwargs = {'bn_eps': args.get('bn_eps'), 'global_pool': args.get('gp'), **(args.get('model_kwargs') or {}), **kwargs}
-    # the channels are told by the weights
-    size = args['input_size'][1:] if args.get('input_size') else to_2tuple(args.get('img_size'))
-    given = {**args, 'in_chans': None, 'img_size': None, 'input_size': None}
-    if size[0]:
-        given['input_size'] = (kwargs.get('in_chans', 3), *size)
-    kwargs = resolve_model_input_args(name, {} if 'img_size' in kwargs else given, **kwargs)
-    model: Any = timm.create_model(kwargs.pop('model_name'), **kwargs)
-    config = {**model.pretrained_cfg, **(args.get('pretrained_cfg_overlay') or {})}
-    model.pretrained_cfg = {**model.pretrained_cfg, **resolve_input_data_config(model, given, config)}
-    return model
-
-
 def create_teacher(
         name: str,
         checkpoint: Optional[str] = None,
         device: Optional[torch.device] = None,
         **kwargs: Any,
 ) -> nn.Module:
-    """Create a timm model with trained weights, with the class count that they have.
-
-    Args:
-        name: timm model name, `hf-hub:` and `local-dir:` included, or a folder with a `config.json`, such as that of
-            an earlier run, or its checkpoint. Without a checkpoint, its pretrained weights load.
-        checkpoint: Weights of that architecture: .safetensors, a state dict, or a (training) checkpoint that holds
-            one. Under other names than timm's they are loaded by order, if every shape agrees (our choice). Of a
-            training checkpoint of timm's, the model's arguments and its normalisation are taken, too.
-        device: Where to put it.
-        **kwargs: Further arguments of `timm.create_model`.
-
-    Raises:
-        FileNotFoundError: No such checkpoint.
-        ValueError: An unknown name, no weights to be had, or a checkpoint that does not fit.
-    """
-    name, checkpoint = resolve_teacher(name, checkpoint)
-    state_dict = _read_state_dict(checkpoint) if checkpoint else {}
-    args = training_args(checkpoint) if checkpoint else {}
-    try:
-        kwargs = {**_checkpoint_shapes(name, state_dict), **kwargs}
-        if args:
-            model = _create_as_trained(name, args, **kwargs)
-        else:
-            model = timm.create_model(name, pretrained=not checkpoint, **kwargs)
-    except Exception as e:  # whatever the download raises, the remedy is the same
-        reason = first_line(e)
-        remedy = 'Check its name.' if checkpoint else 'Name a trained checkpoint of it.'
-        raise ValueError(
-            f'Could not get {"" if checkpoint else "weights of "}{name!r} ({type(e).__name__}: {reason}).'
-            f' {remedy}') from e
-    if checkpoint:
-        _load_weights(model, state_dict, name, checkpoint)
-    return model.to(device)
+    """Load a timm model that can teach. See `load_model`, which this is another name for."""
+    return load_model(name, checkpoint, device, **kwargs)
 
 
 def _per_channel(values: Sequence[float], in_chans: int) -> torch.Tensor:
@@ -391,6 +210,7 @@ class Teacher(nn.Module):
 
         self.capture = FeatureCapture(model, self.layers)
         self._run = self._forward
+        self._run_pooled = self._pooled
         self.eval()
 
     def _set_class_map(self, class_map: Sequence[int]) -> None:
@@ -411,6 +231,7 @@ class Teacher(nn.Module):
     def compile(self, *args, **kwargs) -> None:
         """Compile the forward, hooks included. Takes the arguments of `torch.compile`."""
         self._run = torch.compile(self._forward, *args, **kwargs)
+        self._run_pooled = torch.compile(self._pooled, *args, **kwargs)
 
     def store_weights(self, dtype: torch.dtype) -> None:
         """Keep the weights of convolutions and linear layers in `dtype`, for calls under autocast of that type.
@@ -454,6 +275,56 @@ class Teacher(nn.Module):
         """Logits (B, classes) and, if asked for, the maps (B, C, h, w) of `layers`, for the student's input."""
         return self._run(x, with_features)
 
+    def _pooled(self, x: torch.Tensor) -> torch.Tensor:
+        model: Any = self.model
+        self.capture.enabled = False
+        return model.forward_head(model.forward_features(self.prepare_input(x)), pre_logits=True)
+
+    @torch.no_grad()
+    def pooled_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Features (B, D) that the model's classifier takes, for the student's input."""
+        return self._run_pooled(x)
+
+    def _noise(self, input_size: Tuple[int, int, int]) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
+        return torch.randn(1, *input_size, generator=generator).to(self.scale.device, dtype)
+
+    @torch.no_grad()
+    def check_input(self, input_size: Tuple[int, int, int], pooled: bool = False) -> None:
+        """Run the model once on noise, so that an image size that it does not take is found before training.
+
+        Args:
+            input_size: The student's (C, H, W).
+            pooled: Look at `pooled_features`, too.
+
+        Raises:
+            ValueError: If the model does not take the size, or has no pooled features. The message names the remedy.
+        """
+        name = type(self.model).__name__
+        noise = self._noise(input_size)
+        self.capture.enabled = False
+        try:
+            self.model(self.prepare_input(noise))
+        except Exception as e:  # models raise what they like, assertions too
+            height, width = self.img_size or input_size[1:]
+            is_timms = hasattr(self.model, 'pretrained_cfg')
+            own = get_model_input_config(self.model)['input_size'][1:] if is_timms else (height, width)
+            remedy = (
+                f'--kd-teacher-img-size {own[-1]} resizes them to the size that it was made for.'
+                if tuple(own) != (height, width) else
+                'Choose another teacher, or a size that it takes (--kd-teacher-img-size).')
+            raise ValueError(
+                f'Teacher {name} does not take images of {height}x{width} pixels'
+                f' ({first_line(e)[:200].rstrip(".")}). {remedy}') from e
+        if pooled:
+            try:
+                self._pooled(noise)
+            except Exception as e:
+                raise ValueError(
+                    f'Teacher {name} gives no pooled features ({first_line(e)[:200].rstrip(".")}). Choose another'
+                    ' teacher, or --kd-distill-type logit.') from e
+
     @torch.no_grad()
     def probe(self, input_size: Tuple[int, int, int]) -> List[FeatureSpec]:
         """Shape and sign of each layer's feature map, from one forward of noise.
@@ -464,10 +335,7 @@ class Teacher(nn.Module):
         Raises:
             ValueError: A layer whose output is not a 4-D map, or has its channels last where none would expect it.
         """
-        generator = torch.Generator().manual_seed(0)
-        dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
-        noise = torch.randn(1, *input_size, generator=generator).to(self.scale.device, dtype)
-        _, features = self._forward(noise, True)
+        _, features = self._forward(self._noise(input_size), True)
         specs = []
         for layer, feature in zip(self.layers, features):
             if not isinstance(feature, torch.Tensor) or feature.ndim != 4:
@@ -489,3 +357,62 @@ class Teacher(nn.Module):
 
 
 TeacherLike = Union[str, nn.Module, Teacher]
+
+
+def _check_classes(teacher: Teacher, num_classes: int, class_map: Optional[Sequence[int]]) -> None:
+    if class_map is not None and len(class_map) != num_classes:
+        raise ValueError(
+            f'The class map has {len(class_map)} entries, the student {num_classes} classes.'
+            ' Give one teacher class per student class in --kd-class-map.')
+    if teacher.num_classes is not None and teacher.num_classes != num_classes:
+        raise ValueError(
+            f'The teacher knows {teacher.num_classes} classes, the student {num_classes}.'
+            " Say which of the teacher's classes are the student's (--kd-class-map), take a teacher trained on the"
+            f' same ones (--kd-teacher-checkpoint), or set --num-classes {teacher.num_classes}.')
+
+
+def build_teacher(
+        teacher: nn.Module,
+        images: StudentInput,
+        num_classes: Optional[int],
+        layers: Sequence[Optional[str]] = (),
+        img_size: Optional[int] = None,
+        class_map: Optional[Sequence[int]] = None,
+        pooled: bool = False,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+) -> Tuple[Teacher, str]:
+    """Make a model the `Teacher` of a student, and check that it can teach it.
+
+    Args:
+        teacher: The model, which is frozen, moved and converted in place, or a ready `Teacher`.
+        images: What the student gets.
+        num_classes: The student's; None if the teacher's classes do not matter.
+        layers: Module names, see `Teacher`. Of a ready one, only their number counts.
+        img_size: See `Teacher`.
+        class_map: See `Teacher`.
+        pooled: Whether its pooled features will be asked for.
+        device: Where to put it.
+        dtype: What to convert its weights to.
+
+    Returns:
+        The teacher, and its fingerprint, which does not depend on `dtype`.
+
+    Raises:
+        ValueError: If channels, classes, layers or image size do not fit. The message names the remedy.
+    """
+    if not isinstance(teacher, Teacher):
+        names = [layer for layer in layers if layer is not None]
+        teacher = Teacher(teacher, names, images.size[0], images.mean, images.std, img_size, class_map)
+    elif class_map is not None:
+        raise ValueError('A ready Teacher has its own classes. Give the map to it instead: Teacher(class_map=...).')
+    elif layers and len(teacher.layers) != len(layers):
+        raise ValueError(
+            f'The Teacher gives {len(teacher.layers)} layer(s) for {len(layers)} hook(s). Pass as many of each.')
+    if num_classes is not None:
+        _check_classes(teacher, num_classes, class_map)
+    fingerprint = teacher.fingerprint()
+    teacher.model.to(dtype)
+    teacher.to(device)
+    teacher.check_input(images.size, pooled)
+    return teacher, fingerprint

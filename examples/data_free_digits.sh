@@ -49,5 +49,5 @@ wait $!
 
 # table 6: how far apart the images of a class are, by the CNN's features
 python -m timm_dearkd.analysis diversity "$OUT/none" "$OUT/adi" "$OUT/intra" "$OUT/data/train" \
-    --model "local-dir:$OUT/teacher" --output "$OUT/diversity.json"
+    --model "local-dir:$OUT/teacher" --output "$OUT/diversity.json" --overwrite
 python examples/data_free_report.py "$OUT"

@@ -132,7 +132,7 @@ class Driver:
             return ['-m', 'timm_dearkd.data_free', f'{work}/{cell.name}', *argv, '--seed', str(cell.seed), '--resume']
         if cell.program == 'diversity':
             return ['-m', 'timm_dearkd.analysis', 'diversity', data, *argv, '--seed', str(cell.seed), '--output',
-                    f'{work}/{cell.name}/diversity.json']
+                    f'{work}/{cell.name}/diversity.json', '--overwrite']
         return [
             'train.py', data, *argv, *self.accumulation(cell), '--seed', str(cell.seed), '--output', work,
             '--experiment', cell.name, '--resume', 'auto']

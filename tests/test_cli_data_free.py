@@ -201,9 +201,11 @@ def test_some_classes_and_a_competitor(make, train_cli, cnn, tmp_path):
     """The class map brings the CNN's classes to the student."""
     out = tmp_path / 'images'
     result = make(
-        out, '--num-images', '12', '--classes', '0', '2', '--diversity', 'adi', '--student', 'test_resnet',
+        out, '--num-images', '7', '--classes', '0', '2', '--diversity', 'adi', '--student', 'test_resnet',
         '--student-checkpoint', cnn / 'last.pth.tar')
     assert result.returncode == 0, result.stderr
+    assert '--num-images 7 is rounded up to 12' in result.stderr
+    assert '12 of 12 images kept (7 asked for, in whole batches)' in result.stdout
     assert (out / 'kd_class_map.txt').read_text() == '0 blue sky\n2 rust\n'
     assert f'--kd-class-map {out}/kd_class_map.txt' in result.stdout
     result = train_cli(

@@ -129,14 +129,21 @@ def test_a_loss_that_is_not_finite_stops_both(train_cli, tmp_path):
 
 @pytest.mark.skipif(not os.path.isdir('/proc/self/task'), reason='lists threads as Linux does')
 def test_no_thread_of_the_group_is_left_in_the_end(image_folder, cnn, tmp_path):
-    """One that comes to need the interpreter when that is gone aborts the process of a run that was complete."""
+    """One that comes to need the interpreter when that is gone aborts the process of a run that was complete.
+
+    Its teacher's classes are in another order, which both processes find together, and one tells.
+    """
+    class_map = tmp_path / 'map.txt'
+    class_map.write_text('1\n2\n0\n')
     script = tmp_path / 'script.py'
     script.write_text(
         'import sys; from pathlib import Path; from timm_dearkd.train import run_script; run_script(sys.argv[1:])\n'
         'print("left:", *(p.read_text().strip() for p in Path("/proc/self/task").glob("*/comm")), flush=True)\n')
     result = run_python(
         *TORCHRUN, script, image_folder, *SMALL, '--epochs', '1', '--kd-model-name', f'local-dir:{cnn}', '--output',
-        tmp_path)
+        tmp_path, '--experiment', 'x', '--kd-class-map', class_map, '--no-aug')
     assert result.returncode == 0, result.stderr
+    assert result.stderr.count('seem to be in another order') == 1
+    assert (tmp_path / 'x' / 'kd_class_map.txt').read_text() == '0 blue sky\n1 grass\n2 rust\n'
     _, *left = result.stdout.split('left:')  # both processes write, and may do so on one line
     assert len(left) == 2 and 'gloo' not in ''.join(left)

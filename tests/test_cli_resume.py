@@ -1,5 +1,6 @@
 """Runs that are stopped, killed and resumed, against the run that never was."""
 import csv
+import importlib
 import os
 import resource
 import shutil
@@ -8,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import start_python
+from conftest import SMALL, start_python
 
 EXACT = (
     '--epochs', '3', '--dearkd-stage1-epochs', '1', '--mixup', '0.5', '--cutmix', '0.5', '--aa', 'rand-m9-mstd0.5-inc1',
@@ -250,6 +251,15 @@ def test_a_run_is_not_begun_over_another(train_cli, tmp_path):
         result = train_cli(*command, *resume)
         assert result.returncode == 2 and 'holds a run. Go on with it by' in result.stderr.splitlines()[-1]
     assert {path.name: path.read_bytes() for path in (tmp_path / 'run').iterdir()} == before
+
+
+def test_more_epochs_than_before_can_lead_back_to_stage_1(whole, cnn, image_folder, tmp_path, caplog):
+    shutil.copytree(whole, tmp_path / 'run')
+    train = importlib.import_module('train')
+    train.prepare([str(arg) for arg in (
+        image_folder, *SMALL, *EXACT, '--kd-model-name', cnn, '--output', tmp_path, '--experiment', 'run', '--resume',
+        'auto', '--epochs', '9', '--dearkd-stage1-epochs', '7')])
+    assert 'in stage II at epoch 2. With --dearkd-stage1-epochs 7, stage I lasts 7 epochs (was 1)' in caplog.text
 
 
 def test_a_plateau_is_remembered(train_cli, tmp_path):

@@ -7,8 +7,10 @@ import shutil
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
+import torchvision
 import yaml
 from conftest import run_process, run_python
 from PIL import Image
@@ -17,6 +19,7 @@ from timm.models import save_for_hf
 from timm.task import ClassificationEvaluator
 
 import timm_dearkd  # noqa: F401
+from timm_dearkd.hub import prepare_folder
 
 
 def rows(folder):
@@ -65,7 +68,7 @@ def test_summary_has_the_stage_and_each_loss(run):
     table = rows(run[0])
     assert list(table[0]) == [
         'epoch', 'train_stage', 'train_alpha', 'train_loss', 'train_ce_loss', 'train_logit_loss', 'train_hidden_loss',
-        'train_teacher_agreement', 'eval_loss', 'eval_top1', 'eval_top5', 'lr']
+        'train_teacher_agreement', 'eval_loss', 'eval_top1', 'eval_top5', 'eval_teacher_top1', 'lr']
     assert [row['train_stage'] for row in table] == ['1'] * 4 + ['2'] * 2
     assert [float(row['train_alpha']) for row in table] == [0.5] * 4 + [0.75, 1.]
     assert [bool(row['train_hidden_loss']) for row in table] == [True] * 4 + [False] * 2
@@ -75,6 +78,19 @@ def test_summary_has_the_stage_and_each_loss(run):
         parts = alpha * float(row['train_ce_loss']) + (1 - alpha) * float(
             row['train_logit_loss'] or 0) + 10 * float(row['train_hidden_loss'] or 0)
         assert float(row['train_loss']) == pytest.approx(parts, rel=1e-4)
+
+
+def test_the_teacher_is_evaluated_beside_the_student(run, cnn, image_folder):
+    """As timm evaluates it, and in every place that tells what the student is worth."""
+    folder, log = run
+    top1 = evaluate(timm.create_model(f'local-dir:{cnn}', pretrained=True), image_folder)['top1']
+    assert [float(row['eval_teacher_top1']) for row in rows(folder)] == pytest.approx([top1] * 6)
+    best = max(float(row['eval_top1']) for row in rows(folder))
+    results = json.loads((folder / 'run.json').read_text())['results']
+    assert results == dict(teacher_top1=pytest.approx(top1, abs=1e-3), student_top1=pytest.approx(best, abs=1e-3))
+    assert f'Top-1: teacher {top1:.2f} %, student {best:.2f} %' in log
+    assert log.count('Teacher: [') == 1
+    assert len(re.findall(r'Epoch 0 took 0:00:\d\d. Expected end: about \d{4}-\d\d-\d\d \d\d:\d\d, in', log)) == 1
 
 
 def test_every_log_line_has_the_stage_and_each_loss(run):
@@ -148,17 +164,25 @@ def test_train_fraction(train_cli, tmp_path):
 
 
 @pytest.mark.parametrize('args', [
-    ['--kd-distill-type', 'logit'],
-    ['--kd-distill-type', 'feature'],
+    ['--kd-distill-type', 'logit', '--in-chans', '1', '--kd-class-map', 'MAP'],
+    ['--kd-distill-type', 'feature', '--kd-teacher-img-size', '128', '--amp', '--amp-dtype', 'bfloat16'],
     ['--model', 'deit_tiny_distilled_patch16_224', '--model-kwargs', 'depth=1', 'embed_dim=24', '--kd-distill-type',
-     'token', '--kd-token-distill-type', 'hard'],
-    ['--model', 'test_convnext'],  # no tokens: logit is the default
+     'token', '--kd-token-distill-type', 'hard', '--in-chans', '1', '--channels-last', '--img-size', '64'],
+    ['--model', 'test_resnet', '--torchscript', '--model-ema'],  # no tokens: logit is the default
 ], ids=['logit', 'feature', 'token', 'cnn'])
 def test_timms_own_distillation(args, train_cli, cnn, tmp_path):
+    """Of a teacher for colour images of 32 pixels, whatever the student gets."""
+    (tmp_path / 'map.txt').write_text('0\n1\n2\n')
+    args = [tmp_path / 'map.txt' if arg == 'MAP' else arg for arg in args]
     result = train_cli(
         *args, '--kd-model-name', f'local-dir:{cnn}', '--epochs', '1', '--output', tmp_path, '--experiment', 'x')
     assert result.returncode == 0, result.stderr
     assert float(rows(tmp_path / 'x')[0]['train_kd_loss' if 'token' not in args else 'train_distill_loss']) > 0
+    sizes = [line for line in result.stderr.splitlines() if 'The teacher was trained at 32x32 pixels and sees' in line]
+    assert len(sizes) == (1 if '--img-size' in args or '--kd-teacher-img-size' in args else 0)
+    assert all(('--kd-teacher-img-size 32 resizes' in line) == ('--img-size' in args) for line in sizes)
+    state = torch.load(tmp_path / 'x' / 'last.pth.tar', weights_only=False)['task_state']
+    assert len(state['teacher']) == 16
 
 
 @pytest.mark.parametrize('args', [
@@ -293,6 +317,40 @@ def test_the_first_head_weights_of_both_heads(image_folder, tmp_path, monkeypatc
         '--head-init-scale', '0', '--head-init-bias', '-2')])
     for head in made[0].get_classifier():
         assert head.weight.abs().sum() == 0 and (head.bias == -2).all()
+
+
+@pytest.mark.parametrize('kind', ['no architecture', 'class of timm', 'torchvision'])
+def test_a_model_of_the_users_own_is_trained(kind, image_folder, tmp_path, monkeypatch, capfd):
+    """Its weights are saved. The log says once why no config.json is; tools and the Hub say so, too."""
+    def create_model(name, num_classes, **kwargs):
+        if kind == 'torchvision':
+            return torchvision.models.resnet18(num_classes=num_classes)
+        if kind == 'class of timm':
+            return timm.models.resnet.ResNet(timm.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=num_classes)
+        model = timm.create_model(name, num_classes=num_classes)
+        del model.pretrained_cfg['architecture']
+        return model
+
+    train = importlib.import_module('train')
+    monkeypatch.setattr(train, 'create_model', create_model)
+    run = tmp_path / 'run'
+    train.main([str(value) for value in (
+        image_folder, '--model', 'test_resnet', '--img-size', '32', '-b', '24', '-j', '0', '--epochs', '2', '--device',
+        'cpu', '--warmup-epochs', '0', '--report', '--output', tmp_path, '--experiment', 'run')])
+    err = capfd.readouterr().err
+    assert err.count('has no name in timm') == 1 and f'Its weights: {run}/model_best.safetensors' in err
+    weights = safetensors.torch.load_file(run / 'model_best.safetensors')
+    best = torch.load(run / 'model_best.pth.tar', weights_only=False)['state_dict']
+    assert set(weights) == set(best) and all(value.equal(weights[key]) for key, value in best.items())
+    assert not (run / 'config.json').exists()
+    assert 'it has no name in timm' in (run / 'report.html').read_text()
+    with pytest.raises(ValueError, match='has no model: it has no name in timm'):
+        prepare_folder(str(run), tmp_path / 'hub', 'a/b')
+    exported = (run / 'model_best.safetensors').stat().st_mtime_ns
+    train.main([str(value) for value in (
+        image_folder, '--model', 'test_resnet', '--img-size', '32', '-b', '24', '-j', '0', '--epochs', '2', '--device',
+        'cpu', '--output', tmp_path, '--experiment', 'run', '--resume', 'auto')])
+    assert (run / 'model_best.safetensors').stat().st_mtime_ns == exported  # a finished run is left alone
 
 
 def test_without_validation(train_cli, tmp_path):
@@ -500,16 +558,35 @@ def test_a_teacher_of_more_classes(train_cli, tmp_path):
         (tmp_path / 'map.txt').write_text('3\n4\n5\n')
 
 
-def test_a_teacher_whose_classes_are_in_another_order_is_said(train_cli, cnn, tmp_path):
+def test_a_teacher_whose_classes_are_in_another_order_is_told(train_cli, cnn, tmp_path):
+    """A map that turns the classes round; then the one that the run has written."""
     (tmp_path / 'map.txt').write_text('1\n2\n0\n')
+    written = tmp_path / 'wrong' / 'kd_class_map.txt'
     agreements = []
-    for name, extra in (('right', []), ('wrong', ['--kd-class-map', tmp_path / 'map.txt'])):
+    for name, extra in (
+            ('right', []), ('wrong', ['--kd-class-map', tmp_path / 'map.txt']),
+            ('mended', ['--kd-class-map', written])):
         result = train_cli('--kd-model-name', f'local-dir:{cnn}', '--epochs', '1', '--no-aug', '--output', tmp_path,
                            '--experiment', name, *extra)
         assert result.returncode == 0, result.stderr
-        assert ('the same order? If not: --kd-class-map FILE' in result.stderr) == (name == 'wrong')
+        assert ("seem to be in another order: class 'blue sky' looks like" in result.stderr) == (name == 'wrong')
+        assert (f'train again with --kd-class-map {written}.' in result.stderr) == (name == 'wrong')
         agreements.append(float(rows(tmp_path / name)[0]['train_teacher_agreement']))
-    assert agreements[0] > 0.8 and agreements[1] < 0.2
+    assert written.read_text() == '0 blue sky\n1 grass\n2 rust\n'
+    assert agreements[0] == agreements[2] > 0.8 and agreements[1] < 0.2
+
+
+def test_a_teacher_that_guesses_is_told(train_cli, tmp_path):
+    """One that was never trained, whose answer is one class or another whatever the image is."""
+    torch.manual_seed(0)
+    model = timm.create_model('test_resnet', num_classes=3)
+    torch.nn.init.zeros_(model.fc.weight)
+    torch.save(model.state_dict(), tmp_path / 'cnn.pth')
+    result = train_cli(
+        '--model', 'test_resnet', '--kd-model-name', 'test_resnet', '--kd-teacher-checkpoint', tmp_path / 'cnn.pth',
+        '--epochs', '1', '--output', tmp_path, '--experiment', 'x')
+    assert result.returncode == 0, result.stderr
+    assert 'the same order? If not: --kd-class-map FILE' in result.stderr and 'another order:' not in result.stderr
 
 
 def test_a_teacher_is_matched_by_the_names_of_its_classes(train_cli, cnn, tmp_path):
@@ -536,8 +613,12 @@ def test_a_teacher_is_matched_by_the_names_of_its_classes(train_cli, cnn, tmp_pa
         (row,), (expected,) = rows(tmp_path / args[-1]), rows(tmp_path / 'same run')
         assert row['train_teacher_agreement'] == expected['train_teacher_agreement']
         assert row == expected or args is more  # whose head takes more random numbers to make
-    result = train_cli(*turned[:2], '--kd-distill-type', 'logit')
-    assert result.returncode == 2 and 'take DearKD and a ViT, which find them by name' in result.stderr
+    table = []
+    for args in (same, turned):
+        result = train_cli(*args[:-1], f'{args[-1]} of logits', '--epochs', '1', '--kd-distill-type', 'logit')
+        assert result.returncode == 0, result.stderr
+        table.append(rows(tmp_path / f'{args[-1]} of logits'))
+    assert table[0] == table[1]
 
 
 def test_trackers(train_cli, cnn, tmp_path):

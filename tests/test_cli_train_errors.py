@@ -2,7 +2,10 @@
 import importlib
 
 import pytest
+import torch
 from conftest import SMALL
+
+from timm_dearkd.engine.device import use_deterministic_kernels
 
 ERRORS = {
     'image mode': (['--input-img-mode', 'L'], 'another number of channels than the model takes, 3'),
@@ -29,6 +32,12 @@ ERRORS = {
     'layer decay': (['--layer-decay', '0.7', '--sched', 'none'], 'Set --sched constant'),
     'plateau': (['--sched', 'plateau', '--sched-on-updates'], 'does not go with --sched-on-updates'),
     'compile mode': (['--torchcompile', '--torchcompile-mode', 'x'], "--torchcompile-mode is 'x', expected one of"),
+    'graphs of a teacher': (
+        ['--torchcompile', '--torchcompile-mode', 'reduce-overhead', '--kd-model-name', 'TEACHER'],
+        'do not work with a teacher: they overwrite their outputs. Set --torchcompile-mode max-autotune-no-cudagraphs'),
+    'graphs of parts': (
+        ['--torchcompile', '--torchcompile-mode', 'max-autotune', '--grad-accum-steps', '2'],
+        'do not work with --grad-accum-steps'),
     'checkpointing': (['--model', 'dla34', '--grad-checkpointing'], 'gradient checkpointing not supported'),
     'head': (
         ['--model', 'test_resnet', '--num-classes', '0', '--head-init-bias', '0'], 'a head with a weight and a bias'),
@@ -44,11 +53,14 @@ ERRORS = {
     'class map file': (
         ['--kd-class-map', 'nothing.txt', '--kd-model-name', 'TEACHER'], "--kd-class-map: no file 'nothing.txt'"),
     'class map kind': (
-        ['--kd-class-map', 'FILE', '--kd-model-name', 'TEACHER', '--kd-distill-type', 'logit'],
-        '--kd-class-map goes with --kd-distill-type dearkd, this run has logit'),
+        ['--kd-class-map', 'FILE', '--kd-model-name', 'TEACHER', '--kd-distill-type', 'feature'],
+        '--kd-class-map goes with --kd-distill-type dearkd or logit or token, this run has feature'),
     'class map of a cnn': (
         ['--model', 'test_resnet', '--kd-class-map', 'FILE', '--kd-model-name', 'TEACHER'],
-        '--kd-class-map goes with --kd-distill-type dearkd, this run has logit'),
+        'not with a teacher class. Write one index'),
+    'teacher size': (
+        ['--model', 'test_resnet', '--kd-model-name', 'TEACHER', '--kd-teacher-img-size', '-1'],
+        'does not take images of -1x-1 pixels'),
     'flag of a vit': (
         ['--model', 'test_resnet', '--dearkd-beta', '5', '--kd-model-name', 'TEACHER'],
         '--dearkd-beta goes with --kd-distill-type dearkd, this run has logit'),
@@ -66,12 +78,16 @@ ERRORS = {
     'script': (['--torchscript', '--torchcompile', 'eager'], '--torchscript does not go with'),
     'script to evaluate': (['--torchscript', '--eval-only'], '--torchscript is for training'),
     'script of a student': (['--torchscript', '--kd-model-name', 'TEACHER'], 'Use --torchcompile'),
+    'script of two heads': (
+        ['--model', 'deit_tiny_distilled_patch16_224', '--model-kwargs', 'depth=1', '--torchscript', '--kd-model-name',
+         'TEACHER', '--kd-distill-type', 'token'], '--torchscript does not go with --kd-distill-type token'),
     'split bn': (['--split-bn'], '--aug-splits'),
     'module': (['--device-modules', 'no_such_module'], 'no_such_module'),
     'seed': (['--seed', '-1'], '--seed is -1, expected 0 or more'),
     'milestone': (['--save-epochs', '1', '7'], '--save-epochs is 7, expected 1 to 2'),
     'milestone of nothing': (['--save-epochs', '0', '2'], '--save-epochs is 0, expected 1 to 2'),
     'model': (['--model', 'dearkd_tny_patch16_224'], 'dearkd_tiny_patch16_224'),
+    'beginning of a model': (['--model', 'dearkd-small'], 'The nearest names: dearkd_small_patch16_224'),
     'batch size': (['--batch-size', '64'], 'Set --batch-size to 48 or less'),
     'classes': (['--num-classes', '2'], 'Set --num-classes 3'),
     'split': (['--train-split', 'trian'], "'trian'"),
@@ -153,6 +169,26 @@ def test_an_interruption_at_once_is_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as e:
         train.run_script([])
     assert e.value.code == 130 and capsys.readouterr().err == 'train.py: Interrupted.\n'
+
+
+def test_no_deterministic_kernel_is_one_line(monkeypatch, capsys):
+    train = importlib.import_module('train')
+    monkeypatch.setenv('CUBLAS_WORKSPACE_CONFIG', '')
+
+    def run():
+        torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
+
+    monkeypatch.setattr(train, 'prepare', lambda argv: run)
+    benchmark = torch.backends.cudnn.benchmark
+    try:
+        use_deterministic_kernels()
+        with pytest.raises(SystemExit) as e:
+            train.run_script([])
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = benchmark
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.startswith('train.py: error: --deterministic: put_ ') and err.count('\n') == 1
 
 
 def test_no_compiler_is_one_line(train_cli, tmp_path, monkeypatch):

@@ -81,7 +81,7 @@ def _save_onnx(model: nn.Module, images: torch.Tensor, path: Path) -> Callable[[
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as e:
-        raise ValueError(f'ONNX needs another package ({e}): pip install "timm-dearkd[export]".') from e
+        raise ValueError(f"ONNX needs another package ({e}): pip install -e '.[export]' in the clone.") from e
     for name in ('onnxscript', 'onnx_ir'):  # dozens of lines on what they did not fold
         logging.getLogger(name).setLevel(logging.ERROR)
     batch = torch.export.Dim('batch', min=1, max=2 ** 16)

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import json
 import logging
 import os
 import re
@@ -41,9 +42,10 @@ from timm.models import PretrainedCfg
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, hf_split
 
 import timm_dearkd  # noqa: F401  registers the architectures
+from distill_hooks.teacher import training_args
 from timm_dearkd.analysis.compare import drawn_columns, plot_runs
 from timm_dearkd.analysis.figures import render
-from timm_dearkd.analysis.runs import Run, open_run
+from timm_dearkd.analysis.runs import Run, open_run, why_no_model
 from timm_dearkd.attention import ConvAttention
 from timm_dearkd.commands import run_command
 from timm_dearkd.engine.output import save_folder
@@ -58,6 +60,12 @@ CITATION = '''@inproceedings{chen2022dearkd,
   booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
   year={2022}
 }'''
+
+
+# Errors before a connection is made, by the names that the HTTP libraries of huggingface_hub give them
+_UNREACHABLE = {
+    'ConnectError', 'ConnectTimeout', 'ProxyError', 'NewConnectionError', 'NameResolutionError', 'gaierror',
+    'ConnectionRefusedError', 'OfflineModeIsEnabled'}
 
 
 class HubError(OSError):
@@ -89,10 +97,13 @@ def _hub_errors(repo: str) -> Iterator[None]:
             raise
         statuses = [getattr(getattr(error, 'response', None), 'status_code', None) for error in chain]
         status = next((status for status in statuses if status is not None), None)
-        raise HubError(f'{repo!r} at {constants.ENDPOINT}: {_explain(e, status)}') from e
+        names = {cls.__name__ for error in chain for cls in type(error).__mro__}
+        is_offline = bool(names & _UNREACHABLE)
+        raise HubError(f'{repo!r} at {constants.ENDPOINT}: {_explain(e, status, is_offline)}') from e
 
 
-def _explain(error: Exception, status: Optional[int]) -> str:
+def _explain(error: Exception, status: Optional[int], is_offline: bool) -> str:
+    """Say in one line what went wrong, and what to do."""
     reason = ' '.join(str(error).split())
     if isinstance(error, HFValidationError):
         return 'that is not the name of a Hub repository. Expected ORG/NAME.'
@@ -114,6 +125,10 @@ def _explain(error: Exception, status: Optional[int]) -> str:
         return f'it is no timm model, for a file is missing. {reason}'
     if status is not None:
         return f'the Hub refuses ({status}). {reason}'
+    if is_offline:
+        return (
+            f'the Hub cannot be reached ({reason}). Check the network connection and HF_ENDPOINT, and unset'
+            ' HF_HUB_OFFLINE.')
     return (
         f'the transfer was cut off or took too long ({type(error).__name__}: {reason}). Try again;'
         f' HF_HUB_DOWNLOAD_TIMEOUT sets how many seconds to wait ({constants.HF_HUB_DOWNLOAD_TIMEOUT}).')
@@ -232,7 +247,7 @@ def model_card(run: Run, model: Any, repo: str, license: Optional[str] = None) -
         run: The run.
         model: Its model.
         repo: ORG/NAME that it is for.
-        license: Licence of the weights, by the Hub's name for it; None is what the model says, else apache-2.0.
+        license: Licence of the weights, by the Hub's name for it; None takes the one in `config.json`, if any.
     """
     args, best = run.args, run.best()
     data = run.info.get('data', {})
@@ -244,7 +259,7 @@ def model_card(run: Run, model: Any, repo: str, license: Optional[str] = None) -
         metric_type='accuracy', metric_name='top-1', metric_value=round(best[1] / 100, 4),
     )] if best and run.metric == 'eval_top1' else []
     metadata = ModelCardData(
-        license=license or model.pretrained_cfg.get('license') or 'apache-2.0', library_name='timm',
+        license=license or model.pretrained_cfg.get('license'), library_name='timm',
         pipeline_tag='image-classification', metrics=['accuracy'],
         tags=['image-classification', 'timm', *(['dearkd', 'knowledge-distillation'] if is_dearkd else [])],
         model_name=repo.split('/')[-1], eval_results=results or None)
@@ -253,7 +268,7 @@ def model_card(run: Run, model: Any, repo: str, license: Optional[str] = None) -
         ('Model', args.get('model')), ('Parameters', f'{sum(p.numel() for p in model.parameters()):,}'),
         ('Data', source), ('Training images', data.get('train_images')), ('Classes', model.num_classes),
         ('Image size', ' x '.join(map(str, model.pretrained_cfg['input_size']))),
-        ('Teacher', _without_folders(args.get('kd_model_name') or 'none')),
+        ('Teacher', _teacher(run)),
         ('Epochs', len(run.rows) if run.state == 'finished' else f'{run.state}, not finished'), *_stages(run),
         ('Optimizer', f'{args.get("opt")}, {rate}, weight decay {args.get("weight_decay")}, batch size'
          f' {args.get("batch_size")}')]
@@ -283,8 +298,10 @@ trained with timm-dearkd.
 
 ## How to use it
 
+Install timm-dearkd from a clone of its repository; it is not on PyPI yet:
+
 ```sh
-pip install timm-dearkd
+pip install PATH_TO_CLONE
 ```
 
 ```python
@@ -303,6 +320,28 @@ def _without_folders(word: str) -> str:
     """A word of a command with its paths cut down to their last part: where things lie is nobody else's business."""
     return re.sub(
         r'(^|=|:)((?:~|\.{1,2})?/.*)$', lambda match: match[1] + PurePosixPath(match[2]).name, word, flags=re.DOTALL)
+
+
+def _teacher(run: Run) -> str:
+    """Describe the teacher by its architecture and accuracy, but not by its path."""
+    name = str(run.args.get('kd_model_name') or '')
+    if not name:
+        return 'none'
+    text = _architecture(name) or 'a model whose architecture is not recorded'
+    results = run.info.get('results')
+    top1 = results.get('teacher_top1') if isinstance(results, dict) else None
+    return f'{text}, top-1 {top1:.2f} %' if isinstance(top1, (int, float)) else text
+
+
+def _architecture(name: str) -> Optional[str]:
+    """Return the timm or Hub name of a model that may be given as a folder or a checkpoint; None if unknown."""
+    if name.startswith(('hf-hub:', 'hf_hub:')) or timm.is_model(name.split('.')[0]):
+        return name
+    path = Path(name.removeprefix('local-dir:'))
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads((path / 'config.json').read_text())['architecture'])
+    checkpoints = [path] if path.is_file() else sorted(path.glob('*.pth.tar'))
+    return next((args['arch'] for args in map(training_args, map(str, checkpoints)) if 'arch' in args), None)
 
 
 def _stages(run: Run) -> List[Any]:
@@ -333,10 +372,7 @@ def prepare_folder(run_folder: str, folder: Path, repo: str, license: Optional[s
         raise ValueError(f'{repo!r} is not the name of a Hub repository. Expected ORG/NAME.')
     run = open_run(run_folder)
     if not (run.folder / 'config.json').exists():
-        by_timm = any(run.folder.glob('*.pth.tar'))
-        reason = "its checkpoints are of timm's own script, which writes no config.json" if by_timm else (
-            'the run has not finished an epoch')
-        raise ValueError(f'{run_folder!r} has no model: {reason}.')
+        raise ValueError(f'{run_folder!r} has no model: {why_no_model(run.folder)}.')
     try:
         model: Any = timm.create_model(f'local-dir:{run.folder}', pretrained=True)
     except (KeyError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as e:
@@ -392,7 +428,7 @@ def build_parser() -> argparse.ArgumentParser:
     add('run', metavar='RUN', help='output folder of train.py')
     add('--repo', required=True, metavar='ORG/NAME')
     add('--private', action='store_true', help='make it private; refuse one that is public')
-    add('--license', metavar='NAME', help="of the weights, by the Hub's name (the model's own, else apache-2.0)")
+    add('--license', metavar='NAME', help="licence of the weights, by the Hub's name (the one in config.json, if any)")
     add('--dry-run', action='store_true', help='write the folder that would be pushed, RUN/hub, and push nothing')
     add = commands.add_parser('pull', help='fetch a model, and check its hashes').add_argument
     add('repo', metavar='ORG/NAME[@REVISION]')

@@ -13,6 +13,8 @@ import logging
 import os
 import shlex
 import sys
+import time
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple, cast
 
@@ -25,26 +27,35 @@ from timm.utils import distribute_bn, random_seed, setup_default_logging
 
 import timm_dearkd  # noqa: F401  registers the architectures
 from distill_hooks import DearKDTask
+from distill_hooks.errors import first_line
 from distill_hooks.task import keep_constants_local
 from timm_dearkd.analysis.report import check_available as check_report
 from timm_dearkd.analysis.report import write_report
 from timm_dearkd.engine import build, build_data, build_run
 from timm_dearkd.engine.checks import check_args
 from timm_dearkd.engine.data import class_names, classes_of
-from timm_dearkd.engine.device import CompileError, Precision, Ranks, compile_errors, select_device
+from timm_dearkd.engine.device import (
+    CompileError,
+    Precision,
+    Ranks,
+    compile_errors,
+    select_device,
+    use_deterministic_kernels,
+)
 from timm_dearkd.engine.interrupt import Interrupted, StopRequest, TrainingError
 from timm_dearkd.engine.loop import Trainer, Validator, mean_lr
 from timm_dearkd.engine.options import build_config_parser, build_parser, parse_args
 from timm_dearkd.engine.output import (
+    EXPORT_NAME,
     Position,
     complete_export,
     export_model,
     find_checkpoint,
     read_classes,
-    refuse_to_overwrite,
     resume_run,
 )
 from timm_dearkd.engine.recorder import Recorder, print_results
+from timm_dearkd.engine.run_folder import RunFolder, on_primary
 from timm_dearkd.engine.seeding import set_rng_state
 
 _logger = logging.getLogger('train')
@@ -74,6 +85,8 @@ def prepare(argv: Optional[Sequence[str]] = None) -> Callable[[], None]:
     if args.report:
         check_report()
     device, ranks = select_device(args.device)
+    if args.deterministic:
+        use_deterministic_kernels()
     if not ranks.is_primary:
         logging.getLogger().setLevel(logging.ERROR)  # until the run begins, all say the same
     random_seed(args.seed)  # the same weights in every process
@@ -98,13 +111,32 @@ def command_line(argv: Optional[Sequence[str]], ranks: Ranks) -> str:
 
 
 def prepare_training(args, args_text: str, command: str, precision: Precision, ranks: Ranks) -> Callable[[], None]:
-    """The data, the task and the schedules of a run."""
+    """Prepare a run whose folder is locked until the run, or its preparation, ends."""
+    run_folder = RunFolder(build_run.output_parent(args), args.experiment)
+    try:
+        train = build_run_in(run_folder, args, args_text, command, precision, ranks)
+    except BaseException:
+        run_folder.discard()
+        raise
+
+    def run() -> None:
+        with run_folder:
+            train()
+
+    return run
+
+
+def build_run_in(
+        run_folder: RunFolder,
+        args,
+        args_text: str,
+        command: str,
+        precision: Precision,
+        ranks: Ranks,
+) -> Callable[[], None]:
+    """Build the data, the task, the schedules and the recorder of a run."""
     device, is_auto = precision.device, args.resume == 'auto'
-    folder = os.path.join(build_run.output_parent(args), args.experiment)
-    if is_auto:
-        args.resume = agree(find_checkpoint(folder) if ranks.is_primary else '', ranks)
-    if args.experiment and ranks.is_primary:
-        refuse_to_overwrite(folder, args.resume)
+    args.resume = on_primary(ranks, partial(run_folder.find_start, args.resume))
     train_set, eval_set = build_data.build_datasets(args, read_classes(args.resume))
     if eval_set is None:
         args.eval_metric = 'loss'
@@ -125,7 +157,8 @@ def prepare_training(args, args_text: str, command: str, precision: Precision, r
     if is_auto and start.epoch >= epochs.stop:
         _logger.info(f'{args.experiment} has its {start.epoch} epochs already. It is left as it is.')
         use_ema = task.has_ema() and not args.model_ema_force_cpu
-        return partial(complete_run, args, folder, export, use_ema, device) if ranks.is_primary else lambda: None
+        complete = partial(complete_run, args, run_folder.path, export, use_ema, device)
+        return complete if ranks.is_primary else lambda: None
     if start.epoch >= epochs.stop:
         raise ValueError(f'Nothing to train: the run ends after epoch {epochs.stop}, and {start.epoch} are done.')
 
@@ -136,11 +169,13 @@ def prepare_training(args, args_text: str, command: str, precision: Precision, r
         keep_constants_local(cast(torch.nn.Module, task.trainable_module))
         task.prepare_distributed(
             device_ids=[device] if device.type != 'cpu' else None,
+            gradient_as_bucket_view=True,  # no copy of the gradients
             **(dict(broadcast_buffers=False) if args.no_ddp_bb else {}))
     run_info = build_run.describe_run(args, train_set, eval_set, model, precision, ranks)
     run_info.update(command=command, epochs=epochs.stop)
     recorder = build_run.build_recorder(
-        args, args_text, trainer, model, data_config, export, start, run_info, classes_of(train_set), distance_images)
+        args, args_text, run_folder, trainer, model, data_config, export, start, run_info, classes_of(train_set),
+        distance_images)
     return partial(fit, args, trainer, validator, recorder, start, epochs)
 
 
@@ -149,14 +184,6 @@ def complete_run(args, folder: str, export: Callable[..., Any], use_ema: bool, d
     complete_export(folder, export, use_ema)
     if args.report:
         report(folder, device)
-
-
-def agree(path: str, ranks: Ranks) -> str:
-    """What the primary process says, for it alone may see the output folder."""
-    paths = [path]
-    if ranks.distributed:
-        dist.broadcast_object_list(paths)
-    return paths[0]
 
 
 def schedule_run(args, trainer: Trainer) -> Tuple[Position, range]:
@@ -173,12 +200,14 @@ def schedule_run(args, trainer: Trainer) -> Tuple[Position, range]:
         group.update(options)
         if args.sched != 'plateau':  # whose rate is no function of the epoch
             group['lr'] = group['initial_lr'] = rate
+    resumed = start
     if args.start_epoch is not None:
         start = Position(args.start_epoch)
     trainer.num_skipped = start.num_skipped
     trainer.lr_scheduler, num_epochs = build.build_scheduler(args, optimizer, trainer.num_updates, start)
     if isinstance(task, DearKDTask):
         task.schedule = build.build_schedule(args, num_epochs)
+        build_run.log_changed_stages(args, task.schedule.stage1_epochs, resumed, start.epoch)
     build_run.warn_of_short_run(args, num_epochs, trainer.num_updates)
     stop_epoch = num_epochs if args.stop_epoch is None else args.stop_epoch
     for name, epoch in (('stop-epoch', stop_epoch), *(('save-epochs', epoch) for epoch in args.save_epochs)):
@@ -214,11 +243,14 @@ def fit(
         random_seed(args.seed, ranks.rank)
     if start.ema_rng_state is not None and task.has_ema():
         task.trainable_module_ema._sr_generator.set_state(start.ema_rng_state)
+    recorder.resume_answers(start)
     with recorder.tracker, StopRequest(ranks) as stop:
+        evaluate_teacher(trainer, validator, recorder, stop)
         trainer.on_log, trainer.on_update = recorder.on_log, partial(recorder.on_update, stop)
         if validator is not None and validator.in_step:  # else the next update asks
             validator.on_batch = partial(recorder.on_eval_batch, stop)
         for epoch in epochs:
+            began = time.monotonic()
             if isinstance(task, DearKDTask):
                 task.set_epoch(epoch)
                 if validator is None and recorder.saver is not None and task.weights != task.schedule(epoch - 1):
@@ -235,12 +267,46 @@ def fit(
             if trainer.lr_scheduler is not None:
                 trainer.lr_scheduler.step(epoch + 1, metric)
             recorder.on_epoch(epoch, losses, metrics, metric, lr, is_milestone)
+            if epoch == start.epoch and epoch + 1 < epochs.stop and not start.update:
+                log_expected_end(epoch, time.monotonic() - began, epochs.stop - epoch - 1)
     if recorder.saver is not None:
         complete_run(args, recorder.folder, recorder.export, recorder.export_ema, trainer.precision.device)
+        recorder.compare_with_teacher()
         if recorder.saver.best_metric is not None:
             _logger.info(f'*** Best metric: {recorder.saver.best_metric:.4g} (epoch {recorder.saver.best_epoch})')
-            _logger.info(f"*** Load it with timm.create_model('local-dir:{recorder.folder}', pretrained=True)")
+            if os.path.exists(os.path.join(recorder.folder, 'config.json')):
+                _logger.info(f"*** Load it with timm.create_model('local-dir:{recorder.folder}', pretrained=True)")
+            else:
+                _logger.info(f'*** Its weights: {os.path.join(recorder.folder, EXPORT_NAME)}')
         print_results(recorder.results, args.eval_metric)
+
+
+def evaluate_teacher(trainer: Trainer, validator: Optional[Validator], recorder: Recorder, stop: StopRequest) -> None:
+    """Evaluate the teacher once in a run, on the validation images as the student's task feeds it.
+
+    Raises:
+        Interrupted: A signal asks for the end.
+    """
+    task: Any = trainer.task
+    teacher = getattr(task, 'teacher', None)
+    if teacher is None or validator is None or on_primary(trainer.ranks, lambda: recorder.teacher_top1) is not None:
+        return
+    if getattr(teacher, 'teacher', teacher).num_classes not in (None, task.get_eval_model().num_classes):
+        return  # feature distillation takes a teacher of other classes
+
+    def check() -> None:
+        if stop:
+            raise Interrupted(stop.signum)
+
+    validator.on_batch = check if validator.in_step else None
+    recorder.on_teacher(validator(teacher, 'Teacher')['top1'])
+
+
+def log_expected_end(epoch: int, seconds: float, epochs_left: int) -> None:
+    """Log when the run will be over, from the time of one epoch with its evaluation."""
+    left = timedelta(seconds=round(seconds * epochs_left))
+    end = (datetime.now() + left).strftime('%Y-%m-%d %H:%M')
+    _logger.info(f'Epoch {epoch} took {timedelta(seconds=round(seconds))}. Expected end: about {end}, in {left}.')
 
 
 def report(folder: str, device: torch.device) -> None:
@@ -307,6 +373,10 @@ def run_script(argv: Optional[Sequence[str]] = None) -> None:
             run()
     except (OSError, TrainingError, CompileError) as e:
         parser.error(str(e).strip().splitlines()[-1])
+    except RuntimeError as e:
+        if not torch.are_deterministic_algorithms_enabled() or 'determinis' not in str(e):
+            raise
+        parser.error(f'--deterministic: {first_line(e)} Leave the flag out.')
     except Interrupted as e:
         status, message = 128 + e.signum, f'{parser.prog}: {e}\n'
     except KeyboardInterrupt:  # of --eval-only, or the second one in training

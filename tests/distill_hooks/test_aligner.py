@@ -5,10 +5,12 @@ import torch.nn.functional as F
 from distill_hooks import Aligner
 
 
+@pytest.mark.parametrize('usual', [False, True])
 @pytest.mark.parametrize('size', [(9, 7), (4, 4), (1, 3)])
 @pytest.mark.parametrize('relu', [True, False])
-def test_aligner_is_figure_3(size, relu):
-    aligner = Aligner(6, 10, relu=relu)
+def test_aligner_is_figure_3(size, relu, usual):
+    """By PyTorch's interpolation, and by matrix products between sizes that are known before."""
+    aligner = Aligner(6, 10, relu=relu, **(dict(in_size=(4, 4), out_size=size) if usual else {}))
     with torch.no_grad():
         aligner.norm.weight.uniform_(0.5, 2)
         aligner.norm.bias.uniform_(-1, 1)
@@ -23,3 +25,15 @@ def test_aligner_is_figure_3(size, relu):
     out = aligner(tokens, size)
     torch.testing.assert_close(out, x.clamp(min=0) if relu else x, atol=1e-5, rtol=1e-4)
     assert (out.min() < 0) != relu
+
+
+def test_the_usual_sizes_are_deterministic_and_in_no_checkpoint():
+    """Neither the forward nor the backward calls PyTorch's bilinear interpolation."""
+    aligner = Aligner(6, 10, in_size=(4, 5), out_size=(8, 9))
+    assert set(aligner.state_dict()) == set(Aligner(6, 10).state_dict())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        aligner(torch.randn(2, 6, 4, 5, requires_grad=True), (8, 9)).sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert 'aten::bmm' in names and not any('upsample' in name for name in names)
+    half = aligner.bfloat16()
+    assert half(torch.randn(2, 6, 4, 5).bfloat16(), (8, 9)).dtype == torch.bfloat16

@@ -1,6 +1,7 @@
 import argparse
 import copy
 import logging
+import re
 
 import pytest
 import safetensors.torch
@@ -222,8 +223,71 @@ def test_loading_by_order(tmp_path):
             create_teacher('test_resnet', path)
     path = str(tmp_path / 'foreign.safetensors')
     safetensors.torch.save_file(foreign(weights), path)
-    with pytest.raises(ValueError, match='does not fit.*Missing key'):
+    with pytest.raises(ValueError, match=r'77 of its 77 tensors missing \(conv1.0.w.*, …\), 77 left .*…\). Name'):
         create_teacher('test_resnet', path)
+
+
+class Settings(dict):
+    """What Lightning may keep of a module's arguments."""
+
+
+PREFIXES = ['model.', 'module.', 'model._orig_mod.', 'student.backbone.', 'module.model.module.']
+
+
+@pytest.mark.parametrize('kind', ['safetensors', 'ckpt'])
+@pytest.mark.parametrize('prefix', PREFIXES)
+def test_weights_of_a_wrapped_model(tmp_path, caplog, prefix, kind):
+    """As Lightning writes them, with tensors of a loss and an average of weights beside them."""
+    model = timm.create_model('test_resnet', num_classes=5, in_chans=1)
+    weights, path = model.state_dict(), str(tmp_path / f'wrapped.{kind}')
+    tensors = {
+        'criterion.weight': torch.ones(7, 7), 'loss_fn.net.weight': torch.ones(4, 2, 1, 1),
+        **{prefix + key: value for key, value in weights.items()},
+        **{f'ema.{key}': value + 1 for key, value in weights.items()}, 'zeta.pos_weight': torch.ones(9, 9)}
+    if kind == 'safetensors':
+        safetensors.torch.save_file(tensors, path)
+    else:
+        torch.save({
+            'state_dict': tensors, 'hyper_parameters': {'lr': 0.1, 'name': 'x'}, 'epoch': 3, 'callbacks': {},
+            'pytorch-lightning_version': '2.5.0', 'optimizer_states': []}, path)
+    with caplog.at_level(logging.INFO):
+        teacher = create_teacher('test_resnet', path)
+    assert teacher.num_classes == 5 and teacher.in_chans == 1
+    assert all(v.equal(weights[k]) for k, v in teacher.state_dict().items())
+    assert re.search(r'80 tensors beside those of test_resnet were not loaded: \w+.*, …\.', caplog.text)
+    inner = prefix if prefix != 'module.' else ''  # timm drops that one
+    assert not inner or f'the tensors of test_resnet are those under {inner.removeprefix("module.")!r}' in caplog.text
+
+
+def test_wrapped_models_that_do_not_fit(tmp_path):
+    model = timm.create_model('test_resnet', num_classes=5)
+    weights, path = model.state_dict(), str(tmp_path / 'wrapped.ckpt')
+    under = {key: {f'{key}.{name}': value for name, value in weights.items()} for key in ('model', 'teacher', 'ema')}
+    headless = {key: value for key, value in under['model'].items() if '.fc.' not in key}
+    deeper = {f'model.layer4.9.{name}': torch.ones(3) for name in ('a', 'b', 'c', 'd')}
+    for contents, message in (
+            ({**headless, 'classifier.weight': torch.ones(5, 64)},
+             r'2 of its 77 tensors missing \(fc.weight, fc.bias\), 1 left over \(classifier.weight\); by order'),
+            ({**under['model'], **deeper}, r'test_resnet.: 4 left over \(layer4.9.a, layer4.9.b, layer4.9.c, …\)'),
+            ({**under['model'], **under['teacher']}, 'holds the model 2 times, under model., teacher.. Write the'),
+            ({'state_dict': under['model'], 'hyper_parameters': Settings(lr=0.1)},
+             r'holds Python objects beside its tensors \(.*Settings\).*torch.save\(torch.load\(FILE')):
+        torch.save(contents, path)
+        with pytest.raises(ValueError, match=message) as error:
+            create_teacher('test_resnet', path)
+        assert '\n' not in str(error.value)
+    torch.save(under['ema'], path)
+    assert all(v.equal(weights[k]) for k, v in create_teacher('test_resnet', path).state_dict().items())
+
+
+def test_wrapped_torchvision_weights(tmp_path, caplog):
+    """Names that timm has, and names that it has not, under a prefix."""
+    x, path = torch.randn(2, 3, 64, 64), str(tmp_path / 'wrapped.ckpt')
+    for name, theirs in (('resnet18', 'resnet18'), ('mobilenetv2_100', 'mobilenet_v2')):
+        model = getattr(torchvision.models, theirs)(num_classes=5).eval()
+        torch.save({'state_dict': {f'model.{key}': value for key, value in model.state_dict().items()}}, path)
+        with torch.no_grad():
+            torch.testing.assert_close(create_teacher(name, path).eval()(x), model(x), atol=1e-5, rtol=1e-5)
 
 
 def test_folder_of_a_run(tmp_path):
@@ -302,19 +366,19 @@ def test_teachers_that_cannot_be_had(tmp_path):
         create_teacher('test_resnet', 'nothing.pth')
     path = tmp_path / 'broken.pth'
     path.write_bytes(b'PK\x03\x04 not a checkpoint')
-    with pytest.raises(ValueError, match='can not be read'):
+    with pytest.raises(ValueError, match='cannot be read'):
         create_teacher('test_resnet', str(path))
     model = timm.create_model('test_convnext')
     torch.save(model.state_dict(), path)
     with pytest.raises(ValueError, match="does not fit architecture 'test_resnet'"):
         create_teacher('test_resnet', str(path))
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match=r'can not be read \(.*cut short'):
+    with pytest.raises(ValueError, match=r'cannot be read \(.*cut short'):
         create_teacher('test_resnet', str(path))
     with pytest.raises(ValueError, match='is a folder. Name a file in it'):
         create_teacher('test_resnet', str(tmp_path))
     for contents, message in (
-            (model, r'can not be read \(.*torch.save\(model.state_dict\(\), PATH\)'),
+            (model, r'cannot be read.*\(timm.*torch.save\(model.state_dict\(\), PATH\)'),
             ({'epoch': 3, 'args': {}}, 'holds no state dict'),
             ({'net': model.state_dict(), 'net_ema': model.state_dict()}, "holds 'net' and 'net_ema'")):
         torch.save(contents, path)

@@ -1,4 +1,5 @@
 """The Hub's own client against a small Hub on loopback; each user is a process of its own."""
+import importlib
 import json
 import os
 import shutil
@@ -9,8 +10,8 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from conftest import ROOT, run_python
-from huggingface_hub import ModelCard
+from conftest import ROOT, SMALL, run_python
+from huggingface_hub import HfApi, ModelCard, constants
 
 import timm_dearkd  # noqa: F401
 from timm_dearkd.commands import run_command
@@ -115,10 +116,43 @@ def test_the_card_is_that_of_the_run(run_folder):
     rows = [line.split(',') for line in (run_folder / 'summary.csv').read_text().splitlines()]
     top1 = max(float(row[rows[0].index('eval_top1')]) for row in rows[1:])
     assert result.metric_value == pytest.approx(top1 / 100, abs=1e-4)
-    for text in ('test_dearkd', '**Training images:** 48', '**Teacher:** cnn', '**Stage I:** 1 epochs', 'curves.png',
-                 '**Stage II:** 1 epochs, anneal', "timm.create_model('hf-hub:someone/dearkd_test'", '@inproceedings'):
+    for text in ('test_dearkd', '**Training images:** 48', '**Teacher:** test_resnet', '**Stage I:** 1 epochs',
+                 'curves.png', '**Stage II:** 1 epochs, anneal', "timm.create_model('hf-hub:someone/dearkd_test'",
+                 '@inproceedings'):
         assert text in card.text, text
     assert str(run_folder.parent) not in card.content  # where its author keeps things
+    assert 'pip install PATH_TO_CLONE' in card.text and 'pip install timm-dearkd' not in card.text
+
+
+def test_no_licence_is_claimed_that_nobody_gave(run_folder, cnn, image_folder, tmp_path):
+    """Neither that of our code, nor that of timm's; one that the user gave goes on to a run from those weights."""
+    from timm_dearkd.hub import main
+    for run, options, expected in ((run_folder, [], None), (cnn, [], None), (cnn, ['--license', 'mit'], 'mit')):
+        main(['push', str(run), '--repo', 'a/b', '--dry-run', *options])
+        card = ModelCard.load(run / 'hub' / 'README.md')
+        config = json.loads((run / 'hub' / 'config.json').read_text())
+        assert card.data.license == expected and config['pretrained_cfg'].get('license') == expected
+    train = importlib.import_module('train')
+    train.main([str(arg) for arg in (
+        image_folder, *SMALL, '--epochs', '1', '--model', f'local-dir:{cnn / "hub"}', '--pretrained', '--output',
+        tmp_path, '--experiment', 'tuned')])
+    assert json.loads((tmp_path / 'tuned' / 'config.json').read_text())['pretrained_cfg']['license'] == 'mit'
+
+
+@pytest.mark.parametrize('name, results, shown', [
+    ('resnet50.a1_in1k', {'teacher_top1': 91.234}, 'resnet50.a1_in1k, top-1 91.23 %'),
+    ('hf-hub:org/cnn', None, 'hf-hub:org/cnn'),
+    ('CNN', {}, 'test_resnet'), ('local-dir:CNN', {'teacher_top1': None}, 'test_resnet'),
+    ('CNN/last.pth.tar', {'student_top1': 1.}, 'test_resnet'), ('CHECKPOINTS', [], 'test_resnet'),
+    ('/home/bob/secret/cnn', {'teacher_top1': 50}, 'a model whose architecture is not recorded, top-1 50.00 %'),
+    ('', {}, 'none'),
+])
+def test_the_teacher_is_an_architecture_and_no_path(name, results, shown, cnn, tmp_path):
+    from timm_dearkd.analysis.runs import Run
+    from timm_dearkd.hub import _teacher
+    shutil.copy(cnn / 'last.pth.tar', tmp_path)
+    name = name.replace('CNN', str(cnn)).replace('CHECKPOINTS', str(tmp_path))
+    assert _teacher(Run(tmp_path, {'kd_model_name': name}, info={'results': results})) == shown
 
 
 def test_weights_of_a_recipe_come_from_the_users_namespace(hub, user):
@@ -194,7 +228,8 @@ def test_the_card_of_a_cnn_that_is_not_finished(cnn, tmp_path):
     card = ModelCard.load(run / 'hub' / 'README.md')
     assert card.data.license == 'cc-by-nc-4.0' and 'dearkd' not in card.data.tags
     assert 'An image classifier' in card.text and '1 of 9 epochs, not finished' in card.text
-    assert "**Teacher:** bob's cnn" in card.text and '@inproceedings' not in card.text
+    assert '**Teacher:** a model whose architecture is not recorded' in card.text and 'bob' not in card.text
+    assert '@inproceedings' not in card.text
 
 
 # what goes wrong, and what is said of it
@@ -266,6 +301,18 @@ def test_a_push_that_is_refused(faults, message, run_folder, hub, user, tmp_path
     result = user('-c', code, 'push', run_folder, '--repo', 'someone/other')
     assert result.returncode == 2 and message in result.stderr.strip().splitlines()[-1], result.stderr
     assert not hub.repos.get('someone/other', {}).get('files')
+
+
+@pytest.mark.parametrize('offline, address', [
+    (True, 'https://huggingface.co'), (False, 'http://127.0.0.1:9'), (False, 'http://no-such-host.invalid')])
+def test_a_hub_that_cannot_be_reached(offline, address, monkeypatch):
+    """It is no slow transfer."""
+    from timm_dearkd.hub import HubError, _hub_errors
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', offline)
+    with pytest.raises(HubError, match='the Hub cannot be reached .*Check the network connection') as e, \
+            _hub_errors('a/b'):
+        HfApi(endpoint=address, token=TOKEN).create_repo('a/b')
+    assert 'HF_HUB_DOWNLOAD_TIMEOUT' not in str(e.value)
 
 
 @pytest.mark.parametrize('args, message', [

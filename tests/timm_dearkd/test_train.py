@@ -26,7 +26,8 @@ def test_processes_ask_for_signals_only_where_they_evaluate_in_step(world_size, 
     ranks, recorder = Ranks(world_size=world_size), MagicMock(saver=None)
     validator = Validator(None, Namespace(dataset=dataset), None, ranks)
     monkeypatch.setattr(train, 'StopRequest', lambda ranks: contextlib.nullcontext('stop'))
-    train.fit(Namespace(seed=0, eval_metric='top1'), MagicMock(ranks=ranks), validator, recorder, Position(), range(0))
+    trainer = MagicMock(ranks=ranks, task=MagicMock(teacher=None))
+    train.fit(Namespace(seed=0, eval_metric='top1'), trainer, validator, recorder, Position(), range(0))
     assert (validator.on_batch is not None) == asks
     if asks:
         validator.on_batch()

@@ -9,7 +9,7 @@ from timm_dearkd.distances import LOG_NAME, DistanceHistory, attention_distances
 from timm_dearkd.files import write_bytes, write_table
 
 from .figures import new_figure, plain, plot_series, render, shade_stage2
-from .inputs import add_model_arguments, check_counts, load_images, load_model, output_path
+from .inputs import add_model_arguments, check_counts, load_images, load_model, output_files
 from .runs import open_run
 
 __all__ = ['plot_distances', 'plot_over_epochs']
@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> None:
         return
     if len(set(args.model)) < len(args.model):
         raise ValueError('--model names a model twice.')
+    table, picture = output_files(args, 'attention_distance', args.model[0], '.csv', '.png')
     distances: Dict[str, torch.Tensor] = {}
     patch_sizes = []
     for i, name in enumerate(args.model):
@@ -103,11 +104,11 @@ def run(args: argparse.Namespace) -> None:
         sums: Any = sum(attention_distances(model, batch.to(device)).cpu() * len(batch) for batch in batches)
         distances[name] = sums / sum(map(len, batches))
         patch_sizes.append(stride(model))
-    write_table(output_path(args.output, '.csv'), _rows(distances, patch_sizes))
-    write_bytes(output_path(args.output, '.png'), render(plot_distances(distances, patch_sizes)))
+    write_table(table, _rows(distances, patch_sizes))
+    write_bytes(picture, render(plot_distances(distances, patch_sizes)))
     for name, values in distances.items():
         print(f'{name}: ' + ' '.join(f'{value:.2f}' for value in values.mean(dim=1).tolist()) + ' patches by layer')
-    print(f'{args.output}.csv, {args.output}.png')
+    print(f'{table}, {picture}')
 
 
 def _run_over_epochs(args: argparse.Namespace) -> None:
@@ -116,6 +117,7 @@ def _run_over_epochs(args: argparse.Namespace) -> None:
         raise ValueError(
             f'{args.images!r} has no {LOG_NAME}, which train.py --track-attention-distance writes. For an image folder,'
             ' add --model NAME.')
+    picture, = output_files(args, 'attention_distance', args.images, '.png')
     figure = plot_over_epochs(log, open_run(args.images).stage2_start)
-    write_bytes(output_path(args.output, '.png'), render(figure))
-    print(f'{len(log.epochs)} epochs. {Path(args.images) / LOG_NAME}, {args.output}.png')
+    write_bytes(picture, render(figure))
+    print(f'{len(log.epochs)} epochs. {Path(args.images) / LOG_NAME}, {picture}')

@@ -17,7 +17,7 @@ from timm_dearkd.distances import attention_layers, attention_weights
 from timm_dearkd.files import write_bytes
 
 from .figures import new_figure, render
-from .inputs import add_model_arguments, check_counts, image_transform, load_model, open_image, output_path
+from .inputs import add_model_arguments, check_counts, image_transform, load_model, open_image, output_files
 
 __all__ = ['attention_maps', 'head_positions', 'plot_heads', 'plot_maps']
 
@@ -163,6 +163,7 @@ def run(args: argparse.Namespace) -> None:
     if len(args.model) > 1:
         raise ValueError(f'--model has {len(args.model)} names, expected one.')
     new_figure()
+    files = output_files(args, 'attention_map', args.model[0], '.json', '.png', '_heads.png')
     model = load_model(args.model[0], args.checkpoint, args.device)
     transform, mode = image_transform(model)
     tensor = transform(open_image(args.image, mode))
@@ -171,7 +172,6 @@ def run(args: argparse.Namespace) -> None:
     patch = tuple(args.patch) if args.patch else (rows // 2, columns // 2)
     maps = attention_maps(model, tensor.to(next(model.parameters()).device), args.layer, patch)
     positions = head_positions(model)
-    files = [output_path(args.output, ending) for ending in ('.json', '.png', '_heads.png')]
     numbers = dict(
         model=args.model[0], image=args.image, layer=args.layer, patch=patch,
         maps={name: values.tolist() for name, values in maps.items()},

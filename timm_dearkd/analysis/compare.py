@@ -5,7 +5,7 @@ from typing import Any, List, Sequence
 from timm_dearkd.files import write_bytes, write_table
 
 from .figures import new_figure, plain, plot_series, render, shade_stage2
-from .inputs import output_path
+from .inputs import add_output_arguments, output_files
 from .runs import Run, distinct_names, open_run, readable
 
 __all__ = ['compare_table', 'drawn_columns', 'plot_column', 'plot_runs']
@@ -78,13 +78,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('runs', nargs='+', metavar='RUN', help='output folders of train.py')
     add('--columns', nargs='+', default=[], metavar='NAME', help='columns of summary.csv to draw (accuracy and losses)')
-    add('--output', default='compare', metavar='PREFIX', help='begin of the names of the files (compare)')
+    add_output_arguments(parser, 'compare')
 
 
 def run(args: argparse.Namespace) -> None:
     """The command: a table, the figures of all epochs, both as CSV, and a picture."""
     new_figure()
     runs = [open_run(folder) for folder in args.runs]
+    files = output_files(args, 'compare', args.runs[0], '.csv', '_epochs.csv', '.png')
     columns = list(dict.fromkeys(column for run in runs for column in run.columns))
     wanted = drawn_columns(runs, args.columns)
     table = compare_table(runs)
@@ -94,10 +95,9 @@ def run(args: argparse.Namespace) -> None:
     epochs = [
         [name, *(values.get(column, '') for column in columns)]
         for name, run in zip(distinct_names(runs), runs) for values in run.rows]
-    write_table(output_path(args.output, '.csv'), [COLUMNS, *table])
-    write_table(output_path(args.output, '_epochs.csv'), [['run', *columns], *epochs])
-    files = f'{args.output}.csv, {args.output}_epochs.csv'
+    write_table(files[0], [COLUMNS, *table])
+    write_table(files[1], [['run', *columns], *epochs])
     if wanted:
-        write_bytes(output_path(args.output, '.png'), render(plot_runs(runs, args.columns)))
-        files += f', {args.output}.png'
-    print(f'\n{files}' + ('' if wanted else '; nothing to draw, for no run has an epoch yet'))
+        write_bytes(files[2], render(plot_runs(runs, args.columns)))
+    written = ', '.join(map(str, files[:3 if wanted else 2]))
+    print(f'\n{written}' + ('' if wanted else '; nothing to draw, because no run has an epoch yet'))

@@ -21,7 +21,7 @@ from timm_dearkd.engine.device import find_device
 from timm_dearkd.engine.image_folder import numbered, scan_folder
 from timm_dearkd.files import write_bytes
 
-from .inputs import check_counts, open_image
+from .inputs import check_counts, check_overwrite, open_image
 
 _logger = logging.getLogger(__name__)
 
@@ -228,12 +228,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--batch-size', type=int, default=32, help='pairs at a time')
     add('--seed', type=int, default=0, help='of the choice of pairs')
     add('--device', help='cuda, cpu, ... (the accelerator there is, else the CPU)')
-    add('--output', metavar='FILE', help='write the figures as JSON')
+    add('--output', metavar='FILE', help='write the figures as JSON (writes no file)')
+    add('--overwrite', action='store_true', help='replace the file if it exists')
 
 
 def run(args: argparse.Namespace) -> None:
     """The command: a table with a row for each folder."""
     check_counts(args, 'pairs_per_class', 'batch_size', 'img_size')
+    check_overwrite([Path(args.output)] if args.output else [], args.overwrite)
     device = find_device(args.device)
     distance: Any
     if args.model:

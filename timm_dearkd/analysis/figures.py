@@ -20,7 +20,8 @@ def new_figure(rows: int = 1, columns: int = 1, size: Tuple[float, float] = (7, 
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
-        raise ValueError('Pictures need matplotlib: pip install "timm-dearkd[analysis]".') from e
+        raise ValueError(
+            "Pictures need matplotlib: pip install -e '.[analysis]' in the clone, or pip install matplotlib.") from e
     figure = Figure(figsize=size, layout='constrained')
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 

@@ -1,6 +1,7 @@
 """Models and images that the tools take."""
 import argparse
 import logging
+import os
 from pathlib import Path
 from typing import Any, Callable, List, Optional, Sequence, Tuple
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn as nn
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from timm.models import is_model
 
 from distill_hooks import create_teacher
 from timm_dearkd.engine.data import spread
@@ -15,8 +17,8 @@ from timm_dearkd.engine.device import find_device
 from timm_dearkd.engine.image_folder import check_mode, class_order, normal_name, numbered, scan_folder
 
 __all__ = [
-    'ImageFiles', 'add_model_arguments', 'check_counts', 'class_names', 'find_images', 'image_transform',
-    'label_names', 'load_images', 'load_model', 'open_image', 'output_path',
+    'ImageFiles', 'add_model_arguments', 'add_output_arguments', 'check_counts', 'check_overwrite', 'class_names',
+    'find_images', 'image_transform', 'label_names', 'load_images', 'load_model', 'open_image', 'output_files',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -30,7 +32,15 @@ def add_model_arguments(parser: argparse.ArgumentParser, output: str, required: 
     add('--model', required=required, nargs='+', metavar='NAME', help='timm name, local-dir: or the folder of a run')
     add('--checkpoint', metavar='FILE', help='weights of the first (its pretrained ones)')
     add('--device', help='cuda, cpu, ... (the accelerator there is, else the CPU)')
-    add('--output', default=output, metavar='PREFIX', help=f'begin of the names of the files ({output})')
+    add_output_arguments(parser, output)
+
+
+def add_output_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add the options of every tool that writes files, see `output_files`."""
+    add = parser.add_argument
+    add('--output', metavar='PREFIX',
+        help=f'start of the file names (RUN/analysis/{name} for a run folder, else {name} in the current folder)')
+    add('--overwrite', action='store_true', help='replace files that exist')
 
 
 def check_counts(args: argparse.Namespace, *names: str) -> None:
@@ -46,10 +56,39 @@ def check_counts(args: argparse.Namespace, *names: str) -> None:
                 raise ValueError(f'--{name.replace("_", "-")} {value}, expected 1 or more.')
 
 
-def output_path(prefix: str, suffix: str) -> Path:
-    """PREFIX with an ending; the prefix may have dots."""
-    path = Path(prefix)
-    return path.with_name(f'{path.name}{suffix}')
+def output_files(args: argparse.Namespace, name: str, source: str, *endings: str) -> List[Path]:
+    """Return the files that a tool is going to write: PREFIX and each ending.
+
+    Args:
+        args: Options, see `add_output_arguments`.
+        name: Last part of the default prefix.
+        source: First model or run. If it is a folder, the default prefix is in its subfolder `analysis`, else in the
+            current folder.
+        *endings: What follows the prefix, which may have dots.
+
+    Raises:
+        ValueError: See `check_overwrite`.
+    """
+    folder = source.removeprefix('local-dir:')
+    is_folder = os.path.isdir(folder) and (folder != source or not is_model(source.split('.')[0]))
+    prefix = Path(args.output or (Path(folder, 'analysis', name) if is_folder else name))
+    files = [prefix.with_name(f'{prefix.name}{ending}') for ending in endings]
+    check_overwrite(files, args.overwrite)
+    return files
+
+
+def check_overwrite(files: Sequence[Path], overwrite: bool) -> None:
+    """Check that files can be written, before any work.
+
+    Raises:
+        ValueError: If a file exists and is not to be replaced, or if its folder does not let us write.
+    """
+    for file in files:
+        if file.exists() and not overwrite:
+            raise ValueError(f'{str(file)!r} exists. Add --overwrite to replace it, or set another --output.')
+        parent = next(parent for parent in file.absolute().parents if parent.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise ValueError(f'{str(file)!r} cannot be written: no write access to {str(parent)!r}. Set --output.')
 
 
 def load_model(name: str, checkpoint: Optional[str] = None, device: Optional[str] = None) -> Any:

@@ -21,7 +21,7 @@ from .inputs import (
     image_transform,
     label_names,
     load_model,
-    output_path,
+    output_files,
 )
 
 __all__ = ['Prediction', 'mistakes_first', 'plot_predictions', 'predict']
@@ -157,6 +157,7 @@ def run(args: argparse.Namespace) -> None:
     if len(args.model) > 1:
         raise ValueError(f'--model has {len(args.model)} names, expected one.')
     new_figure()
+    table, picture = output_files(args, 'predictions', args.model[0], '.csv', '.png')
     model = load_model(args.model[0], args.checkpoint, args.device)
     names = class_names(model)
     files = find_images(args.images, label_names(model), model.num_classes, image_transform(model)[1])
@@ -169,12 +170,12 @@ def run(args: argparse.Namespace) -> None:
         for rank, (index, prob) in enumerate(zip(p.classes, p.probs), start=1):
             row.update({f'class{rank}': names[index], f'prob{rank}': f'{prob:.4f}'})
         rows.append(row)
-    write_table(output_path(args.output, '.csv'), [list(rows[0]), *(list(row.values()) for row in rows)])
+    write_table(table, [list(rows[0]), *(list(row.values()) for row in rows)])
     shown = mistakes_first(predictions)[:args.num_pictures]
-    write_bytes(output_path(args.output, '.png'), render(plot_predictions(files, shown, names)))
+    write_bytes(picture, render(plot_predictions(files, shown, names)))
     for p in shown[:10]:
         best = ', '.join(f'{names[index]} {100 * prob:.1f} %' for index, prob in zip(p.classes, p.probs))
         print(f'{files.samples[p.place][0]}: {best}' + (f' (is {names[p.label]})' if p.is_mistake else ''))  # type: ignore[index]
     result = accuracy(predictions)
     print(f'{len(predictions)} images' + (f', top-1 {result[0]:.2f} % of {result[1]} with a label' if result else ''))
-    print(f'{args.output}.csv, {args.output}.png')
+    print(f'{table}, {picture}')

@@ -21,15 +21,16 @@ from .attention_distance import plot_over_epochs
 from .attention_map import head_positions, plot_heads
 from .compare import drawn_columns, plot_column, plot_runs
 from .figures import new_figure, render
-from .inputs import ImageFiles, check_counts, class_names, image_transform, load_model
+from .inputs import ImageFiles, check_counts, check_overwrite, class_names, image_transform, load_model
 from .predict import Prediction, accuracy, mistakes_first, predict
-from .runs import Run, open_run, readable
+from .runs import Run, open_run, readable, why_no_model
 
 __all__ = ['check_available', 'write_report']
 
 _logger = logging.getLogger(__name__)
 
 NUM_PICTURES = 18
+PICTURES = ('curves', 'distances', 'heads')  # plots that can be written as PNG files
 
 
 def check_available() -> None:
@@ -38,7 +39,8 @@ def check_available() -> None:
     try:
         import jinja2  # noqa: F401
     except ImportError as e:
-        raise ValueError('Reports need jinja2: pip install "timm-dearkd[analysis]".') from e
+        raise ValueError(
+            "Reports need jinja2: pip install -e '.[analysis]' in the clone, or pip install jinja2.") from e
 
 
 def write_report(
@@ -117,7 +119,7 @@ def _curve(run: Run, column: str) -> str:
 def _load(run: Run, device: Optional[str]) -> Tuple[Any, str]:
     """The best model so far, or why there is none."""
     if not (run.folder / 'config.json').exists():
-        return None, 'There is no model yet: the run has not finished an epoch.'
+        return None, f'There is no model: {why_no_model(run.folder)}.'
     try:
         return load_model(str(run.folder), device=device), ''
     except (OSError, ValueError) as e:
@@ -149,6 +151,9 @@ def _tiles(run: Run, model: Any) -> List[Tuple[str, str]]:
         if point:
             digits = '.2f' if unit else '.4g'
             tiles.append((f'{point[1]:{digits}}{unit}', f'{which} {label}, epoch {point[0]}'))
+    teacher_top1 = run.info.get('results', {}).get('teacher_top1')
+    if teacher_top1 is not None:
+        tiles.append((f'{teacher_top1:.2f} %', 'top-1 of the teacher'))
     tiles.append((f'{len(run.rows)} / {run.num_epochs}', 'epochs'))
     if model is not None:
         tiles.append((f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M', 'parameters'))
@@ -239,10 +244,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--output', metavar='FILE', help='the page (RUN/report.html)')
     add('--num-images', type=int, default=512, help='validation images that are predicted')
     add('--pictures', metavar='DIR', help='write the plots as PNG files too')
+    add('--overwrite', action='store_true', help='replace files that exist; RUN/report.html always is')
     add('--device', help='cuda, cpu, ... (the accelerator there is, else the CPU)')
 
 
 def run(args: argparse.Namespace) -> None:
     """The command."""
     check_counts(args, 'num_images')
+    default = Path(args.run, 'report.html')
+    files = [Path(args.output or default), *(Path(args.pictures, f'{name}.png') for name in PICTURES if args.pictures)]
+    check_overwrite([file for file in files if file.absolute() != default.absolute()], args.overwrite)
     print(write_report(args.run, args.output, args.num_images, args.device, args.pictures))

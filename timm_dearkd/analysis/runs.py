@@ -7,9 +7,9 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import yaml
 
-from timm_dearkd.engine.output import read_run_info
+from timm_dearkd.engine.output import EXPORT_NAME, read_run_info
 
-__all__ = ['Run', 'distinct_names', 'open_run', 'readable']
+__all__ = ['Run', 'distinct_names', 'open_run', 'readable', 'why_no_model']
 
 
 @dataclass
@@ -123,6 +123,15 @@ def open_run(folder: str) -> Run:
                 if values.get('epoch') is not None:
                     rows.append({key: value for key, value in values.items() if value is not None})
     return Run(path, args, rows, read_run_info(path))
+
+
+def why_no_model(folder: Path) -> str:
+    """Return why the folder of a run has no config.json, from which a model could be loaded."""
+    if (folder / EXPORT_NAME).exists():
+        return f'it has no name in timm, so there is no config.json, and {EXPORT_NAME} has the weights alone'
+    if any(folder.glob('*.pth.tar')):
+        return "its checkpoints are of timm's own script, which writes no config.json"
+    return 'the run has not finished an epoch'
 
 
 def distinct_names(runs: Sequence[Run]) -> List[str]:

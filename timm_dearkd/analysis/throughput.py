@@ -21,7 +21,7 @@ from timm_dearkd.engine.device import check_backend, find_device
 from timm_dearkd.files import write_bytes, write_table
 
 from .figures import new_figure, plain, render
-from .inputs import check_counts, output_path
+from .inputs import add_output_arguments, check_counts, output_files
 
 __all__ = ['Measurement', 'count_macs', 'measure_throughput', 'plot_throughput']
 
@@ -238,7 +238,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--channels-last', action='store_true')
     add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the models')
     add('--device', help='cuda, cpu, ... (the accelerator there is, else the CPU)')
-    add('--output', default='throughput', metavar='PREFIX', help='begin of the names of the files (throughput)')
+    add_output_arguments(parser, 'throughput')
 
 
 COLUMNS = ('model', 'batch', 'images/s', 'ratio', 'latency, ms', 'peak memory, MiB', 'parameters, M', 'GMACs')
@@ -265,6 +265,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f'timm knows no {unknown[0]!r}. timm.list_models("*NAME*") lists what there is.')
     check_backend(args.torchcompile)
     new_figure()
+    table, picture = output_files(args, 'throughput', args.models[0], '.csv', '.png')
     device = find_device(args.device)
     results: List[Measurement] = []
     print('| ' + ' | '.join(COLUMNS) + ' |\n' + '| --- ' * len(COLUMNS) + '|')
@@ -275,10 +276,10 @@ def run(args: argparse.Namespace) -> None:
         results += measured
         for result in measured:
             print('| ' + ' | '.join(_cells(result)) + ' |', flush=True)
-        write_table(output_path(args.output, '.csv'), [COLUMNS, *map(_cells, results)])
-        write_bytes(output_path(args.output, '.png'), render(plot_throughput(results)))
+        write_table(table, [COLUMNS, *map(_cells, results)])
+        write_bytes(picture, render(plot_throughput(results)))
     where = f'{device}, {torch.get_num_threads()} threads' if device.type == 'cpu' else str(device)
     if device.type == 'cuda':
         where = f'{torch.cuda.get_device_name(device)}, TF32 for float32'
     print(f'\n{where}; {args.dtype}, {args.torchcompile or "eager"}; medians of {args.rounds} rounds.'
-          f' {args.output}.csv, {args.output}.png')
+          f' {table}, {picture}')

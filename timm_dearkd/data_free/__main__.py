@@ -332,6 +332,11 @@ def run(args) -> None:
     dataset = SyntheticSet(
         args.output, {index: names[index] for index in indices}, settings, args.format, args.resume)
     size = min(args.classes_per_batch, len(indices)) * args.images_per_class
+    if args.num_images % size and ranks.is_primary:
+        _logger.info(
+            f'--num-images {args.num_images} is rounded up to {math.ceil(args.num_images / size) * size}, a multiple of'
+            f' the batch: {size // args.images_per_class} classes with {args.images_per_class} images each. Set'
+            ' --classes-per-batch or --images-per-class lower for a smaller one.')
     targets = batch_targets(
         math.ceil(args.num_images / size), indices, args.classes_per_batch, args.images_per_class, args.seed)
     todo = [batch for batch in range(len(targets)) if not dataset.is_done(batch)]
@@ -413,9 +418,11 @@ def report(args, dataset: SyntheticSet, model: Any) -> None:
         try:
             write_bytes(dataset.root / 'losses.png', loss_curves(losses))
         except ImportError:
-            _logger.info('The curves of losses.csv are drawn when matplotlib is installed (timm-dearkd[analysis]).')
+            _logger.info('The curves of losses.csv are drawn when matplotlib is installed (pip install matplotlib).')
     failed = f', {counts["failed"]} batches failed' if counts['failed'] else ''
-    print(f'{counts["kept"]} of {counts["made"]} images kept{failed}: {dataset.root}/train, manifest.json, samples.png')
+    asked = f' ({args.num_images} asked for, in whole batches)' if counts['made'] > args.num_images else ''
+    print(f'{counts["kept"]} of {counts["made"]} images kept{asked}{failed}: {dataset.root}/train, manifest.json,'
+          ' samples.png')
     if counts['made']:
         sure = f'{100 * counts["sure"] / counts["made"]:.0f} %'
         print(f'{args.model} gives {sure} of them more than half of its probability for their class.')

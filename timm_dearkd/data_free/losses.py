@@ -31,12 +31,16 @@ def l2_prior(images: torch.Tensor) -> torch.Tensor:
 class _Moments(torch.autograd.Function):
     """The input (B, C, ...) itself, and its mean and biased variance per channel (C,), in one pass.
 
-    The backward adds their gradients to the input's in place: what a BatchNorm layer hands back is nobody else's.
+    The backward adds their gradients to the input's: one kernel on CUDA, in place elsewhere, where the gradient that a
+    BatchNorm layer returns has no other user.
     """
 
     @staticmethod
     def forward(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        mean, var = torch.batch_norm_update_stats(x, None, None, 0.)
+        if torch.compiler.is_compiling():  # the compiler fuses this, and has no kernel for the other
+            var, mean = torch.var_mean(x.float(), dim=(0, *range(2, x.ndim)), correction=0)
+        else:
+            mean, var = torch.batch_norm_update_stats(x, None, None, 0.)
         return x.view_as(x), mean.float(), var.float()
 
     @staticmethod
@@ -48,6 +52,11 @@ class _Moments(torch.autograd.Function):
         grad, grad_mean, grad_var = grads
         x, mean = ctx.saved_tensors
         count = x.numel() // x.shape[1]
+        if x.is_cuda and not torch.compiler.is_compiling():
+            # of BatchNorm's backward: grad - sum_dy / count - (x - mean) * invstd^2 * sum_dy_xmu / count, with invstd 1
+            counts = torch.full((1,), count, dtype=torch.int32, device=x.device)
+            return torch.batch_norm_backward_elemt(
+                grad, x, mean, torch.ones_like(mean), None, -grad_mean, -2. * grad_var, counts)
         slope = 2. / count * grad_var
         offset = grad_mean / count - slope * mean
         slope, offset = (t.to(x.dtype).view(1, -1, *[1] * (x.ndim - 2)) for t in (slope, offset))
@@ -89,11 +98,10 @@ class BatchNormStats:
         means = torch.cat([m.running_mean.detach().float() for m in layers])  # type: ignore[union-attr]
         variances = torch.cat([m.running_var.detach().float() for m in layers])  # type: ignore[union-attr]
         eps = torch.cat([torch.full_like(m.running_var, m.eps).float() for m in layers])  # type: ignore[arg-type]
-        sizes = torch.tensor([m.num_features for m in layers], device=means.device)
+        self._sizes = torch.tensor([m.num_features for m in layers], device=means.device)
         self._targets = torch.stack([means, variances])  # (2, channels of all layers)
         scales = torch.stack([(variances + eps).sqrt(), variances + eps])
         self._scales = scales if relative else torch.ones_like(scales)
-        self._layer = torch.repeat_interleave(torch.arange(len(layers), device=means.device), sizes)
         self._weights = means.new_ones(len(layers))
         self._weights[0] = first_weight
         self._moments: Dict[nn.Module, Tuple[torch.Tensor, torch.Tensor]] = {}
@@ -117,8 +125,9 @@ class BatchNormStats:
         moments = torch.stack([torch.cat(values) for values in zip(*(self._moments[m] for m in self.layers))])
         self._moments.clear()
         squares = ((moments - self._targets) / self._scales).square()
-        sums = squares.new_zeros(2, len(self.layers)).index_add(1, self._layer, squares)
-        return (sums.clamp(min=1e-24).sqrt() * self._weights).sum()  # a root has no slope at 0
+        # `index_add` is not deterministic on CUDA; `unsafe` leaves out a check that waits for the device
+        sums = torch.segment_reduce(squares.T.contiguous(), 'sum', lengths=self._sizes, axis=0, unsafe=True)
+        return (sums.clamp(min=1e-24).sqrt() * self._weights.unsqueeze(1)).sum()  # a root has no slope at 0
 
     def close(self) -> None:
         """Remove the hooks."""

@@ -1,33 +1,30 @@
 """From options to the model, the task and the optimizer. The build modules and the script are what reads `args`."""
 import contextlib
 import logging
+import os
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, cast
 
 import torch
 import torch.nn as nn
 from timm.data.model_config import resolve_input_data_config
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
-from timm.models import parse_model_name, resolve_model_input_args, safe_model_name
+from timm.models import get_model_input_config, parse_model_name, resolve_model_input_args, safe_model_name
 from timm.optim import create_optimizer_v2, get_optimizer_class, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.task import (
-    ClassificationTask,
-    FeatureDistillationTask,
-    LogitDistillationTask,
-    TokenDistillationTask,
-    TrainingTask,
-)
-from timm.utils import set_jit_fuser, unwrap_model
+from timm.task import ClassificationTask, TrainingTask
+from timm.utils import set_jit_fuser
 
 from distill_hooks import (
     DearKDTask,
+    FeatureTask,
+    LogitTask,
+    TokenTask,
     TwoStageSchedule,
     create_teacher,
     has_content_tokens,
     load_class_map,
-    resolve_teacher,
 )
-from distill_hooks.teacher import training_args
+from distill_hooks.checkpoint import training_args
 
 from ..attention import ConvAttention
 from .build_data import dataset_kwargs, images_per_update, model_dtype, open_validation_set
@@ -35,7 +32,7 @@ from .checks import check_distillation
 from .data import check_img_size, check_labels, class_names, open_dataset, open_eval_dataset
 from .device import Ranks
 from .image_folder import class_order, normal_name
-from .output import Position
+from .output import EXPORT_NAME, Position, is_known_to_timm
 
 __all__ = [
     'build_evaluation', 'build_optimizer', 'build_schedule', 'build_scheduler', 'build_student', 'build_task',
@@ -99,14 +96,22 @@ def build_student(
                 ' The file is of other classes than the images, or of another --img-size.' if args.eval_only else
                 ' Weights of other classes or another image size go in by --pretrained-path, with a new head.')
         raise ValueError(f'Could not create --model {args.model}: {_reason(e)}{remedy}') from e
+    _complete_attributes(model, num_classes)
     if num_classes is None and not names and not args.eval_only:
         _logger.warning(
             f'The data set does not tell its classes, so the model has {model.num_classes}. Set --num-classes.')
     has_weights = parse_model_name(args.model)[0] is not None  # local-dir:, hf-hub:
+    if not ((has_weights and args.pretrained) or 'license' in overlay):
+        # the licence of a registered architecture is for its code or its published weights, not for this run's
+        model.pretrained_cfg = {**model.pretrained_cfg, 'license': None}
     if has_weights and not (args.eval_only or args.pretrained or overlay or args.initial_checkpoint or args.resume):
         _logger.warning(f'{args.model} gives its architecture alone, with new weights. For its own: --pretrained.')
     if not args.eval_only:  # where the labels are yet to be those of the model
         check_labels(dataset, model.num_classes)
+        if not is_known_to_timm(model):
+            _logger.warning(
+                f'{type(model).__name__} has no name in timm (pretrained_cfg architecture), so the run writes no'
+                f' config.json: {EXPORT_NAME} has the weights alone.')
     check_img_size(model, args.train_img_sizes or ())
     model.to(device=device, dtype=model_dtype(args))
     data_config = resolve_input_data_config(model, args=vars(args), verbose=True)
@@ -175,6 +180,16 @@ def _label_as_training(args, eval_set):
         return eval_set
     return open_eval_dataset(
         train_set, args.dataset, root, args.val_split, num_samples=args.val_num_samples, **kwargs)
+
+
+def _complete_attributes(model: Any, num_classes: Optional[int]) -> None:
+    """Give a model that is none of timm's the attributes that timm's functions look for."""
+    if not hasattr(model, 'num_classes'):
+        if num_classes is None:
+            raise ValueError(f'{type(model).__name__} has no num_classes. Set --num-classes.')
+        model.num_classes = num_classes
+    if not hasattr(model, 'pretrained_cfg'):
+        model.pretrained_cfg = {}
 
 
 def _adapt_student(args, model: Any) -> None:
@@ -252,29 +267,8 @@ def build_task(
     task: Any
     if not args.kd_model_name:
         task = ClassificationTask(model, **common)
-    elif is_dearkd:
-        teacher = create_teacher(args.kd_model_name, args.kd_teacher_checkpoint)
-        by_name = None if args.kd_class_map else _match_classes(teacher, label_names, cast(Any, model).num_classes)
-        task = DearKDTask(
-            model,
-            teacher,
-            build_schedule(args, args.epochs),
-            teacher_class_map=load_class_map(args.kd_class_map) if args.kd_class_map else by_name,
-            teacher_img_size=args.kd_teacher_img_size,
-            hooks=args.dearkd_hooks,
-            normalize_features=args.dearkd_normalize_features,
-            mean=data_config['mean'],
-            std=data_config['std'],
-            input_size=data_config['input_size'],
-            **common,
-        )
-        if args.amp:
-            task.teacher.store_weights(getattr(torch, args.amp_dtype))
     else:
-        try:
-            task = _build_timm_task(args, distill_type, model, label_names, common)
-        except (AssertionError, KeyError, RuntimeError, TypeError) as e:
-            raise ValueError(f'--kd-distill-type {distill_type} with {args.kd_model_name}: {_reason(e)}') from e
+        task = _build_distillation(args, distill_type, model, data_config, label_names, common)
     if args.channels_last:
         task.to(memory_format=torch.channels_last)
     if args.model_ema:
@@ -303,10 +297,12 @@ def _convert_norms(args, model: nn.Module, is_dearkd: bool) -> nn.Module:
                 ' Use --torchcompile.')
         if args.fuser:
             set_jit_fuser(args.fuser)
+        cfg = getattr(model, 'pretrained_cfg', None)
         try:
             model = torch.jit.script(model)
         except Exception as e:  # the compiler raises what it likes
             raise ValueError(f'--torchscript can not compile {args.model}: {_reason(e)}. Use --torchcompile.') from e
+        cast(Any, model).pretrained_cfg = cfg  # timm's distillation tasks look for it
     return model
 
 
@@ -331,49 +327,96 @@ def _match_classes(teacher: Any, names: Optional[Sequence[str]], num_classes: in
     return None
 
 
-def _build_timm_task(
+def _build_distillation(
         args,
         distill_type: str,
         model: nn.Module,
+        data_config: Dict[str, Any],
         label_names: Optional[Sequence[str]],
         common: Dict[str, Any],
 ) -> TrainingTask:
-    """One of timm's own distillation tasks.
+    """DearKD's task or one of timm's distillation tasks, all with the same `Teacher`.
 
     Raises:
-        ValueError: A teacher of other classes, whose logits say nothing of the student's, or in another order.
+        ValueError: If the teacher, the student and the options do not fit together.
     """
-    device, dtype, student = common['device'], common['dtype'], cast(Any, unwrap_model(model))
-    name, checkpoint = resolve_teacher(args.kd_model_name, args.kd_teacher_checkpoint)
-    shape = {} if checkpoint else dict(in_chans=student.in_chans)
-    teacher: Any = create_teacher(name, checkpoint, device=device, **shape).to(dtype)
-    if distill_type != 'feature' and teacher.num_classes != student.num_classes:
-        raise ValueError(
-            f'The teacher knows {teacher.num_classes} classes, the student {student.num_classes}. Take a teacher'
-            ' trained on the same ones (--kd-teacher-checkpoint), or DearKD and a ViT, which take a --kd-class-map.')
-    if distill_type != 'feature' and _match_classes(teacher, label_names, student.num_classes):
-        raise ValueError(
-            f"The teacher's classes are in another order than those of the images, and --kd-distill-type {distill_type}"
-            ' takes them as they are. Give the folders that order, or take DearKD and a ViT, which find them by name.')
-    fits = teacher.in_chans == student.in_chans  # else timm folds the channels of the file
+    loaded = create_teacher(args.kd_model_name, args.kd_teacher_checkpoint)
+    class_map = load_class_map(args.kd_class_map) if args.kd_class_map else None
+    if class_map is None and distill_type != 'feature':
+        class_map = _match_classes(loaded, label_names, cast(Any, model).num_classes)
     common = dict(
-        student_model=model,
-        teacher_model=teacher if fits else name,
-        teacher_pretrained_path=checkpoint,
+        common,
+        teacher_class_map=class_map,
+        teacher_img_size=args.kd_teacher_img_size,
+        mean=data_config['mean'],
+        std=data_config['std'],
+        input_size=data_config['input_size'],
+    )
+    if distill_type == 'dearkd':
+        task: Any = DearKDTask(
+            model,
+            loaded,
+            build_schedule(args, args.epochs),
+            hooks=args.dearkd_hooks,
+            normalize_features=args.dearkd_normalize_features,
+            **common,
+        )
+        teacher = task.teacher
+    else:
+        try:
+            task = _build_timm_task(args, distill_type, model, loaded, common)
+        except (AssertionError, KeyError, RuntimeError, TypeError) as e:
+            raise ValueError(f'--kd-distill-type {distill_type} with {args.kd_model_name}: {_reason(e)}') from e
+        teacher = task.teacher.teacher
+    if args.kd_teacher_img_size is None:
+        for size in args.train_img_sizes or ():
+            teacher.check_input((data_config['input_size'][0], size, size))
+    _log_teacher_size(args, loaded, data_config['input_size'])
+    if task.answers is not None and label_names:
+        task.answers.class_names = list(label_names)
+    if args.amp:
+        teacher.store_weights(getattr(torch, args.amp_dtype))
+    return task
+
+
+def _build_timm_task(args, distill_type: str, model: nn.Module, teacher: nn.Module, common: Dict[str, Any]):
+    common = dict(
+        common,
         distill_loss_weight=args.distill_loss_weight,
         task_loss_weight=args.task_loss_weight,
-        **common,
     )
     if distill_type == 'logit':
-        return LogitDistillationTask(loss_type=args.kd_loss_type, temperature=args.kd_temperature, **common)
+        return LogitTask(
+            model, teacher, loss_type=args.kd_loss_type, temperature=args.kd_temperature, **common)
     if distill_type == 'feature':
-        return FeatureDistillationTask(
+        return FeatureTask(
+            model,
+            teacher,
             student_feature_dim=args.kd_student_feature_dim,
             teacher_feature_dim=args.kd_teacher_feature_dim,
             **common,
         )
-    return TokenDistillationTask(
-        distill_type=args.kd_token_distill_type, temperature=args.kd_temperature, **common)
+    return TokenTask(
+        model, teacher, distill_type=args.kd_token_distill_type, temperature=args.kd_temperature, **common)
+
+
+def _log_teacher_size(args, teacher: nn.Module, input_size: Tuple[int, int, int]) -> None:
+    """Tell at what size the teacher was trained, where it sees another and the files say so."""
+    checkpoint, name, given = args.kd_teacher_checkpoint, args.kd_model_name, args.kd_teacher_img_size
+    if checkpoint and not training_args(checkpoint) and not os.path.isdir(name) and ':' not in name:
+        return  # weights alone: the architecture's usual size need not be theirs
+    trained = tuple(get_model_input_config(teacher)['input_size'][1:])
+    seen = tuple(input_size[1:]) if given is None else (given, given)
+    if trained == seen:
+        return
+    ratio = max(max(a / b, b / a) for a, b in zip(trained, seen))
+    remedy = f' --kd-teacher-img-size {trained[-1]} resizes its images.' if given is None else ''
+    # CNNs do well at somewhat larger sizes: timm evaluates at up to 1.4 times the size of training
+    level = logging.WARNING if given is None and ratio > 1.5 else logging.INFO
+    _logger.log(
+        level,
+        f'The teacher was trained at {trained[0]}x{trained[1]} pixels and sees {seen[0]}x{seen[1]}, where its answers'
+        f' may be worse.{remedy}')
 
 
 def build_optimizer(args, task: TrainingTask, device: torch.device, ranks: Ranks) -> torch.optim.Optimizer:
@@ -384,9 +427,9 @@ def build_optimizer(args, task: TrainingTask, device: torch.device, ranks: Ranks
         scale = args.lr_base_scale or ('sqrt' if any(o in args.opt.lower() for o in ('ada', 'lamb')) else 'linear')
         kwargs['lr'] = args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
         _logger.info(f'Learning rate {kwargs["lr"]:.4g}, from lr-base {args.lr_base:g} ({scale} in the batch size).')
-    if device.type == 'cuda' and _takes_fused(args.opt) and not any(
+    if device.type == 'cuda' and _takes_fused(args) and not any(
             args.opt_kwargs.get(other) for other in ('foreach', 'differentiable')):
-        kwargs['fused'] = True  # leaves out a step on the device, and is faster
+        kwargs['fused'] = True  # skips a step on the device, and is faster
     try:
         optimizer = create_optimizer_v2(cast(nn.Module, task.get_trainable_module()), **{**kwargs, **args.opt_kwargs})
     except (AssertionError, RuntimeError, TypeError, ValueError) as e:
@@ -403,13 +446,16 @@ def _keep_fused(optimizer: torch.optim.Optimizer, state_dict: Dict[str, Any]) ->
     return {**state_dict, 'param_groups': groups}
 
 
-def _takes_fused(name: str) -> bool:
+def _takes_fused(args) -> bool:
+    """Return whether the optimizer has a fused step on CUDA that is safe to use."""
     try:
-        optimizer_class: Any = get_optimizer_class(name, bind_defaults=False)
+        optimizer_class: Any = get_optimizer_class(args.opt, bind_defaults=False)
     except ValueError:
         return False
-    # that of Adagrad is for the CPU alone in older versions of PyTorch
-    return optimizer_class in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+    if optimizer_class is torch.optim.SGD:
+        # A loss scale that overflows in the first step leaves the momentum of PyTorch's fused SGD uninitialised
+        return not (args.momentum and args.amp and args.amp_dtype == 'float16')
+    return optimizer_class in (torch.optim.Adam, torch.optim.AdamW)  # Adagrad's is for the CPU alone in older versions
 
 
 def build_scheduler(args, optimizer: torch.optim.Optimizer, num_updates: int, start: Position):

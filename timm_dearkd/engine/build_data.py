@@ -27,6 +27,7 @@ from .data import (
 from .device import SINGLE, Ranks
 from .image_folder import find_splits
 from .loader import TrainLoader, create_eval_loader, create_train_loader
+from .options import build_parser
 
 __all__ = [
     'build_datasets', 'build_distance_images', 'build_eval_loader', 'build_mixup', 'build_train_loader',
@@ -135,12 +136,20 @@ def images_per_update(args, ranks: Ranks) -> int:
     return args.batch_size * args.grad_accum_steps * ranks.world_size
 
 
+def num_workers(args) -> int:
+    """Return the data-loading processes: those asked for; of the default, no more than this process has cores."""
+    default = build_parser().get_default('workers')
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    cores = max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+    return min(default, cores) if args.workers == default else args.workers
+
+
 def _loader_kwargs(args, device: torch.device, ranks: Ranks) -> Dict[str, Any]:
     return dict(
         device=device,
         ranks=ranks,
-        num_workers=args.workers,
-        pin_memory=args.pin_mem,
+        num_workers=num_workers(args),
+        pin_memory=device.type == 'cuda' if args.pin_mem is None else args.pin_mem,
         use_prefetcher=not args.no_prefetcher,
         img_dtype=model_dtype(args),
     )
@@ -156,6 +165,8 @@ def build_train_loader(
 ) -> TrainLoader:
     """The training loader, with the input sizes and batch sizes that are asked for."""
     set_image_mode(dataset, _image_mode(args, data_config))
+    if num_workers(args) < args.workers:
+        _logger.info(f'--workers is {num_workers(args)}, the number of CPU cores, instead of {args.workers}.')
     sizes = args.train_img_sizes or (args.train_batches_per_epoch and [data_config['input_size'][-2:]]) or None
     return create_train_loader(
         dataset,

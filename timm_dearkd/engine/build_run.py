@@ -3,6 +3,7 @@ import logging
 import os
 import platform
 from datetime import datetime
+from functools import partial
 from typing import Any, Callable, Dict, Optional, cast
 
 import timm
@@ -10,6 +11,8 @@ import torch
 import torch.nn as nn
 from timm.models import safe_model_name
 from timm.task import TrainingTask
+
+from distill_hooks import TwoStageSchedule
 
 from .._version import __version__
 from ..distances import LOG_NAME, DistanceLog
@@ -28,10 +31,12 @@ from .output import (
     write_text,
 )
 from .recorder import Recorder
+from .run_folder import RunFolder, on_primary
 from .tracking import Tracker
 
 __all__ = [
-    'build_recorder', 'build_trainer', 'build_validator', 'describe_run', 'output_parent', 'warn_of_short_run']
+    'build_recorder', 'build_trainer', 'build_validator', 'describe_run', 'log_changed_stages', 'output_parent',
+    'warn_of_short_run']
 
 _logger = logging.getLogger(__name__)
 
@@ -46,11 +51,10 @@ def build_trainer(
 ) -> Trainer:
     """What runs the epochs."""
     power = dict(none=0., sqrt=0.5, linear=1.)[args.variable_batch_loss_scale]
-    on_host = precision.device.type == 'cpu'
     return Trainer(
         task,
         loader,
-        Stepper(task, optimizer, precision.scaler, args.clip_grad, args.clip_mode, on_host),
+        Stepper(task, optimizer, precision.scaler, args.clip_grad, args.clip_mode),
         precision,
         ranks,
         grad_accum_steps=args.grad_accum_steps,
@@ -87,6 +91,33 @@ def warn_of_short_run(args, num_epochs: int, num_updates: int) -> None:
             ' --model-ema-warmup, or a lower --model-ema-decay.')
 
 
+def log_changed_stages(args, stage1_epochs: int, resumed: Position, first_epoch: int) -> None:
+    """Warn if a resumed run goes back from stage II to stage I, and log any other change of the stages.
+
+    Args:
+        args: The options.
+        stage1_epochs: Epochs of stage I.
+        resumed: Position of the checkpoint.
+        first_epoch: First epoch that is trained now, counted from 0.
+    """
+    before = resumed.options or {}
+    if not before.get('kd_model_name') or 'dearkd_stage1_epochs' not in before:
+        return
+    old_epochs = TwoStageSchedule(before['epochs'], before['dearkd_stage1_epochs']).stage1_epochs
+    if old_epochs == stage1_epochs:
+        return
+    flag = 'epochs' if args.dearkd_stage1_epochs is None else 'dearkd-stage1-epochs'
+    change = f'With --{flag} {getattr(args, flag.replace("-", "_"))}, stage I lasts {stage1_epochs} epochs'
+    keep = f' To keep the stages, set --dearkd-stage1-epochs {old_epochs}.' if old_epochs <= args.epochs else ''
+    last_epoch = resumed.epoch if resumed.update else resumed.epoch - 1
+    if old_epochs <= last_epoch and first_epoch < stage1_epochs:
+        _logger.warning(
+            f'The run was in stage II at epoch {last_epoch}. {change} (was {old_epochs}), so epochs {first_epoch} to'
+            f' {stage1_epochs - 1} are in stage I again.{keep}')
+    else:
+        _logger.info(f'{change} (was {old_epochs}).{keep}')
+
+
 def output_parent(args) -> str:
     """Folder that the output folders are made in."""
     return args.output or os.path.join('.', 'output', 'train')
@@ -95,6 +126,7 @@ def output_parent(args) -> str:
 def build_recorder(
         args,
         args_text: str,
+        run_folder: RunFolder,
         trainer: Trainer,
         model: nn.Module,
         data_config: Dict[str, Any],
@@ -105,15 +137,11 @@ def build_recorder(
         distance_images: Optional[torch.Tensor] = None,
 ) -> Recorder:
     """The output folder with `args.yaml` and `run.json`, and what writes into it."""
-    name = args.experiment or '-'.join([
+    default_name = '-'.join([
         datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(data_config['input_size'][-1])])
-    folder, saver = os.path.join(output_parent(args), name), None
-    is_primary = trainer.ranks.is_primary
+    folder = on_primary(trainer.ranks, partial(run_folder.create, default_name, args.resume))
+    saver, is_primary = None, trainer.ranks.is_primary
     if is_primary:
-        try:
-            os.makedirs(folder, exist_ok=True)
-        except OSError as e:
-            raise ValueError(f'Could not make the folder {folder!r} ({e.strerror}). Set another --output.') from e
         write_text(folder, 'args.yaml', args_text)
         write_run_info(folder, position=start, **run_info)
         saver = _build_saver(args, folder, model, trainer, classes)

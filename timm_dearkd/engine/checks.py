@@ -1,13 +1,14 @@
 """What train.py refuses before it begins, as far as the options alone tell."""
 import argparse
-import difflib
 import logging
 import os
 from typing import List, Sequence
 
-from timm.models import is_model, list_models, parse_model_name
+from timm.models import is_model, parse_model_name
 from timm.optim import get_optimizer_info
 from timm.task import ClassificationEvaluator
+
+from distill_hooks.checkpoint import nearest_names
 
 from .device import check_backend
 from .options import build_parser
@@ -29,6 +30,7 @@ _CHOICES = {
     'tta': (0, 1, 2),
     'worker_seeding': ('all', 'part'),
 }
+_CUDA_GRAPH_MODES = ('reduce-overhead', 'max-autotune')
 _AT_LEAST_ONE = ('batch_size', 'epochs', 'grad_accum_steps', 'log_interval', 'val_interval', 'checkpoint_hist')
 _FILES = ('resume', 'kd_teacher_checkpoint', 'initial_checkpoint', 'kd_class_map', 'pretrained_path')
 # What to give where a folder was given; by default, a file in it
@@ -53,9 +55,9 @@ _TAUGHT = {
     'dearkd': (
         'dearkd_stage1_epochs', 'dearkd_stage2', 'dearkd_alpha', 'dearkd_beta', 'dearkd_hooks',
         'dearkd_normalize_features', 'kd_teacher_img_size', 'kd_class_map'),
-    'logit': ('kd_loss_type', 'kd_temperature', *_WEIGHTS),
-    'feature': ('kd_student_feature_dim', 'kd_teacher_feature_dim', *_WEIGHTS),
-    'token': ('kd_token_distill_type', 'kd_temperature', *_WEIGHTS),
+    'logit': ('kd_loss_type', 'kd_temperature', 'kd_teacher_img_size', 'kd_class_map', *_WEIGHTS),
+    'feature': ('kd_student_feature_dim', 'kd_teacher_feature_dim', 'kd_teacher_img_size', *_WEIGHTS),
+    'token': ('kd_token_distill_type', 'kd_temperature', 'kd_teacher_img_size', 'kd_class_map', *_WEIGHTS),
 }
 
 
@@ -86,8 +88,7 @@ def _flag(name: str) -> str:
 def _check_model(args: argparse.Namespace) -> None:
     source, name = parse_model_name(args.model)
     if source is None and not is_model(name.split('.')[0]):
-        near = difflib.get_close_matches(name, list_models(), n=4, cutoff=0.4)
-        raise ValueError(f'Unknown --model {args.model!r}. The nearest names: {", ".join(near) or "none"}.')
+        raise ValueError(f'Unknown --model {args.model!r}. The nearest names: {nearest_names(name)}.')
     for key in _given(args, [key for key in vars(args) if key.startswith('naflex_')]):
         raise ValueError(
             f'{_flag(key)} is not supported: NaFlex feeds sequences of patches, and the tokens of a DearKD student'
@@ -138,6 +139,11 @@ def _check_values(args: argparse.Namespace) -> None:
         if len(args.opt_betas) != num_betas:
             raise ValueError(f'--opt-betas has {len(args.opt_betas)} values, {args.opt} takes {num_betas}.')
     check_backend(args.torchcompile, args.torchcompile_mode)
+    if args.torchcompile_mode in _CUDA_GRAPH_MODES and (args.kd_model_name or args.grad_accum_steps > 1):
+        what = 'a teacher' if args.kd_model_name else '--grad-accum-steps'
+        raise ValueError(
+            f'--torchcompile-mode {args.torchcompile_mode} records CUDA graphs, which do not work with {what}: they'
+            ' overwrite their outputs. Set --torchcompile-mode max-autotune-no-cudagraphs.')
 
 
 def _check_combinations(args: argparse.Namespace) -> None:
@@ -175,11 +181,15 @@ def _check_combinations(args: argparse.Namespace) -> None:
 def check_distillation(args: argparse.Namespace, distill_type: str) -> None:
     """Refuse options of another kind of distillation than the student gets.
 
-    Where the kind is named, as over the options of a recipe, they are only said to do nothing. A class map never is.
+    If the command names the kind, as it may over a recipe, such options only give a warning, a class map excepted.
 
     Raises:
-        ValueError: There is one.
+        ValueError: If there is such an option, or the kind does not go with TorchScript.
     """
+    if args.torchscript and distill_type == 'token':
+        raise ValueError(
+            '--torchscript does not go with --kd-distill-type token, which trains two heads that TorchScript merges.'
+            ' Use --torchcompile.')
     others = dict.fromkeys(key for keys in _TAUGHT.values() for key in keys if key not in _TAUGHT[distill_type])
     for key in _given(args, list(others)):
         kinds = ' or '.join(kind for kind, keys in _TAUGHT.items() if key in keys)

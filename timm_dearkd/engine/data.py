@@ -10,6 +10,7 @@ import torch.nn as nn
 from PIL import Image
 from timm.data import ImageDataset, IterableImageDataset, add_img_extensions, create_dataset
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.layers import to_2tuple
 from timm.models import get_model_input_config
 from torch.utils.data import Dataset
 
@@ -435,27 +436,35 @@ def check_labels(dataset, num_classes: int, remedy: str = '') -> None:
 
 
 def check_img_size(model: nn.Module, train_sizes: Sequence[int] = ()) -> None:
-    """Refuse a size that a ViT can't take, where it would only find out when training.
+    """Refuse an image size that a ViT does not take before it is trained, and warn where it ignores pixels.
 
     Args:
         model: The model.
         train_sizes: Further sizes that it is trained with.
 
     Raises:
-        ValueError: A size that is no multiple of the patch size, or several for a model that has one.
+        ValueError: If a size of a ViT of any size is no multiple of the patch size, or a ViT of one size gets several.
     """
-    patch_size = getattr(getattr(model, 'patch_embed', None), 'patch_size', None)
+    patch = getattr(getattr(model, 'patch_embed', None), 'patch_size', None)
     dynamic = getattr(model, 'dynamic_img_size', False)
-    if not patch_size:
+    if not patch:
         return
+    patch_size = to_2tuple(patch)
     if train_sizes and not dynamic:
         raise ValueError(
             f'{type(model).__name__} takes images of one size. Add --model-kwargs dynamic_img_size=True for'
             ' --train-img-sizes.')
     padded = getattr(model.patch_embed, 'dynamic_img_pad', False)
     for height, width in (get_model_input_config(model)['input_size'][1:], *((size, size) for size in train_sizes)):
-        if dynamic and not padded and (height % patch_size[0] or width % patch_size[1]):
-            flag = '--train-img-sizes' if height in train_sizes else '--img-size'
-            raise ValueError(
-                f'The image size {height}x{width} is no multiple of the patch size {patch_size[0]}x{patch_size[1]}.'
-                f' Set {flag} {max(patch_size[0], height // patch_size[0] * patch_size[0])}, say.')
+        rest = height % patch_size[0], width % patch_size[1]
+        if padded or not any(rest):
+            continue
+        flag = '--train-img-sizes' if height in train_sizes else '--img-size'
+        message = f'The image size {height}x{width} is no multiple of the patch size {patch_size[0]}x{patch_size[1]}.'
+        smaller = height // patch_size[0] * patch_size[0]
+        sizes = f'{smaller} or {smaller + patch_size[0]}' if smaller else f'{patch_size[0]}'
+        if dynamic:
+            raise ValueError(f'{message} Set {flag} {sizes}.')
+        _logger.warning(
+            f'{message} The model ignores the last {rest[0]} rows and {rest[1]} columns. To use them, set {flag}'
+            f' {sizes}.')

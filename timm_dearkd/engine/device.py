@@ -1,6 +1,7 @@
 """Where a run computes, in how many processes, and in which precision."""
 import contextlib
 import logging
+import os
 from typing import Iterator, NamedTuple, Optional, Tuple
 
 import torch
@@ -9,6 +10,7 @@ from timm.utils.distributed import init_distributed_device_so, is_distributed_en
 
 __all__ = [
     'SINGLE', 'CompileError', 'Precision', 'Ranks', 'check_backend', 'compile_errors', 'find_device', 'select_device',
+    'use_deterministic_kernels',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -91,6 +93,13 @@ def find_device(name: Optional[str]) -> torch.device:
         # far patches get denormal attention, which CPUs are many times slower at than at zeros
         torch.set_flush_denormal(True)
     return device
+
+
+def use_deterministic_kernels() -> None:
+    """Have PyTorch choose deterministic kernels, and raise a RuntimeError where it has none."""
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def select_device(name: Optional[str]) -> Tuple[torch.device, Ranks]:

@@ -1,4 +1,5 @@
 """Loaders of train.py, made of timm's: seeded by (seed, epoch, place in the epoch), whatever the processes."""
+import logging
 from functools import partial
 from itertools import islice
 from typing import Any, Dict, List, Optional, Sequence
@@ -17,6 +18,8 @@ from .interrupt import init_worker
 from .seeding import EpochBatchSampler, SeededCollate, SeededDataset, SeededErasing
 
 __all__ = ['DeviceLoader', 'TrainLoader', 'create_eval_loader', 'create_train_loader']
+
+_logger = logging.getLogger(__name__)
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
@@ -119,7 +122,31 @@ def create_train_loader(
     if num_aug_repeats:
         sampler = _SeededRepeats(dataset, ranks.world_size, ranks.rank, num_repeats=num_aug_repeats)
         sampler.seed = seed
+    if not kwargs.get('batch_size_choices'):
+        _tell_unused(len(sampler), batch_size, ranks.world_size, even=mixup is not None)
     return _seed_loader(loader, sampler, seed, ranks, mixup, mixup_off_epoch, kwargs.get('num_batches'))
+
+
+def _tell_unused(num_images: int, batch_size: int, world_size: int, even: bool) -> None:
+    """Log how many images an epoch skips because its last batch is not full, and the batch size that skips fewest.
+
+    Args:
+        num_images: Images of an epoch, per process.
+        batch_size: Per process.
+        world_size: Number of processes.
+        even: Whether batches have to be even, as Mixup needs them.
+    """
+    unused = num_images % batch_size
+    if not unused or batch_size > num_images:
+        return
+    sizes = range(batch_size, 0, -1 - even)
+    better = min(sizes[:len(sizes) // 2 + 1], key=lambda size: num_images % size)  # the largest of the best
+    share = unused / num_images
+    remedy = f' --batch-size {better} skips {num_images % better * world_size}.' if better != batch_size else ''
+    _logger.log(
+        logging.WARNING if share > 0.1 else logging.INFO,
+        f'Each epoch skips {unused * world_size} of {num_images * world_size} images ({100 * share:.0f} %, chosen at'
+        f' random), because its last batch is not full.{remedy}')
 
 
 class _SeededRepeats(RepeatAugSampler):

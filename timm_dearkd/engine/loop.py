@@ -11,7 +11,6 @@ import torch.distributed as dist
 import torch.nn as nn
 from timm.task import TrainingTask, evaluation_sample_limit
 from timm.utils import NativeScaler, dispatch_clip_grad
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -117,7 +116,9 @@ class RunningStats:
 
 @dataclass
 class Stepper:
-    """Backward, clipping and the optimizer's step, which is left out where a loss was not finite.
+    """Backward, clipping and the optimizer's step, which is skipped where a loss was not finite.
+
+    PyTorch's fused optimizers skip it on the device. For the others the flag is read, once per update.
 
     Args:
         task: What is trained.
@@ -125,14 +126,12 @@ class Stepper:
         scaler: timm's, for float16.
         clip_grad: Clipping value; None clips nothing.
         clip_mode: 'norm', 'value' or 'agc'.
-        on_host: Ask for the flag's value, which costs nothing on a CPU; else the device decides by itself.
     """
     task: TrainingTask
     optimizer: torch.optim.Optimizer
     scaler: Optional[NativeScaler] = None
     clip_grad: Optional[float] = None
     clip_mode: str = 'norm'
-    on_host: bool = False
     stepped: bool = field(default=False, init=False)
 
     def __call__(self, loss: torch.Tensor, update: bool, finite: torch.Tensor) -> torch.Tensor:
@@ -169,33 +168,15 @@ class Stepper:
         return finite
 
     def _step(self, finite: torch.Tensor) -> None:
-        if self.on_host or not self.stepped:  # the first step makes the states that a later one keeps
-            if finite:
-                self.optimizer.step()
-                self.stepped = True
-        else:
-            _step_where(self.optimizer, finite)
-
-
-@torch.no_grad()
-def _step_where(optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> None:
-    """`optimizer.step()` if the flag on the device says so, without asking for its value.
-
-    Where the optimizer can't do so itself, it costs a copy of the weights and states.
-    """
-    if getattr(optimizer, '_step_supports_amp_scaling', False):  # PyTorch's fused ones, which do it themselves
-        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
-        optimizer.step()
-        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
-        return
-    state = getattr(optimizer, '_base_optimizer', optimizer).state
-    params = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
-    tensors = [t for t in tree_leaves([params, [state[p] for p in params]])
-               if isinstance(t, torch.Tensor) and t.device == finite.device]
-    before = [t.clone() for t in tensors]
-    optimizer.step()
-    for tensor, old in zip(tensors, before):
-        tensor.copy_(torch.where(finite, tensor, old))
+        # A fused SGD that skips its first step keeps a momentum buffer that nothing has initialised
+        if self.stepped and getattr(self.optimizer, '_step_supports_amp_scaling', False):
+            optimizer: Any = self.optimizer
+            optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
+            optimizer.step()
+            del optimizer.grad_scale, optimizer.found_inf
+        elif finite:
+            self.optimizer.step()
+            self.stepped = True
 
 
 @contextlib.contextmanager
@@ -230,6 +211,7 @@ class _Clock:
 
     def __init__(self, teacher: TeacherTimer) -> None:
         self.teacher = teacher
+        self.teacher.seconds()  # drop forwards from before, such as an evaluation of the teacher
         self.samples, self.data_time = 0, 0.
         self.start = self.end = time.perf_counter()
 
@@ -452,8 +434,8 @@ class Validator:
         with _progress(self.loader, label, num_batches, show=is_primary) as batches:
             for i, (images, target) in enumerate(batches):
                 views = [images, images.flip(-1)] if self.tta > 1 else [images]
-                logits = [self._forward(model, view) for view in views]
-                evaluator.update(sum(logits) / len(logits), target)
+                # divided one by one, because a CUDA graph overwrites the output of its last call
+                evaluator.update(sum(self._forward(model, view) / len(views) for view in views), target)
                 if is_primary and (i + 1) % self.log_interval == 0 and i + 1 < num_batches:
                     _logger.info(f'{label}: [{i + 1:>4d}/{num_batches}]  {_format_losses(evaluator.summary())}')
                 if self.on_batch is not None:

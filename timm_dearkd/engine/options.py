@@ -114,8 +114,9 @@ def _add_data(group) -> None:
     add('--input-key')
     add('--target-key')
     add('--dataset-trust-remote-code', action='store_true')
-    add('-j', '--workers', type=int, default=4, help='data loading processes')
-    add('--pin-mem', action='store_true')
+    add('-j', '--workers', type=int, default=4, help='data loading processes (4, or fewer on fewer cores)')
+    add('--pin-mem', action=argparse.BooleanOptionalAction,
+        help='load into page-locked memory, for faster copies to the device (on CUDA)')
     add('--no-prefetcher', action='store_true')
     add('--use-multi-epochs-loader', action='store_true')
     add('--worker-seeding', default='all', help='for streamed data sets; others are seeded by seed, epoch and place')
@@ -176,6 +177,8 @@ def _add_device(group) -> None:
     add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile student and teacher')
     add('--torchcompile-mode')
     add('--no-ddp-bb', action='store_true', help='do not broadcast buffers in DistributedDataParallel')
+    add('--deterministic', action='store_true',
+        help='use deterministic kernels: a run repeats bit for bit on the same device, at some cost in speed')
     add('--synchronize-step', action='store_true', help='wait for the device after every step')
     add('--local_rank', type=int, default=0, help='ignored; torchrun sets it in the environment')
     add('--device-modules', nargs='+', metavar='MODULE', help='modules to import first, for their devices or models')

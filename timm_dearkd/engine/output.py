@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 import torchvision
-from timm.models import clean_state_dict, load_state_dict, save_for_hf
+from timm.models import clean_state_dict, is_model, load_state_dict, save_for_hf
 from timm.models._hub import save_config_for_hf
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, unwrap_model
@@ -28,7 +28,7 @@ from .interrupt import TrainingError
 
 __all__ = [
     'AtomicCheckpointSaver', 'Position', 'complete_export', 'export_model', 'find_checkpoint', 'read_classes',
-    'read_run_info',
+    'read_run_info', 'record_results',
     'refuse_to_overwrite', 'remove_recovery', 'resume_run', 'save_config', 'save_folder', 'save_images', 'trim_table',
     'write_run_info',
 ]
@@ -131,7 +131,7 @@ class AtomicCheckpointSaver(CheckpointSaver):
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """Restore the ranks, and put the best epoch that is left in place of a `model_best` that is none of them.
 
-        Without config.json, `complete_export` exports it anew.
+        It removes the export, so that `complete_export` writes it again.
         """
         super().load_state_dict(state_dict)
         best = os.path.join(self.checkpoint_dir, 'model_best' + self.extension)
@@ -144,7 +144,8 @@ class AtomicCheckpointSaver(CheckpointSaver):
         self.best_epoch = None  # the next one that is evaluated, whatever it scores
         if self.best_metric is not None:
             self.best_epoch = self._epoch_of(path)
-            Path(self.checkpoint_dir, 'config.json').unlink(missing_ok=True)
+            for name in ('config.json', EXPORT_NAME):
+                Path(self.checkpoint_dir, name).unlink(missing_ok=True)
             self._duplicate(path, best)
 
     def save_recovery(self, epoch: int, batch_idx: int = 0) -> None:
@@ -160,10 +161,12 @@ class Position(NamedTuple):
     epoch: int = 0
     update: int = 0
     meter: Optional[Dict[str, Any]] = None
+    answers: Optional[Dict[str, Any]] = None
     rng_states: Tuple[Dict[str, Any], ...] = ()
     scheduler: Optional[Dict[str, Any]] = None
     ema_rng_state: Optional[torch.Tensor] = None
     num_skipped: int = 0
+    options: Optional[Dict[str, Any]] = None  # that the run had before
 
 
 def _recovery_files(folder: str) -> List[Path]:
@@ -328,12 +331,14 @@ def resume_run(
         scheduler=state['scheduler'],
         ema_rng_state=state['ema_rng_state'],
         num_skipped=run.get('num_skipped', 0),
+        options=vars(trained) if isinstance(trained, Namespace) else None,
     )
     within = state['progress']
     if within is None:
         return position
     update = within['update'] * within['images_per_update'] // images_per_update
-    return position._replace(epoch=run['epoch'], update=update, meter=within['meter'])
+    return position._replace(
+        epoch=run['epoch'], update=update, meter=within['meter'], answers=within.get('answers'))
 
 
 def read_run_info(folder: Union[str, Path]) -> Dict[str, Any]:
@@ -361,10 +366,19 @@ def write_run_info(folder: str, command: str, position: Position, **info: Any) -
         **info: Anything that JSON holds.
     """
     goes_on = position.epoch or position.update
-    sessions = read_run_info(folder).get('sessions', []) if goes_on else []
+    before = read_run_info(folder) if goes_on else {}
+    sessions = before.get('sessions', [])
     started = datetime.now().astimezone().isoformat(' ', 'seconds')
     sessions.append(dict(command=command, epoch=position.epoch, started=started))
-    write_text(folder, 'run.json', json.dumps(dict(info, sessions=sessions), indent=1))
+    info.update(sessions=sessions, results=before.get('results', {}))
+    write_text(folder, 'run.json', json.dumps(info, indent=1))
+
+
+def record_results(folder: str, **results: float) -> None:
+    """Add figures to the `results` of `run.json`."""
+    info = read_run_info(folder)
+    info['results'] = {**info.get('results', {}), **results}
+    write_text(folder, 'run.json', json.dumps(info, indent=1))
 
 
 def save_config(model: nn.Module, path: Path, label_names: Optional[Sequence[str]] = None, **kwargs: Any) -> None:
@@ -401,7 +415,7 @@ def export_model(
     """Write a model so that ``timm.create_model('local-dir:FOLDER', pretrained=True)`` loads it.
 
     The weights go to `model_best.safetensors`, the architecture, its arguments, the input and the class names to
-    `config.json`.
+    `config.json`. Of a model that timm cannot create by name, only the weights are written.
 
     Args:
         model: A timm model; wrappers are taken off.
@@ -415,21 +429,30 @@ def export_model(
     tensors = {
         name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()
         if '.aux_bn.' not in name}  # --split-bn: of augmented copies, in training alone
-    if label_names:  # with --num-classes, the model may know more
+    has_config = is_known_to_timm(model)
+    if label_names and has_config:  # with --num-classes, the model may know more
         others = range(len(label_names), cast(Any, model).num_classes)
         label_names = [*label_names, *(f'(no folder, class {index})' for index in others)]
     weights_file, config_file = (Path(folder) / f'.{name}.tmp' for name in (EXPORT_NAME, 'config.json'))
     try:
         weights_file.write_bytes(safetensors.torch.save(tensors, metadata={'format': 'pt'}))
-        save_config(model, config_file, label_names, data_config=data_config)
-        os.replace(weights_file, Path(folder) / EXPORT_NAME)
-        os.replace(config_file, Path(folder) / 'config.json')
+        if has_config:
+            save_config(model, config_file, label_names, data_config=data_config)
+        if has_config:
+            os.replace(config_file, Path(folder) / 'config.json')
+        os.replace(weights_file, Path(folder) / EXPORT_NAME)  # last, because `complete_export` looks at it
     except OSError as e:
         weights_file.unlink(missing_ok=True)
         config_file.unlink(missing_ok=True)
         raise TrainingError(
             f'Could not write the student to {folder}: {e}. Its checkpoint is there. Make room, and run the same'
             ' command with --resume auto.') from e
+
+
+def is_known_to_timm(model: nn.Module) -> bool:
+    """Return whether timm can create the model by the name in its `pretrained_cfg`, as `config.json` says it."""
+    cfg = getattr(unwrap_model(model), 'pretrained_cfg', None) or {}
+    return is_model(str(cfg.get('architecture') or ''))
 
 
 def complete_export(folder: str, export: Callable[[str, Dict[str, torch.Tensor]], Any], use_ema: bool) -> None:
@@ -440,8 +463,8 @@ def complete_export(folder: str, export: Callable[[str, Dict[str, torch.Tensor]]
         export: Takes the folder and the state dict.
         use_ema: Take the average of weights.
     """
-    best, config = Path(folder) / 'model_best.pth.tar', Path(folder) / 'config.json'
-    if best.exists() and (not config.exists() or config.stat().st_mtime < best.stat().st_mtime):
+    best, exported = Path(folder) / 'model_best.pth.tar', Path(folder) / EXPORT_NAME
+    if best.exists() and (not exported.exists() or exported.stat().st_mtime < best.stat().st_mtime):
         export(folder, load_state_dict(str(best), use_ema=use_ema))
 
 

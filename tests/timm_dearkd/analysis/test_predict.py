@@ -119,4 +119,4 @@ def test_folders_of_any_type_and_images_too_deep(model, tmp_path, caplog):
     Image.fromarray(np.full((8, 8), 30_000, np.uint16)).save(tmp_path / 'deep.png')
     files = find_images([str(tmp_path)])
     assert len(files) == 6 and len(predict(model, files)) == 5
-    assert "deep.png' is a 16-bit image" in caplog.text and 'It is left out' in caplog.text
+    assert "deep.png' has 16 bits per channel" in caplog.text and 'It is left out' in caplog.text

@@ -9,9 +9,9 @@ from timm_dearkd.engine.device import SINGLE
 from timm_dearkd.train import _parse_args
 
 
-def build(name, device='cpu', **options):
+def build(name, device='cpu', flags=(), **options):
     """The optimizer of a small model on the CPU, for a run on `device`."""
-    args = _parse_args(['DIR', '--opt', name, '--lr', '0.1'])[0]
+    args = _parse_args(['DIR', '--opt', name, '--lr', '0.1', *flags])[0]
     args.opt_kwargs = options
     torch.manual_seed(0)
     return build_optimizer(args, ClassificationTask(torch.nn.Linear(3, 2)), torch.device(device), SINGLE)
@@ -50,3 +50,10 @@ def test_an_optimizer_goes_on_from_its_state(name):
 def test_the_fused_step_is_taken_where_every_pytorch_has_it(name, fused):
     assert build(name, 'cuda').defaults.get('fused') is fused
     assert build(name).defaults.get('fused') is None
+
+
+@pytest.mark.parametrize('flags,fused', [
+    (['--amp'], None), (['--amp', '--momentum', '0'], True), (['--amp', '--amp-dtype', 'bfloat16'], True)])
+def test_a_loss_scale_does_not_meet_fused_momentum(flags, fused):
+    """PyTorch leaves the momentum uninitialised where the first step overflows."""
+    assert build('momentum', 'cuda', flags).defaults.get('fused') is fused

@@ -1,7 +1,11 @@
 import logging
 import os
 
-from timm_dearkd.engine.build_data import build_datasets
+import pytest
+import torch
+
+from timm_dearkd.engine.build_data import _loader_kwargs, build_datasets, num_workers
+from timm_dearkd.engine.device import SINGLE
 from timm_dearkd.train import _parse_args
 
 
@@ -32,3 +36,19 @@ def test_options_of_streams_are_said_to_do_nothing(image_folder, caplog):
     build(image_folder, '--val-num-samples', '2', '--epoch-repeats', '3')
     assert '--val-num-samples is for streamed' in caplog.text and '--epoch-repeats is for streamed' in caplog.text
     assert '--train-num-samples' not in caplog.text
+
+
+@pytest.mark.parametrize('flags,processes,expected', [
+    ([], '1', 2), ([], '2', 1), ([], '8', 1), (['-j', '0'], '1', 0), (['-j', '3'], '1', 3)])
+def test_default_workers_are_no_more_than_cores(flags, processes, expected, monkeypatch):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {0, 1}, raising=False)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', processes)
+    assert num_workers(_parse_args(['DIR', *flags])[0]) == expected
+
+
+@pytest.mark.parametrize('flags,on_cuda,on_cpu', [
+    ([], True, False), (['--pin-mem'], True, True), (['--no-pin-mem'], False, False)])
+def test_memory_is_pinned_on_cuda(flags, on_cuda, on_cpu):
+    args = _parse_args(['DIR', *flags])[0]
+    for device, pinned in (('cuda', on_cuda), ('cpu', on_cpu)):
+        assert _loader_kwargs(args, torch.device(device), SINGLE)['pin_memory'] is pinned

@@ -222,11 +222,19 @@ def test_a_name_without_a_folder_is_refused(tmp_path):
         open_dataset('photos', str(tmp_path / 'nowhere'), 'train')
 
 
-def test_sizes_that_are_no_multiple_of_the_patch():
-    """Are refused where the model would find out when training; not where it pads them."""
+def test_sizes_that_are_no_multiple_of_the_patch(caplog):
+    """Are refused where the model would find out when training, not where it pads them, and said where it crops."""
     kwargs = dict(img_size=32, patch_size=8, dynamic_img_size=True)
     with pytest.raises(ValueError, match='36x36 is no multiple of the patch size 8x8. Set --train-img-sizes 32'):
         check_img_size(timm.create_model('test_dearkd', **kwargs), [32, 36])
     model = timm.create_model('test_dearkd', dynamic_img_pad=True, **kwargs)
     check_img_size(model, [32, 36])
     assert model(torch.randn(1, 3, 36, 36)).isfinite().all()
+    caplog.clear()
+    model = timm.create_model('test_vit', img_size=50, patch_size=4, dynamic_img_size=False).eval()
+    check_img_size(model)
+    assert 'ignores the last 2 rows and 2 columns. To use them, set --img-size 48 or 52.' in caplog.text
+    images = torch.randn(1, 3, 50, 50)
+    changed = images.clone()
+    changed[..., 48:, :] = changed[..., 48:] = 9.
+    assert model(images).equal(model(changed))  # which the warning is about

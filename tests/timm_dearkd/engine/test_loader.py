@@ -200,3 +200,23 @@ def test_errors(image_folder):
         create_train_loader(dataset, config(), 8, CPU, auto_augment='nothing', num_workers=0)
     with pytest.raises(ValueError, match='48 images, less than one batch of 64'):
         create_train_loader(dataset, config(), 64, CPU)
+
+
+@pytest.mark.parametrize('count, batch, world, mixup, level, message', [
+    (72, 40, 1, None, 'WARNING', 'skips 32 of 72 images (44 %, chosen at random)'),
+    (72, 40, 1, None, 'WARNING', '--batch-size 36 skips 0.'),
+    (50, 24, 1, timm.data.FastCollateMixup(1., num_classes=9), 'INFO', 'skips 2 of 50 images (4 %'),
+    (98, 20, 2, None, 'WARNING', 'skips 18 of 98 images (18 %, chosen at random)'),
+    (98, 20, 2, None, 'WARNING', '--batch-size 16 skips 2.'),
+    (80, 40, 1, None, None, ''),
+])
+def test_images_of_a_last_batch_that_is_not_full_are_told(count, batch, world, mixup, level, message, caplog):
+    """And so is the largest batch, down to half of this one, that skips fewest."""
+    caplog.set_level('INFO')
+    dataset = FakeData(size=count, image_size=(3, 32, 32))
+    loader = create_train_loader(
+        dataset, config(), batch, CPU, ranks=Ranks(world_size=world), mixup=mixup, num_workers=0)
+    told = [r for r in caplog.records if 'Each epoch skips' in r.message]
+    assert [r.levelname for r in told] == [level] * bool(level)
+    assert len(loader) * batch * world == count - (int(told[0].message.split()[3]) if told else 0)
+    assert not told or message in told[0].message

@@ -29,12 +29,12 @@ TABLE = list(csv.DictReader((Path(__file__).parent / 'timm_train_flags.tsv').rea
 
 @pytest.mark.parametrize('row', TABLE, ids=lambda row: row['flag'])
 def test_flags_are_timms(row):
-    """Names, types, argument counts, defaults and choices. The kinds of distillation and the device differ."""
+    """Names, types, argument counts, defaults and choices. Our own are kinds of distillation, device, pinned memory."""
     actions = {name: a for a in build_parser()._actions for name in (a.option_strings or [a.dest])}
     names = row['flag'].split()
     action = actions[names[0]]
     assert all(actions[name] is action for name in names)
-    if names[0] in ('--kd-distill-type', '--device'):
+    if names[0] in ('--kd-distill-type', '--device', '--pin-mem'):
         return
     kind = {'StoreTrue': (argparse._StoreTrueAction, argparse.BooleanOptionalAction), 'Store': argparse._StoreAction,
             'ParseKwargs': ParseKwargs}

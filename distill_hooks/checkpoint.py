@@ -1,0 +1,363 @@
+"""Models with trained weights: by timm's name, from the folder of a run, or from a checkpoint."""
+import argparse
+import difflib
+import logging
+import os
+import re
+from collections import Counter
+from typing import Any, Collection, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import timm
+import torch
+import torch.nn as nn
+from timm.data.model_config import resolve_input_data_config
+from timm.layers import to_2tuple
+from timm.models import (
+    clean_state_dict,
+    get_pretrained_cfg,
+    is_model,
+    list_models,
+    load_state_dict,
+    parse_model_name,
+    resolve_model_input_args,
+)
+from timm.utils.checkpoint_saver import load_checkpoint_metadata
+
+from .errors import first_line
+
+__all__ = ['load_model', 'resolve_teacher', 'training_args']
+
+_logger = logging.getLogger(__name__)
+
+# What PyTorch's layers call their tensors, whoever wrote the model; a layer scale has any name
+_TORCH_NAMES = {'weight', 'bias', 'running_mean', 'running_var'}
+_COUNTER = 'num_batches_tracked'  # BatchNorm's, which older files do not have
+
+
+def _few(names: Sequence[str], count: int = 3) -> str:
+    """List the first names."""
+    return ', '.join(names[:count]) + (', …' if len(names) > count else '')
+
+
+def _read_state_dict(checkpoint: str) -> Dict[str, torch.Tensor]:
+    """State dict in a checkpoint file, whatever mapping it lies in."""
+    if os.path.isdir(checkpoint):
+        raise ValueError(
+            f'Checkpoint {checkpoint!r} is a folder. Name a file in it, or the folder as the model if it'
+            ' holds a config.json (--kd-model-name).')
+    try:
+        contents = load_state_dict(checkpoint)
+    except FileNotFoundError:
+        raise FileNotFoundError(f'No checkpoint at {checkpoint!r}.') from None
+    except Exception as e:  # torch's unpickler alone raises half a dozen kinds
+        objects = re.search(r'Unsupported globals: (.+?)\.(\s|$)', str(e))
+        if objects:
+            found = sorted(objects[1].split(', '), key=lambda kind: (kind.startswith('torch.'), kind))
+            raise ValueError(
+                f'Checkpoint {checkpoint!r} cannot be read, for it holds Python objects beside its tensors'
+                f' ({_few(found)}), and reading them may run any code. If you trust the file, write'
+                " its tensors alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], PATH), or for a"
+                ' whole model torch.save(model.state_dict(), PATH).') from e
+        reason = re.split(r'\.\s', str(e))[0].replace('\n', ' ')
+        raise ValueError(
+            f'Checkpoint {checkpoint!r} cannot be read ({type(e).__name__}: {reason}). It may be cut'
+            ' short.') from e
+    if not any(isinstance(value, torch.Tensor) for value in contents.values()):
+        inner = {
+            key: dict(value) for key, value in contents.items()
+            if isinstance(value, Mapping) and value and all(isinstance(v, torch.Tensor) for v in value.values())
+        }
+        if len(inner) != 1:
+            raise ValueError(
+                f'Checkpoint {checkpoint!r} holds {" and ".join(map(repr, inner)) or "no state dict"}, expected'
+                ' one state dict. Write it alone, with torch.save(model.state_dict(), PATH).')
+        contents = clean_state_dict(*inner.values())
+    return {key: value for key, value in contents.items() if isinstance(value, torch.Tensor)}
+
+
+def _checkpoint_shapes(name: str, state_dict: Dict[str, torch.Tensor]) -> Dict[str, int]:
+    """Class and channel count of a checkpoint, from the layers that timm names, else the last and the first one."""
+    cfg = get_pretrained_cfg(name)
+    classifier, first_conv = (f'{getattr(cfg, field, None)}.weight' for field in ('classifier', 'first_conv'))
+    weights = {key: value for key, value in state_dict.items() if key.endswith('weight') and value.ndim > 1}
+    convs = {key: value for key, value in weights.items() if value.ndim == 4}
+    shapes = {}
+    if weights:
+        shapes['num_classes'] = weights.get(classifier, list(weights.values())[-1]).shape[0]
+    if convs:
+        shapes['in_chans'] = convs.get(first_conv, list(convs.values())[0]).shape[1]
+    return shapes
+
+
+def _count_by_prefix(state_dict: Dict[str, torch.Tensor], names: Collection[str]) -> Dict[str, int]:
+    """Count the names that a state dict has under each prefix, '' included."""
+    counts: Counter[str] = Counter()
+    for key in state_dict:
+        parts = key.split('.')
+        for i in range(len(parts)):
+            if '.'.join(parts[i:]) in names:
+                counts[''.join(f'{part}.' for part in parts[:i])] += 1
+    return dict(counts)
+
+
+def _find_prefix(state_dict: Dict[str, torch.Tensor], names: Collection[str], checkpoint: str) -> str:
+    """Find the prefix under which a state dict has a model's tensors.
+
+    An average of weights (a part of the name is or begins with `ema`) counts only if nothing else is complete.
+
+    Args:
+        state_dict: Tensors of the file.
+        names: Tensor names of the model, those of BatchNorm's counters left out.
+        checkpoint: The file, for the message.
+
+    Raises:
+        ValueError: If several prefixes have all of the tensors.
+    """
+    counts = _count_by_prefix(state_dict, names)
+    complete = [prefix for prefix, count in counts.items() if count == len(names)]
+    if '' in complete:
+        return ''
+    plain = [prefix for prefix in complete if not re.search(r'(^|\.)ema', prefix)]
+    complete = plain or complete
+    if len(complete) > 1:
+        raise ValueError(
+            f'Checkpoint {checkpoint!r} holds the model {len(complete)} times, under {_few(complete)}. Write the'
+            ' tensors of one alone, with torch.save(model.state_dict(), PATH).')
+    if complete:
+        return complete[0]
+    best = max(counts, key=lambda prefix: (counts[prefix], -len(prefix)), default='')
+    return best if counts.get(best, 0) > len(names) / 2 else ''
+
+
+def _align(
+        state_dict: Dict[str, torch.Tensor],
+        name: str,
+        args: Dict[str, Any],
+        checkpoint: str,
+        **kwargs: Any,
+) -> Tuple[Dict[str, torch.Tensor], Dict[str, int]]:
+    """Drop a prefix that all names of the model have in a file, and find the class and channel count there.
+
+    Lightning, and scripts that wrap the model, write such files. Tensors beside the model's keep their names.
+
+    Args:
+        state_dict: Tensors of the file.
+        name: See `load_model`.
+        args: Options that the model was made with.
+        checkpoint: The file, for messages.
+        **kwargs: See `load_model`.
+    """
+    cfg = get_pretrained_cfg(name)
+    if all(f'{getattr(cfg, field, None)}.weight' in state_dict for field in ('classifier', 'first_conv')):
+        return state_dict, _checkpoint_shapes(name, state_dict)
+    with torch.device('meta'):  # for the names
+        names = {key for key in _create_model(name, args, **kwargs).state_dict() if not key.endswith(_COUNTER)}
+    prefix = _find_prefix(state_dict, names, checkpoint)
+    if prefix:
+        _logger.info(f'{checkpoint}: the tensors of {name} are those under {prefix!r}.')
+        own = {key[len(prefix):]: value for key, value in state_dict.items() if key.startswith(prefix)}
+        others = {key: value for key, value in state_dict.items() if not key.startswith(prefix) and key not in own}
+        state_dict = {**own, **others}
+    known = {key: value for key, value in state_dict.items() if key in names}
+    return state_dict, _checkpoint_shapes(name, known if len(known) > len(names) / 2 else state_dict)
+
+
+def _match_by_order(model: nn.Module, state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """A state dict under the model's names, matched by order.
+
+    The shapes have to agree, ones aside (torchvision's layer scales are (C, 1, 1)), and so does what PyTorch's layers
+    call their tensors. BatchNorm's counters do not matter.
+
+    Raises:
+        ValueError: What does not agree.
+    """
+    own, given = (
+        {key: value for key, value in tensors.items() if not key.endswith(_COUNTER)}
+        for tensors in (model.state_dict(), state_dict))
+    if len(own) != len(given):
+        raise ValueError(f'it holds {len(given)} tensors, the model {len(own)}')
+    for (key, value), (other, tensor) in zip(own.items(), given.items()):
+        kinds = {key.rpartition('.')[2], other.rpartition('.')[2]}
+        sizes, other_sizes = ([size for size in t.shape if size > 1] for t in (value, tensor))
+        if sizes != other_sizes or (len(kinds) > 1 and kinds & _TORCH_NAMES) or (other in own and other != key):
+            raise ValueError(f'{other} {tuple(tensor.shape)} is where {key} {tuple(value.shape)} belongs')
+    return {key: tensor.reshape(value.shape) for (key, value), tensor in zip(own.items(), given.values())}
+
+
+def _compare(own: Dict[str, torch.Tensor], given: Dict[str, torch.Tensor]) -> Tuple[str, List[str]]:
+    """Compare a model's tensors with those of a file.
+
+    Returns:
+        What does not fit, as text, and the names that the model does not have. Alone, such names are no problem, unless
+        they lie in a part of the model, as the further blocks of a larger one do.
+    """
+    own = {key: value for key, value in own.items() if not key.endswith(_COUNTER)}
+    missing = [key for key in own if key not in given]
+    left_over = [key for key in given if key not in own and not key.endswith(_COUNTER)]
+    shapes = [
+        f'{key} {tuple(given[key].shape)} instead of {tuple(value.shape)}' for key, value in own.items()
+        if key in given and given[key].shape != value.shape]
+    parts = {key.split('.')[0] for key in own}
+    problems = []
+    if missing:
+        problems.append(f'{len(missing)} of its {len(own)} tensors missing ({_few(missing)})')
+    if left_over and (missing or any(key.split('.')[0] in parts for key in left_over)):
+        problems.append(f'{len(left_over)} left over ({_few(left_over)})')
+    if shapes:
+        problems.append(f'{len(shapes)} in another shape ({_few(shapes)})')
+    return ', '.join(problems), left_over
+
+
+def _load_weights(model: nn.Module, state_dict: Dict[str, torch.Tensor], name: str, checkpoint: str) -> None:
+    """Load weights by name, or else by order."""
+    own = model.state_dict()
+    problem, left_over = _compare(own, state_dict)
+    if not problem:
+        model.load_state_dict({key: value for key, value in state_dict.items() if key in own})
+        if left_over:
+            _logger.info(
+                f'{checkpoint}: {len(left_over)} tensors beside those of {name} were not loaded: {_few(left_over)}.')
+        return
+    try:
+        if os.path.splitext(checkpoint)[1] == '.safetensors':  # sorted by name: blocks.10 comes before blocks.2
+            raise ValueError
+        model.load_state_dict(_match_by_order(model, state_dict))
+    except ValueError as e:
+        size = ' If it was trained at another image size, name the folder of its run.' if 'pos_embed' in problem else ''
+        by_order = f'; by order, {e}' if str(e) else ''
+        raise ValueError(
+            f'Checkpoint {checkpoint!r} does not fit architecture {name!r}: {problem}{by_order}.'
+            f' Name the architecture that it was trained with.{size}') from e
+    _logger.info(
+        f'{checkpoint} names its tensors otherwise than {name} does, so they were loaded by order, in which'
+        ' all shapes agree. That says nothing of activations, padding or the eps of BatchNorm: check the accuracy.')
+
+
+def nearest_names(name: str) -> str:
+    """Return up to four timm names that resemble an unknown one, for an error: those that it begins come first."""
+    names = list_models()
+    beginnings = [known for known in names if known.startswith(name.lower().replace('-', '_'))]
+    near = difflib.get_close_matches(name, names, n=4, cutoff=0.4)
+    return ', '.join(list(dict.fromkeys(beginnings + near))[:4]) or 'none'
+
+
+def resolve_teacher(name: str, checkpoint: Optional[str] = None) -> Tuple[str, Optional[str]]:
+    """The name by which timm knows a teacher, and the file of its weights.
+
+    Args:
+        name: A timm name, the folder of a run, which becomes a `local-dir:`, or a checkpoint of a run.
+        checkpoint: The file, if the name is none.
+
+    Raises:
+        ValueError: An unknown name, or a file that does not say of which architecture it is.
+    """
+    if os.path.isfile(name) and not checkpoint:
+        name, checkpoint = _architecture_of(name), name
+    if os.path.isdir(name) and not is_model(name.split('.')[0]):
+        name = f'local-dir:{name}'
+    folder = name.removeprefix('local-dir:')
+    if (folder != name or os.sep in folder) and ':' not in folder and not os.path.isdir(folder):
+        raise ValueError(
+            f'No folder {folder!r}. Give the output folder of a run, the name of a timm model, or hf-hub:ORG/NAME.')
+    source, architecture = parse_model_name(name)
+    if source is None and not is_model(architecture.split('.')[0]):
+        raise ValueError(f'Unknown model {name!r}. The nearest timm names: {nearest_names(architecture)}.')
+    return name, checkpoint
+
+
+def _architecture_of(checkpoint: str) -> str:
+    """The model that a run's checkpoint says it is of."""
+    architecture = training_args(checkpoint).get('arch')
+    if architecture is None:
+        raise ValueError(
+            f'{checkpoint!r} is a file that does not say of which architecture. Name that as the model, and the file as'
+            ' its checkpoint.')
+    return architecture
+
+
+def training_args(checkpoint: str) -> Dict[str, Any]:
+    """The options that a checkpoint of timm's training script, or of ours, was trained with, and its model as `arch`.
+
+    Files of others have none.
+    """
+    try:
+        contents = load_checkpoint_metadata(checkpoint)
+    except Exception:  # no checkpoint of that kind
+        return {}
+    if not isinstance(contents, Mapping) or not isinstance(contents.get('arch'), str):
+        return {}
+    args = contents.get('args')
+    is_timms = isinstance(args, argparse.Namespace) and getattr(args, 'model', None) == contents['arch']
+    return {**(vars(args) if is_timms else {}), 'arch': contents['arch']}
+
+
+def _create_as_trained(name: str, args: Dict[str, Any], **kwargs: Any) -> nn.Module:
+    """A model without weights, of the arguments and for the input that a training script made it with.
+
+    Args:
+        name: See `load_model`.
+        args: Options of the script.
+        **kwargs: Arguments of `timm.create_model` that win over those.
+    """
+    kwargs = {'bn_eps': args.get('bn_eps'), 'global_pool': args.get('gp'), **(args.get('model_kwargs') or {}), **kwargs}
+    # the channels are told by the weights
+    size = args['input_size'][1:] if args.get('input_size') else to_2tuple(args.get('img_size'))
+    given = {**args, 'in_chans': None, 'img_size': None, 'input_size': None}
+    if size[0]:
+        given['input_size'] = (kwargs.get('in_chans', 3), *size)
+    kwargs = resolve_model_input_args(name, {} if 'img_size' in kwargs else given, **kwargs)
+    model: Any = timm.create_model(kwargs.pop('model_name'), **kwargs)
+    config = {**model.pretrained_cfg, **(args.get('pretrained_cfg_overlay') or {})}
+    model.pretrained_cfg = {**model.pretrained_cfg, **resolve_input_data_config(model, given, config)}
+    return model
+
+
+def _create_model(name: str, args: Dict[str, Any], pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Create a model, as a training script made it if its options are known.
+
+    Raises:
+        ValueError: If there is no such model, or there are no weights for it. The message names the remedy.
+    """
+    try:
+        return _create_as_trained(name, args, **kwargs) if args else timm.create_model(name, pretrained, **kwargs)
+    except Exception as e:  # whatever the download raises, the remedy is the same
+        reason = first_line(e)
+        remedy = 'Name a trained checkpoint of it.' if pretrained else 'Check its name.'
+        raise ValueError(
+            f'Could not get {"weights of " if pretrained else ""}{name!r} ({type(e).__name__}: {reason}).'
+            f' {remedy}') from e
+
+
+def load_model(
+        name: str,
+        checkpoint: Optional[str] = None,
+        device: Optional[torch.device] = None,
+        **kwargs: Any,
+) -> nn.Module:
+    """Create a timm model with trained weights, with the class count that they have.
+
+    Args:
+        name: timm model name, `hf-hub:` and `local-dir:` included, or a folder with a `config.json`, such as that of
+            an earlier run, or its checkpoint. Without a checkpoint, its pretrained weights load.
+        checkpoint: Weights of that architecture: .safetensors, a state dict, or a (training) checkpoint that holds
+            one. A prefix that all names of the model have in it (`model.`, as in Lightning's files) is dropped, and
+            tensors beside the model's are not loaded. Under other names than timm's they are loaded by order, if
+            every shape agrees (our choice). Of a training checkpoint of timm's, the model's arguments and its
+            normalisation are taken, too.
+        device: Where to put it.
+        **kwargs: Further arguments of `timm.create_model`.
+
+    Raises:
+        FileNotFoundError: No such checkpoint.
+        ValueError: An unknown name, no weights to be had, or a checkpoint that does not fit.
+    """
+    name, checkpoint = resolve_teacher(name, checkpoint)
+    state_dict = _read_state_dict(checkpoint) if checkpoint else {}
+    args = training_args(checkpoint) if checkpoint else {}
+    if checkpoint:
+        state_dict, shapes = _align(state_dict, name, args, checkpoint, **kwargs)
+        kwargs = {**shapes, **kwargs}
+    model = _create_model(name, args, pretrained=not checkpoint, **kwargs)
+    if checkpoint:
+        _load_weights(model, state_dict, name, checkpoint)
+    return model.to(device)

@@ -1,0 +1,161 @@
+"""The run folder: created by one process, and locked against others until that process ends."""
+import errno
+import importlib
+import multiprocessing
+import os
+import subprocess
+import sys
+
+import pytest
+import torch.distributed as dist
+from conftest import SMALL
+from filelock import FileLock
+
+from timm_dearkd.engine import run_folder
+from timm_dearkd.engine.device import Ranks
+from timm_dearkd.engine.run_folder import RunFolder, on_primary
+
+FORK = multiprocessing.get_context('fork')
+
+
+@pytest.fixture()
+def short_wait(monkeypatch):
+    monkeypatch.setattr(run_folder, 'WAIT_SECONDS', 0.2)
+
+
+def create_unnamed(parent):
+    folder = RunFolder(str(parent))
+    return os.path.basename(folder.create('name', ''))
+
+
+def test_runs_without_a_name_do_not_share_a_folder(tmp_path):
+    """Eight processes that start in the same second."""
+    with FORK.Pool(8) as pool:
+        names = pool.map(create_unnamed, [tmp_path / 'train'] * 8, chunksize=1)
+    assert sorted(names) == ['name', *(f'name-{i}' for i in range(2, 9))]
+
+
+def hold(parent, connection):
+    folder = RunFolder(str(parent), 'run')
+    folder.create('', '')
+    connection.send('locked')
+    connection.recv()
+
+
+@pytest.mark.parametrize('exists', [True, False])
+def test_a_folder_is_refused_while_another_process_lives(exists, short_wait, tmp_path):
+    """Whether it was there before the second process looked, or came in between; not after a SIGKILL."""
+    second = RunFolder(str(tmp_path), 'run')
+    if not exists:
+        assert second.find_start('auto') == ''
+    ours, theirs = FORK.Pipe()
+    process = FORK.Process(target=hold, args=(tmp_path, theirs), daemon=True)
+    process.start()
+    assert ours.recv() == 'locked'
+    before = {path.name for path in (tmp_path / 'run').iterdir()}
+    message = f'run\' is in use: another process .PID {process.pid} on .* is writing into it'
+    with pytest.raises(ValueError, match=message):
+        second.find_start('auto') if exists else second.create('', '')
+    second.discard()
+    assert {path.name for path in (tmp_path / 'run').iterdir()} == before
+    process.kill()
+    process.join()
+    with RunFolder(str(tmp_path), 'run') as third:
+        assert third.find_start('') == '' and third.create('', '') == str(tmp_path / 'run')
+
+
+LINGER = """import fcntl, os, signal, sys, time
+fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+fcntl.flock(fd, fcntl.LOCK_EX)
+if os.fork() == 0:
+    os.close(1)
+    time.sleep(0.5)
+    os._exit(0)
+os.kill(os.getpid(), signal.SIGKILL)"""
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='only forked processes inherit the lock')
+def test_loader_processes_of_a_killed_run_do_not_block_the_next(tmp_path, caplog):
+    """They inherit the lock, and live on for a while."""
+    caplog.set_level('INFO')
+    (tmp_path / 'run').mkdir()
+    subprocess.run([sys.executable, '-c', LINGER, str(tmp_path / 'run' / '.lock')], stdout=subprocess.PIPE, check=False)
+    with RunFolder(str(tmp_path), 'run') as folder:
+        assert folder.find_start('') == ''
+    assert 'is locked by another process. Waiting up to 10 s' in caplog.text
+
+
+def test_a_run_that_appeared_meanwhile_is_not_overwritten(tmp_path):
+    """Another process has made, trained and left the folder since this one looked."""
+    folder = RunFolder(str(tmp_path), 'run')
+    assert folder.find_start('auto') == ''
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'last.pth.tar').touch()
+    with pytest.raises(ValueError, match='holds a run'):
+        folder.create('', '')
+    folder.discard()
+    assert (tmp_path / 'run' / 'last.pth.tar').exists()
+
+
+def test_a_failed_start_leaves_no_folder(tmp_path):
+    folder = RunFolder(str(tmp_path), 'run')
+    folder.create('', '')
+    (tmp_path / 'run' / 'args.yaml').touch()
+    folder.discard()
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('error', [OSError(errno.ENOSYS, 'Function not implemented'), NotImplementedError()])
+def test_a_file_system_without_locks_gets_a_warning(error, monkeypatch, tmp_path, caplog):
+    def acquire(self, *args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(FileLock, '_acquire', acquire)
+    with RunFolder(str(tmp_path), 'run') as folder:
+        assert folder.create('', '') == str(tmp_path / 'run')
+    assert caplog.text.count('cannot be locked') == 1
+
+
+def ask_primary(rank, store, results):
+    dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=2)
+    ranks = Ranks(rank, rank, 2)
+
+    def fail():
+        raise ValueError('of the primary')
+
+    found = [on_primary(ranks, lambda: f'from {rank}')]
+    try:
+        on_primary(ranks, fail)
+    except ValueError as e:
+        found.append(str(e))
+    results.put(found)
+    dist.destroy_process_group()
+
+
+def test_all_processes_get_the_result_or_the_error_of_the_primary(tmp_path):
+    results = FORK.Queue()
+    processes = [
+        FORK.Process(target=ask_primary, args=(rank, tmp_path / 'store', results), daemon=True) for rank in range(2)]
+    for process in processes:
+        process.start()
+    assert [results.get(timeout=30) for _ in processes] == [['from 0', 'of the primary']] * 2
+    for process in processes:
+        process.join(30)
+
+
+def test_train_refuses_a_folder_in_use_and_evaluates_all_the_same(cnn, image_folder, short_wait, tmp_path, capsys):
+    train = importlib.import_module('train')
+    before = {path.name: path.stat().st_mtime_ns for path in cnn.iterdir()}
+    command = [str(image_folder), *SMALL, '--model', 'test_resnet', '--output', str(cnn.parent), '--experiment', 'cnn',
+               '--resume', 'auto', '--epochs', '1']
+    with RunFolder(str(cnn.parent), 'cnn') as holder:
+        holder.find_start('auto')
+        with pytest.raises(SystemExit) as e:
+            train.run_script(command)
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert e.value.code == 2 and f"'{cnn}' is in use: another process (PID {os.getpid()} on " in last
+        train.run_script([*command, '--eval-only'])
+        assert '"top1"' in capsys.readouterr().out
+    train.run_script(command)  # a finished run, which is left as it is
+    after = {path.name: path.stat().st_mtime_ns for path in cnn.iterdir()}
+    assert {**after, '.lock': 0} == {**before, '.lock': 0}
