@@ -76,25 +76,20 @@ class Runs:
     def run_folder(self, name: str) -> Path:
         return self.folder / 'runs' / name
 
-    def start(self, name: str, *options: str, dtype: str = 'bfloat16') -> Any:
-        """Start a run. Its output goes to a log."""
-        argv = [*self.options, '--experiment', name, '--amp-dtype', dtype, *options]
-        process = CONTEXT.Process(target=_train, args=(argv, self.log(name), self.threads))
-        process.start()
-        return process
-
     def log(self, name: str) -> Path:
         return self.folder / f'{name}.log'
 
-    def run(self, name: str, *options: str, dtype: str = 'bfloat16') -> None:
-        """Run to the end.
+    def run(self, name: str, *options: str, dtype: str = 'bfloat16', stop: bool = False) -> None:
+        """Run to the end, or until SIGTERM stops it within the last epoch.
 
         Raises:
-            RuntimeError: If it fails, with the end of its output.
+            RuntimeError: If it ends with another status than it should, with the end of its output.
         """
-        process = self.start(name, *options, dtype=dtype)
+        argv = [*self.options, '--experiment', name, '--amp-dtype', dtype, *options]
+        process = CONTEXT.Process(target=_train, args=(argv, self.log(name), self.threads, stop))
+        process.start()
         process.join()
-        if process.exitcode != 0:
+        if process.exitcode != (128 + signal.SIGTERM if stop else 0):
             raise RuntimeError(f'train.py ended with status {process.exitcode}: {self.tail(name)}')
 
     def tail(self, name: str) -> str:
@@ -111,7 +106,15 @@ class Runs:
         return float(found[-1]) if found else math.nan
 
 
-def _train(argv: List[str], log: Path, threads: int) -> None:
+class _Stop(logging.Handler):
+    """Sends SIGTERM to this process at the first log line of the last epoch: from outside, it could come too late."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if re.search(rf'Train: {LAST_EPOCH} .*\[ *1/', record.getMessage()):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _train(argv: List[str], log: Path, threads: int, stop: bool) -> None:
     """Be `python train.py ARGV`, with the output appended to a file."""
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, signal.SIG_DFL if signum == signal.SIGTERM else signal.default_int_handler)
@@ -121,6 +124,8 @@ def _train(argv: List[str], log: Path, threads: int) -> None:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
     torch.set_num_threads(threads)
+    if stop:
+        logging.getLogger('timm_dearkd.engine.loop').addHandler(_Stop())
     sys.argv[:] = ['train.py', *argv]
     runpy.run_path(str(ROOT / 'train.py'), run_name='__main__')
 
@@ -175,16 +180,7 @@ def pinned_memory(check: Check, runs: Runs) -> None:
 def stop_and_resume(check: Check, runs: Runs) -> None:
     """Stop a run within its last epoch, resume it, and compare with the run that was not stopped."""
     options = ('--save-images', '--log-interval', '1')
-    process = runs.start('resumed', *options)
-    pattern = re.compile(rf'Train: {LAST_EPOCH} .*\[ *1/')
-    while process.is_alive() and not pattern.search(runs.log('resumed').read_text(errors='replace')
-                                                    if runs.log('resumed').exists() else ''):
-        time.sleep(0.005)
-    if process.is_alive():
-        os.kill(process.pid, signal.SIGTERM)
-    process.join()
-    if process.exitcode != 128 + signal.SIGTERM:
-        raise RuntimeError(f'train.py ended with status {process.exitcode} after SIGTERM: {runs.tail("resumed")}')
+    runs.run('resumed', *options, stop=True)
     check.data('stopped', checkpoints=sorted(path.name for path in runs.run_folder('resumed').glob('*.pth.tar')))
     runs.run('resumed', *options, '--resume', 'auto')
     whole, resumed = runs.run_folder('whole'), runs.run_folder('resumed')
