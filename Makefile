@@ -4,7 +4,8 @@ VENV ?= .venv
 INSTALLED = $(VENV)/.installed
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: demo demo-data-free test test-integrations lint bench reproduction-report install clean
+.PHONY: demo demo-data-free test test-integrations lint bench gpu-check gpu-check-toy gpu-check-wheels
+.PHONY: reproduction-report install clean
 
 demo: $(INSTALLED)
 	sh examples/digits.sh
@@ -27,6 +28,20 @@ bench: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/attention.py
 	$(VENV)/bin/python benchmarks/train_step.py
 	$(VENV)/bin/python benchmarks/inversion.py
+
+# Without the install step: the machine with the GPU has torch and may have no network
+GPU_CHECK = $(or $(wildcard $(VENV)/bin/python),$(PYTHON)) benchmarks/gpu_check.py
+OUT ?= build/gpu-check
+
+gpu-check:
+	$(GPU_CHECK) --out $(OUT) $(if $(wildcard build/gpu-wheels/*.whl),--wheels build/gpu-wheels)
+
+gpu-check-toy: $(INSTALLED)
+	$(GPU_CHECK) --toy --out build/gpu-check-toy
+
+# timm is pure Python, so its wheel serves on any machine
+gpu-check-wheels: $(INSTALLED)
+	$(VENV)/bin/python -m pip download --quiet --no-deps --dest build/gpu-wheels 'timm>=1.0.31,<1.1'
 
 reproduction-report: $(INSTALLED)
 	$(VENV)/bin/python reproduction/report.py

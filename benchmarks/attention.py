@@ -80,12 +80,11 @@ def models(size: str, device: torch.device) -> Dict[str, torch.nn.Module]:
 
 def measure(title: str, modules: Dict[str, torch.nn.Module], shape: Tuple[int, ...], args, autocast) -> None:
     """Print the table of one comparison: milliseconds and speed relative to the first row."""
-    sync = torch.cuda.synchronize if args.device.type == 'cuda' else (lambda: None)
     x = torch.randn(shape, device=args.device)
     results = {}
     for train in (True, False):  # timm's ConViT keeps a tensor of its first forward, which must not be of an inference
         functions = {name: step(module, x, train, autocast) for name, module in modules.items()}
-        results[train] = medians(functions, args.rounds, sync)
+        results[train] = medians(functions, args.rounds, args.device)
     first = next(iter(modules))
     print(f'\n{title}, batch {args.batch_size}\n')
     print('| | inference, ms | speed | forward + backward, ms | speed |')

@@ -23,23 +23,24 @@ from timm_dearkd.engine.device import Precision, select_device
 NORM = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
-def make_bare(model, images, targets, precision):
-    def run():
+def make_bare(model, images, targets, precision, compile=None):
+    def loss():
         with precision.autocast():
-            loss = F.cross_entropy(model(images).float(), targets)
-        torch.autograd.grad(loss, images)
-    return run
+            return F.cross_entropy(model(images).float(), targets)
+
+    run_loss = torch.compile(loss, backend=compile, dynamic=False) if compile else loss
+    return lambda: torch.autograd.grad(run_loss(), images)
 
 
-def make_step(model, images, targets, precision, channels_last):
+def make_step(model, images, targets, precision, channels_last, compile=None):
     size = images.shape[-1]
     inverter = Inverter(
         model, **NORM, resolutions=[Resolution(size, 1, 0.1)], diversity='none', autocast=precision.autocast,
-        channels_last=channels_last)
+        channels_last=channels_last, compile=compile)
     optimizer = torch.optim.Adam([images], lr=0.1)
 
     def run():
-        losses = inverter.losses(images, targets)
+        losses = inverter._losses(images, targets)  # compiled, if it is
         images.grad, = torch.autograd.grad(losses['loss'], images)
         optimizer.step()
     return run
@@ -87,7 +88,6 @@ def main() -> None:
     torch.manual_seed(0)
     device, _ = select_device(args.device)
     precision = Precision(device, getattr(torch, args.amp_dtype) if args.amp_dtype else None)
-    sync = torch.accelerator.synchronize if device.type != 'cpu' else lambda: None
     memory_format = torch.contiguous_format if args.no_channels_last else torch.channels_last
     targets = torch.randint(1000, (args.batch_size,), device=device)
 
@@ -106,7 +106,7 @@ def main() -> None:
             step=make_step(model(name), images(), targets, precision, not args.no_channels_last),
             plain=make_plain(model(name), images(), targets, precision),
         )
-        bare, step, plain = (1e3 * seconds for seconds in medians(functions, args.rounds, sync).values())
+        bare, step, plain = (1e3 * seconds for seconds in medians(functions, args.rounds, device).values())
         ratios = f'{step / bare:.2f} | {plain / step:.2f}'
         print(f'| {name} | {bare:.0f} | {step:.0f} | {plain:.0f} | {ratios} |', flush=True)
 

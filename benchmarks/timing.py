@@ -3,16 +3,38 @@ import statistics
 import time
 from typing import Callable, Dict
 
+import torch
 
-def medians(functions: Dict[str, Callable[[], None]], rounds: int, sync: Callable[[], None]) -> Dict[str, float]:
-    """Median seconds of each function, run in turns after two uncounted rounds."""
-    times = {name: [] for name in functions}
-    for i in range(rounds + 2):
+
+def elapsed(function: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of one call: CUDA events on a GPU, the host's clock elsewhere."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    sync = torch.accelerator.synchronize if device.type != 'cpu' else lambda: None
+    sync()
+    begin = time.perf_counter()
+    function()
+    sync()
+    return time.perf_counter() - begin
+
+
+def medians(
+        functions: Dict[str, Callable[[], object]],
+        rounds: int,
+        device: torch.device,
+        warmup: int = 2,
+) -> Dict[str, float]:
+    """Return the median seconds of each function, run in turns after some uncounted rounds."""
+    times: Dict[str, list] = {name: [] for name in functions}
+    for i in range(rounds + warmup):
         for name, function in functions.items():
-            sync()
-            start = time.perf_counter()
-            function()
-            sync()
-            if i > 1:
-                times[name].append(time.perf_counter() - start)
+            seconds = elapsed(function, device)
+            if i >= warmup:
+                times[name].append(seconds)
     return {name: statistics.median(t) for name, t in times.items()}

@@ -11,11 +11,13 @@ One thread by default, so that the figures are those of a core. Weights are rand
 """
 import argparse
 import logging
-from typing import Callable
+from typing import Any, Callable, Iterable, Optional, cast
 
 import timm
 import torch
+import torch.nn as nn
 from timing import medians
+from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, TokenDistillationTask, TrainingTask
 
 import timm_dearkd  # noqa: F401
@@ -24,15 +26,40 @@ from timm_dearkd.engine.device import Precision, select_device
 from timm_dearkd.engine.loop import Stepper, Trainer
 
 
-def make_step(task: TrainingTask, batch, args, precision: Precision) -> Callable[[], None]:
-    """An epoch of one step."""
-    if args.channels_last:
+def make_trainer(
+        task: TrainingTask,
+        batches: Iterable,
+        precision: Precision,
+        opt: str = 'adamw',
+        channels_last: bool = False,
+        compile: Optional[str] = None,
+        **kwargs: Any,
+) -> Trainer:
+    """Build train.py's loop over batches on the device, with clipping and the optimizer that train.py would choose.
+
+    Args:
+        task: The task to train. `prepare_distributed` comes after this.
+        batches: Batches with a length.
+        precision: See `Precision`.
+        opt: timm's name of the optimizer.
+        channels_last: Memory format of the weights and images.
+        compile: Backend of `torch.compile`; None runs eagerly.
+        **kwargs: Further arguments of `Trainer`.
+    """
+    if channels_last:
         task.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(task.get_trainable_module().parameters(), lr=1e-6)
-    if args.compile:
-        task.compile()
+    fused = dict(fused=True) if opt == 'adamw' and precision.device.type == 'cuda' else {}
+    optimizer = create_optimizer_v2(cast(nn.Module, task.get_trainable_module()), opt, lr=1e-6, **fused)
+    if compile:
+        task.compile(backend=compile)
     stepper = Stepper(task, optimizer, precision.scaler, clip_grad=1.)
-    trainer = Trainer(task, [batch], stepper, precision, channels_last=args.channels_last)
+    return Trainer(task, batches, stepper, precision, channels_last=channels_last, **kwargs)
+
+
+def make_step(task: TrainingTask, batch, args, precision: Precision) -> Callable[[], object]:
+    """Return a function that trains for an epoch of one step."""
+    compile = 'inductor' if args.compile else None
+    trainer = make_trainer(task, [batch], precision, channels_last=args.channels_last, compile=compile)
     return lambda: trainer.train_epoch(0)
 
 
@@ -91,8 +118,7 @@ def main() -> None:
         'beside': make_step(ClassificationTask(student(args.beside), device=device), batch, args, precision),
         'teacher': make_forward(Teacher(teacher()).model, batch[0], args, precision),
     }
-    sync = torch.accelerator.synchronize if device.type != 'cpu' else lambda: None
-    seconds = medians(steps, args.rounds, sync)
+    seconds = medians(steps, args.rounds, device)
 
     print(f'{args.teacher} teaches; {device}, batch {args.batch_size}, {args.amp_dtype or "float32"}; milliseconds')
     print('| step | whole | student | teacher | whole / (student + teacher) |\n| --- | --- | --- | --- | --- |')

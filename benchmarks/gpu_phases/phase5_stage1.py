@@ -1,0 +1,144 @@
+"""Phase 5: a step of stage I against its parts, layouts, the teacher with BatchNorm folded, peak memory."""
+from typing import Any, Callable, Dict, List
+
+import timm
+import torch
+import torch.nn as nn
+from timing import medians
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from train_step import make_trainer
+
+from distill_hooks import Teacher
+
+from .check import Check, at_most, milliseconds, relative_error
+from .tasks import make_batches, make_dearkd, make_student_task
+
+
+def sizes(check: Check) -> Dict[str, Any]:
+    if check.toy:
+        return dict(student='test_dearkd', teacher='regnety_002', size=32, hook='2')
+    return dict(student='dearkd_tiny_patch16_224', teacher='regnety_160', size=224, hook='4')
+
+
+def batch_size(check: Check) -> int:
+    return 2 if check.toy else 256
+
+
+def num_steps(check: Check) -> int:
+    """Steps of an epoch, of which the last one waits for a log line."""
+    return 1 if check.toy else 4
+
+
+def run(check: Check) -> None:
+    with check.part('peak memory'):
+        peak_memory(check)
+    with check.part('stage I'):
+        stage_1(check)
+    if check.has_time('teacher', 0 if check.toy else 8):
+        with check.part('teacher'):
+            teacher_forms(check)
+
+
+def peak_memory(check: Check) -> None:
+    """Peak memory of the first step, which measures the features' deviation, and of the second."""
+    models = sizes(check)
+    trainer = make_trainer(
+        make_dearkd(check, **models), make_batches(check, 1, batch_size(check), models['size']),
+        check.precision(torch.bfloat16), channels_last=True)
+    first, second = (check.peak_memory(lambda: trainer.train_epoch(0)) for _ in range(2))
+    if first is None or second is None:
+        trainer.train_epoch(0)
+        check.skip('peak memory of the first step', 'a CPU does not tell')
+        return
+    check.row('peak memory of the first step', first / second, 'x the second step', first_gib=first, second_gib=second)
+
+
+def epoch(check: Check, task: Any, channels_last: bool) -> Callable[[], Any]:
+    """An epoch of a few steps, as train.py takes them."""
+    batches = make_batches(check, num_steps(check), batch_size(check), sizes(check)['size'])
+    trainer = make_trainer(task, batches, check.precision(torch.bfloat16), channels_last=channels_last)
+    return lambda: trainer.train_epoch(0)
+
+
+def make_forward(check: Check, model: nn.Module, channels_last: bool) -> Callable[[], Any]:
+    """The teacher's forward under autocast."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    images = make_batches(check, 1, batch_size(check), sizes(check)['size'])[0][0].contiguous(
+        memory_format=memory_format)
+    model = model.to(memory_format=memory_format)
+
+    def forward() -> torch.Tensor:
+        with torch.no_grad(), check.precision(torch.bfloat16).autocast():
+            return model(images)
+    return forward
+
+
+def make_teacher(check: Check) -> Any:
+    """The teacher's model with random weights and statistics, as the task stores it."""
+    torch.manual_seed(0)
+    model: Any = timm.create_model(sizes(check)['teacher'], num_classes=10)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model.to(check.device).eval().requires_grad_(False)
+
+
+def store(model: nn.Module) -> nn.Module:
+    """The same model with weights in bfloat16 where the task keeps them so."""
+    teacher = Teacher(model)
+    teacher.store_weights(torch.bfloat16)
+    return teacher.model
+
+
+def stage_1(check: Check) -> None:
+    """The whole step against the student's step on labels and the teacher's forward, in both layouts."""
+    models = sizes(check)
+    student = {key: value for key, value in models.items() if key in ('student', 'size')}
+    for channels_last in (True, False):
+        layout = 'channels-last' if channels_last else 'contiguous'
+        if not check.has_time(f'step of stage I, {layout}', 0 if check.toy else 15):
+            continue
+        functions = dict(
+            whole=epoch(check, make_dearkd(check, **models), channels_last),
+            student=epoch(check, make_student_task(check, **student), channels_last),
+            teacher=make_forward(check, store(make_teacher(check)), channels_last),
+        )
+        seconds = medians(functions, 1 if check.toy else 5, check.device, warmup=1 if check.toy else 2)
+        whole, alone = (seconds[name] / num_steps(check) for name in ('whole', 'student'))
+        check.row(
+            f'step of stage I, {layout}', whole / (alone + seconds['teacher']), 'x student + teacher', at_most(1.05),
+            is_speed=True, ms=milliseconds(dict(whole=whole, student=alone, teacher=seconds['teacher'])))
+        check.free()
+
+
+def fold_batchnorm(model: nn.Module) -> int:
+    """Fold the BatchNorm of timm's ConvNormAct modules into their convolutions. Returns how many there were."""
+    pairs: List[nn.Module] = [
+        module for module in model.modules()
+        if isinstance(getattr(module, 'bn', None), nn.BatchNorm2d) and isinstance(module.conv, nn.Conv2d)]
+    for module in pairs:
+        bn: Any = module.bn
+        module.conv = fuse_conv_bn_eval(module.conv, bn)
+        module.bn = nn.Sequential(*(getattr(bn, name) for name in ('drop', 'act') if hasattr(bn, name)))
+    return len(pairs)
+
+
+def teacher_forms(check: Check) -> None:
+    """The teacher's forward by layout, with BatchNorm and with it folded into the convolutions."""
+    functions, folded = {}, 0
+    for name, channels_last in (('contiguous', False), ('channels-last', True)):
+        functions[name] = make_forward(check, store(make_teacher(check)), channels_last)
+        model = make_teacher(check)
+        folded = fold_batchnorm(model)
+        functions[f'{name}, folded'] = make_forward(check, store(model), channels_last)
+    exact = functions['channels-last']().float()
+    error = relative_error(functions['channels-last, folded']().float(), exact)
+    seconds = medians(functions, 1 if check.toy else 7, check.device, warmup=1 if check.toy else 2)
+    details = dict(ms=milliseconds(seconds), batchnorms=folded, relative_error=error)
+    check.row(
+        'teacher, channels-last', seconds['contiguous'] / seconds['channels-last'], 'x contiguous', **details)
+    fastest = min(seconds['contiguous'], seconds['channels-last'])
+    fastest_folded = min(seconds['contiguous, folded'], seconds['channels-last, folded'])
+    check.row('teacher, BatchNorm folded', fastest / fastest_folded, 'x not folded', **details)
+    check.row('error of the folded teacher', error, 'relative, bfloat16', at_most(5e-2))
