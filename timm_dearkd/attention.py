@@ -326,17 +326,20 @@ def append_channels(
 
 
 class _Append(torch.autograd.Function):
-    """`_append` with a better backward.
+    """`_append` for training: a faster layout, and a better backward.
 
-    It sums the gradient of the channels over the images in float32 instead of the tokens' dtype, and hands back the
-    gradient of qkv with one copy where autograd makes two.
+    q, k and v become contiguous (B, heads, T, D + C), by copies of four dimensions. The gradient of the channels is
+    summed over the images in float32 instead of the tokens' dtype.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(qkv: torch.Tensor, query: torch.Tensor, key: torch.Tensor):
-        return _append(qkv, query, key)
+        size = (len(qkv), *query.shape)  # (B, heads, T, C)
+        channels = (c.to(qkv.dtype).expand(size) for c in (query, key, torch.zeros_like(key)))
+        q, k, v = (torch.cat([x.transpose(1, 2), c], dim=-1) for x, c in zip(qkv.unbind(2), channels))
+        return q, k, v
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -345,8 +348,8 @@ class _Append(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: torch.Tensor):
-        grad_qkv = torch.stack([grad[..., :ctx.dim].transpose(1, 2) for grad in grads], dim=2)
-        return grad_qkv, grads[0][..., ctx.dim:].sum(dim=0, dtype=ctx.dtype), None
+        grad_qkv = torch.cat([grad[..., :ctx.dim].transpose(1, 2) for grad in grads], dim=2)  # (B, T, 3 * heads, D)
+        return grad_qkv.unflatten(2, (3, -1)), grads[0][..., ctx.dim:].sum(dim=0, dtype=ctx.dtype), None
 
 
 def _round(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
