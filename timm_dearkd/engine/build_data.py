@@ -82,11 +82,12 @@ def build_datasets(args, trained: Classes = UNKNOWN_CLASSES) -> Tuple[Any, Any]:
                 _logger.warning(
                     f'--{name.replace("_", "-")} is for streamed data sets, and does nothing here.{instead}')
     if args.train_fraction < 1.:
-        skips = isinstance(train_set, SkipUnreadable)
+        whole = train_set
         train_set = ClassFraction(
-            train_set.dataset if skips else train_set, args.train_fraction, args.fraction_seed,
+            whole.dataset if isinstance(whole, SkipUnreadable) else whole, args.train_fraction, args.fraction_seed,
             keep_length=args.fraction_keep == 'steps')
-        train_set = SkipUnreadable(train_set) if skips else train_set  # the next image is one of the fraction
+        if isinstance(whole, SkipUnreadable):  # so that the next image is one of the fraction
+            train_set = SkipUnreadable(train_set, whole.input_img_mode)
         _logger.info(f'Training on {len(train_set.indices)} images, {100 * train_set.share:.3g} % of all.')
     if not args.val_split:
         return train_set, None

@@ -255,19 +255,21 @@ class SkipUnreadable(_Wrapper):
 
     Args:
         dataset: timm's `ImageDataset`, or a fraction of one.
+        input_img_mode: Pillow mode of the images; '' takes the data set's.
         max_skips: How many images in a row may be unreadable.
 
     Raises:
         OSError: If more than that are.
     """
 
-    def __init__(self, dataset, max_skips: int = 10) -> None:
+    def __init__(self, dataset, input_img_mode: str = '', max_skips: int = 10) -> None:
         super().__init__(dataset)
         source: Any = dataset
         while isinstance(source, _Wrapper):
             source = source.dataset
         self._transform, source.transform = source.transform, None
-        self.input_img_mode, source.input_img_mode = source.input_img_mode, ''  # so that images come unconverted
+        self.input_img_mode = input_img_mode or source.input_img_mode
+        source.input_img_mode = ''  # so that images come unconverted
         source._max_retries = 1
         self.max_skips = max_skips
         # shared, because a loader may start new workers in each epoch; a fraction may have its files several times

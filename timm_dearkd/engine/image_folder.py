@@ -40,7 +40,14 @@ def class_order(names: Iterable[str]) -> List[str]:
 
     timm sorts a set by its natural key alone, so that such names come in another order in every process.
     """
-    return sorted(names, key=lambda name: (natural_key(name), name))
+    return sorted(names, key=_total_key)
+
+
+def _total_key(name: str) -> Tuple[List[Any], str]:
+    try:
+        return natural_key(name), name
+    except ValueError:  # a digit that int() does not read, such as ²
+        return [name.lower()], name
 
 
 def numbered(names: Iterable[str]) -> Dict[str, int]:
@@ -105,7 +112,7 @@ def scan_folder(root: str, types: Optional[Collection[str]] = None) -> FolderSca
                 f'{root!r} has two class folders {name!r}, whose names look the same and differ in their Unicode form'
                 ' (NFC and NFD). Move the images into one of them.')
         scan.images += [(os.path.join(path, image), name) for image in images]
-    scan.images.sort(key=lambda image: (natural_key(image[0]), image[0]))
+    scan.images.sort(key=lambda image: _total_key(image[0]))
     return scan
 
 

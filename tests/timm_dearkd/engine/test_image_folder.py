@@ -74,6 +74,7 @@ def test_classes_come_in_one_order_in_every_process(tmp_path):
 
 def test_the_order_does_not_depend_on_that_of_the_names():
     assert all(class_order(names) == TWINS[:5] for names in itertools.permutations(TWINS[:5]))
+    assert class_order(['m²', 'a', '10', '²', '9']) == ['9', '10', 'a', 'm²', '²']  # which int() does not read
 
 
 def test_classes_of_a_resumed_run_are_those_of_its_checkpoint(tmp_path, caplog):
