@@ -313,6 +313,8 @@ class SkipUnreadable(_Wrapper):
             if not str(e).startswith('Failed to load'):
                 raise
             raise ValueError(f'{self._name(index)!r} cannot be read as an image.') from e
+        except Image.DecompressionBombError as e:
+            raise ValueError(f'{self._name(index)!r} cannot be read as an image ({e}).') from e
         if is_deep(image.mode, self.input_img_mode):
             check_mode(self._name(index), image.mode, self.input_img_mode)
         try:

@@ -233,7 +233,9 @@ def read_classes(path: str) -> Classes:
         checkpoint = load_checkpoint_metadata(path)
     except Exception:  # `resume_run` tells why it cannot be read
         return UNKNOWN_CLASSES
-    return Classes(**((checkpoint if isinstance(checkpoint, dict) else {}).get('classes') or {}))
+    classes = checkpoint.get('classes') if isinstance(checkpoint, dict) else None
+    is_ours = isinstance(classes, dict) and set(classes) == set(Classes._fields)  # the key is a common one
+    return Classes(**classes) if is_ours else UNKNOWN_CLASSES
 
 
 def refuse_to_overwrite(folder: str, resume: str) -> None:

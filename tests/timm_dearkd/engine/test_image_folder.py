@@ -9,6 +9,7 @@ import unicodedata
 
 import numpy as np
 import pytest
+import torch
 from conftest import start_python
 from PIL import Image
 
@@ -23,6 +24,7 @@ from timm_dearkd.engine.data import (
     set_image_mode,
 )
 from timm_dearkd.engine.image_folder import class_order, read_class_map
+from timm_dearkd.engine.output import read_classes
 
 TWINS = ['01', '1', '007', 'A', 'a', 'b10', 'c']
 
@@ -241,3 +243,16 @@ def test_indices_of_all_kinds_of_data_sets(image_folder):
     expected = {'blue sky': 0, 'grass': 1, 'rust': 2}
     for name in ('', 'torch/image_folder'):
         assert class_indices(open_dataset(name, str(image_folder), 'train')) == expected
+
+
+def test_a_decompression_bomb_is_skipped(tmp_path, monkeypatch, caplog):
+    root = make_folder(tmp_path / 'data', ['cat', 'dog'])
+    Image.new('L', (64, 64)).save(tmp_path / 'data' / 'cat' / '1.png')
+    dataset = open_dataset('', root, 'train')
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
+    assert [label for _, label in dataset] == [0, 1, 1, 1] and 'cat/1.png' in caplog.text
+
+
+def test_classes_of_other_scripts_checkpoints_are_unknown(tmp_path):
+    torch.save({'classes': ['cat', 'dog'], 'state_dict': {}}, tmp_path / 'other.pth')
+    assert read_classes(str(tmp_path / 'other.pth')) == Classes()
