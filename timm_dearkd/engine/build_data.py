@@ -97,7 +97,8 @@ def build_datasets(args, trained: Classes = UNKNOWN_CLASSES) -> Tuple[Any, Any]:
             num_samples=args.val_num_samples, **common)
     except FileNotFoundError as e:
         raise FileNotFoundError(f'{e} --val-split "" trains without validation images.') from e
-    if is_image_folder(args.dataset) and folder_of(train_set) == folder_of(eval_set):
+    folders = {os.path.realpath(str(folder_of(dataset))) for dataset in (train_set, eval_set)}
+    if is_image_folder(args.dataset) and len(folders) == 1:
         _logger.warning(
             f'{root} has no splits, so the validation images are those of the training, and their accuracy says little.'
             f' {_advise_splits(root)}')
