@@ -234,8 +234,9 @@ def read_classes(path: str) -> Classes:
     except Exception:  # `resume_run` tells why it cannot be read
         return UNKNOWN_CLASSES
     classes = checkpoint.get('classes') if isinstance(checkpoint, dict) else None
-    is_ours = isinstance(classes, dict) and set(classes) == set(Classes._fields)  # the key is a common one
-    return Classes(**classes) if is_ours else UNKNOWN_CLASSES
+    if not isinstance(classes, dict) or set(classes) != set(Classes._fields):  # other scripts have such a key, too
+        return UNKNOWN_CLASSES
+    return Classes(**classes)
 
 
 def refuse_to_overwrite(folder: str, resume: str) -> None:
