@@ -1,6 +1,5 @@
 """Distillation of CNN feature maps and logits into vision transformers, as timm training tasks."""
 from .aligner import Aligner
-from .answers import AnswerCounter
 from .capture import FeatureCapture, find_module
 from .checkpoint import load_model, resolve_teacher
 from .losses import dearkd_loss, hard_label_loss, hidden_loss
@@ -11,7 +10,6 @@ from .timm_tasks import FeatureTask, LogitTask, TimmTeacher, TokenTask
 
 __all__ = [
     'Aligner',
-    'AnswerCounter',
     'DearKDTask',
     'FeatureCapture',
     'FeatureTask',

@@ -1,15 +1,12 @@
-"""A teacher's answers per class, and whether its classes are in another order than the student's."""
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+"""A teacher's answers, and whether its classes are in another order than the student's."""
+from typing import List, NamedTuple, Optional
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-__all__ = ['AnswerCounter', 'ClassOrder', 'find_order']
+__all__ = ['MAX_CLASSES', 'ClassOrder', 'agreement', 'count_answers', 'find_order']
 
-MAX_CLASSES = 2000  # whose counts take 64 MB; teachers of more are not looked at
-# A mixed image counts if its larger share is ahead by this much
-MIN_MARGIN = 0.4
+MAX_CLASSES = 2000  # whose counts take 64 MB
 # Our choice. A weak teacher that confuses similar classes gives the wrong answer up to twice as often as the right one;
 # a teacher in another order hardly ever gives the right one.
 WEAK_RATIO, MIN_RATIO = 2., 3.
@@ -18,107 +15,42 @@ MAX_P_VALUE = 0.01
 
 
 class ClassOrder(NamedTuple):
-    """An order of classes that explains a teacher's answers."""
-    moved: List[int]  # the student's classes that another class of the teacher's fits better
-    teacher_classes: List[int]  # the class of the teacher's for each class of the student's
-    agreement: float  # share of the counted images whose label the teacher finds in this order
+    """An order of classes that explains a teacher's answers much better than the present one."""
+    answers: List[int]  # for each label, the answer that means it
+    agreement: float  # share of the images whose label the teacher finds in this order
     agreement_now: float  # ... and in the present one
 
+    @property
+    def moved(self) -> List[int]:
+        """The labels that another answer means."""
+        return [label for label, answer in enumerate(self.answers) if answer != label]
 
-class AnswerCounter:
-    """Counts a teacher's answers to the images of each label, on the device and without waiting for it.
 
-    Half of every batch goes into one table of counts and half into another, so that an order that is found in one can
-    be checked in the other.
+def agreement(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return the share of images whose label is the teacher's answer, as a tensor () on the device.
 
     Args:
-        num_classes: Number of labels.
-        class_map: Teacher class per label, if the teacher's logits were chosen by such a map.
-        class_names: What the labels are called, for messages.
+        logits: The teacher's, (B, classes).
+        target: Class indices (B,) or soft labels (B, classes), whose largest is the label.
     """
+    labels = target if target.ndim == 1 else target.argmax(dim=1)
+    return (logits.argmax(dim=1) == labels).float().mean()
 
-    def __init__(
-            self,
-            num_classes: int,
-            class_map: Optional[torch.Tensor] = None,
-            class_names: Sequence[str] = (),
-    ) -> None:
-        self.num_classes = num_classes
-        self.class_map = list(range(num_classes)) if class_map is None else class_map.tolist()
-        self.class_names = list(class_names)
-        self.is_counting = 2 <= num_classes <= MAX_CLASSES
-        self.counts: Optional[torch.Tensor] = None  # (2 * classes * classes): half, label, answer
-        self._batches = 0
 
-    @torch.no_grad()
-    def update(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Count the answers to a batch.
+def count_answers(counts: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
+    """Count the answers to a batch, without waiting for the device.
 
-        Args:
-            logits: The teacher's, (B, classes).
-            target: Class indices (B,) or soft labels (B, classes), whose largest is the label.
+    Every other image goes into the second half of the counts, so that `find_order` can check in one half what it finds
+    in the other.
 
-        Returns:
-            The share of the images whose label is the answer, as a tensor () on the device.
-        """
-        answers = logits.argmax(dim=1)
-        labels = target if target.ndim == 1 else target.argmax(dim=1)
-        if self.is_counting and logits.shape[1] == self.num_classes:
-            is_clear = torch.ones_like(labels)
-            if target.ndim > 1:
-                first, second = target.topk(2, dim=1).values.unbind(1)
-                is_clear = (first - second >= MIN_MARGIN).long()
-            size = len(labels)
-            halves = (torch.arange(size, device=labels.device) * 2 // size + self._batches) % 2
-            self._batches += 1
-            if self.counts is None:
-                self.counts = torch.zeros(2 * self.num_classes ** 2, dtype=torch.long, device=labels.device)
-            self.counts = self.counts.to(labels.device)  # the task may have moved
-            # bincount would wait for the device
-            self.counts.index_add_(0, (halves * self.num_classes + labels) * self.num_classes + answers, is_clear)
-        return (answers == labels).float().mean()
-
-    def _total(self) -> Optional[torch.Tensor]:
-        if self.counts is None or not (dist.is_available() and dist.is_initialized()):
-            return self.counts
-        counts = self.counts.clone()
-        dist.all_reduce(counts)
-        return counts
-
-    def read(self) -> Optional[np.ndarray]:
-        """Return the counts (2, classes, classes) by half, label and answer; None if there are none.
-
-        All processes have to call this together.
-        """
-        counts = self._total()
-        return None if counts is None else counts.cpu().numpy().reshape(2, self.num_classes, self.num_classes)
-
-    def stop(self) -> None:
-        """Count no more, and free the memory."""
-        self.counts, self.is_counting = None, False
-
-    def state_dict(self) -> Dict[str, Any]:
-        """Return the counts of all processes, which have to call this together."""
-        counts = self._total()
-        return dict(counts=None if counts is None else counts.cpu().clone())
-
-    def load_state_dict(self, state: Dict[str, Any], device: torch.device, is_primary: bool = True) -> None:
-        """Go on from `state_dict`. One process takes the counts, the others start from 0."""
-        counts = state['counts']
-        if counts is not None and self.is_counting and len(counts) == 2 * self.num_classes ** 2:
-            self.counts = counts.to(device, copy=True) if is_primary else torch.zeros_like(counts, device=device)
-
-    def class_order(self, counts: np.ndarray) -> Optional[ClassOrder]:
-        """Find the order of classes that explains the counts much better than the present one; None if none does."""
-        order = find_order(counts)
-        if order is None:
-            return None
-        total, classes = counts.sum(axis=0), np.arange(self.num_classes)
-        return ClassOrder(
-            [int(label) for label in classes[order != classes]],
-            [self.class_map[answer] for answer in order],
-            float(total[classes, order].sum() / total.sum()),
-            float(total[classes, classes].sum() / total.sum()))
+    Args:
+        counts: (2, classes, classes), images by half, label and answer. Changed in place.
+        logits: The teacher's, (B, classes).
+        labels: Class indices (B,).
+    """
+    halves = torch.arange(len(labels), device=labels.device) % 2
+    places = (halves * counts.shape[1] + labels) * counts.shape[2] + logits.argmax(dim=1)
+    counts.view(-1).index_add_(0, places, torch.ones_like(places))  # bincount would wait
 
 
 def _best_order(counts: np.ndarray) -> np.ndarray:
@@ -145,8 +77,8 @@ def _cycles(order: np.ndarray) -> List[List[int]]:
     return cycles
 
 
-def find_order(counts: np.ndarray) -> Optional[np.ndarray]:
-    """Find an order of answers that fits the labels much better than the given one.
+def find_order(counts: np.ndarray) -> Optional[ClassOrder]:
+    """Find an order of answers that explains a teacher much better than the present one.
 
     An order that is found in one half of the images is judged by the other half, so that chance does not speak for it,
     and so is each cycle of labels that take each other's places. It counts if its answers are `MIN_RATIO`
@@ -156,7 +88,7 @@ def find_order(counts: np.ndarray) -> Optional[np.ndarray]:
         counts: (2, C, C), images by half, label and answer.
 
     Returns:
-        The answer that means each label (C,), or None if the given order is as good.
+        The order, or None if the present one is as good.
     """
     from scipy.stats import binomtest  # see _best_order
     labels = np.arange(counts.shape[1])
@@ -179,4 +111,9 @@ def find_order(counts: np.ndarray) -> Optional[np.ndarray]:
             chance = binomtest(int(hits), int(hits + label_hits), WEAK_RATIO / (WEAK_RATIO + 1), alternative='greater')
             if chance.pvalue < MAX_P_VALUE / len(labels):
                 result[group] = order[group]
-    return None if (result == labels).all() else result
+    if (result == labels).all():
+        return None
+    total = counts.sum(axis=0)
+    return ClassOrder(
+        result.tolist(), float(total[labels, result].sum() / total.sum()),
+        float(total[labels, labels].sum() / total.sum()))

@@ -276,9 +276,9 @@ def _architecture_of(checkpoint: str) -> str:
 
 
 def training_args(checkpoint: str) -> Dict[str, Any]:
-    """The options that a checkpoint of timm's training script, or of ours, was trained with, and its model as `arch`.
+    """Return the options that a checkpoint of timm's training script, or of ours, was trained with; {} for other files.
 
-    Files of others have none.
+    `arch` is the model, and `label_names` has the class names if the checkpoint knows them.
     """
     try:
         contents = load_checkpoint_metadata(checkpoint)
@@ -288,7 +288,20 @@ def training_args(checkpoint: str) -> Dict[str, Any]:
         return {}
     args = contents.get('args')
     is_timms = isinstance(args, argparse.Namespace) and getattr(args, 'model', None) == contents['arch']
-    return {**(vars(args) if is_timms else {}), 'arch': contents['arch']}
+    names = _label_names(contents.get('classes'))
+    return {
+        **(vars(args) if is_timms else {}), 'arch': contents['arch'], **({'label_names': names} if names else {})}
+
+
+def _label_names(classes: Any) -> List[str]:
+    """Return the class names in the order of the classifier, from the `classes` of a checkpoint of our script.
+
+    [] if there are none, or if some class has no name or several.
+    """
+    indices = classes.get('indices') if isinstance(classes, Mapping) else None
+    if not isinstance(indices, Mapping) or sorted(indices.values()) != list(range(len(indices))):
+        return []
+    return [str(name) for name in sorted(indices, key=lambda name: indices[name])]
 
 
 def _create_as_trained(name: str, args: Dict[str, Any], **kwargs: Any) -> nn.Module:
@@ -309,6 +322,9 @@ def _create_as_trained(name: str, args: Dict[str, Any], **kwargs: Any) -> nn.Mod
     model: Any = timm.create_model(kwargs.pop('model_name'), **kwargs)
     config = {**model.pretrained_cfg, **(args.get('pretrained_cfg_overlay') or {})}
     model.pretrained_cfg = {**model.pretrained_cfg, **resolve_input_data_config(model, given, config)}
+    names = args.get('label_names', ())
+    if len(names) == model.num_classes:
+        model.pretrained_cfg['label_names'] = names
     return model
 
 

@@ -12,7 +12,7 @@ from timm.task.classification import resolve_classification_loss
 from timm.utils import unwrap_model
 
 from .aligner import Aligner
-from .answers import AnswerCounter
+from .answers import agreement
 from .losses import dearkd_loss, hard_label_loss, hidden_loss
 from .schedule import TwoStageSchedule
 from .teacher import (
@@ -268,7 +268,6 @@ class DearKDTask(TrainingTask):
             device=self.device,
             dtype=self.dtype,
         )
-        self.answers = AnswerCounter(student.num_classes, self.teacher.class_map)
         specs = self.teacher.probe(images.size) if parsed else []
         self._blocks = [hook.block for hook in parsed]
         self.trainable_module: nn.Module = DearKDTrainable(
@@ -449,7 +448,7 @@ class DearKDTask(TrainingTask):
         loss = dearkd_loss(
             losses['ce_loss'], losses.get('logit_loss', 0.), losses.get('hidden_loss', 0.), alpha, beta)
         if self.weights.uses_teacher:
-            losses['teacher_agreement'] = self.answers.update(teacher_logits, target)
+            losses['teacher_agreement'] = agreement(teacher_logits, target)
         return {'loss': loss, 'output': logits, **losses}
 
 

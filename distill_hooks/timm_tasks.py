@@ -12,7 +12,7 @@ from timm.task import (
 )
 from timm.utils import unwrap_model
 
-from .answers import AnswerCounter
+from .answers import agreement
 from .teacher import StudentInput, Teacher, TeacherLike, build_teacher, create_teacher
 
 __all__ = ['FeatureTask', 'LogitTask', 'TimmTeacher', 'TokenTask']
@@ -104,7 +104,6 @@ class TaughtTask(TrainingTask):
         init: Any = super().__init__  # of timm's task, not of TrainingTask
         init(student_model, TimmTeacher(teacher), device=device, dtype=dtype, **kwargs)
         self._fingerprint = fingerprint
-        self.answers = AnswerCounter(student.num_classes, teacher.class_map) if self.uses_classes else None
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Return what timm's task does and, where the teacher's classes matter, 'teacher_agreement'.
@@ -112,8 +111,8 @@ class TaughtTask(TrainingTask):
         That is the share of the images whose label (the larger one, after Mixup) is the teacher's answer.
         """
         result = super().forward(input, target)
-        if self.answers is not None:
-            result['teacher_agreement'] = self.answers.update(cast(Any, self.teacher).logits, target)
+        if self.uses_classes:
+            result['teacher_agreement'] = agreement(cast(Any, self.teacher).logits, target)
         return result
 
     def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:

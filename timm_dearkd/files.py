@@ -3,9 +3,9 @@ import csv
 import io
 import os
 from pathlib import Path
-from typing import Any, Iterable, Sequence
+from typing import Any, Dict, Iterable, List, Mapping, Sequence
 
-__all__ = ['write_bytes', 'write_table', 'write_text']
+__all__ = ['append_row', 'write_bytes', 'write_table', 'write_text']
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -18,6 +18,26 @@ def write_bytes(path: Path, content: bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Append a row to a CSV file, under the columns of its header.
+
+    The file is written again if the row has columns that the header does not have. They come last, and are empty in the
+    rows before.
+    """
+    columns: List[str] = []
+    rows: List[Dict[str, str]] = []
+    if path.exists():
+        with open(path, newline='') as file:
+            reader = csv.DictReader(file, restval='')
+            columns, rows = list(reader.fieldnames or ()), list(reader)
+    if set(row) <= set(columns):
+        with open(path, 'a', newline='') as file:
+            csv.DictWriter(file, columns).writerow(row)
+    else:
+        columns += [name for name in row if name not in columns]
+        write_table(path, [columns, *([entry.get(name, '') for name in columns] for entry in (*rows, row))])
 
 
 def write_table(path: Path, rows: Iterable[Sequence[Any]]) -> None:

@@ -57,6 +57,7 @@ from timm_dearkd.engine.output import (
 from timm_dearkd.engine.recorder import Recorder, print_results
 from timm_dearkd.engine.run_folder import RunFolder, on_primary
 from timm_dearkd.engine.seeding import set_rng_state
+from timm_dearkd.engine.teacher_check import check_teacher
 
 _logger = logging.getLogger('train')
 
@@ -176,7 +177,7 @@ def build_run_in(
     recorder = build_run.build_recorder(
         args, args_text, run_folder, trainer, model, data_config, export, start, run_info, classes_of(train_set),
         distance_images)
-    return partial(fit, args, trainer, validator, recorder, start, epochs)
+    return partial(fit, args, trainer, validator, recorder, start, epochs, class_names(train_set) or ())
 
 
 def complete_run(args, folder: str, export: Callable[..., Any], use_ema: bool, device: torch.device) -> None:
@@ -223,6 +224,7 @@ def fit(
         recorder: Recorder,
         start: Position,
         epochs: range,
+        label_names: Sequence[str] = (),
 ) -> None:
     """Train and evaluate the epochs, with a checkpoint after each.
 
@@ -243,9 +245,8 @@ def fit(
         random_seed(args.seed, ranks.rank)
     if start.ema_rng_state is not None and task.has_ema():
         task.trainable_module_ema._sr_generator.set_state(start.ema_rng_state)
-    recorder.resume_answers(start)
     with recorder.tracker, StopRequest(ranks) as stop:
-        evaluate_teacher(trainer, validator, recorder, stop)
+        evaluate_teacher(args, trainer, validator, recorder, start, label_names, stop)
         trainer.on_log, trainer.on_update = recorder.on_log, partial(recorder.on_update, stop)
         if validator is not None and validator.in_step:  # else the next update asks
             validator.on_batch = partial(recorder.on_eval_batch, stop)
@@ -281,25 +282,33 @@ def fit(
         print_results(recorder.results, args.eval_metric)
 
 
-def evaluate_teacher(trainer: Trainer, validator: Optional[Validator], recorder: Recorder, stop: StopRequest) -> None:
-    """Evaluate the teacher once in a run, on the validation images as the student's task feeds it.
+def evaluate_teacher(
+        args,
+        trainer: Trainer,
+        validator: Optional[Validator],
+        recorder: Recorder,
+        start: Position,
+        names: Sequence[str],
+        stop: StopRequest,
+) -> None:
+    """Evaluate the teacher before the first epoch of a run, and again if it is resumed with another --kd option.
 
     Raises:
         Interrupted: A signal asks for the end.
     """
-    task: Any = trainer.task
-    teacher = getattr(task, 'teacher', None)
-    if teacher is None or validator is None or on_primary(trainer.ranks, lambda: recorder.teacher_top1) is not None:
+    before = start.options or {}
+    is_same = all(before.get(name) == value for name, value in vars(args).items() if name.startswith('kd_'))
+    if validator is None or getattr(trainer.task, 'teacher', None) is None:
         return
-    if getattr(teacher, 'teacher', teacher).num_classes not in (None, task.get_eval_model().num_classes):
-        return  # feature distillation takes a teacher of other classes
+    if is_same and on_primary(trainer.ranks, lambda: recorder.teacher_top1) is not None:
+        return
 
     def check() -> None:
         if stop:
             raise Interrupted(stop.signum)
 
     validator.on_batch = check if validator.in_step else None
-    recorder.on_teacher(validator(teacher, 'Teacher')['top1'])
+    recorder.on_teacher(check_teacher(trainer.task, validator, recorder.folder, names))
 
 
 def log_expected_end(epoch: int, seconds: float, epochs_left: int) -> None:

@@ -3,8 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distill_hooks import AnswerCounter
-from distill_hooks.answers import find_order
+from distill_hooks.answers import agreement, count_answers, find_order
 
 
 def draw(rng, chances, counts, order=None):
@@ -51,61 +50,42 @@ def test_another_order_is_found(num_classes, images, accuracy):
         chances = teacher(rng, num_classes, accuracy, 'similar' if seed % 2 else 'any')
         order = np.roll(rng.permutation(num_classes), 1) if num_classes > 3 else np.roll(np.arange(num_classes), 1)
         found = find_order(draw(rng, chances, np.full(num_classes, images), order))
-        assert found is not None and (order[found] == np.arange(num_classes)).mean() >= 0.9
+        assert found is not None and (order[found.answers] == np.arange(num_classes)).mean() >= 0.9
         order = np.arange(num_classes)
         order[[0, -1]] = order[[-1, 0]]  # not the two that are alike: those are told apart by good teachers alone
-        assert (find_order(draw(rng, chances, np.full(num_classes, 60), order)) == order).all()
+        assert (find_order(draw(rng, chances, np.full(num_classes, 60), order)).answers == order).all()
 
 
-def test_counts_are_those_by_hand():
+def test_counts_and_agreement_are_those_by_hand():
+    """Every other image is in the second half; the label of a mixed image is its larger share."""
     torch.manual_seed(0)
-    counter, expected = AnswerCounter(4), np.zeros((4, 4), dtype=int)
-    for i in range(5):
+    counts, expected = torch.zeros(2, 4, 4, dtype=torch.long), np.zeros((2, 4, 4), dtype=int)
+    for _ in range(5):
         logits, labels = torch.randn(7, 4), torch.randint(4, (7,))
-        target = labels
-        if i > 2:  # Mixup; then images of which no label is far ahead are not counted
-            share = 0.9 if i == 3 else 0.6
-            target = share * F.one_hot(labels, 4) + (1 - share) * F.one_hot((labels + 1) % 4, 4)
-        agreement = counter.update(logits, target)
         answers = [row.index(max(row)) for row in logits.tolist()]
-        assert agreement.item() == pytest.approx(sum(a == b for a, b in zip(answers, labels.tolist())) / 7)
-        for label, answer in zip(labels.tolist(), answers) if i < 4 else ():
-            expected[label, answer] += 1
-    counts = counter.read()
-    assert (counts.sum(axis=0) == expected).all() and abs(int(counts[0].sum()) - int(counts[1].sum())) <= 4
-    again = AnswerCounter(4)
-    again.load_state_dict(counter.state_dict(), torch.device('cpu'))
-    for c in (counter, again):
-        c.update(torch.eye(4), torch.tensor([0, 0, 1, 2]))
-    assert (again.read().sum(axis=0) == counter.read().sum(axis=0)).all() and again.read().sum() == expected.sum() + 4
-    other = AnswerCounter(4)  # of another process
-    other.load_state_dict(counter.state_dict(), torch.device('cpu'), is_primary=False)
-    assert other.read().sum() == 0
-    counter.stop()
-    counter.update(torch.eye(4), torch.arange(4))
-    assert counter.read() is None and counter.state_dict() == dict(counts=None)
+        for i, (label, answer) in enumerate(zip(labels.tolist(), answers)):
+            expected[i % 2, label, answer] += 1
+        count_answers(counts, logits, labels)
+        mixed = 0.6 * F.one_hot(labels, 4) + 0.4 * F.one_hot((labels + 1) % 4, 4)
+        for target in (labels, mixed):
+            share = sum(a == b for a, b in zip(answers, labels.tolist())) / 7
+            assert agreement(logits, target).item() == pytest.approx(share)
+    assert (counts.numpy() == expected).all()
 
 
-@pytest.mark.parametrize('soft', [False, True])
-def test_counting_waits_for_nothing(soft):
+def test_counting_waits_for_nothing():
     """Tensors without data show any attempt to read them."""
-    counter = AnswerCounter(3)
-    target = torch.rand(4, 3, device='meta') if soft else torch.zeros(4, dtype=torch.long, device='meta')
-    assert counter.update(torch.randn(4, 3, device='meta'), target).is_meta
-    assert counter.counts.is_meta and counter.counts.shape == (18,)
+    logits, labels = torch.randn(4, 3, device='meta'), torch.zeros(4, dtype=torch.long, device='meta')
+    counts = torch.zeros(2, 3, 3, dtype=torch.long, device='meta')
+    count_answers(counts, logits, labels)
+    for target in (labels, torch.rand(4, 3, device='meta')):
+        assert agreement(logits, target).is_meta
 
 
-def test_what_is_not_counted():
-    for counter, size in ((AnswerCounter(2001), 2001), (AnswerCounter(5), 7), (AnswerCounter(1), 1)):
-        assert counter.update(torch.randn(3, size), torch.zeros(3, dtype=torch.long)).shape == ()
-        assert counter.read() is None
-
-
-def test_the_order_is_told_in_classes_of_the_teacher():
-    """The map that the teacher has already is part of it."""
-    counter = AnswerCounter(3, class_map=torch.tensor([5, 0, 9]))
+def test_the_agreement_in_both_orders_is_told():
     labels = torch.arange(3).repeat(10)
-    counter.update(F.one_hot((labels + 1) % 3, 3).float(), labels)
-    order = counter.class_order(counter.read())
-    assert order.moved == [0, 1, 2] and order.teacher_classes == [0, 9, 5]
+    counts = torch.zeros(2, 3, 3, dtype=torch.long)
+    count_answers(counts, F.one_hot((labels + 1) % 3, 3).float(), labels)
+    order = find_order(counts.numpy())
+    assert order.answers == [1, 2, 0] and order.moved == [0, 1, 2]
     assert (order.agreement, order.agreement_now) == (1., 0.)

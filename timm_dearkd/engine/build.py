@@ -29,10 +29,11 @@ from distill_hooks.checkpoint import training_args
 from ..attention import ConvAttention
 from .build_data import dataset_kwargs, images_per_update, model_dtype, open_validation_set
 from .checks import check_distillation
-from .data import check_img_size, check_labels, class_names, open_dataset, open_eval_dataset
+from .data import check_img_size, check_labels, class_indices, class_names, open_dataset, open_eval_dataset
 from .device import Ranks
 from .image_folder import class_order, normal_name
-from .output import EXPORT_NAME, Position, why_no_config
+from .output import EXPORT_NAME, Position, read_classes, why_no_config
+from .teacher_check import label_names
 
 __all__ = [
     'build_evaluation', 'build_optimizer', 'build_schedule', 'build_scheduler', 'build_student', 'build_task',
@@ -126,20 +127,26 @@ def build_evaluation(args, device: torch.device, create_model: Callable[..., Any
     if not args.val_split:
         raise ValueError('--eval-only looks at validation images. Set --val-split.')
     eval_set = open_validation_set(args)
-    if args.initial_checkpoint:  # weights that do not say what their classes are called
+    trained = {} if args.class_map else read_classes(args.initial_checkpoint).indices
+    if args.initial_checkpoint:
         _take_trained_input(args)
-        eval_set = _label_as_training(args, eval_set)
-        args.num_classes = args.num_classes or len(class_names(eval_set) or ()) or None
+        if not trained:
+            eval_set = _label_as_training(args, eval_set)
+        num_classes = max(trained.values()) + 1 if trained else len(class_names(eval_set) or ())
+        args.num_classes = args.num_classes or num_classes or None
     model, data_config = build_student(args, eval_set, device, create_model)
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     own = cfg.get('num_classes')
     if not args.initial_checkpoint and own is not None and args.num_classes not in (None, own):
         raise ValueError(f'--num-classes is {args.num_classes}, but {args.model} knows {own} classes. Leave it out.')
-    names, trained = class_names(eval_set), [normal_name(str(name)) for name in cfg.get('label_names') or ()]
-    unknown = class_order(set(names or ()) - set(trained))
-    if trained and names and not args.class_map and not unknown:
-        eval_set = open_validation_set(args, {name: index for index, name in enumerate(trained)})
-    elif trained and names and not args.class_map and not args.initial_checkpoint:
+    names = () if args.class_map else cfg.get('label_names') or ()
+    known = trained or {name: index for index, name in enumerate(names)}
+    known = {normal_name(str(name)): index for name, index in known.items()}
+    found = {key: normal_name(str(key)) for key in class_indices(eval_set)}
+    unknown = class_order(set(found.values()) - set(known))
+    if known and found and not unknown:
+        eval_set = open_validation_set(args, {key: known[name] for key, name in found.items()})
+    elif known and found and (trained or not args.initial_checkpoint):
         raise ValueError(
             f'Split {args.val_split!r} has classes that the model does not know: {", ".join(unknown[:5])}.'
             ' Move them away, or give --class-map.')
@@ -308,20 +315,20 @@ def _convert_norms(args, model: nn.Module, is_dearkd: bool) -> nn.Module:
 
 
 def _match_classes(teacher: Any, names: Optional[Sequence[str]], num_classes: int) -> Optional[List[int]]:
-    """The teacher's class for each of the student's, by name, where both have names and the order is not the same.
+    """Return the teacher's class for each of the student's, by name; None if they are the same or have no names.
 
-    Other names may be of the same classes, so they are only said.
+    Warns if the names differ: they may be other names of the same classes.
     """
-    known = (getattr(teacher, 'pretrained_cfg', None) or {}).get('label_names') or ()
-    known = list(known) if isinstance(known, (list, tuple)) else []
-    if not names or len(names) != num_classes or len(known) != teacher.num_classes or known == list(names):
+    known = label_names(teacher)
+    names = [normal_name(name) for name in names or ()]
+    if len(names) != num_classes or len(known) != teacher.num_classes or known == names:
         return None
     unknown = [name for name in names if name not in known]
     if not unknown:
         _logger.info("The teacher's classes are in another order, or more: those of the images are found by name.")
         return [known.index(name) for name in names]
     if len(known) == num_classes:
-        index = list(names).index(unknown[0])
+        index = names.index(unknown[0])
         _logger.warning(
             f'The teacher knows no class {unknown[0]!r}. Its classes are taken in its order, so that it is'
             f' {known[index]!r} there. If that is another: --kd-class-map FILE.')
@@ -373,8 +380,6 @@ def _build_distillation(
         for size in args.train_img_sizes or ():
             teacher.check_input((data_config['input_size'][0], size, size))
     _log_teacher_size(args, loaded, data_config['input_size'])
-    if task.answers is not None and label_names:
-        task.answers.class_names = list(label_names)
     if args.amp:
         teacher.store_weights(getattr(torch, args.amp_dtype))
     return task

@@ -425,8 +425,19 @@ class Validator:
         return not (self.ranks.distributed and isinstance(getattr(self.loader, 'dataset', None), IterableDataset))
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, label: str = 'Test') -> Dict[str, float]:
-        """Metrics of the evaluator (loss, top1, top5) for a model, which runs in eval mode as it is."""
+    def __call__(
+            self,
+            model: nn.Module,
+            label: str = 'Test',
+            on_logits: Optional[Callable[[torch.Tensor, torch.Tensor], Any]] = None,
+    ) -> Dict[str, float]:
+        """Return the metrics of the evaluator (loss, top1, top5) for a model, which runs in eval mode as it is.
+
+        Args:
+            model: The model.
+            label: Begins the log lines.
+            on_logits: Called with the logits (B, classes) and the labels (B,) of every batch.
+        """
         evaluator = self.task.create_evaluator(max_samples=evaluation_sample_limit(self.loader))
         was_training = model.training
         model.eval()
@@ -435,7 +446,10 @@ class Validator:
             for i, (images, target) in enumerate(batches):
                 views = [images, images.flip(-1)] if self.tta > 1 else [images]
                 # divided one by one, because a CUDA graph overwrites the output of its last call
-                evaluator.update(sum(self._forward(model, view) / len(views) for view in views), target)
+                logits = cast(torch.Tensor, sum(self._forward(model, view) / len(views) for view in views))
+                evaluator.update(logits, target)
+                if on_logits is not None:
+                    on_logits(logits, target)
                 if is_primary and (i + 1) % self.log_interval == 0 and i + 1 < num_batches:
                     _logger.info(f'{label}: [{i + 1:>4d}/{num_batches}]  {_format_losses(evaluator.summary())}')
                 if self.on_batch is not None:

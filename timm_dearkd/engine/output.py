@@ -162,7 +162,6 @@ class Position(NamedTuple):
     epoch: int = 0
     update: int = 0
     meter: Optional[Dict[str, Any]] = None
-    answers: Optional[Dict[str, Any]] = None
     rng_states: Tuple[Dict[str, Any], ...] = ()
     scheduler: Optional[Dict[str, Any]] = None
     ema_rng_state: Optional[torch.Tensor] = None
@@ -341,8 +340,7 @@ def resume_run(
     if within is None:
         return position
     update = within['update'] * within['images_per_update'] // images_per_update
-    return position._replace(
-        epoch=run['epoch'], update=update, meter=within['meter'], answers=within.get('answers'))
+    return position._replace(epoch=run['epoch'], update=update, meter=within['meter'])
 
 
 def read_run_info(folder: Union[str, Path]) -> Dict[str, Any]:

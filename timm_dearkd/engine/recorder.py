@@ -4,28 +4,23 @@ import json
 import logging
 import math
 import os
-import shlex
+from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, cast
 
 import torch
 import torch.distributed as dist
 from timm.task import ClassificationEvaluator
-from timm.utils import update_summary
-
-from distill_hooks import AnswerCounter
-from distill_hooks.answers import ClassOrder
 
 from ..distances import DistanceLog
+from ..files import append_row
 from .interrupt import Interrupted, StopRequest
 from .loop import Trainer, mean_lr
 from .output import (
     AtomicCheckpointSaver,
-    Position,
     read_run_info,
     record_results,
     remove_recovery,
     save_images,
-    write_text,
 )
 from .seeding import get_rng_state
 from .tracking import Tracker, mhca_stats, scalars
@@ -76,7 +71,6 @@ class Recorder:
         self.distance_log = distance_log
         self.results: List[Dict[str, Any]] = []
         self.teacher_top1: Optional[float] = read_run_info(folder).get('results', {}).get('teacher_top1')
-        self.answers: Optional[AnswerCounter] = getattr(trainer.task, 'answers', None)
 
     def on_log(self, epoch: int, update: int, losses, rates, images: torch.Tensor) -> None:
         """Take the figures of a log line."""
@@ -124,7 +118,6 @@ class Recorder:
             update=update,
             images_per_update=self.images_per_update,
             meter=self.trainer.meter.state_dict(),
-            answers=self.answers.state_dict() if self.answers is not None else None,
         ))
         if self.saver is not None:
             self.saver.save_recovery(epoch, batch_idx=update)
@@ -156,9 +149,11 @@ class Recorder:
         if self.saver is None:
             return
         teacher = {} if self.teacher_top1 is None else {'teacher_top1': self.teacher_top1}
-        update_summary(
-            epoch, row, {**(metrics or dict.fromkeys(ClassificationEvaluator.metric_names, '')), **teacher},
-            os.path.join(self.folder, 'summary.csv'), lr=lr)
+        empty: Dict[str, Any] = dict.fromkeys(ClassificationEvaluator.metric_names, '')
+        evaluated = {**empty, **metrics, **teacher}
+        append_row(Path(self.folder, 'summary.csv'), {  # timm's columns
+            'epoch': epoch, **{f'train_{name}': value for name, value in row.items()},
+            **{f'eval_{name}': value for name, value in evaluated.items()}, 'lr': lr})
         if self.distance_log is not None:
             self.distance_log.record(epoch)
         self.tracker.log({f'eval/{k}': v for k, v in metrics.items()}, (epoch + 1) * self.trainer.num_updates)
@@ -173,10 +168,10 @@ class Recorder:
             state = self.trainer.task.get_checkpoint_state(ema=self.export_ema)
             self.export(self.folder, state['state_dict_ema' if self.export_ema else 'state_dict'])
 
-    def on_teacher(self, top1: float) -> None:
-        """Take the teacher's top-1 on the validation images, in percent."""
+    def on_teacher(self, top1: Optional[float]) -> None:
+        """Take the teacher's top-1 on the validation images, in percent; None if its classes are others."""
         self.teacher_top1 = top1
-        if self.saver is not None:
+        if self.saver is not None and top1 is not None:
             record_results(self.folder, teacher_top1=round(top1, 3))
 
     def compare_with_teacher(self) -> None:
@@ -192,44 +187,17 @@ class Recorder:
         if self.teacher_top1 is not None:
             _logger.info(f'*** Top-1: teacher {self.teacher_top1:.2f} %, student {float(top1):.2f} %')
 
-    def resume_answers(self, start: Position) -> None:
-        """Take the teacher's answers of an epoch that is continued. They are counted in the first epoch only."""
-        if self.answers is not None and start.epoch > 0:
-            self.answers.stop()
-        elif self.answers is not None and start.answers is not None:
-            self.answers.load_state_dict(start.answers, self.trainer.precision.device, self.trainer.ranks.is_primary)
-
     def _check_agreement(self, losses: Dict[str, float]) -> None:
-        """Warn if the teacher's answers look as if its classes were others, or in another order."""
-        if self.answers is None:
-            return
-        counts = self.answers.read()  # of all processes
-        order = self.answers.class_order(counts) if counts is not None and self.trainer.ranks.is_primary else None
-        self.answers.stop()
+        """Warn if the teacher does not know the training images better than by guessing."""
         agreement = losses.get('teacher_agreement')
-        guessing = 1 / self.answers.num_classes
-        if order is not None:
-            self._warn_of_order(order)
-        elif agreement is not None and agreement < 1.2 * guessing and self.trainer.ranks.is_primary:
+        if agreement is None or not self.trainer.ranks.is_primary:
+            return
+        guessing = 1 / cast(Any, self.trainer.task.get_eval_model()).num_classes
+        if agreement < 1.2 * guessing:
             _logger.warning(
                 f'The teacher finds the label of {100 * agreement:.1f} % of the training images, guessing would find'
                 f' {100 * guessing:.1f} %. Are its classes those of the images, in the same order? If not:'
                 ' --kd-class-map FILE. Or is the normalisation another (--mean, --std) than it was trained with?')
-
-    def _warn_of_order(self, order: ClassOrder) -> None:
-        """Write the probable order into a class map, and name some of its classes."""
-        names = cast(AnswerCounter, self.answers).class_names or [''] * len(order.teacher_classes)
-        path = os.path.join(self.folder, 'kd_class_map.txt')
-        lines = [f'{index} {name}'.rstrip() for index, name in zip(order.teacher_classes, names)]
-        write_text(self.folder, os.path.basename(path), '\n'.join(lines) + '\n')
-        examples = ', '.join(
-            f'class {names[label] or label!r} looks like its class {order.teacher_classes[label]}'
-            for label in order.moved[:3])
-        _logger.warning(
-            f"The teacher's classes seem to be in another order: {examples}{', …' if len(order.moved) > 3 else ''}."
-            f' In that order it finds the label of {100 * order.agreement:.1f} % of the images, now of'
-            f' {100 * order.agreement_now:.1f} %. Check {path}, which has the order that fits best, and train again'
-            f' with --kd-class-map {shlex.quote(path)}.')
 
     def _collect_state(self, **state: Any) -> None:
         """Bring together what the next checkpoint holds beside the task and the optimizer."""

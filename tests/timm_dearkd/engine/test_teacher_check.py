@@ -1,0 +1,91 @@
+import pytest
+import timm
+import torch
+
+from distill_hooks import (
+    DearKDTask,
+    FeatureTask,
+    LogitTask,
+    Teacher,
+    TokenTask,
+    TwoStageSchedule,
+    load_class_map,
+)
+from timm_dearkd.engine.device import Precision
+from timm_dearkd.engine.loop import Validator
+from timm_dearkd.engine.teacher_check import check_teacher
+
+LABELS = torch.arange(24) % 3
+IMAGES = LABELS.view(-1, 1, 1, 1).expand(-1, 3, 32, 32).float()  # which show their label
+
+
+class Answers(torch.nn.Module):
+    """A teacher that knows the label, and gives some class for each."""
+    num_classes, in_chans = 3, 3
+
+    def __init__(self, given, names=None):
+        super().__init__()
+        self.register_buffer('logits', torch.eye(3)[given])
+        self.pretrained_cfg = dict(label_names=names, input_size=(3, 32, 32))
+
+    def forward_features(self, x):
+        return self.logits[x.mean((1, 2, 3)).round().long() % 3]
+
+    def forward_head(self, x, pre_logits=False):
+        return x
+
+    def forward(self, x):
+        return self.forward_features(x)
+
+
+def make_task(kind, teacher):
+    student = timm.create_model(
+        'deit_tiny_distilled_patch16_224', num_classes=3, img_size=32, depth=1, embed_dim=24)
+    if kind == 'dearkd':
+        return DearKDTask(student, teacher, TwoStageSchedule(2, beta=0.), verbose=False)
+    kwargs = dict(student_feature_dim=24, teacher_feature_dim=3) if kind == 'feature' else {}
+    return dict(logit=LogitTask, token=TokenTask, feature=FeatureTask)[kind](
+        student, teacher, criterion=torch.nn.CrossEntropyLoss(), verbose=False, **kwargs)
+
+
+def check(kind, teacher, folder, names=('cat', 'Dog', 'emu')):
+    task = make_task(kind, teacher)
+    loader = list(zip(IMAGES.split(5), LABELS.split(5)))
+    return check_teacher(task, Validator(task, loader, Precision(torch.device('cpu'))), str(folder), list(names))
+
+
+@pytest.mark.parametrize('kind', ['dearkd', 'logit', 'token'])
+def test_a_teacher_in_another_order_is_told_before_training(tmp_path, caplog, kind):
+    """The warning comes with the map that mends it."""
+    assert check(kind, Teacher(Answers([0, 1, 2])), tmp_path) == 100 and not list(tmp_path.iterdir())
+    assert 'another order' not in caplog.text
+    assert check(kind, Teacher(Answers([1, 0, 2])), tmp_path) == pytest.approx(100 / 3)
+    (told,) = [r.getMessage() for r in caplog.records if 'in another order' in r.getMessage()]
+    assert "class 'cat' looks like its class 1, class 'Dog' looks like its class 0." in told
+    assert 'the label of 100.0 % of the validation images, now of 33.3 %' in told
+    path = tmp_path / 'kd_class_map.txt'
+    assert f'--kd-class-map {path}' in told and path.read_text() == '1 cat\n0 Dog\n2 emu\n'
+    mended = Teacher(Answers([1, 0, 2]), class_map=load_class_map(str(path)))
+    caplog.clear()
+    assert check(kind, mended, tmp_path) == 100 and 'another order' not in caplog.text
+
+
+def test_the_map_that_a_teacher_has_is_part_of_the_order(tmp_path):
+    """A wrong map gives a map in classes of the teacher."""
+    teacher = Teacher(Answers([2, 0, 1]), class_map=[0, 1, 2])
+    assert check('logit', teacher, tmp_path) == 0
+    teacher = Teacher(Answers([2, 0, 1]), class_map=[1, 2, 0])
+    assert check('logit', teacher, tmp_path) == 0
+    assert (tmp_path / 'kd_class_map.txt').read_text() == '2 cat\n0 Dog\n1 emu\n'
+
+
+@pytest.mark.parametrize('given,names,expected', [
+    ([0, 1, 2], None, 100.),
+    ([0, 1, 2], ['cat', 'Dog', 'emu'], 100.),
+    ([0, 1, 2], ['fox', 'yak', 'elk'], None),
+    ([1, 0, 2], ['Dog', 'cat', 'emu'], None),
+    ([1, 0, 2], None, None),
+])
+def test_a_teacher_of_features_is_compared_only_in_the_same_order(given, names, expected, tmp_path, caplog):
+    assert check('feature', Teacher(Answers(given, names)), tmp_path) == expected
+    assert not caplog.messages and not list(tmp_path.iterdir())
