@@ -218,19 +218,21 @@ def _load_weights(model: nn.Module, state_dict: Dict[str, torch.Tensor], name: s
             _logger.info(
                 f'{checkpoint}: {len(left_over)} tensors beside those of {name} were not loaded: {_few(left_over)}.')
         return
-    try:
-        if os.path.splitext(checkpoint)[1] == '.safetensors':  # sorted by name: blocks.10 comes before blocks.2
-            raise ValueError
-        model.load_state_dict(_match_by_order(model, state_dict))
-    except ValueError as e:
+    by_order, reason = None, ''
+    if os.path.splitext(checkpoint)[1] != '.safetensors':  # which is sorted by name: blocks.10 comes before blocks.2
+        try:
+            by_order = _match_by_order(model, state_dict)
+        except ValueError as e:
+            reason = f'; by order, {e}'
+    if by_order is None:
         size = ' If it was trained at another image size, name the folder of its run.' if 'pos_embed' in problem else ''
-        by_order = f'; by order, {e}' if str(e) else ''
         raise ValueError(
-            f'Checkpoint {checkpoint!r} does not fit architecture {name!r}: {problem}{by_order}.'
-            f' Name the architecture that it was trained with.{size}') from e
+            f'Checkpoint {checkpoint!r} does not fit architecture {name!r}: {problem}{reason}.'
+            f' Name the architecture that it was trained with.{size}')
+    model.load_state_dict(by_order)
     _logger.info(
-        f'{checkpoint} names its tensors otherwise than {name} does, so they were loaded by order, in which'
-        ' all shapes agree. That says nothing of activations, padding or the eps of BatchNorm: check the accuracy.')
+        f'{checkpoint} has other names for its tensors than {name}. They were loaded by order, in which all shapes'
+        ' agree. Activations, padding and the eps of BatchNorm may differ: check the accuracy.')
 
 
 def nearest_names(name: str) -> str:
