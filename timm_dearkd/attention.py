@@ -264,7 +264,7 @@ class AdaptiveRelPos(nn.Module):
 
 
     @torch.jit.unused
-    def cached_channels(self, scale: float, dtype: torch.dtype) -> Optional[torch.Tensor]:
+    def cached_channels(self, scale: float, dtype: torch.dtype, head_dim: int) -> Optional[torch.Tensor]:
         """Return the channels (T, 3, heads, C) of the positional scores, made again when alpha or delta has changed.
 
         For inference on an accelerator, where it does not wait for the device. A change shows in the parameters'
@@ -275,6 +275,7 @@ class AdaptiveRelPos(nn.Module):
         Args:
             scale: Of the attention.
             dtype: Of the tokens.
+            head_dim: Of the attention.
 
         Returns:
             None where a change could not be told: replicas, parametrised or functional alpha and delta.
@@ -287,7 +288,7 @@ class AdaptiveRelPos(nn.Module):
         if self._channels_cache is None or self._channels_key != key:
             with torch.inference_mode(False), torch.no_grad():
                 channels = position_channels(
-                    alpha.unsqueeze(1), delta, self.query_basis, self.key_basis, scale, self.sq_steps, dtype)
+                    alpha.unsqueeze(1), delta, self.query_basis, self.key_basis, scale, self.sq_steps, dtype, head_dim)
                 self._channels_cache, self._channels_key = stack_channels(*channels).to(dtype), key
         return self._channels_cache
 
@@ -379,9 +380,9 @@ def append_positions(
         sq_steps: See `position_channels`.
 
     Returns:
-        q, k and v of shape (B, heads, T, D + 4 or 8).
+        q, k and v of shape (B, heads, T, D + C), see `position_channels`.
     """
-    query, key = position_channels(alpha, delta, query_basis, key_basis, scale, sq_steps, qkv.dtype)
+    query, key = position_channels(alpha, delta, query_basis, key_basis, scale, sq_steps, qkv.dtype, qkv.shape[-1])
     # torch.compile fuses the plain form, and PyTorch's optimizer for DDP takes no autograd function in older versions
     if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
         return _append(qkv, query, key)
@@ -396,6 +397,7 @@ def position_channels(
         scale: float,
         sq_steps: int,
         dtype: torch.dtype,
+        head_dim: int,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Return channels of queries (heads, T, C) and keys (T, C) whose product is the positional score over `scale`.
 
@@ -409,6 +411,8 @@ def position_channels(
         sq_steps: The grid's largest |p|^2, counted in its smallest step. Where the dtype's significand can't hold it,
             alpha is rounded, and the remainder channel that becomes free carries the remainder of |p|^2.
         dtype: Of the tokens.
+        head_dim: Of the attention. Zero channels follow if ``head_dim + C`` is no multiple of 4, or of 8 in half
+            precision: for other widths, CUDA takes a slow kernel that is imprecise under TF32.
     """
     half = dtype == torch.float16 or dtype == torch.bfloat16
     key_is_exact = sq_steps <= (256 if dtype == torch.bfloat16 else 2048)
@@ -430,6 +434,9 @@ def position_channels(
             query_lo = torch.cat([query_lo[..., :2], query_hi[..., 2:3], query_lo[..., 3:]], dim=-1)
             key_lo = torch.cat([key[:, :2], key[:, 2:3] - key_hi[:, 2:3], key[:, 3:]], dim=-1)
         query, key = torch.cat([query_hi, query_lo], dim=-1), torch.cat([key_hi, key_lo], dim=-1)
+    padding = -(head_dim + query.shape[-1]) % (8 if half else 4)
+    if padding:
+        query, key = F.pad(query, [0, padding]), F.pad(key, [0, padding])
     return query, key
 
 
@@ -565,7 +572,7 @@ class ConvAttention(Attention):
             return None
         if self.training or self._takes_gradient():
             return None
-        return self.rpe.cached_channels(self.scale, dtype)
+        return self.rpe.cached_channels(self.scale, dtype, self.head_dim)
 
     def _scores(self, dtype: torch.dtype) -> torch.Tensor:
         """Positional scores as a bias (heads, T, T), from the cache where that is sound."""

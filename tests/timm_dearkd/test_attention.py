@@ -68,6 +68,26 @@ def test_all_forms_are_equation_3(grid_size, num_prefix_tokens, form):
         assert (attn.rpe._scores_cache is not None) == (form != 'factorised')
 
 
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('dtype,multiple', [(torch.float32, 4), (torch.bfloat16, 8), (torch.float16, 8)])
+@pytest.mark.parametrize('head_dim', [5, 6, 12, 16])
+@torch.no_grad()
+def test_kernels_get_a_width_that_all_of_them_take(head_dim, dtype, multiple, training, accelerator, monkeypatch):
+    """Zero channels fill it up, so that the output stays Eq. 3, with channels that are made in training or kept."""
+    attn = ConvAttention(2 * head_dim, 2, grid_size=(3, 3), qkv_bias=True).train(training)
+    randomize(attn.rpe)
+    x = torch.randn(2, 10, 2 * head_dim)
+    expected, widths = eq3_slowly(attn, x), []
+    kernel = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', lambda q, k, v, **kwargs: (
+        widths.extend(t.shape[-1] for t in (q, k, v)), kernel(q, k, v, **kwargs))[1])
+    output = attn.to(dtype)(x.to(dtype))
+    assert len(widths) == 3 and all(width % multiple == 0 for width in widths)
+    assert min(widths) >= head_dim + multiple and max(widths) < head_dim + 2 * multiple
+    atol = {torch.float32: 2e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    torch.testing.assert_close(output.double(), expected, atol=atol, rtol=0)
+
+
 def test_scores_of_prefix_tokens_are_exactly_zero():
     rpe = AdaptiveRelPos(4, (3, 4), num_prefix_tokens=2)
     randomize(rpe)
