@@ -4,6 +4,7 @@ import statistics
 from typing import Dict, List, NamedTuple, Sequence
 
 import numpy as np
+import scipy.stats
 
 from reproduction.cells import METHODS
 from reproduction.results import Figure, Key
@@ -11,15 +12,9 @@ from reproduction.table import Table
 
 __all__ = ['Gap', 'judge', 'judge_change', 'judge_growth', 'measure']
 
-# Two-sided 95 % quantiles of Student's t by degrees of freedom
-T_QUANTILES = {
-    1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26, 10: 2.23, 12: 2.18, 15: 2.13,
-    20: 2.09, 30: 2.04, 60: 2.00}
-
-
 def t_quantile(degrees: float) -> float:
-    """Of that many degrees of freedom, or of the next lower number in the table."""
-    return T_QUANTILES[max(n for n in T_QUANTILES if n <= degrees + 1e-6)]
+    """Return the two-sided 95 % quantile of Student's t."""
+    return float(scipy.stats.t.ppf(0.975, degrees))
 
 
 class Gap(NamedTuple):

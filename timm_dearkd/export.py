@@ -14,8 +14,7 @@ import timm
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError
-from timm.models import get_model_args, get_model_input_config
-from timm.models.vision_transformer import VisionTransformer
+from timm.models import get_model_input_config
 from timm.utils import setup_default_logging
 
 import timm_dearkd  # noqa: F401  registers the architectures
@@ -24,45 +23,9 @@ from timm_dearkd.attention import ConvAttention
 from timm_dearkd.commands import run_command
 from timm_dearkd.engine.output import save_folder
 
-__all__ = ['FORMATS', 'export', 'to_plain_vit']
+__all__ = ['FORMATS', 'export']
 
 TOLERANCE = 1e-4  # of the outputs, relative to their size where that is above 1
-OUR_ARGS = ('num_mhca_blocks', 'rpe_drop_rate', 'rpe_drop_mode', 'rpe_alpha', 'rpe_delta')
-
-
-def to_plain_vit(model: Any) -> VisionTransformer:
-    """A DearKD model as the plain timm `VisionTransformer` that computes the same, which timm alone can load.
-
-    Raises:
-        ValueError: An alpha that is not 0, so that there is no such model; or not a `VisionTransformer`.
-    """
-    if not isinstance(model, VisionTransformer):
-        raise ValueError(f'{type(model).__name__} is no VisionTransformer, so it can not become a plain one.')
-    blocks: Any = model.blocks
-    bent = [number for number, block in enumerate(blocks, start=1)
-            if isinstance(block.attn, ConvAttention) and bool(block.attn.rpe.alpha.any())]
-    if bent:
-        raise ValueError(
-            f'A plain ViT has no positional scores, but alpha is not 0 in block {", ".join(map(str, bent))}. Train with'
-            ' --model-kwargs num_mhca_blocks=0, or export the model as it is.')
-    size = get_model_input_config(model)['input_size']
-    arguments = dict(
-        img_size=size[1:], in_chans=size[0], num_classes=model.num_classes, patch_size=model.patch_embed.patch_size[0],
-        embed_dim=model.embed_dim, depth=len(blocks), num_heads=blocks[0].attn.num_heads,
-        mlp_ratio=blocks[0].mlp.fc1.out_features / model.embed_dim, dynamic_img_size=model.dynamic_img_size)
-    given = {key: value for key, value in get_model_args(model).items() if key not in OUR_ARGS}
-    base = given.pop('base', 'vit_tiny_patch16_224')  # any will do, for all that makes it out is given
-    config: Dict[str, Any] = {
-        key: value for key, value in vars(model)['pretrained_cfg'].items()
-        if key not in ('architecture', 'tag', 'source', 'url', 'file', 'hf_hub_id', 'state_dict')}
-    config['architecture'] = base.partition('.')[0]
-    weights = {name: value for name, value in model.state_dict().items() if '.rpe.' not in name}
-    try:
-        plain: Any = timm.create_model(base, pretrained_cfg=config, **{**arguments, **given})
-        plain.load_state_dict(weights)
-    except (RuntimeError, TypeError, ValueError) as e:
-        raise ValueError(f'This model can not become a plain ViT: {" ".join(str(e).split())[:300]}') from e
-    return plain.eval()
 
 
 def _save_safetensors(model: Any, images: torch.Tensor, path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -154,7 +117,6 @@ def build_parser() -> argparse.ArgumentParser:
     add('--checkpoint', metavar='FILE', help='its weights (its pretrained ones)')
     add('--format', default='safetensors', choices=list(FORMATS))
     add('--img-size', type=int, metavar='N', help='side length of the images (its own)')
-    add('--plain-vit', action='store_true', help='as a plain timm ViT, where that is exact: alpha is 0')
     add('--output', metavar='PATH', help='what to write (the name of the model, with .onnx or .pt2)')
     return parser
 
@@ -170,7 +132,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         raise ValueError(f'--img-size {args.img_size}, expected 1 or more.')
     try:
         model: Any = create_teacher(args.model, args.checkpoint)
-        error = export(to_plain_vit(model) if args.plain_vit else model, args.format, path, args.img_size)
+        error = export(model, args.format, path, args.img_size)
     except (RuntimeError, SafetensorError) as e:  # of damaged files, and of the exporters
         raise ValueError(' '.join(str(e).split())[:600]) from e
     print(f'{path} (loaded again, its logits differ by {error:.1g} at the most)')

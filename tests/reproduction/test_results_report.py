@@ -4,7 +4,7 @@ import math
 import statistics
 
 import pytest
-from helpers import SEEDS, write_results
+from helpers import SEEDS, t_quantile, write_results
 
 from reproduction.cells import SCALES
 from reproduction.report import main, write_report
@@ -32,11 +32,11 @@ def test_the_report_is_made_of_the_files_alone(tmp_path):
     plain, own = (statistics.variance(values[vit]) + statistics.variance(values[hard])) / 2, 1.
     degrees = (plain + own) ** 2 / (plain ** 2 / 4 + own ** 2 / 2)
     assert 5 < degrees < 6
-    margin = 2.571 * math.sqrt((plain + own) / 3)
+    margin = t_quantile(degrees) * math.sqrt((plain + own) / 3)
     assert f'- 1 %: DearKD above hard labels: holds (+9.5 ± {margin:.1f})' in text
     assert f'DearKD on 2.5 % of the images above the plain ViT on 5 %: holds (+10.0 ± {margin:.1f})' in text
     # the same of four figures, with twice the degrees
-    margin = 2.228 * math.sqrt((plain + own) * 2 / 3)
+    margin = t_quantile(2 * degrees) * math.sqrt((plain + own) * 2 / 3)
     assert f'"DearKD" is further above "ViT" at 1 % than at 5 %: not to be told from the noise, leaning the other way' \
            f' (-1.0 ± {margin:.1f}; +10.0 at 1 %, +10.0 at 2.5 %, +11.0 at 5 %)' in text
     assert '## Ablation (table 1)' in text and '## Recipe' not in text
@@ -48,7 +48,7 @@ def test_choices_are_compared_with_the_default(tmp_path):
         ('choices', 'default', 'top-1'): [80., 82.], ('choices', 'alpha 0.25', 'top-1'): [83., 87.]})
     write_report(SCALES['small'], tmp_path, SEEDS, tmp_path / 'RESULTS.md')
     text = (tmp_path / 'RESULTS.md').read_text()
-    # differences of 3 and 5, one degree: 12.71 * sqrt(2) / sqrt(2)
+    # differences of 3 and 5, one degree: 12.706 * sqrt(2) / sqrt(2)
     assert '| alpha 0.25 | 85.0 ± 2.0 (2 seeds) | +4.0 ± 12.7 |' in text
     assert '| default | 81.0 ± 1.0 (2 seeds) |  |' in text
 
@@ -74,9 +74,9 @@ def test_figure4_is_told_in_numbers(tmp_path):
     assert 'Change from epoch 33 to the last, a mean over all layers: DearKD 0.350 ± 0.117' in text
     assert 'from epoch 33 to the last, a mean over the first 4 layers, which the CNN teaches: DearKD 0.525' in text
     assert 'Change from epoch 20 to the last, a mean over all layers: DearKD 1.000 ± 0.333' in text
-    # one degree of freedom: 12.71 times the error
+    # one degree of freedom: 12.706 times the error
     assert f'DearKD: the distance grows after stage I, a mean over all layers: not to be told from the noise, leaning' \
-           f' this way (+0.350 ± {12.71 * 0.35 / 3:.3f} patches)' in text
+           f' this way (+0.350 ± {12.706 * 0.35 / 3:.3f} patches)' in text
     assert 'the same until then, a mean over the first 4 layers, which the CNN teaches: holds (+1.000 ± 0.000' in text
     assert (tmp_path / 'reproduction' / 'plots' / 'figure4-dearkd.png').exists()
 

@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 import pytest
-from helpers import SEEDS, write_results
+from helpers import SEEDS, t_quantile, write_results
 
 from reproduction import significance
 from reproduction.cells import SCALES
@@ -26,7 +26,7 @@ def test_verdicts():
     assert 'x: not to be told from the noise, leaning this way (+2.0 ± 2.5)' in judge([63., 55., 65.], [60., 54., 63.])
     # "a" and "b" share one seed, which is where they are compared; the other rows tell of the noise: residuals of 0.5
     # with one degree, 12.71
-    assert f'(-5.0 ± {12.71 * math.sqrt(2):.1f})' in judge([15.], [20., 24.], [10., 12.])
+    assert f'(-5.0 ± {12.706 * math.sqrt(2):.1f})' in judge([15.], [20., 24.], [10., 12.])
     # other noise, so not paired: two that differ by 2 each; a degree each is two together
     assert f'(+7.0 ± {4.30 * math.sqrt(2):.1f})' in judge([66., 68.], [59., 61.], noise='b')
     assert 'nan' not in judge([66.], [59.], noise='b') + judge([66., 68.], [59.], noise='b') + judge([5., 5.], [4., 4.])
@@ -60,5 +60,7 @@ def test_only_what_is_alike_shares_its_noise(tmp_path):
     table, real = TABLES['table5'](scale, SEEDS), ('real images', 'top-1')
     figures = Results(scale, tmp_path, SEEDS).figures(table)
     gap = significance.measure(table, figures, {real: 1., (modes[2], 'top-1'): -1.})
-    # variances of 1 and 50, of three seeds and two, with 2 and 3 degrees: 3.05 in all
-    assert gap.value == pytest.approx(31) and gap.margin == pytest.approx(3.18 * math.sqrt(1 / 3 + 50 / 2))
+    # variances of 1 and 50, of three seeds and two, with 2 and 3 degrees
+    degrees = (1 / 3 + 25) ** 2 / ((1 / 3) ** 2 / 2 + 25 ** 2 / 3)
+    margin = t_quantile(degrees) * math.sqrt(1 / 3 + 25)
+    assert gap.value == pytest.approx(31) and gap.margin == pytest.approx(margin)

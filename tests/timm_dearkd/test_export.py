@@ -7,7 +7,7 @@ import torch
 
 import timm_dearkd  # noqa: F401
 from timm_dearkd.commands import run_command
-from timm_dearkd.export import export, main, to_plain_vit
+from timm_dearkd.export import export, main
 
 pytest.importorskip('onnxruntime')
 pytest.importorskip('onnxscript')
@@ -90,48 +90,6 @@ def test_programs_hold_the_scores_as_a_constant(tmp_path):
     assert not any('rpe' in tensor.name and 'alpha' in tensor.name for tensor in graph.initializer)
 
 
-EXACT = {
-    'dearkd': ('test_dearkd', {}), 'grey': ('test_dearkd', dict(in_chans=1, class_token=False, global_pool='avg')),
-    'from': ('dearkd_from', dict(base='test_vit', num_mhca_blocks=2, img_size=160)),
-    'distilled': ('dearkd_from', dict(base='deit_tiny_distilled_patch16_224')),
-}
-
-
-def test_a_plain_vit_where_that_is_exact(tmp_path):
-    """Loaded again by a process that knows nothing of this package."""
-    expected = {}
-    for key, (name, kwargs) in EXACT.items():
-        model = timm.create_model(name, **{'num_classes': 3, 'img_size': 64, 'rpe_alpha': 0., **kwargs}).eval()
-        export(to_plain_vit(model), 'safetensors', tmp_path / key)
-        images = torch.linspace(-1, 1, 2 * kwargs.get('in_chans', 3) * model.patch_embed.img_size[0] ** 2)
-        with torch.no_grad():
-            expected[key] = model(images.view(2, -1, *model.patch_embed.img_size))
-    code = '''
-import sys, timm, torch
-assert 'timm_dearkd' not in sys.modules
-for folder in sys.argv[1:]:
-    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
-    size = model.patch_embed.img_size
-    images = torch.linspace(-1, 1, 2 * model.in_chans * size[0] ** 2).view(2, -1, *size)
-    with torch.no_grad():
-        print(model(images).tolist())
-'''
-    folders = [str(tmp_path / key) for key in EXACT]
-    result = subprocess.run([sys.executable, '-c', code, *folders], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    for logits, line in zip(expected.values(), result.stdout.splitlines()):
-        torch.testing.assert_close(torch.tensor(eval(line)), logits, atol=1e-6, rtol=1e-6)
-
-
-@pytest.mark.parametrize('model, message', [
-    (make_model, 'alpha is not 0 in block 1, 2, 3, 4'),
-    (lambda: timm.create_model('test_resnet'), 'ResNet is no VisionTransformer'),
-])
-def test_what_is_no_plain_vit_is_refused(model, message):
-    with pytest.raises(ValueError, match=message):
-        to_plain_vit(model())
-
-
 @pytest.mark.parametrize('kind', list(SUFFIX))
 def test_a_copy_that_computes_something_else_is_not_kept(kind, tmp_path, monkeypatch):
     from timm_dearkd import export as module
@@ -153,7 +111,6 @@ def test_a_copy_that_computes_something_else_is_not_kept(kind, tmp_path, monkeyp
     (['nothing'], "Unknown model 'nothing'"),
     (['test_dearkd', '--checkpoint', 'CHECKPOINT', '--img-size', '0'], '--img-size 0, expected 1 or more'),
     (['test_dearkd', '--checkpoint', 'CHECKPOINT', '--img-size', '33'], 'no images of 33x33'),
-    (['test_dearkd', '--checkpoint', 'CHECKPOINT', '--plain-vit'], 'alpha is not 0'),
     (['test_dearkd', '--checkpoint', 'CHECKPOINT', '--output', 'FOLDER'], 'a folder with other files'),
 ])
 def test_errors_are_one_line_and_status_2(args, message, checkpoint, tmp_path, capsys):

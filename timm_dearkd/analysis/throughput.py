@@ -3,7 +3,6 @@ import argparse
 import contextlib
 import copy
 import math
-import os
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -37,7 +36,7 @@ class Measurement:
         batch_size: Images at a time.
         params: Number of parameters.
         macs: Multiply-adds for an image.
-        peak_memory: Bytes of the weights and of what a forward takes beside them; None where it can't be told.
+        peak_memory: Bytes of the weights and of what a forward allocates; None on other devices than CUDA.
         seconds: Of a forward, for each round.
         ratios: Speed relative to the first model at this batch size, for each round.
     """
@@ -75,25 +74,15 @@ def count_macs(model: nn.Module, image: torch.Tensor) -> int:
 
 
 def _peak_memory(forward: Callable[[], Any], device: torch.device) -> Optional[int]:
-    """Bytes that a forward allocates at its peak; None where nothing tells."""
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        forward()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    if device.type != 'cpu':
+    """Return the bytes that a forward allocates at its peak on a CUDA device; None on another."""
+    if device.type != 'cuda':
         return None
-    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # it reports its own start and end
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        forward()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == '[memory]']  # type: ignore[union-attr]
-    current = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        current += event.nbytes()
-        peak = max(peak, current)
-    return peak
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    forward()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def measure_throughput(

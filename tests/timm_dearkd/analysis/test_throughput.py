@@ -38,19 +38,6 @@ def test_models_take_turns_and_ratios_are_of_the_same_round(monkeypatch):
     assert first.params == sum(p.numel() for p in timm.create_model('test_vit', img_size=32).parameters())
 
 
-def test_peak_memory_on_a_cpu_is_that_of_the_tensors():
-    """Two tensors of 4 MB are there at a time, beside the input, which was there before."""
-    x = torch.zeros(1024, 1024)
-
-    def forward():
-        y = x + 1
-        y = y + y  # both are there, then the first is gone
-        return y.sum()
-
-    forward()
-    assert throughput._peak_memory(forward, torch.device('cpu')) == pytest.approx(2 * 4 * 2 ** 20, rel=0.01)
-
-
 def test_every_model_and_batch_size_is_compiled_by_itself(monkeypatch):
     """More graphs than TorchDynamo keeps of a function by default (8), all of fixed shape."""
     graphs = []
