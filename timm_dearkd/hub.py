@@ -8,13 +8,14 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import io
 import json
 import logging
 import os
 import re
 import shlex
 import shutil
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PureWindowsPath
 from typing import Any, Iterator, List, Optional, Sequence, Tuple, Union
 
 import timm
@@ -48,6 +49,8 @@ from timm_dearkd.analysis.figures import render
 from timm_dearkd.analysis.runs import Run, open_run, why_no_model
 from timm_dearkd.attention import ConvAttention
 from timm_dearkd.commands import run_command
+from timm_dearkd.engine.options import build_config_parser
+from timm_dearkd.engine.options import build_parser as build_train_parser
 from timm_dearkd.engine.output import save_folder
 from timm_dearkd.files import write_bytes
 
@@ -251,8 +254,8 @@ def model_card(run: Run, model: Any, repo: str, license: Optional[str] = None) -
     """
     args, best = run.args, run.best()
     data = run.info.get('data', {})
-    folder = Path(args.get('data_dir') or args.get('data') or 'images')
-    source = args.get('dataset') or '/'.join(folder.parts[-2:]).lstrip('/')
+    source = _without_folders(args.get('dataset') or '') or _last_part(
+        args.get('data_dir') or args.get('data') or 'images')
     is_dearkd = any(isinstance(module, ConvAttention) for module in model.modules()) or 'train_stage' in run.columns
     results = [EvalResult(
         task_type='image-classification', dataset_type='imagefolder', dataset_name=f'{source}, validation split',
@@ -265,7 +268,8 @@ def model_card(run: Run, model: Any, repo: str, license: Optional[str] = None) -
         model_name=repo.split('/')[-1], eval_results=results or None)
     rate = f'lr {args["lr"]}' if args.get('lr') is not None else f'lr-base {args.get("lr_base")}'
     facts = [
-        ('Model', args.get('model')), ('Parameters', f'{sum(p.numel() for p in model.parameters()):,}'),
+        ('Model', _architecture(str(args.get('model'))) or model.pretrained_cfg.get('architecture')),
+        ('Parameters', f'{sum(p.numel() for p in model.parameters()):,}'),
         ('Data', source), ('Training images', data.get('train_images')), ('Classes', model.num_classes),
         ('Image size', ' x '.join(map(str, model.pretrained_cfg['input_size']))),
         ('Teacher', _teacher(run)),
@@ -274,9 +278,7 @@ def model_card(run: Run, model: Any, repo: str, license: Optional[str] = None) -
          f' {args.get("batch_size")}')]
     lines = [f'- **{key}:** {value}' for key, value in facts if value not in (None, '')]
     figure = f'Best {run.metric.replace("_", " ")}: {best[1]:.2f}, after epoch {best[0]}.' if best else ''
-    commands = '\n'.join(
-        shlex.join(_without_folders(word) for word in shlex.split(session['command']))
-        for session in run.info.get('sessions', ()))
+    commands = '\n'.join(_public_command(session['command']) for session in run.info.get('sessions', ()))
     trained = f'\n## How it was trained\n\n```sh\n{commands}\n```\n' if commands else ''
     cited = f'\n## Citation\n\n```bibtex\n{CITATION}\n```\n' if is_dearkd else ''
     return ModelCard(f"""---
@@ -316,10 +318,56 @@ probabilities = model(transform(image).unsqueeze(0)).softmax(dim=-1)
 {trained}{cited}""")
 
 
+def _last_part(path: str) -> str:
+    """Return the last part of a path, with the separators of POSIX or Windows."""
+    return PureWindowsPath(path).name
+
+
 def _without_folders(word: str) -> str:
-    """A word of a command with its paths cut down to their last part: where things lie is nobody else's business."""
+    """Strip directories from a path that a word shows by itself: absolute, or from `~`, `.`, `..` or a drive."""
+    start = r'(?:~|\.{1,2}|[A-Za-z]:)?[/\\]'
     return re.sub(
-        r'(^|=|:)((?:~|\.{1,2})?/.*)$', lambda match: match[1] + PurePosixPath(match[2]).name, word, flags=re.DOTALL)
+        rf'(^|=|:|[a-z]+/)({start}.*)$', lambda match: match[1] + _last_part(match[2]), word, flags=re.DOTALL)
+
+
+class _Values(argparse.Namespace):
+    """Parsed options with every value of those that are given several times."""
+
+    def __init__(self) -> None:
+        vars(self)['values'] = []
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.values.append((name, value))
+        super().__setattr__(name, value)
+
+
+def _given_paths(words: Sequence[str]) -> List[str]:
+    """Return the values of the path options in the words of a train.py command."""
+    parsers = build_config_parser(), build_train_parser()
+    options = {action.dest for parser in parsers for action in parser._actions if action.metavar in ('FILE', 'DIR')}
+    options |= {'model', 'kd_model_name', 'train_split', 'val_split', 'experiment'}  # names that may be paths
+    given, rest = _Values(), list(words)
+    for parser in parsers:
+        _, rest = parser.parse_known_args(rest, given)
+    return [value for name, value in given.values if name in options and value]
+
+
+def _public_command(command: str) -> str:
+    """Strip directories from a command of train.py, so that a model card does not show private paths."""
+    words = shlex.split(command)
+    start = next((place for place, word in enumerate(words, 1) if word in ('train.py', 'timm_dearkd.train')), 0)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            paths = _given_paths(words[start:])
+    except SystemExit:  # options of another version
+        paths = [word.rpartition('=')[2] for word in words]
+    paths = [path.removeprefix('local-dir:') for path in paths if not path.startswith(('hf-hub:', 'hf_hub:'))]
+    paths = sorted((path for path in paths if '/' in path or '\\' in path), key=len, reverse=True)
+    shown = []
+    for word in words:
+        path = next((path for path in paths if word.endswith(path)), None)
+        shown.append(word.removesuffix(path) + _last_part(path) if path else _without_folders(word))
+    return shlex.join(shown)
 
 
 def _teacher(run: Run) -> str:

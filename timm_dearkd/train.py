@@ -16,7 +16,7 @@ import sys
 import time
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple, cast
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, cast
 
 import torch
 import torch.distributed as dist
@@ -245,6 +245,7 @@ def fit(
         random_seed(args.seed, ranks.rank)
     if start.ema_rng_state is not None and task.has_ema():
         task.trainable_module_ema._sr_generator.set_state(start.ema_rng_state)
+    evaluated = evaluated_epochs(args, epochs)
     with recorder.tracker, StopRequest(ranks) as stop:
         evaluate_teacher(args, trainer, validator, recorder, start, label_names, stop)
         trainer.on_log, trainer.on_update = recorder.on_log, partial(recorder.on_update, stop)
@@ -262,14 +263,16 @@ def fit(
                 losses = trainer.train_epoch(epoch)
             lr = mean_lr(trainer.step.optimizer)  # the epoch's own, before the scheduler moves on
             is_milestone = epoch + 1 in args.save_epochs
-            is_due = (epoch + 1) % args.val_interval == 0 or epoch + 1 == epochs.stop or is_milestone
+            is_due, trained = epoch in evaluated, time.monotonic()
             metrics = evaluate_epoch(args, trainer, validator, f'Test: {epoch}') if is_due else {}
+            eval_seconds = time.monotonic() - trained
             metric = metrics.get(args.eval_metric) if validator is not None else losses['loss']
             if trainer.lr_scheduler is not None:
                 trainer.lr_scheduler.step(epoch + 1, metric)
             recorder.on_epoch(epoch, losses, metrics, metric, lr, is_milestone)
-            if epoch == start.epoch and epoch + 1 < epochs.stop and not start.update:
-                log_expected_end(epoch, time.monotonic() - began, epochs.stop - epoch - 1)
+            if epoch == start.epoch + bool(start.update):  # the first whole one
+                timed = evaluated if validator is not None else []
+                log_expected_end(epoch, epochs, timed, time.monotonic() - began, eval_seconds)
     if recorder.saver is not None:
         complete_run(args, recorder.folder, recorder.export, recorder.export_ema, trainer.precision.device)
         recorder.compare_with_teacher()
@@ -311,11 +314,31 @@ def evaluate_teacher(
     recorder.on_teacher(check_teacher(trainer.task, validator, recorder.folder, names))
 
 
-def log_expected_end(epoch: int, seconds: float, epochs_left: int) -> None:
-    """Log when the run will be over, from the time of one epoch with its evaluation."""
-    left = timedelta(seconds=round(seconds * epochs_left))
+def evaluated_epochs(args, epochs: range) -> List[int]:
+    """Return the epochs after which the student is evaluated."""
+    always = (epochs.stop, *args.save_epochs)
+    return [epoch for epoch in epochs if (epoch + 1) % args.val_interval == 0 or epoch + 1 in always]
+
+
+def log_expected_end(
+        epoch: int, epochs: range, evaluated: Sequence[int], seconds: float, eval_seconds: float) -> None:
+    """Log when the run will be over, from the time of one epoch.
+
+    Args:
+        epoch: The epoch.
+        epochs: Epochs of the run.
+        evaluated: Those that are evaluated.
+        seconds: Time of the epoch, evaluation included.
+        eval_seconds: Time of its evaluation; about 0 if it has none.
+    """
+    epochs_left, evals_left = epochs.stop - epoch - 1, sum(other > epoch for other in evaluated)
+    if not epochs_left:
+        return
+    left = timedelta(seconds=round((seconds - eval_seconds) * epochs_left + eval_seconds * evals_left))
     end = (datetime.now() + left).strftime('%Y-%m-%d %H:%M')
-    _logger.info(f'Epoch {epoch} took {timedelta(seconds=round(seconds))}. Expected end: about {end}, in {left}.')
+    untimed = f', plus {evals_left} evaluations' if evals_left and epoch not in evaluated else ''
+    _logger.info(
+        f'Epoch {epoch} took {timedelta(seconds=round(seconds))}. Expected end: about {end}, in {left}{untimed}.')
 
 
 def report(folder: str, device: torch.device) -> None:

@@ -2,6 +2,7 @@
 import importlib
 import json
 import os
+import shlex
 import shutil
 import sys
 
@@ -203,15 +204,50 @@ def test_tags_have_the_configuration_of_their_recipe():
                 1.0 if tag.endswith('ft') else 0.9)
 
 
-@pytest.mark.parametrize('word, shown', [
-    ('/home/bob/photos', 'photos'), ('--data-dir=/home/bob/photos/', '--data-dir=photos'), ('~/cnn', 'cnn'),
-    ('base=/home/bob/x', 'base=x'), ('../../home/bob/x', 'x'), ("local-dir:/home/bob's/my cnn", 'local-dir:my cnn'),
-    ('/home/new\nline/x', 'x'), ('resnet50', 'resnet50'), ('hf-hub:org/name', 'hf-hub:org/name'),
-    ('output/digits/teacher', 'output/digits/teacher'), ('torch/fashion_mnist', 'torch/fashion_mnist'),
+@pytest.mark.parametrize('words, shown', [
+    (['/home/bob/photos', '--data-dir=/home/bob/photos/'], ['photos', '--data-dir=photos']),
+    (['--kd-model-name', 'output/clients/acme/cnn', '-coutput/acme/r.yaml'], ['--kd-model-name', 'cnn', '-cr.yaml']),
+    (['acme/photos', '--kd-model-name', 'local-dir:acme/cnn', '-c', 'acme/x.yaml'],
+     ['photos', '--kd-model-name', 'local-dir:cnn', '-c', 'x.yaml']),
+    (['--kd-teacher-checkpoint=acme/a.pth', '--initial-ch', 'acme/b.pth', '--resume', 'acme/c.tar', '--class-map',
+      'acme/d.txt', '--kd-class-map', 'acme/e.txt', '--pretrained-path', 'acme/f.pth', '--output', 'acme/out'],
+     ['--kd-teacher-checkpoint=a.pth', '--initial-ch', 'b.pth', '--resume', 'c.tar', '--class-map',
+      'd.txt', '--kd-class-map', 'e.txt', '--pretrained-path', 'f.pth', '--output', 'out']),
+    (['--output', 'acme/a', '--output', 'acme/b', '--model=acme/run', '--val-split', '../acme/val'],
+     ['--output', 'a', '--output', 'b', '--model=run', '--val-split', 'val']),
+    (['C:\\Users\\bob\\photos', '--output=acme\\out', '--class-map', 'C:/Users/bob/map.txt'],
+     ['photos', '--output=out', '--class-map', 'map.txt']),
+    (['~/cnn', '--wandb-tags', '../../home/bob/x'], ['cnn', '--wandb-tags', 'x']),
+    (['--model-kwargs', 'base=/home/bob/x', '--dataset', 'hfds//home/bob/x', "/home/bob's/my new\nphotos"],
+     ['--model-kwargs', 'base=x', '--dataset', 'hfds/x', 'my new\nphotos']),
+    (['--model', 'resnet50', '--kd-model-name', 'hf-hub:org/name', '--dataset', 'torch/fashion_mnist'], None),
+    (['--option-of-another-version', 'acme/x', '--epochs', 'acme', '--output=acme/out'],
+     ['--option-of-another-version', 'x', '--epochs', 'acme', '--output=out']),
 ])
-def test_paths_do_not_go_into_the_card(word, shown):
-    from timm_dearkd.hub import _without_folders
-    assert _without_folders(word) == shown
+def test_commands_of_the_card_have_no_folders(words, shown):
+    """With the separators of POSIX and of Windows, absolute and relative, in all forms that argparse reads."""
+    from timm_dearkd.hub import _public_command
+    for start in (['python', 'train.py'], ['torchrun', '--nproc_per_node', '2', '-m', 'timm_dearkd.train']):
+        assert shlex.split(_public_command(shlex.join(start + words))) == start + (shown or words)
+
+
+def test_the_card_shows_no_private_folder(run_folder, tmp_path):
+    from timm_dearkd.hub import prepare_folder
+    run = tmp_path / 'run'
+    shutil.copytree(run_folder, run, ignore=shutil.ignore_patterns('*.tar'))
+    args = yaml.safe_load((run / 'args.yaml').read_text())
+    (run / 'args.yaml').write_text(yaml.safe_dump({
+        **args, 'data': 'clients/acme/photos', 'model': 'local-dir:output/acme/start'}))
+    info = json.loads((run / 'run.json').read_text())
+    info['sessions'] = [dict(command=shlex.join(['python', 'train.py', *words])) for words in (
+        ['clients/acme/photos', '--kd-model-name', 'output/acme/cnn'],
+        ['D:\\clients\\acme\\photos', '--output=output\\acme'])]
+    (run / 'run.json').write_text(json.dumps(info))
+    prepare_folder(str(run), run / 'hub', 'someone/dearkd_test')
+    text = (run / 'hub' / 'README.md').read_text()
+    assert '\npython train.py photos --kd-model-name cnn\npython train.py photos --output=acme\n' in text
+    assert '**Model:** test_dearkd\n' in text and '**Data:** photos\n' in text
+    assert 'clients' not in text and 'output/' not in text
 
 
 def test_the_card_of_a_cnn_that_is_not_finished(cnn, tmp_path):

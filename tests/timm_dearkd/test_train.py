@@ -3,6 +3,7 @@ import contextlib
 import json
 import signal
 from argparse import Namespace
+from datetime import timedelta
 from unittest.mock import MagicMock
 
 import pytest
@@ -27,7 +28,8 @@ def test_processes_ask_for_signals_only_where_they_evaluate_in_step(world_size, 
     validator = Validator(None, Namespace(dataset=dataset), None, ranks)
     monkeypatch.setattr(train, 'StopRequest', lambda ranks: contextlib.nullcontext('stop'))
     trainer = MagicMock(ranks=ranks, task=MagicMock(teacher=None))
-    train.fit(Namespace(seed=0, eval_metric='top1'), trainer, validator, recorder, Position(), range(0))
+    args = Namespace(seed=0, eval_metric='top1', val_interval=1, save_epochs=[])
+    train.fit(args, trainer, validator, recorder, Position(), range(0))
     assert (validator.on_batch is not None) == asks
     if asks:
         validator.on_batch()
@@ -41,8 +43,33 @@ def test_a_best_student_that_is_not_exported_is_before_the_first_step(tmp_path, 
     trainer.train_epoch.side_effect = Interrupted(signal.SIGTERM)
     monkeypatch.setattr(train, 'StopRequest', lambda ranks: contextlib.nullcontext())
     with pytest.raises(Interrupted):
-        train.fit(Namespace(seed=0), trainer, None, recorder, Position(), range(1))
+        train.fit(Namespace(seed=0, val_interval=1, save_epochs=[]), trainer, None, recorder, Position(), range(1))
     recorder.export.assert_called_once_with(str(tmp_path), dict(weight=torch.ones(1)))
+
+
+@pytest.mark.parametrize('start, save_epochs, untimed', [
+    (Position(), [1], 0), (Position(), [], 300), (Position(2, update=3), [4], 0)])
+def test_the_expected_end_counts_epochs_and_evaluations(start, save_epochs, untimed, monkeypatch, caplog):
+    """Against a clock on which an epoch takes 10 s and an evaluation 100 s."""
+    clock, ends = [0.], []
+
+    def advance(seconds, result):
+        clock[0] += seconds
+        return result
+
+    monkeypatch.setattr(train.time, 'monotonic', lambda: clock[0])
+    monkeypatch.setattr(train, 'StopRequest', lambda ranks: contextlib.nullcontext())
+    monkeypatch.setattr(train, 'evaluate_epoch', lambda *args: advance(100, {}))
+    monkeypatch.setattr(train, 'mean_lr', lambda optimizer: 0.)
+    trainer, recorder = MagicMock(ranks=SINGLE, task=MagicMock(teacher=None)), MagicMock(saver=None)
+    trainer.train_epoch.side_effect = lambda *args: advance(10, {'loss': 1.})
+    recorder.on_epoch.side_effect = lambda epoch, *args: ends.append(clock[0])
+    args = Namespace(seed=0, eval_metric='top1', val_interval=4, save_epochs=save_epochs)
+    caplog.set_level('INFO')
+    train.fit(args, trainer, MagicMock(), recorder, start, range(start.epoch, 10))
+    message, = (line for line in caplog.messages if 'Expected end' in line)
+    left = timedelta(seconds=ends[-1] - ends[bool(start.update)] - untimed)
+    assert message.endswith(f', in {left}, plus 3 evaluations.' if untimed else f', in {left}.')
 
 
 def test_evaluation_alone_takes_the_memory_format_and_the_compiler(image_folder, tmp_path, monkeypatch, capsys):

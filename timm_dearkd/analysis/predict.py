@@ -1,7 +1,6 @@
 """What a model says of images: the likeliest classes, and a grid of pictures, mistakes first."""
 import argparse
 import logging
-import os
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch.nn as nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from timm_dearkd.engine.device import default_workers
 from timm_dearkd.files import write_bytes, write_table
 
 from .figures import new_figure, plain, render
@@ -79,7 +79,7 @@ def predict(
         places: The numbers; None means all.
         topk: Classes to name.
         batch_size: Images at a time.
-        workers: Processes that load images.
+        workers: Processes that load images; at most one per full batch is started.
 
     Returns:
         One for each image that can be read.
@@ -87,7 +87,7 @@ def predict(
     places = range(len(dataset)) if places is None else places
     device = next(model.parameters()).device
     inputs = _Inputs(dataset, places, image_transform(model)[0])
-    workers = min(workers, os.cpu_count() or 1, len(places) // batch_size)
+    workers = min(workers, len(places) // batch_size)
     loader = DataLoader(inputs, batch_size, num_workers=workers, collate_fn=list)
     predictions = []
     was_training = model.training
@@ -146,14 +146,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--topk', type=int, default=5)
     add('--num-pictures', type=int, default=24, help='images in the picture')
     add('-b', '--batch-size', type=int, default=64)
-    add('-j', '--workers', type=int, default=4, help='data loading processes')
+    add('-j', '--workers', type=int, help='data loading processes (4, or fewer on fewer cores)')
 
 
 def run(args: argparse.Namespace) -> None:
     """The command: a CSV, a picture, and the predictions of a few images."""
     check_counts(args, 'topk', 'num_pictures', 'batch_size')
-    if args.workers < 0:
-        raise ValueError(f'--workers {args.workers}, expected 0 or more.')
+    workers = default_workers() if args.workers is None else args.workers
+    if workers < 0:
+        raise ValueError(f'--workers {workers}, expected 0 or more.')
     if len(args.model) > 1:
         raise ValueError(f'--model has {len(args.model)} names, expected one.')
     new_figure()
@@ -161,7 +162,7 @@ def run(args: argparse.Namespace) -> None:
     model = load_model(args.model[0], args.checkpoint, args.device)
     names = class_names(model)
     files = find_images(args.images, label_names(model), model.num_classes, image_transform(model)[1])
-    predictions = predict(model, files, topk=args.topk, batch_size=args.batch_size, workers=args.workers)
+    predictions = predict(model, files, topk=args.topk, batch_size=args.batch_size, workers=workers)
     if not predictions:
         raise ValueError(f'None of the {len(files)} images can be read.')
     rows: List[Dict[str, Any]] = []

@@ -24,10 +24,9 @@ from .data import (
     set_image_mode,
     spread,
 )
-from .device import SINGLE, Ranks
+from .device import SINGLE, TIMM_WORKERS, Ranks, default_workers
 from .image_folder import find_splits
 from .loader import TrainLoader, create_eval_loader, create_train_loader
-from .options import build_parser
 
 __all__ = [
     'build_datasets', 'build_distance_images', 'build_eval_loader', 'build_mixup', 'build_train_loader',
@@ -139,11 +138,8 @@ def images_per_update(args, ranks: Ranks) -> int:
 
 
 def num_workers(args) -> int:
-    """Return the data-loading processes: those asked for; of the default, no more than this process has cores."""
-    default = build_parser().get_default('workers')
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    cores = max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
-    return min(default, cores) if args.workers == default else args.workers
+    """Return the number of data-loading processes: --workers where it is given, see `default_workers`."""
+    return default_workers() if args.workers is None else args.workers
 
 
 def _loader_kwargs(args, device: torch.device, ranks: Ranks) -> Dict[str, Any]:
@@ -167,8 +163,8 @@ def build_train_loader(
 ) -> TrainLoader:
     """The training loader, with the input sizes and batch sizes that are asked for."""
     set_image_mode(dataset, _image_mode(args, data_config))
-    if num_workers(args) < args.workers:
-        _logger.info(f'--workers is {num_workers(args)}, the number of CPU cores, instead of {args.workers}.')
+    if args.workers is None and num_workers(args) < TIMM_WORKERS:
+        _logger.info(f'--workers is {num_workers(args)}, the number of CPU cores, instead of {TIMM_WORKERS}.')
     sizes = args.train_img_sizes or (args.train_batches_per_epoch and [data_config['input_size'][-2:]]) or None
     return create_train_loader(
         dataset,

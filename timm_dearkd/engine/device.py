@@ -9,11 +9,13 @@ from timm.utils import NativeScaler
 from timm.utils.distributed import init_distributed_device_so, is_distributed_env, world_info_from_env
 
 __all__ = [
-    'SINGLE', 'CompileError', 'Precision', 'Ranks', 'check_backend', 'compile_errors', 'find_device', 'select_device',
-    'use_deterministic_kernels',
+    'SINGLE', 'TIMM_WORKERS', 'CompileError', 'Precision', 'Ranks', 'check_backend', 'compile_errors',
+    'default_workers', 'find_device', 'select_device', 'use_deterministic_kernels',
 ]
 
 _logger = logging.getLogger(__name__)
+
+TIMM_WORKERS = 4  # timm's default
 
 
 class Ranks(NamedTuple):
@@ -93,6 +95,12 @@ def find_device(name: Optional[str]) -> torch.device:
         # far patches get denormal attention, which CPUs are many times slower at than at zeros
         torch.set_flush_denormal(True)
     return device
+
+
+def default_workers() -> int:
+    """Return the number of data-loading processes: timm's 4, or this process's share of the CPU cores if less."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    return min(TIMM_WORKERS, max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
 
 
 def use_deterministic_kernels() -> None:

@@ -114,7 +114,7 @@ def _add_data(group) -> None:
     add('--input-key')
     add('--target-key')
     add('--dataset-trust-remote-code', action='store_true')
-    add('-j', '--workers', type=int, default=4, help='data loading processes (4, or fewer on fewer cores)')
+    add('-j', '--workers', type=int, help='data loading processes (4, or fewer on fewer cores)')
     add('--pin-mem', action=argparse.BooleanOptionalAction,
         help='load into page-locked memory, for faster copies to the device (on CUDA)')
     add('--no-prefetcher', action='store_true')

@@ -1,4 +1,6 @@
 import csv
+import importlib
+import os
 
 import numpy as np
 import pytest
@@ -6,6 +8,7 @@ import timm
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
+from torch.utils.data import DataLoader
 
 import timm_dearkd  # noqa: F401
 from timm_dearkd.analysis.__main__ import main
@@ -13,6 +16,7 @@ from timm_dearkd.analysis.inputs import ImageFiles, class_names, find_images, la
 from timm_dearkd.analysis.predict import Prediction, mistakes_first, predict
 from timm_dearkd.commands import run_command
 
+predict_module = importlib.import_module('timm_dearkd.analysis.predict')
 NAMES = ['blue sky', 'grass', 'rust']
 
 
@@ -94,6 +98,18 @@ def test_command(image_folder, tmp_path, capsys):
     assert f'13 images, top-1 {100 * right / 12:.2f} % of 12' in capsys.readouterr().out
     assert all(float(row['prob1']) >= float(row['prob2']) for row in rows)
     assert (tmp_path / 'out.png').stat().st_size > 1000
+
+
+@pytest.mark.parametrize('flags, expected', [([], 1), (['--workers', '2'], 2)])
+def test_workers_that_are_asked_for_are_started(flags, expected, image_folder, tmp_path, monkeypatch):
+    """On one core, where the default is one."""
+    pytest.importorskip('matplotlib')
+    started = []
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {0}, raising=False)
+    monkeypatch.setattr(predict_module, 'DataLoader', lambda *args, num_workers, **kwargs: (
+        started.append(num_workers), DataLoader(*args, **kwargs))[1])
+    predict_command(tmp_path, image_folder / 'validation', '-b', '6', '--num-pictures', '1', *flags)
+    assert started == [expected]
 
 
 @pytest.mark.parametrize('args, message', [

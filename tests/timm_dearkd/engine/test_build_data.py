@@ -39,7 +39,8 @@ def test_options_of_streams_are_said_to_do_nothing(image_folder, caplog):
 
 
 @pytest.mark.parametrize('flags,processes,expected', [
-    ([], '1', 2), ([], '2', 1), ([], '8', 1), (['-j', '0'], '1', 0), (['-j', '3'], '1', 3)])
+    ([], '1', 2), ([], '2', 1), ([], '8', 1), (['-j', '0'], '1', 0), (['-j', '3'], '1', 3), (['-j', '4'], '1', 4),
+    (['--workers=4'], '2', 4)])
 def test_default_workers_are_no_more_than_cores(flags, processes, expected, monkeypatch):
     monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {0, 1}, raising=False)
     monkeypatch.setenv('LOCAL_WORLD_SIZE', processes)
