@@ -1,13 +1,9 @@
-"""Models on the Hugging Face Hub: push a run with its model card, and get weights that are what was pushed.
+"""Push a run to the Hugging Face Hub, with its model card.
 
     python -m timm_dearkd.hub push output/train/student --repo org/name [--private] [--dry-run]
-    python -m timm_dearkd.hub pull org/name
 """
 import argparse
 import contextlib
-import dataclasses
-import errno
-import hashlib
 import io
 import json
 import logging
@@ -16,7 +12,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path, PureWindowsPath
-from typing import Any, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, List, Optional, Sequence
 
 import timm
 from huggingface_hub import (
@@ -24,23 +20,9 @@ from huggingface_hub import (
     HfApi,
     ModelCard,
     ModelCardData,
-    constants,
-    hf_hub_download,
-    snapshot_download,
-    try_to_load_from_cache,
-)
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
-from timm.models import PretrainedCfg
-from timm.models._hub import HF_SAFE_WEIGHTS_NAME, hf_split
 
 import timm_dearkd  # noqa: F401  registers the architectures
 from distill_hooks.teacher import training_args
@@ -53,194 +35,16 @@ from timm_dearkd.engine.options import build_config_parser
 from timm_dearkd.engine.options import build_parser as build_train_parser
 from timm_dearkd.engine.output import save_folder
 from timm_dearkd.files import write_bytes
+from timm_dearkd.weights import HubError, hub_errors
 
-__all__ = ['HubError', 'download_weights', 'locate_weights', 'model_card', 'prepare_folder', 'pull', 'push']
+__all__ = ['model_card', 'prepare_folder', 'push']
 
-NAMESPACE_VARIABLE = 'TIMM_DEARKD_HUB'
 CITATION = '''@inproceedings{chen2022dearkd,
   title={DearKD: Data-Efficient Early Knowledge Distillation for Vision Transformers},
   author={Chen, Xianing and Cao, Qiong and Zhong, Yujie and Zhang, Jing and Gao, Shenghua and Tao, Dacheng},
   booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
   year={2022}
 }'''
-
-
-# Errors before a connection is made, by the names that the HTTP libraries of huggingface_hub give them
-_UNREACHABLE = {
-    'ConnectError', 'ConnectTimeout', 'ProxyError', 'NewConnectionError', 'NameResolutionError', 'gaierror',
-    'ConnectionRefusedError', 'OfflineModeIsEnabled'}
-
-
-class HubError(OSError):
-    """What the Hub can't do, in a line, with what to do about it."""
-
-
-def _split(repo: str) -> Tuple[str, Optional[str]]:
-    """Name and revision."""
-    if repo.count('@') > 1:
-        raise HubError(f'{repo!r} is not the name of a Hub repository. Expected ORG/NAME, or ORG/NAME@REVISION.')
-    return hf_split(repo)
-
-
-@contextlib.contextmanager
-def _hub_errors(repo: str) -> Iterator[None]:
-    """Turn the errors of the Hub's client into a `HubError` of one line."""
-    try:
-        yield
-    except HubError:
-        raise
-    except Exception as e:
-        chain: List[BaseException] = [e]
-        while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
-            chain.append(cause)
-        if isinstance(e, OSError) and e.errno in (errno.EACCES, errno.ENOSPC, errno.ENOTDIR, errno.EROFS, errno.EDQUOT):
-            raise HubError(f'{e}. Make room for the cache of the Hub, or set HF_HOME to another folder.') from e
-        modules = {cls.__module__.partition('.')[0] for error in chain for cls in type(error).__mro__}
-        if not isinstance(e, OSError) and not modules & {'huggingface_hub', 'httpx', 'httpx2', 'httpcore', 'requests'}:
-            raise
-        statuses = [getattr(getattr(error, 'response', None), 'status_code', None) for error in chain]
-        status = next((status for status in statuses if status is not None), None)
-        names = {cls.__name__ for error in chain for cls in type(error).__mro__}
-        is_offline = bool(names & _UNREACHABLE)
-        raise HubError(f'{repo!r} at {constants.ENDPOINT}: {_explain(e, status, is_offline)}') from e
-
-
-def _explain(error: Exception, status: Optional[int], is_offline: bool) -> str:
-    """Say in one line what went wrong, and what to do."""
-    reason = ' '.join(str(error).split())
-    if isinstance(error, HFValidationError):
-        return 'that is not the name of a Hub repository. Expected ORG/NAME.'
-    if isinstance(error, GatedRepoError):
-        return 'it asks for permission. Ask for it on its page, and log in with `hf auth login`.'
-    if isinstance(error, RevisionNotFoundError):
-        return 'it has no such revision. Check what is behind the @.'
-    if isinstance(error, RepositoryNotFoundError) or status == 401:
-        return (
-            'it does not exist, or is private, or you are not logged in. Check the name, and log in with'
-            ' `hf auth login` or by HF_TOKEN.')
-    if status == 403:
-        return 'the token has no right to do that (403). Make one with write access.'
-    if status is not None and status >= 500:
-        return f'the Hub answers with an error of its own ({status}). Try again later.'
-    if isinstance(error, LocalEntryNotFoundError):
-        return 'it can not be reached, and is not in the cache. Check the connection, or unset HF_HUB_OFFLINE.'
-    if isinstance(error, EntryNotFoundError):
-        return f'it is no timm model, for a file is missing. {reason}'
-    if status is not None:
-        return f'the Hub refuses ({status}). {reason}'
-    if is_offline:
-        return (
-            f'the Hub cannot be reached ({reason}). Check the network connection and HF_ENDPOINT, and unset'
-            ' HF_HUB_OFFLINE.')
-    return (
-        f'the transfer was cut off or took too long ({type(error).__name__}: {reason}). Try again;'
-        f' HF_HUB_DOWNLOAD_TIMEOUT sets how many seconds to wait ({constants.HF_HUB_DOWNLOAD_TIMEOUT}).')
-
-
-def _verify(path: Path) -> None:
-    """Remove a file of the Hub's cache that is not what its name says: the SHA-256 of a large file, git's of others.
-
-    Raises:
-        HubError: It was not.
-    """
-    blob = path.resolve()
-    if len(blob.name) not in (40, 64):
-        return
-    digest = hashlib.sha256() if len(blob.name) == 64 else hashlib.sha1(b'blob %d\0' % blob.stat().st_size)
-    with open(blob, 'rb') as f:
-        while chunk := f.read(2 ** 22):
-            digest.update(chunk)
-    if digest.hexdigest() != blob.name:
-        path.unlink()
-        blob.unlink(missing_ok=True)
-        raise HubError(
-            f'{path.name} arrived with another hash ({digest.hexdigest()[:12]}…) than the Hub names'
-            f' ({blob.name[:12]}…). It was removed from the cache. Try again.')
-
-
-def download_weights(
-        repo: str,
-        filename: str = HF_SAFE_WEIGHTS_NAME,
-        cache_dir: Optional[Union[str, Path]] = None,
-) -> Path:
-    """A file of a Hub repository, whose hash is checked when it is new in the cache.
-
-    Args:
-        repo: ORG/NAME, or ORG/NAME@REVISION.
-        filename: The file.
-        cache_dir: The Hub's cache; None is the user's.
-
-    Raises:
-        HubError: It can not be had, or is not what was pushed. The cache holds no broken file then.
-    """
-    name, revision = _split(repo)
-    with _hub_errors(repo):
-        cached = try_to_load_from_cache(name, filename, cache_dir=cache_dir, revision=revision)
-        path = Path(hf_hub_download(name, filename, revision=revision, cache_dir=cache_dir))
-        if str(path) != cached:
-            _verify(path)
-    return path
-
-
-def pull(repo: str, cache_dir: Optional[Union[str, Path]] = None) -> Path:
-    """All files of a Hub repository, as a folder of the cache that `local-dir:` loads, with their hashes checked.
-
-    Raises:
-        HubError: See `download_weights`; or there are no weights in it.
-    """
-    name, revision = _split(repo)
-    download_weights(repo, 'config.json', cache_dir)
-    with _hub_errors(repo):
-        folder = Path(snapshot_download(name, revision=revision, cache_dir=cache_dir))
-        for path in folder.rglob('*'):
-            if path.is_file():
-                _verify(path)
-    if not any(path.suffix in ('.safetensors', '.bin', '.pth') for path in folder.iterdir()):
-        raise HubError(
-            f'{repo} has no weights, or the Hub can not be reached and the cache has none. Check the connection, or'
-            ' unset HF_HUB_OFFLINE.')
-    return folder
-
-
-def locate_weights(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]] = None) -> PretrainedCfg:
-    """Where the pretrained weights of one of our models are: a pretrained configuration with a source.
-
-    Those of the recipes (`in1k_300e` and the like) come from the Hub namespace that the environment variable
-    TIMM_DEARKD_HUB names, for nobody has published any yet.
-
-    Args:
-        cfg: The model's.
-        cache_dir: The Hub's cache.
-
-    Raises:
-        HubError: See `download_weights`.
-        ValueError: There are no weights.
-    """
-    if not cfg.hf_hub_id:
-        namespace, tag = os.environ.get(NAMESPACE_VARIABLE), _recipe_tag(cfg)
-        name = f'{cfg.architecture}.{tag}'
-        if not namespace or not tag:
-            where = f' set {NAMESPACE_VARIABLE} to the Hub namespace that has {name},' if tag else ''
-            raise ValueError(
-                f'No weights of {cfg.architecture} are published. Train it with train.py,{where} or load a trained one:'
-                ' local-dir:FOLDER, hf-hub:ORG/NAME.')
-        cfg = dataclasses.replace(cfg, hf_hub_id=f'{namespace}/{name}', tag=tag)
-    try:
-        path = download_weights(str(cfg.hf_hub_id), cfg.hf_hub_filename or HF_SAFE_WEIGHTS_NAME, cache_dir)
-    except HubError as e:
-        cause, offline = e.__cause__, LocalEntryNotFoundError
-        if isinstance(cause, EntryNotFoundError) and not isinstance(cause, offline) and not cfg.hf_hub_filename:
-            return cfg  # it may have weights of another kind, which timm looks for
-        raise
-    return dataclasses.replace(cfg, file=str(path), source='')
-
-
-def _recipe_tag(cfg: PretrainedCfg) -> str:
-    """The tag of the recipe whose weights are meant; '' for a model that has no recipe."""
-    if cfg.tag and cfg.tag != 'untrained':
-        return cfg.tag
-    tags = [name.partition('.')[2] for name in timm.list_models(f'{cfg.architecture}.*', include_tags=True)]
-    return next((tag for tag in ('in1k_300e', 'in1k_300e_ft') if tag in tags), '')
 
 
 def model_card(run: Run, model: Any, repo: str, license: Optional[str] = None) -> ModelCard:
@@ -459,7 +263,7 @@ def push(run_folder: str, repo: str, private: bool = False, license: Optional[st
     folder = Path(run_folder) / 'hub'
     prepare_folder(run_folder, folder, repo, license)
     api = HfApi(library_name='timm-dearkd')
-    with _hub_errors(repo):
+    with hub_errors(repo):
         url = api.create_repo(repo, private=private, exist_ok=True)
         if private and not api.model_info(repo).private:
             raise HubError(
@@ -478,8 +282,6 @@ def build_parser() -> argparse.ArgumentParser:
     add('--private', action='store_true', help='make it private; refuse one that is public')
     add('--license', metavar='NAME', help="licence of the weights, by the Hub's name (the one in config.json, if any)")
     add('--dry-run', action='store_true', help='write the folder that would be pushed, RUN/hub, and push nothing')
-    add = commands.add_parser('pull', help='fetch a model, and check its hashes').add_argument
-    add('repo', metavar='ORG/NAME[@REVISION]')
     return parser
 
 
@@ -488,9 +290,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parser.parse_args(argv)
     hub_logging.set_verbosity_error()  # it logs every try
     logging.getLogger('timm').setLevel(logging.WARNING)
-    if args.command == 'pull':
-        print(pull(args.repo))
-    elif args.dry_run:
+    if args.dry_run:
         folder = Path(args.run) / 'hub'
         prepare_folder(args.run, folder, args.repo, args.license)
         print(folder)

@@ -22,6 +22,7 @@ from timm.models import (
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 from .attention import ConvAttention, grid_constants
+from .weights import locate_weights
 
 __all__ = ['DearKD', 'add_mhca']
 
@@ -203,7 +204,7 @@ def _cfg(**kwargs) -> Dict[str, Any]:
 
 
 def _cfgs(name: str, *tags: str, **kwargs: Any) -> Dict[str, Dict[str, Any]]:
-    """Configurations of an architecture, and of the weights that a recipe gives it; see `hub.locate_weights`."""
+    """Configurations of an architecture, and of the weights that a recipe gives it; see `weights.locate_weights`."""
     return {f'{name}.{tag}': _cfg(**kwargs) for tag in ('untrained', *tags)}
 
 
@@ -230,7 +231,6 @@ def _create_dearkd(variant: str, pretrained: bool = False, model_cls=DearKD, **k
         cfg = resolve_pretrained_cfg(
             variant, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None))
         if cfg.source == 'hf-hub' or not (cfg.file or cfg.url or cfg.state_dict):
-            from .hub import locate_weights  # here, for registering the names is to cost nothing else
             cfg = locate_weights(cfg, kwargs.get('cache_dir'))
         kwargs['pretrained_cfg'] = vars(cfg)
     return build_model_with_cfg(
