@@ -237,7 +237,7 @@ def fit(
     _logger.info(f'Training for {len(epochs)} epochs, up to {epochs.stop}. Output: {recorder.folder}')
     if not ranks.is_primary:
         logging.getLogger().setLevel(logging.WARNING)
-    if recorder.saver is not None:  # what a kill left by halves, or the best epoch of a run that went back
+    if recorder.saver is not None:  # after a kill between checkpoint and export
         complete_export(recorder.folder, recorder.export, recorder.export_ema)
     if len(start.rng_states) == ranks.world_size:
         set_rng_state(start.rng_states[ranks.rank], trainer.precision.device)

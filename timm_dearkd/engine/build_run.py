@@ -24,7 +24,6 @@ from .loop import Stepper, Trainer, Validator
 from .output import (
     AtomicCheckpointSaver,
     Position,
-    find_checkpoint,
     remove_recovery,
     trim_table,
     write_run_info,
@@ -209,11 +208,7 @@ def _build_saver(
         classes=classes,
     )
     if args.resume and os.path.dirname(os.path.abspath(args.resume)) == os.path.abspath(folder):
-        newest = find_checkpoint(folder)
-        if newest and os.path.samefile(args.resume, newest):
-            saver.load_state_dict_from_checkpoint(args.resume)
-        else:
-            saver.go_back_to(args.resume)
+        saver.load_state_dict_from_checkpoint(args.resume)
     else:
         remove_recovery(folder)  # of a run that has no other checkpoint
     return saver

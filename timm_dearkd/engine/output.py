@@ -104,35 +104,10 @@ class AtomicCheckpointSaver(CheckpointSaver):
         number = os.path.basename(path)[len(self.save_prefix) + 1:-len(self.extension)]
         return int(number) if number.isdecimal() else -1
 
-    def go_back_to(self, path: str) -> None:
-        """Make an earlier checkpoint of the run its last one, with the ranks and the best epoch as they were then.
-
-        The `checkpoint-N` of the epochs after it are removed, milestones stay. `last` is replaced in the end, so that
-        the same command completes what a kill left by halves.
-        """
-        remove_recovery(self.recovery_dir, but=path)
-        checkpoint = load_checkpoint_metadata(path)
-        if 'saver' in checkpoint:  # else it has weights alone
-            self._remove_after(path, checkpoint)
-        self.load_state_dict_from_checkpoint(path)
-        last = os.path.join(self.checkpoint_dir, 'last' + self.extension)
-        if os.path.abspath(path) != os.path.abspath(last):
-            self._duplicate(path, last)
-
-    def _remove_after(self, path: str, checkpoint: Dict[str, Any]) -> None:
-        """Remove the epochs after a checkpoint, and see that it has a place among those that are left."""
-        epoch, _ = _place(checkpoint)
-        for other in Path(self.checkpoint_dir).glob(f'{self.save_prefix}-*{self.extension}'):
-            if self._epoch_of(str(other)) >= epoch and not other.samefile(path):
-                other.unlink()
-        own = self._checkpoint_path(checkpoint['epoch'])
-        if 'progress' not in checkpoint and not os.path.exists(own):  # it made room for one that is gone now
-            self._duplicate(path, own)
-
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        """Restore the ranks, and put the best epoch that is left in place of a `model_best` that is none of them.
+        """Restore the ranks. Replace a `model_best` that is not the best epoch, as after a kill between the two files.
 
-        It removes the export, so that `complete_export` writes it again.
+        The exported student is removed with it, so that `complete_export` writes it again.
         """
         super().load_state_dict(state_dict)
         best = os.path.join(self.checkpoint_dir, 'model_best' + self.extension)
@@ -178,11 +153,10 @@ def _checkpoints(folder: str) -> List[Path]:
     return [path for path in sorted(Path(folder).glob('*.pth.tar')) if not path.name.endswith('tmp.pth.tar')]
 
 
-def remove_recovery(folder: str, but: str = '') -> None:
-    """Remove the checkpoints within epochs, but for one."""
+def remove_recovery(folder: str) -> None:
+    """Remove the checkpoints within epochs."""
     for path in _recovery_files(folder):
-        if not but or not path.samefile(but):
-            path.unlink()
+        path.unlink()
 
 
 def _place(checkpoint: Dict[str, Any]) -> Tuple[int, int]:
@@ -239,19 +213,30 @@ def read_classes(path: str) -> Classes:
 
 
 def refuse_to_overwrite(folder: str, resume: str) -> None:
-    """See that no run is begun over another one.
+    """Refuse to start a run in a folder that holds another one, or a later state of the same one.
 
     Args:
         folder: Output folder of the run.
-        resume: The checkpoint that it goes on from; '' for none.
+        resume: The checkpoint that the run is resumed from; '' for none.
 
     Raises:
-        ValueError: The folder has checkpoints, and this is none of them.
+        ValueError: If the folder has checkpoints, and `resume` is not the newest of them.
     """
-    goes_on = resume and os.path.dirname(os.path.abspath(resume)) == os.path.abspath(folder)
-    if not goes_on and _checkpoints(folder):
+    if not resume or os.path.dirname(os.path.abspath(resume)) != os.path.abspath(folder):
+        if _checkpoints(folder):
+            raise ValueError(
+                f'{folder!r} holds a run. Resume it with --resume auto, name another --experiment, or remove the'
+                ' folder.')
+        return
+    newest = find_checkpoint(folder)
+    try:
+        is_newest = _place(load_checkpoint_metadata(resume)) == _place(load_checkpoint_metadata(newest))
+    except Exception:  # `resume_run` tells what is wrong with the file
+        return
+    if not is_newest:
         raise ValueError(
-            f'{folder!r} holds a run. Go on with it by --resume auto, name another --experiment, or remove the folder.')
+            f'--resume {resume} is not the newest checkpoint of its run, {os.path.basename(newest)} is. Resume it in'
+            ' another --experiment, or set --resume auto.')
 
 
 # What a run may go on with otherwise, with nothing to be said about it

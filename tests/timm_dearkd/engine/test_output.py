@@ -17,6 +17,7 @@ from timm_dearkd.engine.output import (
     complete_export,
     export_model,
     find_checkpoint,
+    refuse_to_overwrite,
     resume_run,
 )
 
@@ -40,17 +41,11 @@ def test_ranks_that_are_forgotten_count_by_recency(tmp_path):
     assert torch.load(tmp_path / 'model_best.pth.tar', weights_only=True)['epoch'] == 12
 
 
-def save_epochs(saver, scores, first=0, milestones=()):
-    """Checkpoints of these epochs, each with its number in the weights, and one within epoch 1."""
-    for epoch, score in enumerate(scores, first):
+def save_epochs(saver, scores):
+    """Checkpoints of these epochs, each with its number in the weights."""
+    for epoch, score in enumerate(scores):
         torch.nn.init.constant_(saver.model.fc.bias, epoch)
-        if epoch == 1:
-            saver.run_state.update(progress=dict(update=5))
-            saver.save_recovery(epoch, 5)
-            saver.run_state.clear()
         saver.save_checkpoint(epoch, score)
-        if epoch + 1 in milestones:
-            saver.save_milestone(epoch + 1)
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/maps'), reason='looks at what Linux says is mapped')
@@ -74,48 +69,36 @@ def test_a_resumed_run_lets_go_of_its_checkpoint(tmp_path):
         assert path not in f.read()
 
 
-@pytest.mark.parametrize('hardlinks', [True, False])
-@pytest.mark.parametrize('name,history,best,later_best,kept', [
-    ('checkpoint-1', 10, (60., 1), (60., 1), [0, 1]),
-    ('recovery-1-5', 10, (50., 0), (59., 2), [0]),
-    ('milestone-2', 2, (60., 1), (60., 1), [1]),  # epochs that came after it took its place
-    ('milestone-3', 2, (55., 2), (59., 4), [2]),  # and that of epoch 1, which was better
-    ('checkpoint-9', 10, (60., 1), (60., 1), [0, 1, 9]),  # of epoch 1, by another name
-])
-def test_going_back_takes_the_best_epoch_along(name, history, best, later_best, kept, hardlinks, tmp_path):
-    """The best checkpoint and the exported student are none of the abandoned epochs, whose checkpoints go."""
-    def make():
-        model = timm.create_model('test_resnet', num_classes=3)
-        saver = AtomicCheckpointSaver(
-            model, torch.optim.SGD(model.parameters()), task=ClassificationTask(model), checkpoint_dir=str(tmp_path),
-            recovery_dir=str(tmp_path), max_history=history)
-        saver.can_hardlink = hardlinks
-        return saver
-
-    save_epochs(make(), [50., 60., 55., 80., 90.], milestones=(2, 3))
-    if name == 'checkpoint-9':
-        shutil.copy(tmp_path / 'checkpoint-1.pth.tar', tmp_path / 'checkpoint-9.pth.tar')
-    for other in ('config.json', 'checkpoint-4-mine.pth.tar'):
-        (tmp_path / other).touch()
-    path, exported = tmp_path / f'{name}.pth.tar', []
-    content, saver = path.read_bytes(), make()
-
-    def assert_best(expected):
-        assert (saver.best_metric, saver.best_epoch) == expected
-        assert torch.load(tmp_path / 'model_best.pth.tar', weights_only=True)['epoch'] == expected[1]
-
-    saver.go_back_to(str(path))
-    assert_best(best)
+def test_a_run_killed_before_the_best_checkpoint_was_replaced_has_it_when_resumed(tmp_path):
+    """The student is exported again from it."""
+    save_epochs(make_saver(tmp_path), [50., 60.])
+    shutil.copy(tmp_path / 'model_best.pth.tar', tmp_path / 'before')
+    saver = make_saver(tmp_path)
+    saver.load_state_dict_from_checkpoint(tmp_path / 'last.pth.tar')
+    torch.nn.init.constant_(saver.model.fc.bias, 2)
+    saver.save_checkpoint(2, 70.)
+    os.replace(tmp_path / 'before', tmp_path / 'model_best.pth.tar')
+    for name in ('config.json', 'model_best.safetensors'):
+        (tmp_path / name).touch()
+    saver, exported = make_saver(tmp_path), []
+    saver.load_state_dict_from_checkpoint(tmp_path / 'last.pth.tar')
+    assert (saver.best_metric, saver.best_epoch) == (70., 2)
+    assert torch.load(tmp_path / 'model_best.pth.tar', weights_only=True)['epoch'] == 2
     complete_export(str(tmp_path), lambda folder, state: exported.append(state['fc.bias'][0].item()), False)
-    assert exported == [best[1]]
-    assert sorted(int(p.name[11:-8]) for p in tmp_path.glob('checkpoint-?.pth.tar')) == kept
-    assert (tmp_path / 'checkpoint-4-mine.pth.tar').exists() and (tmp_path / 'milestone-3.pth.tar').exists()
-    assert path.read_bytes() == content == (tmp_path / 'last.pth.tar').read_bytes()
-    assert [p.stem for p in tmp_path.glob('recovery-*')] == [f'{name}.pth'] * name.startswith('recovery')
-    saver = make()  # the run is killed, and goes on from what it went back to
-    saver.load_state_dict_from_checkpoint(find_checkpoint(str(tmp_path)))
-    save_epochs(saver, [58., 59.], first=1 if name == 'recovery-1-5' else best[1] + 1)
-    assert_best(later_best)
+    assert exported == [2.]
+
+
+def test_only_the_newest_checkpoint_is_resumed_in_its_folder(tmp_path):
+    saver = make_saver(tmp_path)
+    save_epochs(saver, [50., 60., 55.])
+    for name in ('last', 'checkpoint-2'):
+        refuse_to_overwrite(str(tmp_path), str(tmp_path / f'{name}.pth.tar'))
+    for name in ('model_best', 'checkpoint-0'):
+        with pytest.raises(ValueError, match='is not the newest checkpoint of its run, last.pth.tar is. Resume it in'):
+            refuse_to_overwrite(str(tmp_path), str(tmp_path / f'{name}.pth.tar'))
+    refuse_to_overwrite(str(tmp_path / 'other'), str(tmp_path / 'checkpoint-0.pth.tar'))
+    with pytest.raises(ValueError, match='holds a run. Resume it with --resume auto'):
+        refuse_to_overwrite(str(tmp_path), '')
 
 
 @pytest.mark.parametrize('name', ['last', 'model_best'])
