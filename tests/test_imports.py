@@ -1,22 +1,76 @@
-"""One direction of imports: train.py, tools and engine, models, distill_hooks."""
-import pytest
-from conftest import run_python
+"""One direction of imports, as the source files have them, inside functions too."""
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from typing import Iterator, Tuple
 
-IMPORTS = """import importlib, pkgutil, sys
-for name in {names}:
-    package = importlib.import_module(name)
-    for module in pkgutil.iter_modules(getattr(package, '__path__', [])):
-        importlib.import_module(name + '.' + module.name)
-print(*sorted(sys.modules))"""
+ROOT = Path(__file__).parent.parent
+# Each room may import those of the lines above
+LEVELS = [
+    {'distill_hooks'},
+    {'_version', 'attention', 'commands', 'files', 'weights'},
+    {'distances', 'models'},
+    {'__init__'},
+    {'engine'},
+    {'analysis'},
+    {'data_free', 'export', 'hub'},
+    {'train'},
+    {'__main__'},
+]
+LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
 
 
-@pytest.mark.parametrize('names, not_imported', [
-    (['distill_hooks'], {'timm_dearkd'}),
-    (['timm_dearkd.engine'], {'timm_dearkd.analysis', 'timm_dearkd.train', 'timm_dearkd.hub'}),
-    (['timm_dearkd.distances', 'timm_dearkd.models'], {'timm_dearkd.engine', 'timm_dearkd.analysis'}),
-])
-def test_nothing_imports_upwards(names, not_imported):
-    result = run_python('-c', IMPORTS.format(names=names))
+def find_room(module: str) -> str:
+    """The room of a module of ours; '' for any other."""
+    package, _, rest = module.partition('.')
+    if package == 'distill_hooks':
+        return package
+    return (rest.partition('.')[0] or '__init__') if package == 'timm_dearkd' else ''
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    """Names of all modules that a source file imports; those that it imports names from, with the names, too."""
+    parts = path.relative_to(ROOT).with_suffix('').parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = '.'.join([*parts[:-node.level], *filter(None, [node.module])]) if node.level else node.module
+            for alias in node.names:
+                full = ROOT / base.replace('.', '/') / alias.name
+                is_module = full.with_suffix('.py').exists() or full.is_dir()
+                yield f'{base}.{alias.name}' if is_module else base
+
+
+def find_upward_imports() -> Iterator[Tuple[str, str]]:
+    for path in sorted(path for package in ('timm_dearkd', 'distill_hooks') for path in (ROOT / package).rglob('*.py')):
+        own = find_room('.'.join(path.relative_to(ROOT).with_suffix('').parts))
+        for module in imported_modules(path):
+            room = find_room(module)
+            if room and room != own and LEVEL[room] >= LEVEL[own]:
+                yield str(path.relative_to(ROOT)), module
+
+
+def test_nothing_imports_upwards():
+    assert list(find_upward_imports()) == []
+
+
+def test_an_upward_import_is_found(tmp_path, monkeypatch):
+    """Also one inside a function."""
+    monkeypatch.setitem(globals(), 'ROOT', tmp_path)
+    for name in ('engine/data.py', 'hub.py', 'models.py'):
+        (tmp_path / 'timm_dearkd' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'timm_dearkd' / name).touch()
+    (tmp_path / 'timm_dearkd' / 'models.py').write_text('def f():\n    from .hub import push\n    import timm')
+    (tmp_path / 'timm_dearkd' / 'engine' / 'data.py').write_text('from .. import hub, models\n')
+    assert sorted(find_upward_imports()) == [
+        ('timm_dearkd/engine/data.py', 'timm_dearkd.hub'), ('timm_dearkd/models.py', 'timm_dearkd.hub')]
+
+
+def test_the_names_are_registered_without_the_engine():
+    code = 'import sys, timm_dearkd; print(*sys.modules)'
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
-    imported = set(result.stdout.split())
-    assert set(names) <= imported and not not_imported & imported
+    rooms = {find_room(module) for module in result.stdout.split()} - {''}
+    assert rooms <= {'__init__', '_version', 'attention', 'models', 'weights'} and 'models' in rooms
