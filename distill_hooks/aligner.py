@@ -1,5 +1,5 @@
 """The aligner between transformer tokens and CNN feature maps (figure 3)."""
-from typing import Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -11,9 +11,9 @@ __all__ = ['Aligner']
 Size = Tuple[int, int]
 
 
-def interpolation_matrix(in_size: int, out_size: int, device=None, dtype=None) -> torch.Tensor:
+def interpolation_matrix(in_size: int, out_size: int, **dd: Any) -> torch.Tensor:
     """Return the weights (out_size, in_size) of linear interpolation along one axis."""
-    identity = torch.eye(in_size, device=device, dtype=dtype).unsqueeze(0)
+    identity = torch.eye(in_size, **dd).unsqueeze(0)
     return F.interpolate(identity, size=out_size, mode='linear')[0].T.contiguous()
 
 
@@ -44,11 +44,11 @@ class Aligner(nn.Module):
             relu: bool = True,
             in_size: Optional[Size] = None,
             out_size: Optional[Size] = None,
-            device=None,
-            dtype=None,
+            device: Optional[torch.device] = None,
+            dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: Dict[str, Any] = {'device': device, 'dtype': dtype}
         self.in_size, self.out_size = in_size, out_size
         if in_size is not None and out_size is not None:
             for name, sizes in (('rows', (in_size[0], out_size[0])), ('cols', (in_size[1], out_size[1]))):

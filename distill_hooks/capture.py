@@ -1,7 +1,7 @@
 """Feature maps of a model's modules, taken by forward hooks."""
 import difflib
 from functools import partial
-from typing import Dict, List, Sequence
+from typing import Any, Dict, List, Sequence
 
 import torch
 import torch.nn as nn
@@ -51,7 +51,7 @@ class FeatureCapture:
         # bound methods, which go along when the model is copied together with this object
         self._handles = [m.register_forward_hook(partial(self._keep, name)) for name, m in modules.items()]
 
-    def _keep(self, name: str, module: nn.Module, args, output) -> None:
+    def _keep(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         if self.enabled:
             self._features[name] = output
 
@@ -78,5 +78,5 @@ class FeatureCapture:
     def __enter__(self) -> 'FeatureCapture':
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: Any) -> None:
         self.close()

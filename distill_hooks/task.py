@@ -1,6 +1,6 @@
 """DearKD as a timm training task."""
 import logging
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, cast
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, cast
 
 import torch
 import torch.distributed as dist
@@ -107,11 +107,11 @@ class DearKDTrainable(nn.Module):
             student: VisionTransformer,
             blocks: Sequence[int] = (),
             specs: Sequence[FeatureSpec] = (),
-            device=None,
-            dtype=None,
+            device: Optional[torch.device] = None,
+            dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: Dict[str, Any] = {'device': device, 'dtype': dtype}
         self.student = student
         self.indices = sorted({block - 1 for block in blocks})
         self.sources = [self.indices.index(block - 1) for block in blocks]  # per aligner
@@ -131,11 +131,11 @@ class DearKDTrainable(nn.Module):
         self.aligners.requires_grad_(aligners)
         return changed
 
-    def no_weight_decay(self):
+    def no_weight_decay(self) -> Set[str]:
         names = self.student.no_weight_decay() if hasattr(self.student, 'no_weight_decay') else ()
         return {f'student.{name}' for name in names}
 
-    def group_matcher(self, coarse: bool = False):
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """Layer groups for layer decay: the student's own, and the branches with its last one."""
         groups = group_parameters(self.student, self.student.group_matcher(coarse=coarse), reverse=True)
         last = max(groups.values(), default=0)
@@ -296,7 +296,7 @@ class DearKDTask(TrainingTask):
             names.append('hidden_loss')
         return names + (['teacher_agreement'] if len(names) > 2 else [])
 
-    def _apply(self, fn, *args, **kwargs):
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> 'DearKDTask':
         result = super()._apply(fn, *args, **kwargs)
         if self.feature_std is not None:  # in float32, whatever the dtype
             self.feature_std = [std.to(self.device) for std in self.feature_std]

@@ -228,7 +228,7 @@ class Teacher(nn.Module):
         """Stay in eval mode, so that no BatchNorm statistic moves."""
         return super().train(False)
 
-    def compile(self, *args, **kwargs) -> None:
+    def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the forward, hooks included. Takes the arguments of `torch.compile`."""
         self._run = torch.compile(self._forward, *args, **kwargs)
         self._run_pooled = torch.compile(self._pooled, *args, **kwargs)

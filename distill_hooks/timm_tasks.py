@@ -33,12 +33,14 @@ class TimmTeacher(DistillationTeacher):
         self.teacher = teacher
         self.logits: Optional[torch.Tensor] = None
 
-    def compile(self, *args, compile_model: bool = True, compile_features: bool = False, **kwargs) -> 'TimmTeacher':
+    def compile(
+            self, *args: Any, compile_model: bool = True, compile_features: bool = False, **kwargs: Any,
+    ) -> 'TimmTeacher':
         """Compile the teacher. What is not called is not compiled, so timm's two switches change nothing."""
         self.teacher.compile(*args, **kwargs)
         return self
 
-    def normalize_input(self, input: torch.Tensor, student_mean=None, student_std=None) -> torch.Tensor:
+    def normalize_input(self, input: torch.Tensor, student_mean: Any = None, student_std: Any = None) -> torch.Tensor:
         """Return the student's input as it is."""
         return input
 

@@ -4,7 +4,7 @@ Paper: `DearKD: Data-Efficient Early Knowledge Distillation for Vision Transform
 https://arxiv.org/abs/2204.12997, equations 2 and 3.
 """
 import math
-from typing import Any, Final, Optional, Tuple, cast
+from typing import Any, Dict, Final, Optional, Tuple, cast
 
 import torch
 import torch.nn as nn
@@ -104,8 +104,8 @@ class AdaptiveRelPos(nn.Module):
             drop_mode: str = 'element',
             alpha: float = 1.,
             delta: str = 'grid',
-            device=None,
-            dtype=None,
+            device: Optional[torch.device] = None,
+            dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__()
         if drop_mode not in RPE_DROP_MODES:
@@ -114,7 +114,7 @@ class AdaptiveRelPos(nn.Module):
             raise ValueError(f'Unknown rpe delta {delta!r}, expected one of {", ".join(RPE_DELTAS)}.')
         if not 0. <= drop_rate < 1.:
             raise ValueError(f'rpe drop_rate is {drop_rate}, expected a rate in [0, 1).')
-        dd = {'device': device, 'dtype': dtype}
+        dd: Dict[str, Any] = {'device': device, 'dtype': dtype}
         self.num_heads = num_heads
         self.num_prefix_tokens = num_prefix_tokens
         self.drop_rate = drop_rate
@@ -195,13 +195,13 @@ class AdaptiveRelPos(nn.Module):
                     return node[0], node[1], node[2]
         return self.key_basis, self.query_basis, self.sq_steps
 
-    def _apply(self, fn, *args, **kwargs):
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> 'AdaptiveRelPos':
         """Follow device moves, but keep the grid constants in float32 (half precision could not hold |p|^2)."""
         result = super()._apply(fn, *args, **kwargs)
         self.set_grid_size(*self.grid_size)
         return result
 
-    def __getstate__(self):
+    def __getstate__(self) -> Dict[str, Any]:
         # copies and pickles start without the caches
         return {**self.__dict__, '_scores_cache': None, '_channels_cache': None, '_channels_key': None}
 
@@ -336,19 +336,23 @@ class _Append(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(qkv: torch.Tensor, query: torch.Tensor, key: torch.Tensor):
+    def forward(
+            qkv: torch.Tensor,
+            query: torch.Tensor,
+            key: torch.Tensor,
+    ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         size = (len(qkv), *query.shape)  # (B, heads, T, C)
         channels = (c.to(qkv.dtype).expand(size) for c in (query, key, torch.zeros_like(key)))
         q, k, v = (torch.cat([x.transpose(1, 2), c], dim=-1) for x, c in zip(qkv.unbind(2), channels))
         return q, k, v
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         qkv, query, _ = inputs
         ctx.dim, ctx.dtype = qkv.shape[-1], query.dtype
 
     @staticmethod
-    def backward(ctx, *grads: torch.Tensor):
+    def backward(ctx: Any, *grads: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, None]:
         grad_qkv = torch.cat([grad[..., :ctx.dim].transpose(1, 2) for grad in grads], dim=2)  # (B, T, 3 * heads, D)
         return grad_qkv.unflatten(2, (3, -1)), grads[0][..., ctx.dim:].sum(dim=0, dtype=ctx.dtype), None
 
@@ -470,9 +474,9 @@ class ConvAttention(Attention):
             rpe_drop_mode: str = 'element',
             rpe_alpha: float = 1.,
             rpe_delta: str = 'grid',
-            device=None,
-            dtype=None,
-            **kwargs,
+            device: Optional[torch.device] = None,
+            dtype: Optional[torch.dtype] = None,
+            **kwargs: Any,
     ) -> None:
         super().__init__(dim, num_heads, device=device, dtype=dtype, **kwargs)
         self.qk_norm = not isinstance(self.q_norm, nn.Identity)
@@ -506,7 +510,7 @@ class ConvAttention(Attention):
             attn.num_heads,
             attn_head_dim=attn.head_dim,
             dim_out=attn.proj.out_features,
-            device='meta',  # a shell, filled below
+            device=torch.device('meta'),  # a shell, filled below
         )
         for name, module in attn.named_children():
             setattr(mhca, name, module)

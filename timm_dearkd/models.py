@@ -130,13 +130,13 @@ class DearKD(MhcaMixin, VisionTransformer):
 
     def __init__(
             self,
-            *args,
+            *args: Any,
             num_mhca_blocks: int = 8,
             rpe_drop_rate: float = 0.,
             rpe_drop_mode: str = 'element',
             rpe_alpha: float = 1.,
             rpe_delta: str = 'grid',
-            **kwargs,
+            **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         _convert_blocks(
@@ -191,7 +191,7 @@ def add_mhca(
     return model
 
 
-def _cfg(**kwargs) -> Dict[str, Any]:
+def _cfg(**kwargs: Any) -> Dict[str, Any]:
     return {
         'url': '',
         'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': None,
@@ -225,7 +225,7 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def _create_dearkd(variant: str, pretrained: bool = False, model_cls=DearKD, **kwargs) -> DearKD:
+def _create_dearkd(variant: str, pretrained: bool = False, model_cls: Any = DearKD, **kwargs: Any) -> DearKD:
     out_indices = kwargs.pop('out_indices', 3)
     if pretrained:
         cfg = resolve_pretrained_cfg(
@@ -244,63 +244,63 @@ def _create_dearkd(variant: str, pretrained: bool = False, model_cls=DearKD, **k
 
 
 @register_model
-def dearkd_tiny_patch16_224(pretrained: bool = False, **kwargs) -> DearKD:
+def dearkd_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> DearKD:
     """DearKD-Ti: 5 M parameters."""
     model_args = dict(patch_size=16, embed_dim=192, depth=12, num_heads=12)
     return _create_dearkd('dearkd_tiny_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def dearkd_small_patch16_224(pretrained: bool = False, **kwargs) -> DearKD:
+def dearkd_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> DearKD:
     """DearKD-S: 22 M parameters."""
     model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=12)
     return _create_dearkd('dearkd_small_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def dearkd_base_patch16_224(pretrained: bool = False, **kwargs) -> DearKD:
+def dearkd_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> DearKD:
     """DearKD-B: 86 M parameters."""
     model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=16)
     return _create_dearkd('dearkd_base_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def dearkd_tiny_patch16_384(pretrained: bool = False, **kwargs) -> DearKD:
+def dearkd_tiny_patch16_384(pretrained: bool = False, **kwargs: Any) -> DearKD:
     """DearKD-Ti for 384x384 images."""
     model_args = dict(patch_size=16, embed_dim=192, depth=12, num_heads=12)
     return _create_dearkd('dearkd_tiny_patch16_384', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def dearkd_small_patch16_384(pretrained: bool = False, **kwargs) -> DearKD:
+def dearkd_small_patch16_384(pretrained: bool = False, **kwargs: Any) -> DearKD:
     """DearKD-S for 384x384 images."""
     model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=12)
     return _create_dearkd('dearkd_small_patch16_384', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def dearkd_base_patch16_384(pretrained: bool = False, **kwargs) -> DearKD:
+def dearkd_base_patch16_384(pretrained: bool = False, **kwargs: Any) -> DearKD:
     """DearKD-B for 384x384 images."""
     model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=16)
     return _create_dearkd('dearkd_base_patch16_384', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def dearkd_tiny_patch4_32(pretrained: bool = False, **kwargs) -> DearKD:
+def dearkd_tiny_patch4_32(pretrained: bool = False, **kwargs: Any) -> DearKD:
     """DearKD-Ti for CIFAR-sized images, 8x8 patches. Not in the paper."""
     model_args = dict(patch_size=4, embed_dim=192, depth=12, num_heads=12)
     return _create_dearkd('dearkd_tiny_patch4_32', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def dearkd_nano_patch4_32(pretrained: bool = False, **kwargs) -> DearKD:
+def dearkd_nano_patch4_32(pretrained: bool = False, **kwargs: Any) -> DearKD:
     """A DearKD for experiments on a CPU, 8x8 patches. Not in the paper."""
     model_args = dict(patch_size=4, embed_dim=96, depth=6, num_heads=12, num_mhca_blocks=4)
     return _create_dearkd('dearkd_nano_patch4_32', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def test_dearkd(pretrained: bool = False, **kwargs) -> DearKD:
+def test_dearkd(pretrained: bool = False, **kwargs: Any) -> DearKD:
     """DearKD for tests, as small as timm's test_vit."""
     model_args = dict(
         patch_size=16, embed_dim=64, depth=6, num_heads=2, mlp_ratio=3, num_mhca_blocks=4, dynamic_img_size=True)
@@ -316,7 +316,7 @@ def dearkd_from(
         rpe_drop_mode: str = 'element',
         rpe_alpha: float = 1.,
         rpe_delta: str = 'grid',
-        **kwargs,
+        **kwargs: Any,
 ) -> VisionTransformer:
     """Any timm `VisionTransformer` with MHCA in its first blocks, buildable by name.
 
@@ -341,7 +341,7 @@ def dearkd_from(
             cache_dir=kwargs.pop('cache_dir', None),
         )
 
-    def build(**model_kwargs) -> VisionTransformer:
+    def build(**model_kwargs: Any) -> VisionTransformer:
         model = timm.create_model(base, **base_kwargs, **model_kwargs)
         return add_mhca(
             cast(VisionTransformer, model), num_mhca_blocks, rpe_drop_rate, rpe_drop_mode, rpe_alpha, rpe_delta)
