@@ -82,7 +82,7 @@ def run_process(*args, **kwargs) -> subprocess.CompletedProcess:
 
 def run_python(*args, **kwargs) -> subprocess.CompletedProcess:
     """The same in a tenth of the time, for scripts and modules that nothing is special about: see `forked`."""
-    if args[0] == '-c' or kwargs or read_at_import() != AT_IMPORT:
+    if args[0] == '-c' or kwargs or read_at_import() != AT_IMPORT or not hasattr(os, 'fork'):
         return run_process(*args, **kwargs)
     return run_forked([str(arg) for arg in args], environment(), ROOT, timeout=500)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Dict, Sequence
 
 TESTS = Path(__file__).resolve().parent
-CONTEXT = multiprocessing.get_context('forkserver')
 # Not the project's own modules, so that scripts have to import them. A name that is not there is passed over.
 PRELOAD = ['torch', 'torch.distributed', 'torchvision', 'timm.optim']
 
@@ -60,10 +59,11 @@ def run_forked(
     Raises:
         subprocess.TimeoutExpired: It, or what it has started, ran for longer, and was killed.
     """
-    CONTEXT.set_forkserver_preload(PRELOAD)
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(PRELOAD)
     command = [sys.executable, *args]
     with tempfile.TemporaryDirectory() as folder:
-        process = CONTEXT.Process(target=_script, args=(args, environment, cwd, Path(folder)))
+        process = context.Process(target=_script, args=(args, environment, cwd, Path(folder)))
         process.start()
         try:
             process.join(timeout)
