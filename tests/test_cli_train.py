@@ -302,7 +302,7 @@ def test_starting_from_an_exported_model(run, train_cli, tmp_path):
 def test_an_exported_model_without_its_weights_is_said(train_cli, cnn, tmp_path):
     result = train_cli('--model', f'local-dir:{cnn}', '--epochs', '1', '--output', tmp_path, '--experiment', 'x')
     assert result.returncode == 0, result.stderr
-    assert 'gives its architecture alone, with new weights. For its own: --pretrained' in result.stderr
+    assert 'gives only the architecture. The weights are new. To load its weights, add --pretrained.' in result.stderr
 
 
 def test_the_first_head_weights_of_both_heads(image_folder, tmp_path, monkeypatch):
