@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Dict, Sequence
+from typing import Dict, Optional, Sequence, Tuple
 
 TESTS = Path(__file__).resolve().parent
 # Not the project's own modules, so that scripts have to import them. A name that is not there is passed over.
@@ -48,36 +48,48 @@ def _has_processes(group: int) -> bool:
     return True
 
 
-def run_forked(
-        args: Sequence[str],
-        environment: Dict[str, str],
-        cwd: Path,
-        timeout: float,
-) -> subprocess.CompletedProcess:
-    """See `subprocess.run`. The script is to leave no process behind.
+class ForkedProcess:
+    """The part of `subprocess.Popen` that tests use, for a script that leaves no process behind."""
 
-    Raises:
-        subprocess.TimeoutExpired: It, or what it has started, ran for longer, and was killed.
-    """
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(PRELOAD)
-    command = [sys.executable, *args]
-    with tempfile.TemporaryDirectory() as folder:
-        process = context.Process(target=_script, args=(args, environment, cwd, Path(folder)))
-        process.start()
+    def __init__(self, args: Sequence[str], environment: Dict[str, str], cwd: Path) -> None:
+        context = multiprocessing.get_context('forkserver')
+        context.set_forkserver_preload(PRELOAD)
+        self.args = [sys.executable, *args]
+        self._folder = tempfile.TemporaryDirectory()
+        self._process = context.Process(target=_script, args=(args, environment, cwd, Path(self._folder.name)))
+        self._process.start()
+        self.pid: int = self._process.pid
+
+    def poll(self) -> Optional[int]:
+        """Return the exit status; None while the script runs."""
+        return self._process.exitcode
+
+    @property
+    def returncode(self) -> Optional[int]:
+        """See `poll`."""
+        return self._process.exitcode
+
+    def communicate(self, timeout: float = 500) -> Tuple[str, str]:
+        """Wait for the end of the script, and return its standard output and standard error.
+
+        Raises:
+            subprocess.TimeoutExpired: If the script, or a process that it started, runs for longer. It is killed.
+        """
         try:
-            process.join(timeout)
+            self._process.join(timeout)
             ended = time.monotonic()
-            while process.exitcode is not None and _has_processes(process.pid) and time.monotonic() < ended + 10:
+            while self.poll() is not None and _has_processes(self.pid) and time.monotonic() < ended + 10:
                 time.sleep(0.05)
         finally:
-            is_over = process.exitcode is not None and not _has_processes(process.pid)
+            is_over = self.poll() is not None and not _has_processes(self.pid)
             if not is_over:
-                process.kill()
-                process.join()
-                if _has_processes(process.pid):
-                    os.killpg(process.pid, signal.SIGKILL)
-        out, err = (Path(folder, name).read_text() for name in ('out', 'err'))
-    if not is_over:
-        raise subprocess.TimeoutExpired(command, timeout, out, err)
-    return subprocess.CompletedProcess(command, process.exitcode, out, err)
+                self._process.kill()
+                self._process.join()
+                if _has_processes(self.pid):
+                    os.killpg(self.pid, signal.SIGKILL)
+        out, err = (path.read_text() if path.exists() else '' for path in (
+            Path(self._folder.name, name) for name in ('out', 'err')))
+        self._folder.cleanup()
+        if not is_over:
+            raise subprocess.TimeoutExpired(self.args, timeout, out, err)
+        return out, err
