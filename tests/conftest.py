@@ -81,16 +81,21 @@ def run_process(*args, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def start_forked(*args, **environment):
-    """Start a script or module in a process, and a process group, that need not import torch: see `forked`."""
-    return ForkedProcess([str(arg) for arg in args], {**environment_of_commands(), **environment}, ROOT)
+def start_forked(*args, fresh=(), **environment):
+    """Start a Python command in a process, and a process group, that need not import torch: see `forked`."""
+    return ForkedProcess([str(arg) for arg in args], {**environment_of_commands(), **environment}, ROOT, fresh)
 
 
 def run_python(*args, **kwargs) -> subprocess.CompletedProcess:
     """`run_process` in a tenth of the time, for scripts and modules that nothing is special about: see `forked`."""
     if args[0] == '-c' or kwargs or read_at_import() != AT_IMPORT or not hasattr(os, 'fork'):
         return run_process(*args, **kwargs)
-    process = start_forked(*args)
+    return run_forked(*args)
+
+
+def run_forked(*args, **kwargs) -> subprocess.CompletedProcess:
+    """Run what `start_forked` starts."""
+    process = start_forked(*args, **kwargs)
     out, err = process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 

@@ -15,8 +15,8 @@ TESTS = Path(__file__).resolve().parent
 PRELOAD = ['torch', 'torch.distributed', 'torchvision', 'timm.optim']
 
 
-def _script(args: Sequence[str], environment: Dict[str, str], cwd: Path, folder: Path) -> None:
-    """Be `python ARGS`, a file or with -m; but no exit handler runs in the end, and all hash strings alike."""
+def _script(args: Sequence[str], environment: Dict[str, str], cwd: Path, folder: Path, fresh: Sequence[str]) -> None:
+    """Be `python ARGS`, a file, -m or -c; but no exit handler runs in the end, and all hash strings alike."""
     os.setsid()
     for fd, name in ((1, 'out'), (2, 'err')):
         with open(folder / name, 'wb') as f:
@@ -30,7 +30,13 @@ def _script(args: Sequence[str], environment: Dict[str, str], cwd: Path, folder:
     np.random.seed()
     torch.set_num_threads(int(environment['OMP_NUM_THREADS']))
     sys.path[:] = [path for path in sys.path if not Path(path).resolve().is_relative_to(TESTS)]
-    if args[0] == '-m':
+    for name in list(sys.modules):
+        if name.partition('.')[0] in fresh:
+            del sys.modules[name]
+    if args[0] == '-c':
+        sys.argv[:] = ['-c', *args[2:]]
+        exec(compile(args[1], '<string>', 'exec'), vars(sys.modules['__main__']))
+    elif args[0] == '-m':
         sys.path.insert(0, str(cwd))
         sys.argv[:] = args[1:]
         runpy.run_module(args[1], run_name='__main__', alter_sys=True)
@@ -49,14 +55,22 @@ def _has_processes(group: int) -> bool:
 
 
 class ForkedProcess:
-    """The part of `subprocess.Popen` that tests use, for a script that leaves no process behind."""
+    """The part of `subprocess.Popen` that tests use, for a script that leaves no process behind.
 
-    def __init__(self, args: Sequence[str], environment: Dict[str, str], cwd: Path) -> None:
+    Args:
+        args: Arguments of Python.
+        environment: Its variables.
+        cwd: Its working directory.
+        fresh: Packages to import again, because they read variables when they are imported.
+    """
+
+    def __init__(self, args: Sequence[str], environment: Dict[str, str], cwd: Path, fresh: Sequence[str] = ()) -> None:
         context = multiprocessing.get_context('forkserver')
         context.set_forkserver_preload(PRELOAD)
         self.args = [sys.executable, *args]
         self._folder = tempfile.TemporaryDirectory()
-        self._process = context.Process(target=_script, args=(args, environment, cwd, Path(self._folder.name)))
+        self._process = context.Process(
+            target=_script, args=(args, environment, cwd, Path(self._folder.name), fresh))
         self._process.start()
         self.pid: int = self._process.pid
 

@@ -1,4 +1,5 @@
 """Runs that are stopped, killed and resumed, against the run that never was."""
+import contextlib
 import csv
 import importlib
 import os
@@ -121,16 +122,24 @@ def test_a_signal_in_the_evaluation(exact_cli, whole, tmp_path):
     assert all(value.equal(theirs[name]) for name, value in ours.items())
 
 
+def half_written(folder):
+    """Temporary files of checkpoints, each with its time."""
+    found = set()
+    for pattern in ('tmp*', 'recovery_tmp*'):
+        for path in folder.glob(pattern):
+            with contextlib.suppress(FileNotFoundError):
+                found.add((path, path.stat().st_mtime_ns))
+    return found
+
+
 def test_killed_while_writing(exact_cli, whole, tmp_path):
     """Whatever was being written, what is there is whole."""
     command = ('--output', tmp_path, '--experiment', 'run', '--resume', 'auto', '--recovery-interval', '1')
     for count in range(6):
         process = exact_cli(*command, start=start_forked)
-        seen, end = set((tmp_path / 'run').glob('*')), time.monotonic() + 60
-        while not any(p.name.startswith(('tmp', 'recovery_tmp')) and p not in seen
-                      for p in (tmp_path / 'run').glob('*')) and time.monotonic() < end:
-            if process.poll() is not None:
-                break
+        seen, end = half_written(tmp_path / 'run'), time.monotonic() + 60
+        while not half_written(tmp_path / 'run') - seen and time.monotonic() < end and process.poll() is None:
+            time.sleep(0.0005)
         time.sleep(0.003 * count)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

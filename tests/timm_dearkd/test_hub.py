@@ -12,7 +12,7 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from conftest import ROOT, SMALL, run_python
+from conftest import ROOT, SMALL, run_forked, run_python
 from huggingface_hub import HfApi, ModelCard, constants
 
 import timm_dearkd  # noqa: F401
@@ -51,7 +51,7 @@ def user(hub, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             for name, value in environment.items():
                 patch.setenv(name, value)
-            return run_python(*args)
+            return run_forked(*args, fresh=('huggingface_hub', 'timm'))  # which read the variables at import
     return run
 
 
