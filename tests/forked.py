@@ -8,16 +8,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Dict, Sequence
+from typing import Dict, Optional, Sequence, Tuple
 
 TESTS = Path(__file__).resolve().parent
-CONTEXT = multiprocessing.get_context('forkserver')
 # Not the project's own modules, so that scripts have to import them. A name that is not there is passed over.
 PRELOAD = ['torch', 'torch.distributed', 'torchvision', 'timm.optim']
 
 
-def _script(args: Sequence[str], environment: Dict[str, str], cwd: Path, folder: Path) -> None:
-    """Be `python ARGS`, a file or with -m; but no exit handler runs in the end, and all hash strings alike."""
+def _script(args: Sequence[str], environment: Dict[str, str], cwd: Path, folder: Path, fresh: Sequence[str]) -> None:
+    """Be `python ARGS`, a file, -m or -c; but no exit handler runs in the end, and all hash strings alike."""
     os.setsid()
     for fd, name in ((1, 'out'), (2, 'err')):
         with open(folder / name, 'wb') as f:
@@ -31,7 +30,13 @@ def _script(args: Sequence[str], environment: Dict[str, str], cwd: Path, folder:
     np.random.seed()
     torch.set_num_threads(int(environment['OMP_NUM_THREADS']))
     sys.path[:] = [path for path in sys.path if not Path(path).resolve().is_relative_to(TESTS)]
-    if args[0] == '-m':
+    for name in list(sys.modules):
+        if name.partition('.')[0] in fresh:
+            del sys.modules[name]
+    if args[0] == '-c':
+        sys.argv[:] = ['-c', *args[2:]]
+        exec(compile(args[1], '<string>', 'exec'), vars(sys.modules['__main__']))
+    elif args[0] == '-m':
         sys.path.insert(0, str(cwd))
         sys.argv[:] = args[1:]
         runpy.run_module(args[1], run_name='__main__', alter_sys=True)
@@ -49,35 +54,56 @@ def _has_processes(group: int) -> bool:
     return True
 
 
-def run_forked(
-        args: Sequence[str],
-        environment: Dict[str, str],
-        cwd: Path,
-        timeout: float,
-) -> subprocess.CompletedProcess:
-    """See `subprocess.run`. The script is to leave no process behind.
+class ForkedProcess:
+    """The part of `subprocess.Popen` that tests use, for a script that leaves no process behind.
 
-    Raises:
-        subprocess.TimeoutExpired: It, or what it has started, ran for longer, and was killed.
+    Args:
+        args: Arguments of Python.
+        environment: Its variables.
+        cwd: Its working directory.
+        fresh: Packages to import again, because they read variables when they are imported.
     """
-    CONTEXT.set_forkserver_preload(PRELOAD)
-    command = [sys.executable, *args]
-    with tempfile.TemporaryDirectory() as folder:
-        process = CONTEXT.Process(target=_script, args=(args, environment, cwd, Path(folder)))
-        process.start()
+
+    def __init__(self, args: Sequence[str], environment: Dict[str, str], cwd: Path, fresh: Sequence[str] = ()) -> None:
+        context = multiprocessing.get_context('forkserver')
+        context.set_forkserver_preload(PRELOAD)
+        self.args = [sys.executable, *args]
+        self._folder = tempfile.TemporaryDirectory()
+        self._process = context.Process(
+            target=_script, args=(args, environment, cwd, Path(self._folder.name), fresh))
+        self._process.start()
+        self.pid: int = self._process.pid
+
+    def poll(self) -> Optional[int]:
+        """Return the exit status; None while the script runs."""
+        return self._process.exitcode
+
+    @property
+    def returncode(self) -> Optional[int]:
+        """See `poll`."""
+        return self._process.exitcode
+
+    def communicate(self, timeout: float = 500) -> Tuple[str, str]:
+        """Wait for the end of the script, and return its standard output and standard error.
+
+        Raises:
+            subprocess.TimeoutExpired: If the script, or a process that it started, runs for longer. It is killed.
+        """
         try:
-            process.join(timeout)
+            self._process.join(timeout)
             ended = time.monotonic()
-            while process.exitcode is not None and _has_processes(process.pid) and time.monotonic() < ended + 10:
+            while self.poll() is not None and _has_processes(self.pid) and time.monotonic() < ended + 10:
                 time.sleep(0.05)
         finally:
-            is_over = process.exitcode is not None and not _has_processes(process.pid)
+            is_over = self.poll() is not None and not _has_processes(self.pid)
             if not is_over:
-                process.kill()
-                process.join()
-                if _has_processes(process.pid):
-                    os.killpg(process.pid, signal.SIGKILL)
-        out, err = (Path(folder, name).read_text() for name in ('out', 'err'))
-    if not is_over:
-        raise subprocess.TimeoutExpired(command, timeout, out, err)
-    return subprocess.CompletedProcess(command, process.exitcode, out, err)
+                self._process.kill()
+                self._process.join()
+                if _has_processes(self.pid):
+                    os.killpg(self.pid, signal.SIGKILL)
+        out, err = (path.read_text() if path.exists() else '' for path in (
+            Path(self._folder.name, name) for name in ('out', 'err')))
+        self._folder.cleanup()
+        if not is_over:
+            raise subprocess.TimeoutExpired(self.args, timeout, out, err)
+        return out, err

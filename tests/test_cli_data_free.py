@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import run_process, run_python, start_python
+from conftest import run_process, run_python, run_ranks, start_forked
 from PIL import Image
 
 from timm_dearkd.commands import run_command
@@ -86,7 +86,7 @@ def test_probabilities_are_those_of_the_files(whole, cnn):
 
 def test_killed_and_resumed(whole, make, tmp_path):
     out = tmp_path / 'images'
-    process = make(out, '--num-images', '24', run=start_python)
+    process = make(out, '--num-images', '24', run=start_forked)
     while not (out / 'batches' / '000000.json').exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
@@ -100,9 +100,7 @@ def test_killed_and_resumed(whole, make, tmp_path):
 
 
 def test_two_processes_make_the_same_images(whole, make, tmp_path):
-    result = make(
-        tmp_path / 'images', '--num-images', '24',
-        launcher=('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2'))
+    result = make(tmp_path / 'images', '--num-images', '24', run=run_ranks)
     assert result.returncode == 0, result.stderr
     assert pixels(tmp_path / 'images') == pixels(whole[0])
 

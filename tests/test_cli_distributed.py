@@ -1,4 +1,7 @@
-"""train.py under torchrun: two processes on the CPU, against one with twice the batch."""
+"""train.py in two processes on the CPU, against one with twice the batch.
+
+torchrun starts them where signals or the end of a process matter, `run_ranks` elsewhere.
+"""
 import csv
 import json
 import os
@@ -8,7 +11,7 @@ import time
 import pytest
 import timm
 import torch
-from conftest import SMALL, run_python, start_python
+from conftest import SMALL, run_python, run_ranks, start_python
 
 import timm_dearkd  # noqa: F401
 
@@ -53,7 +56,7 @@ def assert_close(folder, other):
 def test_two_processes_are_one_with_twice_the_batch(stage2, train_cli, command, tmp_path):
     """Across the stage change, with an average of weights and clipped gradients."""
     for name, args in (
-        ('one', dict(args=['-b', '8'])), ('two', dict(args=['-b', '4'], launcher=TORCHRUN))):
+        ('one', dict(args=['-b', '8'])), ('two', dict(args=['-b', '4'], start=run_ranks))):
         result = train_cli(
             *command, '--dearkd-stage2', stage2, '--clip-grad', '1', '--opt', 'sgd', '--lr', '0.005', *args.pop('args'),
             '--output', tmp_path, '--experiment', name, **args)
@@ -67,7 +70,7 @@ def test_two_processes_are_one_with_twice_the_batch(stage2, train_cli, command, 
 
 def test_accumulation_in_two_processes(train_cli, command, tmp_path):
     for name, args in (('one', dict(args=['-b', '12'])), (
-            'two', dict(args=['-b', '2', '--grad-accum-steps', '3'], launcher=TORCHRUN))):
+            'two', dict(args=['-b', '2', '--grad-accum-steps', '3'], start=run_ranks))):
         result = train_cli(  # the features' deviation would be that of the first batch, before any is added up
             *command, '--epochs', '2', '--dearkd-stage1-epochs', '1', '--opt', 'sgd', '--lr', '0.005',
             '--no-dearkd-normalize-features', '--dearkd-beta', '1', *args.pop('args'), '--output', tmp_path,
@@ -91,7 +94,7 @@ def test_resuming_with_another_number_of_processes(train_cli, command, tmp_path)
     assert err.count('Interrupted by SIGTERM') == 2, err
     epoch, update = sorted(p.name for p in (tmp_path / 'changing').glob('recovery-*'))[-1].split('-')[1:]
     assert (epoch, update) > ('1', '2')
-    for args in (dict(args=['-b', '8', '--stop-epoch', '3']), dict(args=['-b', '4'], launcher=TORCHRUN)):
+    for args in (dict(args=['-b', '8', '--stop-epoch', '3']), dict(args=['-b', '4'], start=run_ranks)):
         result = train_cli(*command, *common, 'changing', *args.pop('args'), **args)
         assert result.returncode == 0, result.stderr
     assert_close(tmp_path / 'changing', tmp_path / 'one')
@@ -102,7 +105,7 @@ def test_several_sizes_in_two_processes(train_cli, tmp_path):
     result = train_cli(
         '--model', 'test_dearkd', '--img-size', '64', '--train-img-sizes', '32', '48', '--epochs', '2',
         '--val-interval', '2', '--track-attention-distance', '--log-interval', '1', '-b', '4', '--output', tmp_path,
-        '--experiment', 'x', launcher=TORCHRUN)
+        '--experiment', 'x', start=run_ranks)
     assert result.returncode == 0, result.stderr
     assert '[   6/6 (100%)]' in result.stderr
 
@@ -111,7 +114,7 @@ def test_a_plain_cnn_in_two_processes(train_cli, tmp_path):
     """BatchNorm statistics are averaged; validation counts each image once."""
     result = train_cli(
         '--model', 'test_resnet', '-b', '4', '-vb', '5', '--output', tmp_path, '--experiment', 'x',
-        launcher=TORCHRUN)
+        start=run_ranks)
     assert result.returncode == 0, result.stderr
     evaluation = train_cli(
         '--model', 'test_resnet', '-vb', '5', '--eval-only', '--initial-checkpoint', tmp_path / 'x' / 'last.pth.tar')
@@ -123,7 +126,7 @@ def test_a_plain_cnn_in_two_processes(train_cli, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_both(train_cli, tmp_path):
     result = train_cli(
-        '--opt', 'sgd', '--lr', '1e30', '--output', tmp_path, '--experiment', 'x', launcher=TORCHRUN)
+        '--opt', 'sgd', '--lr', '1e30', '--output', tmp_path, '--experiment', 'x', start=run_ranks)
     assert result.returncode != 0 and result.stderr.count('Loss not finite') == 2
 
 

@@ -1,4 +1,5 @@
 """Runs that are stopped, killed and resumed, against the run that never was."""
+import contextlib
 import csv
 import importlib
 import os
@@ -9,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import SMALL, start_python
+from conftest import SMALL, start_forked
 
 EXACT = (
     '--epochs', '3', '--dearkd-stage1-epochs', '1', '--mixup', '0.5', '--cutmix', '0.5', '--aa', 'rand-m9-mstd0.5-inc1',
@@ -81,7 +82,7 @@ def test_sigkill_at_any_moment(workers, exact_cli, whole, tmp_path):
         '--workers', workers, '--output', tmp_path, '--experiment', 'run', '--resume', 'auto', '--recovery-interval',
         '2')
     for name in ('recovery-0-4', 'recovery-1-2', 'recovery-2-4'):
-        process = exact_cli(*command, start=start_python)
+        process = exact_cli(*command, start=start_forked)
         wait_for(tmp_path / 'run' / f'{name}.pth.tar', process)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
@@ -95,7 +96,7 @@ def test_sigkill_at_any_moment(workers, exact_cli, whole, tmp_path):
 def test_signals_end_the_run_at_a_checkpoint(signum, to_group, exact_cli, whole, tmp_path):
     """Sent to the process, or to its loader's processes too; the run goes on exactly."""
     command = ('--workers', '2', '--output', tmp_path, '--experiment', 'run', '--resume', 'auto')
-    process = exact_cli(*command, start=start_python)
+    process = exact_cli(*command, start=start_forked)
     wait_for(tmp_path / 'run' / 'last.pth.tar', process)
     (os.killpg if to_group else os.kill)(process.pid, signum)
     _, err = process.communicate(timeout=60)
@@ -111,7 +112,7 @@ def test_a_signal_in_the_evaluation(exact_cli, whole, tmp_path):
     """It is left at once; the epoch goes on with it, exactly."""
     command = (
         '-vb', '1', '--recovery-interval', '6', '--output', tmp_path, '--experiment', 'run', '--resume', 'auto')
-    process = exact_cli(*command, start=start_python)
+    process = exact_cli(*command, start=start_forked)
     wait_for(tmp_path / 'run' / 'recovery-0-6.pth.tar', process)
     os.kill(process.pid, signal.SIGTERM)
     _, err = process.communicate(timeout=60)
@@ -121,16 +122,24 @@ def test_a_signal_in_the_evaluation(exact_cli, whole, tmp_path):
     assert all(value.equal(theirs[name]) for name, value in ours.items())
 
 
+def half_written(folder):
+    """Temporary files of checkpoints, each with its time."""
+    found = set()
+    for pattern in ('tmp*', 'recovery_tmp*'):
+        for path in folder.glob(pattern):
+            with contextlib.suppress(FileNotFoundError):
+                found.add((path, path.stat().st_mtime_ns))
+    return found
+
+
 def test_killed_while_writing(exact_cli, whole, tmp_path):
     """Whatever was being written, what is there is whole."""
     command = ('--output', tmp_path, '--experiment', 'run', '--resume', 'auto', '--recovery-interval', '1')
     for count in range(6):
-        process = exact_cli(*command, start=start_python)
-        seen, end = set((tmp_path / 'run').glob('*')), time.monotonic() + 60
-        while not any(p.name.startswith(('tmp', 'recovery_tmp')) and p not in seen
-                      for p in (tmp_path / 'run').glob('*')) and time.monotonic() < end:
-            if process.poll() is not None:
-                break
+        process = exact_cli(*command, start=start_forked)
+        seen, end = half_written(tmp_path / 'run'), time.monotonic() + 60
+        while not half_written(tmp_path / 'run') - seen and time.monotonic() < end and process.poll() is None:
+            time.sleep(0.0005)
         time.sleep(0.003 * count)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -297,7 +297,7 @@ def test_starting_from_an_exported_model(run, train_cli, tmp_path):
 def test_an_exported_model_without_its_weights_is_said(train_cli, cnn, tmp_path):
     result = train_cli('--model', f'local-dir:{cnn}', '--epochs', '1', '--output', tmp_path, '--experiment', 'x')
     assert result.returncode == 0, result.stderr
-    assert 'gives its architecture alone, with new weights. For its own: --pretrained' in result.stderr
+    assert 'gives only the architecture. The weights are new. To load its weights, add --pretrained.' in result.stderr
 
 
 def test_the_first_head_weights_of_both_heads(image_folder, tmp_path, monkeypatch):
@@ -604,7 +604,7 @@ def test_a_teacher_is_matched_by_the_names_of_its_classes(train_cli, cnn, tmp_pa
         result = train_cli(*args, '--epochs', '1')
         assert result.returncode == 0, result.stderr
         assert ('found by name' in result.stderr) == (args in (turned, more))
-        assert ("no class 'blue sky'" in result.stderr and "it is 'a' there" in result.stderr) == (args is other)
+        assert ("no class 'blue sky'" in result.stderr and "where 'blue sky' is 'a'" in result.stderr) == (args is other)
         (row,), (expected,) = rows(tmp_path / args[-1]), rows(tmp_path / 'same run')
         assert row['train_teacher_agreement'] == expected['train_teacher_agreement']
         assert row == expected or args is more  # whose head takes more random numbers to make

@@ -135,7 +135,7 @@ def test_errors_are_found_before_training(kind):
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_checkpoint_knows_its_teacher(kind):
-    """Weights, projection and average go on; another teacher or class map is refused; older files have no teacher."""
+    """Restores weights, projection and average. Refuses another teacher or class map. Older files have no teacher."""
     def task(teacher=None, class_map=None):
         made = make(kind, teacher=teacher or make_teacher('test_convnext'), teacher_class_map=class_map)
         made.setup_ema(decay=0.5)

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import socket
 import sys
 
 import pytest
@@ -11,7 +12,7 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from conftest import ROOT, SMALL, run_python
+from conftest import ROOT, SMALL, run_forked, run_python
 from huggingface_hub import HfApi, ModelCard, constants
 
 import timm_dearkd  # noqa: F401
@@ -50,7 +51,7 @@ def user(hub, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             for name, value in environment.items():
                 patch.setenv(name, value)
-            return run_python(*args)
+            return run_forked(*args, fresh=('huggingface_hub', 'timm'))  # which read the variables at import
     return run
 
 
@@ -113,8 +114,9 @@ def test_the_card_is_that_of_the_run(run_folder):
 
 
 def test_no_licence_is_claimed_that_nobody_gave(run_folder, cnn, image_folder, tmp_path):
-    """Neither that of our code, nor that of timm's; one that the user gave goes on to a run from those weights."""
+    """Not that of our code or timm's. A licence that the user gave stays with runs that start from those weights."""
     from timm_dearkd.hub import main
+    run_folder, cnn = (shutil.copytree(run, tmp_path / run.name) for run in (run_folder, cnn))
     for run, options, expected in ((run_folder, [], None), (cnn, [], None), (cnn, ['--license', 'mit'], 'mit')):
         main(['push', str(run), '--repo', 'a/b', '--dry-run', *options])
         card = ModelCard.load(run / 'hub' / 'README.md')
@@ -318,8 +320,16 @@ def test_a_push_that_is_refused(faults, message, run_folder, hub, user, tmp_path
 @pytest.mark.parametrize('offline, address', [
     (True, 'https://huggingface.co'), (False, 'http://127.0.0.1:9'), (False, 'http://no-such-host.invalid')])
 def test_a_hub_that_cannot_be_reached(offline, address, monkeypatch):
-    """It is no slow transfer."""
+    """No connection is told apart from a slow transfer. The resolver knows addresses alone."""
     from timm_dearkd.hub import HubError, _hub_errors
+    resolve = socket.getaddrinfo
+
+    def resolve_addresses(host, *args, **kwargs):
+        if host != '127.0.0.1':
+            raise socket.gaierror(socket.EAI_NONAME, 'Name or service not known')
+        return resolve(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, 'getaddrinfo', resolve_addresses)
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', offline)
     with pytest.raises(HubError, match='the Hub cannot be reached .*Check the network connection') as e, \
             _hub_errors('a/b'):

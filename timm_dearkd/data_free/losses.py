@@ -125,7 +125,7 @@ class BatchNormStats:
         moments = torch.stack([torch.cat(values) for values in zip(*(self._moments[m] for m in self.layers))])
         self._moments.clear()
         squares = ((moments - self._targets) / self._scales).square()
-        # `index_add` is not deterministic on CUDA; `unsafe` leaves out a check that waits for the device
+        # `index_add` is not deterministic on CUDA; `unsafe` skips a check that waits for the device
         sums = torch.segment_reduce(squares.T.contiguous(), 'sum', lengths=self._sizes, axis=0, unsafe=True)
         return (sums.clamp(min=1e-24).sqrt() * self._weights.unsqueeze(1)).sum()  # a root has no slope at 0
 

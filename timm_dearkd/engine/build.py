@@ -106,7 +106,8 @@ def build_student(
         # the licence of a registered architecture is for its code or its published weights, not for this run's
         model.pretrained_cfg = {**model.pretrained_cfg, 'license': None}
     if has_weights and not (args.eval_only or args.pretrained or overlay or args.initial_checkpoint or args.resume):
-        _logger.warning(f'{args.model} gives its architecture alone, with new weights. For its own: --pretrained.')
+        _logger.warning(
+            f'{args.model} gives only the architecture. The weights are new. To load its weights, add --pretrained.')
     if not args.eval_only:  # where the labels are yet to be those of the model
         check_labels(dataset, model.num_classes)
         reason = why_no_config(model)
@@ -330,8 +331,8 @@ def _match_classes(teacher: Any, names: Optional[Sequence[str]], num_classes: in
     if len(known) == num_classes:
         index = names.index(unknown[0])
         _logger.warning(
-            f'The teacher knows no class {unknown[0]!r}. Its classes are taken in its order, so that it is'
-            f' {known[index]!r} there. If that is another: --kd-class-map FILE.')
+            f'The teacher knows no class {unknown[0]!r}. Its classes are taken in its order, where {unknown[0]!r} is'
+            f' {known[index]!r}. If these differ, set --kd-class-map FILE.')
     return None
 
 

@@ -98,9 +98,15 @@ class RunFolder:
 
     def discard(self) -> None:
         """Unlock the folder, and remove it if this process created it."""
-        if self._is_new and self._lock is not None and self._lock.is_locked:  # else another process may use it
+        is_own = self._is_new and self._lock is not None and self._lock.is_locked  # else another process may use it
+        if is_own:
             shutil.rmtree(self.path, ignore_errors=True)
+        lock_is_left = is_own and os.path.exists(os.path.join(self.path, LOCK_NAME))
         self.release()
+        if lock_is_left:  # Windows does not remove an open file
+            with contextlib.suppress(OSError):  # if another process has locked the folder by now
+                Path(self.path, LOCK_NAME).unlink(missing_ok=True)
+                os.rmdir(self.path)
 
     def _acquire(self) -> None:
         # a soft lock, filelock's substitute for flock, would outlive a process that was killed

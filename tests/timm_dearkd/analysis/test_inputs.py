@@ -84,7 +84,7 @@ def test_a_page_elsewhere_is_not_written_over(folder, capsys):
             run_command('analysis', main, ['report', 'out/run', *options])
         assert 'exists. Add --overwrite' in capsys.readouterr().err
     assert (folder / 'mine.html').read_text() == (folder / 'heads.png').read_text() == 'mine'
-    for _ in range(2):  # the run's own page is written anew at any time
+    for _ in range(2):  # the second time replaces the run's own page
         main(['report', 'out/run', '--num-images', '1', '--device', 'cpu'])
     assert (folder / 'out' / 'run' / 'report.html').stat().st_size > 1000
 

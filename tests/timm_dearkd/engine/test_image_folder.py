@@ -2,8 +2,8 @@
 import io
 import itertools
 import json
-import os
 import shutil
+import socket
 import tarfile
 import unicodedata
 
@@ -38,40 +38,71 @@ def make_folder(root, names, count=2, value=0):
     return str(root)
 
 
+# A rank of a training run, and then a process of data_free by itself
 ORDER = '''
-import json, sys, types
+import json, os, sys
 from timm.data import create_dataset
+from timm_dearkd import train
 from timm_dearkd.analysis.inputs import find_images
+from timm_dearkd.data_free.__main__ import main as data_free
+from timm_dearkd.engine import build_data
 from timm_dearkd.engine.data import class_names, open_dataset
-root, tar = sys.argv[1:]
-found = [class_names(open_dataset('', root, 'train')), class_names(open_dataset('', tar, 'train'))]
+root, tar, out = sys.argv[1:]
+rank, build_datasets, trained = os.environ['RANK'], build_data.build_datasets, []
+
+def watch(*args):
+    datasets = build_datasets(*args)
+    trained.extend((label, image.getpixel((0, 0))[0]) for image, label in datasets[0])
+    return datasets
+
+build_data.build_datasets = watch
+train.run_script([
+    root, '--val-split', '', '--model', 'test_resnet', '--img-size', '32', '--no-aug', '-b', '2', '-j', '0', '--device',
+    'cpu', '--epochs', '1', '--output', out, '--experiment', 'run'])
+for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
+    del os.environ[name]
+sys.modules['matplotlib'] = None  # no curves, which take seconds
+data_free([
+    f'{out}/images{rank}', '--model', f'{out}/run', '--num-images', '7', '--classes-per-batch', '7',
+    '--images-per-class', '1', '--diversity', 'none', '--resolutions', '16:1:0.1', '--format', 'wds',
+    '--device', 'cpu'])
+print()
 print(json.dumps(dict(
-    found=found, labels=[label for _, label in find_images([root], None, 7).samples],
+    found=[class_names(open_dataset('', root, 'train')), class_names(open_dataset('', tar, 'train'))],
+    labels=[label for _, label in find_images([root], None, 7).samples], trained=trained,
     timm=list(create_dataset('', root).reader.class_to_idx))))
 '''
 
 
-def test_classes_come_in_one_order_in_every_process(tmp_path):
-    """In processes in which timm's own order differs, of a folder and of a tar file."""
+def test_classes_come_in_one_order_in_every_process(tmp_path, monkeypatch):
+    """In two processes in which timm's own order differs: of a folder and a tar file, in a run, and in data_free."""
     root = make_folder(tmp_path / 'data', TWINS, count=1)
     with tarfile.open(tmp_path / 'data.tar', 'w') as tar:
         tar.add(root, arcname='.')
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    group = dict(WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))  # as torchrun
     processes = []
-    for seed in ('0', '2'):
-        os.environ['PYTHONHASHSEED'] = seed
-        try:
-            processes.append(start_python('-c', ORDER, root, tmp_path / 'data.tar'))
-        finally:
-            del os.environ['PYTHONHASHSEED']
+    for rank, seed in (('0', '0'), ('1', '2')):
+        for name, value in dict(**group, RANK=rank, LOCAL_RANK=rank, PYTHONHASHSEED=seed).items():
+            monkeypatch.setenv(name, value)
+        processes.append(start_python('-c', ORDER, root, tmp_path / 'data.tar', tmp_path))
     results = []
     for process in processes:
         out, err = process.communicate(timeout=100)
         assert process.returncode == 0, err
         results.append(json.loads(out.splitlines()[-1]))
     assert len({tuple(result['timm']) for result in results}) > 1
-    for result in results:
+    for rank, result in enumerate(results):
         assert result['found'] == [TWINS, TWINS]
         assert sorted(result['labels']) == list(range(7)) and result['labels'] == results[0]['labels']
+        assert sorted(result['trained']) == [[index, index] for index in range(7)]
+        images = json.loads((tmp_path / f'images{rank}' / 'manifest.json').read_text())['images']
+        assert {(image['target'], image['class']) for image in images} == set(enumerate(TWINS))
+        with tarfile.open(tmp_path / f'images{rank}' / 'train' / 'train-000000.tar') as tar:
+            written = {image['class']: int(tar.extractfile(f'{image["name"]}.cls').read()) for image in images}
+        assert written == {name: index for index, name in enumerate(TWINS)}
 
 
 def test_the_order_does_not_depend_on_that_of_the_names():

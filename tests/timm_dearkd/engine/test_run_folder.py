@@ -3,6 +3,7 @@ import errno
 import importlib
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 
@@ -15,7 +16,11 @@ from timm_dearkd.engine import run_folder
 from timm_dearkd.engine.device import Ranks
 from timm_dearkd.engine.run_folder import RunFolder, on_primary
 
-FORK = multiprocessing.get_context('fork')
+
+@pytest.fixture()
+def context():
+    """Processes that need not import torch again, where the system can fork."""
+    return multiprocessing.get_context('fork' if 'fork' in multiprocessing.get_all_start_methods() else 'spawn')
 
 
 @pytest.fixture()
@@ -28,9 +33,9 @@ def create_unnamed(parent):
     return os.path.basename(folder.create('name', ''))
 
 
-def test_runs_without_a_name_do_not_share_a_folder(tmp_path):
+def test_runs_without_a_name_do_not_share_a_folder(context, tmp_path):
     """Eight processes that start in the same second."""
-    with FORK.Pool(8) as pool:
+    with context.Pool(8) as pool:
         names = pool.map(create_unnamed, [tmp_path / 'train'] * 8, chunksize=1)
     assert sorted(names) == ['name', *(f'name-{i}' for i in range(2, 9))]
 
@@ -43,13 +48,13 @@ def hold(parent, connection):
 
 
 @pytest.mark.parametrize('exists', [True, False])
-def test_a_folder_is_refused_while_another_process_lives(exists, short_wait, tmp_path):
+def test_a_folder_is_refused_while_another_process_lives(exists, context, short_wait, tmp_path):
     """Whether it was there before the second process looked, or came in between; not after a SIGKILL."""
     second = RunFolder(str(tmp_path), 'run')
     if not exists:
         assert second.find_start('auto') == ''
-    ours, theirs = FORK.Pipe()
-    process = FORK.Process(target=hold, args=(tmp_path, theirs), daemon=True)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=hold, args=(tmp_path, theirs), daemon=True)
     process.start()
     assert ours.recv() == 'locked'
     before = {path.name for path in (tmp_path / 'run').iterdir()}
@@ -105,6 +110,23 @@ def test_a_failed_start_leaves_no_folder(tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
+def test_a_failed_start_leaves_no_folder_where_open_files_cannot_be_removed(monkeypatch, tmp_path):
+    """As on Windows, where the lock file is open as long as the lock is held."""
+    folder = RunFolder(str(tmp_path), 'run')
+    folder.create('', '')
+    (tmp_path / 'run' / 'args.yaml').touch()
+    unlink = os.unlink
+
+    def refuse(path, *args, **kwargs):
+        if os.path.basename(path) == run_folder.LOCK_NAME and folder._lock is not None:
+            raise PermissionError(errno.EACCES, 'in use', path)
+        unlink(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, 'unlink', refuse)
+    folder.discard()
+    assert not (tmp_path / 'run').exists()
+
+
 @pytest.mark.parametrize('error', [OSError(errno.ENOSYS, 'Function not implemented'), NotImplementedError()])
 def test_a_file_system_without_locks_gets_a_warning(error, monkeypatch, tmp_path, caplog):
     def acquire(self, *args, **kwargs):
@@ -132,10 +154,10 @@ def ask_primary(rank, store, results):
     dist.destroy_process_group()
 
 
-def test_all_processes_get_the_result_or_the_error_of_the_primary(tmp_path):
-    results = FORK.Queue()
+def test_all_processes_get_the_result_or_the_error_of_the_primary(context, tmp_path):
+    results = context.Queue()
     processes = [
-        FORK.Process(target=ask_primary, args=(rank, tmp_path / 'store', results), daemon=True) for rank in range(2)]
+        context.Process(target=ask_primary, args=(rank, tmp_path / 'store', results), daemon=True) for rank in range(2)]
     for process in processes:
         process.start()
     assert [results.get(timeout=30) for _ in processes] == [['from 0', 'of the primary']] * 2
@@ -145,10 +167,11 @@ def test_all_processes_get_the_result_or_the_error_of_the_primary(tmp_path):
 
 def test_train_refuses_a_folder_in_use_and_evaluates_all_the_same(cnn, image_folder, short_wait, tmp_path, capsys):
     train = importlib.import_module('train')
+    cnn = shutil.copytree(cnn, tmp_path / 'cnn')
     before = {path.name: path.stat().st_mtime_ns for path in cnn.iterdir()}
-    command = [str(image_folder), *SMALL, '--model', 'test_resnet', '--output', str(cnn.parent), '--experiment', 'cnn',
+    command = [str(image_folder), *SMALL, '--model', 'test_resnet', '--output', str(tmp_path), '--experiment', 'cnn',
                '--resume', 'auto', '--epochs', '1']
-    with RunFolder(str(cnn.parent), 'cnn') as holder:
+    with RunFolder(str(tmp_path), 'cnn') as holder:
         holder.find_start('auto')
         with pytest.raises(SystemExit) as e:
             train.run_script(command)
@@ -156,6 +179,6 @@ def test_train_refuses_a_folder_in_use_and_evaluates_all_the_same(cnn, image_fol
         assert e.value.code == 2 and f"'{cnn}' is in use: another process (PID {os.getpid()} on " in last
         train.run_script([*command, '--eval-only'])
         assert '"top1"' in capsys.readouterr().out
-    train.run_script(command)  # a finished run, which is left as it is
+    train.run_script(command)  # a finished run, which does not change
     after = {path.name: path.stat().st_mtime_ns for path in cnn.iterdir()}
     assert {**after, '.lock': 0} == {**before, '.lock': 0}
