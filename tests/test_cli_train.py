@@ -604,7 +604,8 @@ def test_a_teacher_is_matched_by_the_names_of_its_classes(train_cli, cnn, tmp_pa
         result = train_cli(*args, '--epochs', '1')
         assert result.returncode == 0, result.stderr
         assert ('found by name' in result.stderr) == (args in (turned, more))
-        assert ("no class 'blue sky'" in result.stderr and "where 'blue sky' is 'a'" in result.stderr) == (args is other)
+        told = "no class 'blue sky'" in result.stderr and "where 'blue sky' is 'a'" in result.stderr
+        assert told == (args is other)
         (row,), (expected,) = rows(tmp_path / args[-1]), rows(tmp_path / 'same run')
         assert row['train_teacher_agreement'] == expected['train_teacher_agreement']
         assert row == expected or args is more  # whose head takes more random numbers to make

@@ -4,6 +4,7 @@ Paper: `DearKD: Data-Efficient Early Knowledge Distillation for Vision Transform
 https://arxiv.org/abs/2204.12997, equations 2 and 3.
 """
 import math
+from dataclasses import dataclass
 from typing import Any, Dict, Final, Optional, Tuple, cast
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from timm.layers import Attention, maybe_add_mask, register_notrace_function, resolve_self_attn_mask
 from torch import _assert
 
-__all__ = ['AdaptiveRelPos', 'ConvAttention']
+__all__ = ['AdaptiveRelPos', 'ConvAttention', 'RelPosConfig']
 
 # torch.fx wraps functions by the module that calls them
 torch.fx.wrap('maybe_add_mask')
@@ -57,6 +58,38 @@ def grid_constants(
     return key, query, sq_steps
 
 
+@dataclass(frozen=True)
+class RelPosConfig:
+    """Settings of `AdaptiveRelPos`, all our choices: the paper gives no values.
+
+    Args:
+        drop_rate: Dropout rate of the positional scores (the paper's dropout layer after the adaptive RPE). One mask
+            serves the whole batch.
+        drop_mode: 'element' drops single scores, and needs the (heads, T, T) form to do it; 'query' drops all
+            positional scores of a query token at once and keeps the factorised form.
+        alpha: Sharpness that all heads start with.
+        delta: Offsets that the heads start with: the centred 'grid', 'zero', or 'normal', N(0, 1) for each.
+
+    Raises:
+        ValueError: If `drop_mode` or `delta` is unknown, or `drop_rate` is outside [0, 1).
+    """
+    drop_rate: float = 0.
+    drop_mode: str = 'element'
+    alpha: float = 1.
+    delta: str = 'grid'
+
+    def __post_init__(self) -> None:
+        for name, choices in (('drop_mode', RPE_DROP_MODES), ('delta', RPE_DELTAS)):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f'Unknown rpe {name} {value!r}, expected one of {", ".join(choices)}.')
+        if not 0. <= self.drop_rate < 1.:
+            raise ValueError(f'rpe drop_rate is {self.drop_rate}, expected a rate in [0, 1).')
+
+
+DEFAULT_REL_POS = RelPosConfig()
+
+
 class AdaptiveRelPos(nn.Module):
     r"""Adaptive relative position encoding (Eq. 2).
 
@@ -70,22 +103,13 @@ class AdaptiveRelPos(nn.Module):
     The score is a dot product of four query and four key channels (`query_basis`, `key_basis`, `append_positions`),
     which lets any fused attention kernel compute it; `forward` is the plain (heads, T, T) form of the same thing.
 
-    Our choices, where the paper is silent: alpha is raw (no softplus) and starts at 1, delta starts on a centred
-    grid; dropout is off by default and its kind is selectable.
+    Our choice, where the paper is silent: alpha is raw (no softplus).
 
     Args:
         num_heads: Number of attention heads.
         grid_size: Token grid (rows, columns).
         num_prefix_tokens: Tokens in front of the patches, which have no position.
-        drop_rate: Dropout rate of the positional scores (the paper's dropout layer after the adaptive RPE). One mask
-            serves the whole batch.
-        drop_mode: 'element' drops single scores, and needs the (heads, T, T) form to do it; 'query' drops all
-            positional scores of a query token at once and keeps the factorised form.
-        alpha: Sharpness that all heads start with.
-        delta: Offsets that the heads start with: the centred 'grid', 'zero', or 'normal', N(0, 1) for each.
-
-    Raises:
-        ValueError: Unknown `drop_mode` or `delta`, or a `drop_rate` outside [0, 1).
+        config: Dropout and initial values.
     """
 
     grid_size: Tuple[int, int]
@@ -100,26 +124,17 @@ class AdaptiveRelPos(nn.Module):
             num_heads: int,
             grid_size: Tuple[int, int],
             num_prefix_tokens: int = 1,
-            drop_rate: float = 0.,
-            drop_mode: str = 'element',
-            alpha: float = 1.,
-            delta: str = 'grid',
+            config: RelPosConfig = DEFAULT_REL_POS,
             device: Optional[torch.device] = None,
             dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__()
-        if drop_mode not in RPE_DROP_MODES:
-            raise ValueError(f'Unknown rpe drop_mode {drop_mode!r}, expected one of {", ".join(RPE_DROP_MODES)}.')
-        if delta not in RPE_DELTAS:
-            raise ValueError(f'Unknown rpe delta {delta!r}, expected one of {", ".join(RPE_DELTAS)}.')
-        if not 0. <= drop_rate < 1.:
-            raise ValueError(f'rpe drop_rate is {drop_rate}, expected a rate in [0, 1).')
         dd: Dict[str, Any] = {'device': device, 'dtype': dtype}
         self.num_heads = num_heads
         self.num_prefix_tokens = num_prefix_tokens
-        self.drop_rate = drop_rate
-        self.drop_mode = drop_mode
-        self.initial = (alpha, delta)
+        self.drop_rate = config.drop_rate
+        self.drop_mode = config.drop_mode
+        self.initial = (config.alpha, config.delta)
         self._channels_key: Any = None
         self.alpha = nn.Parameter(torch.empty(num_heads, **dd))
         self.delta = nn.Parameter(torch.empty(num_heads, 2, **dd))
@@ -455,10 +470,7 @@ class ConvAttention(Attention):
     Args:
         grid_size: Token grid (rows, columns). `set_grid_size` changes it.
         num_prefix_tokens: Tokens in front of the patches, which have no position.
-        rpe_drop_rate: Dropout rate of the positional scores, see `AdaptiveRelPos`.
-        rpe_drop_mode: 'element' or 'query', see `AdaptiveRelPos`.
-        rpe_alpha: Sharpness that all heads start with.
-        rpe_delta: Offsets that they start with: 'grid', 'zero' or 'normal', see `AdaptiveRelPos`.
+        rel_pos: Dropout and initial values of the positional scores.
     """
 
     qk_norm: Final[bool]
@@ -470,10 +482,7 @@ class ConvAttention(Attention):
             num_heads: int = 8,
             grid_size: Tuple[int, int] = (14, 14),
             num_prefix_tokens: int = 1,
-            rpe_drop_rate: float = 0.,
-            rpe_drop_mode: str = 'element',
-            rpe_alpha: float = 1.,
-            rpe_delta: str = 'grid',
+            rel_pos: RelPosConfig = DEFAULT_REL_POS,
             device: Optional[torch.device] = None,
             dtype: Optional[torch.dtype] = None,
             **kwargs: Any,
@@ -485,10 +494,7 @@ class ConvAttention(Attention):
             num_heads,
             grid_size,
             num_prefix_tokens=num_prefix_tokens,
-            drop_rate=rpe_drop_rate,
-            drop_mode=rpe_drop_mode,
-            alpha=rpe_alpha,
-            delta=rpe_delta,
+            config=rel_pos,
             device=device,
             dtype=dtype,
         )
@@ -499,10 +505,7 @@ class ConvAttention(Attention):
             attn: Attention,
             grid_size: Tuple[int, int],
             num_prefix_tokens: int = 1,
-            rpe_drop_rate: float = 0.,
-            rpe_drop_mode: str = 'element',
-            rpe_alpha: float = 1.,
-            rpe_delta: str = 'grid',
+            rel_pos: RelPosConfig = DEFAULT_REL_POS,
     ) -> 'ConvAttention':
         """Make MHCA out of a timm `Attention`, keeping its submodules (so its weights) and settings."""
         mhca = cls(
@@ -521,10 +524,7 @@ class ConvAttention(Attention):
             attn.num_heads,
             grid_size,
             num_prefix_tokens=num_prefix_tokens,
-            drop_rate=rpe_drop_rate,
-            drop_mode=rpe_drop_mode,
-            alpha=rpe_alpha,
-            delta=rpe_delta,
+            config=rel_pos,
             device=attn.qkv.weight.device,
             dtype=attn.qkv.weight.dtype,
         )

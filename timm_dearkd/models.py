@@ -21,7 +21,7 @@ from timm.models import (
 )
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-from .attention import ConvAttention, grid_constants
+from .attention import ConvAttention, RelPosConfig, grid_constants
 from .weights import locate_weights
 
 __all__ = ['DearKD', 'add_mhca']
@@ -83,7 +83,7 @@ class MhcaMixin(VisionTransformer if TYPE_CHECKING else object):  # type: ignore
         return super().no_weight_decay() | rpe
 
 
-def _convert_blocks(model: VisionTransformer, num_blocks: int, **rpe_kwargs: Any) -> None:
+def _convert_blocks(model: VisionTransformer, num_blocks: int, rel_pos: RelPosConfig) -> None:
     """Turn the attention of the first blocks into MHCA, in place."""
     if not 0 <= num_blocks <= len(model.blocks):
         raise ValueError(
@@ -104,7 +104,7 @@ def _convert_blocks(model: VisionTransformer, num_blocks: int, **rpe_kwargs: Any
             cast(Attention, block.attn),
             model.patch_embed.grid_size,
             num_prefix_tokens=model.num_prefix_tokens,
-            **rpe_kwargs,
+            rel_pos=rel_pos,
         )
     # DDP would send them, and they have another size in each process where images do
     constants = [name for name, _ in model.named_buffers() if '.rpe.' in name]
@@ -139,9 +139,7 @@ class DearKD(MhcaMixin, VisionTransformer):
             **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        _convert_blocks(
-            self, num_mhca_blocks, rpe_drop_rate=rpe_drop_rate, rpe_drop_mode=rpe_drop_mode, rpe_alpha=rpe_alpha,
-            rpe_delta=rpe_delta)
+        _convert_blocks(self, num_mhca_blocks, RelPosConfig(rpe_drop_rate, rpe_drop_mode, rpe_alpha, rpe_delta))
 
 
 class DearKDDistilled(MhcaMixin, VisionTransformerDistilled):
@@ -184,9 +182,7 @@ def add_mhca(
         raise ValueError(
             f'MHCA can be added to timm VisionTransformers, not to a {type(model).__name__}.'
             ' Use a vit_*, deit_* or deit3_* architecture.')
-    _convert_blocks(
-        model, num_blocks, rpe_drop_rate=rpe_drop_rate, rpe_drop_mode=rpe_drop_mode, rpe_alpha=rpe_alpha,
-        rpe_delta=rpe_delta)
+    _convert_blocks(model, num_blocks, RelPosConfig(rpe_drop_rate, rpe_drop_mode, rpe_alpha, rpe_delta))
     model.__class__ = _MHCA_CLASSES[type(model)]
     return model
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Attention
 
-from timm_dearkd.attention import AdaptiveRelPos, ConvAttention, append_positions
+from timm_dearkd.attention import AdaptiveRelPos, ConvAttention, RelPosConfig, append_positions
 
 FLOAT64 = torch.float64
 
@@ -242,7 +242,7 @@ def test_training_makes_no_score_matrix():
     x = torch.randn(1, 401, 24)
     sizes = {}
     for drop_mode in ('query', 'element'):
-        attn = ConvAttention(24, 4, grid_size=(20, 20), rpe_drop_rate=0.1, rpe_drop_mode=drop_mode)
+        attn = ConvAttention(24, 4, grid_size=(20, 20), rel_pos=RelPosConfig(0.1, drop_mode))
         with Largest() as largest:
             attn(x).sum().backward()
         sizes[drop_mode] = largest.numel
@@ -252,7 +252,7 @@ def test_training_makes_no_score_matrix():
 
 @pytest.mark.parametrize('drop_mode', ['element', 'query'])
 def test_rpe_dropout(drop_mode):
-    attn = ConvAttention(24, 4, grid_size=(4, 4), rpe_drop_rate=0.5, rpe_drop_mode=drop_mode)
+    attn = ConvAttention(24, 4, grid_size=(4, 4), rel_pos=RelPosConfig(0.5, drop_mode))
     scores = attn.rpe()
     full = attn.rpe.offset_scores(attn.rpe.alpha, attn.rpe.delta)
     kept = scores != 0
@@ -407,9 +407,9 @@ def test_half_precision_module_keeps_its_grid_exact():
 
 def test_errors():
     with pytest.raises(ValueError, match='element, query'):
-        AdaptiveRelPos(4, (2, 2), drop_mode='row')
+        RelPosConfig(drop_mode='row')
     with pytest.raises(ValueError, match=r'\[0, 1\)'):
-        AdaptiveRelPos(4, (2, 2), drop_rate=1.)
+        RelPosConfig(drop_rate=1.)
     with pytest.raises(AssertionError, match='set_input_size'):
         ConvAttention(24, 4, grid_size=(3, 3))(torch.randn(1, 9, 24))
 
