@@ -1,6 +1,6 @@
 """One direction of imports: train.py, tools and engine, models, distill_hooks."""
 import pytest
-from conftest import run_python
+from conftest import run_forked
 
 IMPORTS = """import importlib, pkgutil, sys
 for name in {names}:
@@ -16,7 +16,7 @@ print(*sorted(sys.modules))"""
     (['timm_dearkd.distances', 'timm_dearkd.models'], {'timm_dearkd.engine', 'timm_dearkd.analysis'}),
 ])
 def test_nothing_imports_upwards(names, not_imported):
-    result = run_python('-c', IMPORTS.format(names=names))
+    result = run_forked('-c', IMPORTS.format(names=names))
     assert result.returncode == 0, result.stderr
     imported = set(result.stdout.split())
     assert set(names) <= imported and not not_imported & imported
