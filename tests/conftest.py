@@ -81,16 +81,16 @@ def run_process(*args, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def start_forked(*args, fresh=(), **environment):
+def start_forked(*args, fresh=(), cwd=ROOT, **environment):
     """Start a Python command in a process, and a process group, that need not import torch: see `forked`."""
-    return ForkedProcess([str(arg) for arg in args], {**environment_of_commands(), **environment}, ROOT, fresh)
+    return ForkedProcess([str(arg) for arg in args], {**environment_of_commands(), **environment}, cwd, fresh)
 
 
 def run_python(*args, **kwargs) -> subprocess.CompletedProcess:
     """`run_process` in a tenth of the time, for scripts and modules that nothing is special about: see `forked`."""
-    if args[0] == '-c' or kwargs or read_at_import() != AT_IMPORT or not hasattr(os, 'fork'):
+    if args[0] == '-c' or set(kwargs) - {'cwd'} or read_at_import() != AT_IMPORT or not hasattr(os, 'fork'):
         return run_process(*args, **kwargs)
-    return run_forked(*args)
+    return run_forked(*args, **kwargs)
 
 
 def run_forked(*args, **kwargs) -> subprocess.CompletedProcess:

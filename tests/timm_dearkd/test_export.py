@@ -38,36 +38,36 @@ READ = {
     'onnx': '''
 import sys, numpy, onnxruntime
 session = onnxruntime.InferenceSession(sys.argv[1])
-print(session.run(None, {'images': numpy.load(sys.argv[2])})[0].tolist())
+print([session.run(None, {'images': numpy.load(path)})[0].tolist() for path in sys.argv[2:]])
 ''',
     'torch-export': '''
 import sys, numpy, torch
-print(torch.export.load(sys.argv[1]).module()(torch.from_numpy(numpy.load(sys.argv[2]))).tolist())
+program = torch.export.load(sys.argv[1]).module()
+print([program(torch.from_numpy(numpy.load(path))).tolist() for path in sys.argv[2:]])
 ''',
 }
 
 
-@pytest.mark.parametrize('kind, size', [('onnx', 96), ('torch-export', 160)])
-def test_programs_run_elsewhere_with_any_batch(kind, size, checkpoint, tmp_path, capsys):
+@pytest.mark.parametrize('kind, side', [('onnx', 96), ('torch-export', 160)])
+def test_programs_run_elsewhere_with_any_batch(kind, side, checkpoint, tmp_path, capsys):
     """At the model's size and, by --img-size, at another one."""
     import numpy as np
     path = tmp_path / f'model{SUFFIX[kind]}'
     main(['test_dearkd', '--checkpoint', str(checkpoint), '--format', kind, '--output', str(path),
-          *(['--img-size', str(size)] if size != 160 else [])])
+          *(['--img-size', str(side)] if side != 160 else [])])
     assert str(path) in capsys.readouterr().out and list(tmp_path.iterdir()) == [path]
     model = timm.create_model('test_dearkd', num_classes=3)
     model.load_state_dict(torch.load(checkpoint, weights_only=True))
-    model.set_input_size(size)
-    for batch in (1, 5):
-        images = torch.randn(batch, 3, size, size)
-        np.save(tmp_path / 'images.npy', images.numpy())
-        result = subprocess.run(
-            [sys.executable, '-c', READ[kind], str(path), str(tmp_path / 'images.npy')], capture_output=True, text=True,
-            cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
+    model.set_input_size(side)
+    batches = {str(tmp_path / f'{size}.npy'): torch.randn(size, 3, side, side) for size in (1, 5)}
+    for file, images in batches.items():
+        np.save(file, images.numpy())
+    result = subprocess.run(
+        [sys.executable, '-c', READ[kind], str(path), *batches], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for images, logits in zip(batches.values(), eval(result.stdout)):
         with torch.no_grad():
-            torch.testing.assert_close(torch.tensor(eval(result.stdout)), model.eval()(images), atol=1e-4, rtol=1e-4)
-        (tmp_path / 'images.npy').unlink()
+            torch.testing.assert_close(torch.tensor(logits), model.eval()(images), atol=1e-4, rtol=1e-4)
 
 
 def test_programs_hold_the_scores_as_a_constant(tmp_path):

@@ -12,7 +12,7 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from conftest import ROOT, SMALL, run_forked, run_python
+from conftest import ROOT, SMALL, run_forked
 from huggingface_hub import HfApi, ModelCard, constants
 
 import timm_dearkd  # noqa: F401
@@ -166,7 +166,7 @@ def test_a_local_folder_needs_no_hub(run_folder):
     code = f"""import sys, timm, timm_dearkd
 timm.create_model('local-dir:{run_folder}', pretrained=True)
 assert 'timm_dearkd.hub' not in sys.modules and 'timm_dearkd.analysis' not in sys.modules"""
-    result = run_python('-c', code)
+    result = run_forked('-c', code)
     assert result.returncode == 0, result.stderr
 
 

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import yaml
+from conftest import run_ranks
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
@@ -239,8 +240,7 @@ def test_a_resumed_run_records_every_epoch_once(train_cli, tmp_path):
 
 def test_a_report_of_two_processes(train_cli, tmp_path):
     """Written by the first one, which is in a process group then."""
-    launcher = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2')
-    result = train_cli('--output', tmp_path, '--experiment', 'run', '--epochs', '1', '--report', launcher=launcher)
+    result = train_cli('--output', tmp_path, '--experiment', 'run', '--epochs', '1', '--report', start=run_ranks)
     assert result.returncode == 0, result.stderr
     words = Page(tmp_path / 'run' / 'report.html').words
     assert 'Top-1 is' in words and 'block 4' in words and 'torchrun --nproc_per_node 2 train.py' in words
