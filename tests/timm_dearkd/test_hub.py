@@ -321,7 +321,7 @@ def test_a_push_that_is_refused(faults, message, run_folder, hub, user, tmp_path
     (True, 'https://huggingface.co'), (False, 'http://127.0.0.1:9'), (False, 'http://no-such-host.invalid')])
 def test_a_hub_that_cannot_be_reached(offline, address, monkeypatch):
     """No connection is told apart from a slow transfer. The resolver knows addresses alone."""
-    from timm_dearkd.hub import HubError, _hub_errors
+    from timm_dearkd.weights import HubError, hub_errors
     resolve = socket.getaddrinfo
 
     def resolve_addresses(host, *args, **kwargs):
@@ -332,7 +332,7 @@ def test_a_hub_that_cannot_be_reached(offline, address, monkeypatch):
     monkeypatch.setattr(socket, 'getaddrinfo', resolve_addresses)
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', offline)
     with pytest.raises(HubError, match='the Hub cannot be reached .*Check the network connection') as e, \
-            _hub_errors('a/b'):
+            hub_errors('a/b'):
         HfApi(endpoint=address, token=TOKEN).create_repo('a/b')
     assert 'HF_HUB_DOWNLOAD_TIMEOUT' not in str(e.value)
 
