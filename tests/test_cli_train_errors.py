@@ -191,6 +191,15 @@ def test_no_deterministic_kernel_is_one_line(monkeypatch, capsys):
     assert e.value.code == 2 and err.startswith('train.py: error: --deterministic: put_ ') and err.count('\n') == 1
 
 
+def test_one_image_for_a_batch_norm_is_one_line(image_folder, tmp_path, capsys):
+    """A CNN that ends at one value per channel. A ViT, and a CNN that sees larger images, train on such batches."""
+    train = importlib.import_module('train')
+    args = (image_folder, *SMALL, '--output', tmp_path, '--experiment', 'x', '--model', 'test_resnet', '-b', '1')
+    with pytest.raises(SystemExit) as e:
+        train.run_script([str(a) for a in args])
+    assert_error(e.value.code, capsys.readouterr().err, 'Set a --batch-size above 1')
+
+
 def test_no_compiler_is_one_line(train_cli, tmp_path, monkeypatch):
     monkeypatch.setenv('CXX', 'no-such-compiler')
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path / 'cache'))

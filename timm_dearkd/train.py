@@ -409,6 +409,10 @@ def run_script(argv: Optional[Sequence[str]] = None) -> None:
         if not torch.are_deterministic_algorithms_enabled() or 'determinis' not in str(e):
             raise
         parser.error(f'--deterministic: {first_line(e)} Leave the flag out.')
+    except ValueError as e:
+        if not str(e).startswith('Expected more than 1 value per channel'):
+            raise
+        parser.error('BatchNorm cannot be trained on one value per channel. Set a --batch-size above 1.')
     except Interrupted as e:
         status, message = 128 + e.signum, f'{parser.prog}: {e}\n'
     except KeyboardInterrupt:  # of --eval-only, or the second one in training
