@@ -455,7 +455,7 @@ def test_evaluation_alone(run, train_cli, image_folder, tmp_path):
     shutil.copytree(image_folder, other)
     (other / 'validation' / 'rust').rename(other / 'validation' / 'snow')
     result = train_cli('--eval-only', '--initial-checkpoint', folder / 'model_best.safetensors', data=other)
-    assert result.returncode == 2 and 'classes that the training set has not: snow' in result.stderr
+    assert result.returncode == 2 and 'classes that the training set does not have: snow' in result.stderr
 
     less = tmp_path / 'less'  # torchvision's reader would number the classes that are there
     shutil.copytree(image_folder, less)
