@@ -33,7 +33,7 @@ from timm_dearkd.analysis.report import check_available as check_report
 from timm_dearkd.analysis.report import write_report
 from timm_dearkd.engine import build, build_data, build_run
 from timm_dearkd.engine.checks import check_args
-from timm_dearkd.engine.data import class_names, classes_of
+from timm_dearkd.engine.data import UNKNOWN_CLASSES, class_names, classes_of
 from timm_dearkd.engine.device import (
     CompileError,
     Precision,
@@ -175,8 +175,8 @@ def build_run_in(
     run_info = build_run.describe_run(args, train_set, eval_set, model, precision, ranks)
     run_info.update(command=command, epochs=epochs.stop)
     recorder = build_run.build_recorder(
-        args, args_text, run_folder, trainer, model, data_config, export, start, run_info, classes_of(train_set),
-        distance_images)
+        args, args_text, run_folder, trainer, model, data_config, export, start, run_info,
+        classes_of(train_set) if ranks.is_primary else UNKNOWN_CLASSES, distance_images)
     return partial(fit, args, trainer, validator, recorder, start, epochs, class_names(train_set) or ())
 
 

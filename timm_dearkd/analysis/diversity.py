@@ -18,7 +18,7 @@ from tqdm import tqdm
 from distill_hooks import FeatureCapture, create_teacher
 from distill_hooks.teacher import input_normalisation
 from timm_dearkd.engine.device import find_device
-from timm_dearkd.engine.image_folder import numbered, scan_folder
+from timm_dearkd.engine.image_folder import index_by_name, scan_folder
 from timm_dearkd.files import write_bytes
 
 from .inputs import check_counts, check_overwrite, open_image
@@ -183,7 +183,7 @@ def measure_diversity(
         raise FileNotFoundError(f'No folder {folder!r}. Give one that has a folder of images for each class.')
     root = root / 'train' if (root / 'train').is_dir() else root
     scan = scan_folder(str(root))
-    samples, numbers = scan.images, numbered(scan.names)
+    samples, numbers = scan.images, index_by_name(scan.names)
     pairs = class_pairs([numbers[name] for _, name in samples], pairs_per_class, seed)
     if not pairs:
         raise ValueError(

@@ -14,7 +14,7 @@ from timm.models import is_model
 from distill_hooks import create_teacher
 from timm_dearkd.engine.data import spread
 from timm_dearkd.engine.device import find_device
-from timm_dearkd.engine.image_folder import check_mode, class_order, normal_name, numbered, scan_folder
+from timm_dearkd.engine.image_folder import check_mode, class_order, index_by_name, normal_name, scan_folder
 
 __all__ = [
     'ImageFiles', 'add_model_arguments', 'add_output_arguments', 'check_counts', 'check_overwrite', 'class_names',
@@ -203,7 +203,7 @@ def find_images(
         if not scan.images:
             raise ValueError(f'{path!r} holds no images.')
         in_order = names is None and len(scan.names) == num_classes
-        labels = numbered(scan.names) if in_order else {normal_name(name): i for i, name in enumerate(names or ())}
+        labels = index_by_name(scan.names) if in_order else {normal_name(name): i for i, name in enumerate(names or ())}
         unknown = class_order(scan.names - set(labels))
         if unknown and len(scan.names) > 1 and (names or num_classes):
             _logger.warning(

@@ -29,7 +29,15 @@ from distill_hooks.checkpoint import training_args
 from ..attention import ConvAttention
 from .build_data import dataset_kwargs, images_per_update, model_dtype, open_validation_set
 from .checks import check_distillation
-from .data import check_img_size, check_labels, class_indices, class_names, open_dataset, open_eval_dataset
+from .data import (
+    check_img_size,
+    check_label_gaps,
+    check_labels,
+    class_indices,
+    count_classes,
+    open_dataset,
+    open_eval_dataset,
+)
 from .device import Ranks
 from .image_folder import class_order, normal_name
 from .output import EXPORT_NAME, Position, read_classes, why_no_config
@@ -59,10 +67,11 @@ def build_student(
     Raises:
         ValueError: Options that no such model can be made with.
     """
-    names = class_names(dataset)
     num_classes = args.num_classes
-    if num_classes is None and names and not args.eval_only:
-        num_classes = len(names)
+    if num_classes is None and not args.eval_only:
+        check_label_gaps(dataset, args.class_map)
+        num_classes = count_classes(dataset)
+    if num_classes != args.num_classes:
         _logger.info(f'--num-classes not given: {num_classes}, as the data set has.')
     overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else {}
     overlay.update(args.pretrained_cfg_overlay)
@@ -98,7 +107,7 @@ def build_student(
                 ' Weights of other classes or another image size go in by --pretrained-path, with a new head.')
         raise ValueError(f'Could not create --model {args.model}: {_reason(e)}{remedy}') from e
     _complete_attributes(model, num_classes)
-    if num_classes is None and not names and not args.eval_only:
+    if num_classes is None and not args.eval_only:
         _logger.warning(
             f'The data set does not tell its classes, so the model has {model.num_classes}. Set --num-classes.')
     has_weights = parse_model_name(args.model)[0] is not None  # local-dir:, hf-hub:
@@ -133,8 +142,8 @@ def build_evaluation(args, device: torch.device, create_model: Callable[..., Any
         _take_trained_input(args)
         if not trained:
             eval_set = _label_as_training(args, eval_set)
-        num_classes = max(trained.values()) + 1 if trained else len(class_names(eval_set) or ())
-        args.num_classes = args.num_classes or num_classes or None
+        num_classes = max(trained.values()) + 1 if trained else count_classes(eval_set)
+        args.num_classes = args.num_classes or num_classes
     model, data_config = build_student(args, eval_set, device, create_model)
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     own = cfg.get('num_classes')

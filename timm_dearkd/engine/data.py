@@ -1,61 +1,65 @@
-"""Data sets of train.py, opened by timm."""
+"""Data sets for train.py. timm opens them."""
 import logging
 import os
 import struct
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from collections import Counter
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 import torch.nn as nn
 from PIL import Image
 from timm.data import ImageDataset, IterableImageDataset, add_img_extensions, create_dataset
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.layers import to_2tuple
 from timm.models import get_model_input_config
 from torch.utils.data import Dataset
 
 from .hf_labels import hf_classes
 from .image_folder import (
-    check_depth,
-    check_mode,
-    class_digests,
+    ImageFolderReader,
+    bit_depth_message,
+    check_bit_depth,
     class_order,
-    is_deep,
+    exceeds_8_bits,
+    index_by_name,
     is_image_file,
+    normal_label,
+    normal_names,
     open_folder,
     read_class_map,
+    resolve_class_map,
     split_folder,
 )
 
 __all__ = [
-    'UNKNOWN_CLASSES', 'ClassFraction', 'Classes', 'SkipUnreadable', 'check_img_size', 'check_labels', 'class_indices',
-    'class_names', 'classes_of', 'folder_of', 'is_image_folder', 'open_dataset', 'open_eval_dataset',
-    'open_with_classes', 'relabel', 'set_image_mode', 'spread',
+    'UNKNOWN_CLASSES', 'ClassFraction', 'Classes', 'SkipHighBitDepth', 'SkipUnreadable', 'check_img_size',
+    'check_label_gaps', 'check_labels', 'class_indices', 'class_names', 'classes_of', 'count_classes', 'folder_of',
+    'is_image_folder', 'open_dataset', 'open_eval_dataset', 'open_with_classes', 'relabel', 'set_image_mode', 'spread',
 ]
 
 _logger = logging.getLogger(__name__)
 
-# timm's readers, of folders and of tar files, would skip these without a word
+# timm's readers of folders and tar files skip these types silently by default
 add_img_extensions(('.webp', '.bmp', '.tif', '.tiff', '.gif'))
 
-# What Pillow raises for files that are broken or are no images
+# Pillow's errors for broken files and for files that are not images
 _BROKEN = (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 
 
 def open_dataset(name: str, root: Optional[str], split: str, **kwargs: Any):
-    """Open a split of a data set by timm's `create_dataset`.
+    """Open a split of a data set with timm's `create_dataset`.
 
-    Classes come in one order in every process, see `class_order`. Images that cannot be read are skipped.
+    The class order is the same in every process, see `class_order`. Images that cannot be read are skipped.
 
     Args:
-        name: Type and name of the data set, as `--dataset` takes them; '' is an image folder.
-        root: Its folder.
+        name: Type and name of the data set, as in `--dataset`; '' is an image folder.
+        root: Folder of the data set.
         split: Name of the split; for an image folder also a path.
         **kwargs: Arguments of `create_dataset`. `class_map` is a path or the class index by name.
 
     Raises:
-        FileNotFoundError: If there is no such folder, or no such split in it.
-        ValueError: If timm cannot open it, it is empty, or its folders or labels are no classes.
+        FileNotFoundError: If the folder or the split does not exist.
+        ValueError: If timm cannot open the data set, it is empty, or its folders or labels are not classes.
     """
     is_folder = is_image_folder(name)
     if not root and (is_folder or name.lower().startswith('torch/')):
@@ -65,26 +69,27 @@ def open_dataset(name: str, root: Optional[str], split: str, **kwargs: Any):
     if is_folder and root and not os.path.exists(root):
         raise FileNotFoundError(f'No data set at {root!r}. Expected an image folder {root}/{split}/CLASS/IMAGE.')
     if is_folder and root and os.path.isdir(root):
-        if '/' not in name:
+        mode = kwargs.get('input_img_mode', 'RGB')
+        if '/' in name:
+            reader = _read_torch_folder(name, root, split, **kwargs)
+        else:
             keys = ('class_map', 'is_training', 'input_key', 'input_img_mode')
             reader = open_folder(root, split, **{key: kwargs[key] for key in keys if key in kwargs})
-            mode = kwargs.get('input_img_mode', 'RGB')
-            return SkipUnreadable(ImageDataset(reader.root, reader=reader, input_img_mode=mode))
-        dataset = _create_dataset(name, split_folder(root, split), split, is_valid_file=is_image_file, **kwargs)
-        check_depth(dataset.samples, kwargs.get('input_img_mode', 'RGB'))
-        return dataset
+        return SkipUnreadable(ImageDataset(reader.root, reader=reader, input_img_mode=mode))
+    if is_folder and '/' not in name and root:
+        return SkipUnreadable(_open_tar(name, root, split, **kwargs))
     if isinstance(kwargs.get('class_map'), str) and kwargs['class_map']:
         kwargs['class_map'] = read_class_map(kwargs['class_map'], root or '')
     dataset = _create_dataset(name, root, split, **kwargs)
-    ordered = _ordered_classes(dataset, name, split, kwargs.get('class_map'), kwargs.get('is_training', False))
-    if ordered is not None:
-        dataset = _create_dataset(name, root, split, **{**kwargs, 'class_map': ordered})
-    if isinstance(getattr(dataset, 'reader', None), ReaderImageInTar):
-        _drop_hidden(dataset.reader)
+    if name.lower().startswith('hfds/'):
+        classes = hf_classes(
+            dataset.reader, name, split, kwargs.get('class_map'), kwargs.get('is_training', False))
+        if classes is not None:
+            dataset = _create_dataset(name, root, split, **{**kwargs, 'class_map': classes})
     if isinstance(dataset, ImageDataset):
         return SkipUnreadable(dataset)
     if isinstance(dataset, IterableImageDataset) and name.lower().startswith(('wds/', 'hfids/')):
-        return SkipDeepStream(dataset)
+        return SkipHighBitDepth(dataset)
     return dataset
 
 
@@ -96,51 +101,83 @@ def _create_dataset(name: str, root: Optional[str], split: str, **kwargs: Any):
         raise ValueError(f'Could not open split {split!r} of data set {name!r} in {root!r}: {reason}.') from e
 
 
-def _drop_hidden(reader: ReaderImageInTar) -> None:
-    """Remove hidden files, such as macOS writes beside every file of a tar, from the samples."""
-    kept = [not os.path.basename(sample[0].name).startswith('.') for sample in reader.samples]
-    reader.samples, reader.targets = reader.samples[kept], reader.targets[kept]
+def _read_torch_folder(name: str, root: str, split: str, class_map: Any = '', **kwargs: Any) -> ImageFolderReader:
+    """Return a reader of torchvision's `ImageFolder`: its images, and its classes in its order.
+
+    With a timm reader, these images are converted and skipped like those of any other folder.
+
+    Args:
+        name: See `open_dataset`.
+        root: See `open_dataset`.
+        split: See `open_dataset`.
+        class_map: See `open_dataset`; '' takes torchvision's class indices.
+        **kwargs: See `open_dataset`.
+    """
+    folder = _create_dataset(name, split_folder(root, split), split, is_valid_file=is_image_file, **kwargs)
+    normal = normal_names(folder.classes, folder.root)
+    names = [normal[name] for name in folder.classes]
+    class_to_idx = resolve_class_map(class_map, folder.root, names, kwargs.get('is_training', False))
+    if class_to_idx is None:
+        class_to_idx = {name: index for index, name in enumerate(names)}
+    check_bit_depth(folder.samples, kwargs.get('input_img_mode', 'RGB'))
+    return ImageFolderReader(folder.root, [(path, names[index]) for path, index in folder.samples], class_to_idx)
 
 
-def _ordered_classes(dataset, name: str, split: str, class_map: Any, is_training: bool) -> Optional[Dict[Any, int]]:
-    """Return the class index by name that the data set must be opened with again; None if it is right as it is.
+def _open_tar(name: str, root: str, split: str, class_map: Any = '', **kwargs: Any) -> ImageDataset:
+    """Open a tar file of class folders, without hidden files and with class names in `normal_name`.
+
+    Args:
+        name: See `open_dataset`.
+        root: The file.
+        split: See `open_dataset`.
+        class_map: See `open_dataset`; '' numbers the classes in `class_order`.
+        **kwargs: See `open_dataset`.
 
     Raises:
-        ValueError: See `hf_classes`.
+        ValueError: If there are no images, or the class map has none of the classes.
     """
-    reader = getattr(dataset, 'reader', None)
-    if name.lower().startswith('hfds/'):
-        return hf_classes(reader, name, split, class_map, is_training)
-    names = getattr(reader, 'class_name_to_idx', None)  # timm's reader of tar files
-    if class_map or not names:
-        return None
-    ordered = class_order(names)
-    return None if list(names) == ordered else {name: index for index, name in enumerate(ordered)}
+    dataset = _create_dataset(name, root, split, **kwargs)
+    reader: Any = dataset.reader
+    found = [
+        (sample, reader.class_idx_to_name[index]) for sample, index in zip(reader.samples, reader.targets)
+        if not os.path.basename(sample[0].name).startswith('.')]
+    if not found:
+        raise ValueError(f'No images in {root!r}, apart from hidden files. Expected CLASS/IMAGE in the tar file.')
+    normal = normal_names((name for _, name in found), root)
+    class_to_idx = resolve_class_map(class_map, root, normal.values(), kwargs.get('is_training', False))
+    if class_to_idx is None:
+        class_to_idx = index_by_name(normal.values())
+    kept = [(sample, class_to_idx[normal[name]]) for sample, name in found if normal[name] in class_to_idx]
+    reader.samples, reader.targets = [sample for sample, _ in kept], [index for _, index in kept]
+    reader.class_name_to_idx = class_to_idx
+    reader.class_idx_to_name = {index: name for name, index in class_to_idx.items()}
+    return dataset
 
 
 def is_image_folder(name: str) -> bool:
-    """Return whether timm takes this for a folder of images: any name without a prefix."""
+    """Return whether timm opens a data set of this name as an image folder or a tar file."""
     prefix, slash, rest = name.lower().partition('/')
     return not slash or (prefix == 'torch' and rest in ('folder', 'image_folder'))
 
 
 def folder_of(dataset) -> Optional[str]:
-    """Return the folder of a split, where the data set is one of files."""
+    """Return the folder of a split; None if the data set is not made of files."""
     return getattr(getattr(dataset, 'reader', dataset), 'root', None)
 
 
 def class_indices(dataset) -> Dict[Any, int]:
-    """Return the class index by name; empty where the data set does not know its classes."""
+    """Return the class index by name, see `normal_name`; empty if the data set does not know its classes."""
     source = getattr(dataset, 'reader', dataset)
-    return getattr(source, 'class_to_idx', None) or getattr(source, 'class_name_to_idx', None) or {}
+    indices = getattr(source, 'class_to_idx', None) or getattr(source, 'class_name_to_idx', None) or {}
+    return {normal_label(name): index for name, index in indices.items()}
 
 
 class Classes(NamedTuple):
-    """Classes of a training set, as a checkpoint keeps them.
+    """Classes of a training set, as checkpoints store them.
 
     Args:
-        indices: Class index by name; empty where the data set does not know its classes.
-        digests: See `class_digests`, by class index.
+        indices: Class index by name; empty if the data set does not know its classes.
+        digests: Hash of some files of each class, by class index; see `ImageFolderReader.digests`.
     """
     indices: Dict[Any, int] = {}
     digests: Dict[int, str] = {}
@@ -150,56 +187,73 @@ UNKNOWN_CLASSES = Classes()
 
 
 def classes_of(dataset) -> Classes:
-    """Return the classes of a training set."""
-    return Classes(class_indices(dataset), class_digests(getattr(dataset, 'reader', None)))
+    """Return the classes of a training set. The digests read the sizes of some files of each class."""
+    return Classes(class_indices(dataset), getattr(getattr(dataset, 'reader', None), 'digests', {}))
 
 
 def open_with_classes(trained: Classes, name: str, root: Optional[str], split: str, **kwargs: Any):
-    """Open the training split of a run that is resumed, with the class indices that the run began with.
+    """Open the training split of a resumed run with the class indices of its checkpoint.
 
     Args:
-        trained: Of the checkpoint.
+        trained: Classes of the checkpoint.
         name: See `open_dataset`.
         root: See `open_dataset`.
         split: See `open_dataset`.
         **kwargs: See `open_dataset`.
 
     Raises:
-        ValueError: If the class names are others, or the images of a class are those that another one had.
+        ValueError: If the class names have changed, or the images of a class are in the folder of another one.
     """
     dataset = open_dataset(name, root, split, **kwargs)
     found = class_indices(dataset)
     if not trained.indices or not found:
         return dataset
-    remedy = ' Restore the names, or begin in another --experiment.'
+    remedy = ' Restore the names, or start another --experiment.'
     if set(found) != set(trained.indices):
         new = class_order(str(name) for name in set(found) - set(trained.indices))
         gone = class_order(str(name) for name in set(trained.indices) - set(found))
         raise ValueError(
-            'The classes are not those that the run began with.'
+            'The classes are not those of the checkpoint.'
             + (f' New: {", ".join(new[:10])}.' if new else '') + (f' Missing: {", ".join(gone[:10])}.' if gone else '')
             + remedy)
     if found != trained.indices:
-        _logger.info('The classes come in another order than when the run began. Their labels are matched by name.')
+        _logger.info('The class order differs from that of the checkpoint. Labels are matched by name.')
         dataset = relabel(name, root, split, trained.indices, **kwargs)
-    names = {index: name for name, index in trained.indices.items()}
-    now, then = classes_of(dataset).digests, trained.digests
-    for index, digest in now.items():
-        former = next((other for other, before in then.items() if before == digest), index)
-        if former != index and then.get(index) != digest:
-            raise ValueError(
-                f'Class {names[index]!r} has the images that class {names[former]!r} had when the run began.{remedy}')
+    for index, former in _moved_classes(trained.digests, dataset):
+        names = {index: name for name, index in trained.indices.items()}
+        raise ValueError(
+            f'Class {names[index]!r} has the images that class {names[former]!r} had when the run started.{remedy}')
     return dataset
+
+
+def _moved_classes(before: Dict[int, str], dataset) -> List[Tuple[int, int]]:
+    """Return the index, now and before, of classes whose images are now in the folder of another class.
+
+    A digest tells classes apart only if it is unique. Frames of videos, for example, may have equal names and sizes.
+    """
+    if not before:
+        return []
+    now = classes_of(dataset).digests
+    unique_before, unique_now = _unique_digests(before), _unique_digests(now)
+    return sorted(
+        (index, unique_before[digest]) for digest, index in unique_now.items()
+        if unique_before.get(digest, index) != index)
+
+
+def _unique_digests(digests: Dict[int, str]) -> Dict[str, int]:
+    """Return the class index by digest, without digests of several classes."""
+    counts = Counter(digests.values())
+    return {digest: index for index, digest in digests.items() if counts[digest] == 1}
 
 
 def open_eval_dataset(train_set, name: str, root: Optional[str], split: str, class_map: str = '', **kwargs: Any):
     """Open the validation split with the labels of the training set.
 
-    A class without validation images must not shift the labels of the others, so the classes of a training folder
-    serve as the class map.
+    The training classes serve as the class map, so that a class without validation images does not shift the labels of
+    the others.
 
     Raises:
-        ValueError: If validation has a class that training has not, or labels that cannot be mapped.
+        ValueError: If a validation class is not a training class, or the labels cannot be mapped.
     """
     dataset = open_dataset(name, root, split, class_map=class_map, **kwargs)
     known, found = class_indices(train_set), class_indices(dataset)
@@ -207,28 +261,28 @@ def open_eval_dataset(train_set, name: str, root: Optional[str], split: str, cla
         unknown = class_order(map(str, set(found) - set(known)))
         if unknown:
             raise ValueError(
-                f'Split {split!r} has classes that the training set has not: {", ".join(unknown[:5])}.'
+                f'Split {split!r} has classes that the training set does not have: {", ".join(unknown[:5])}.'
                 ' Rename or remove them, or name the labels with --class-map.')
         dataset = relabel(name, root, split, known, **kwargs)
     return dataset
 
 
 def relabel(name: str, root: Optional[str], split: str, class_to_idx: Dict[Any, int], **kwargs: Any):
-    """Open a split with given labels.
+    """Open a split with given class indices.
 
     Raises:
-        ValueError: See `open_dataset`; or if the labels differ and the data set takes no others.
+        ValueError: See `open_dataset`; or if the data set has other indices and does not take a class map.
     """
     dataset = open_dataset(name, root, split, **{**kwargs, 'class_map': class_to_idx})
-    if class_indices(dataset) != class_to_idx:  # torchvision's data sets take no class map
+    if class_indices(dataset) != class_to_idx:  # most of torchvision's data sets ignore a class map
         raise ValueError(
-            f'Split {split!r} of data set {name!r} has other classes, or another order, than training, and cannot be'
-            ' relabelled. Leave out --dataset, so that timm reads the folder.')
+            f'Split {split!r} of data set {name!r} has other classes, or another class order, than training. Its labels'
+            ' cannot be changed. Use a data set with the same classes, or an image folder without --dataset.')
     return dataset
 
 
 class _Wrapper(Dataset):
-    """Another data set around one, whose transform and attributes it has."""
+    """A data set that wraps another one and has its transform and attributes."""
 
     def __init__(self, dataset) -> None:
         self.dataset = dataset
@@ -248,18 +302,18 @@ class _Wrapper(Dataset):
 
 
 class SkipUnreadable(_Wrapper):
-    """A timm data set that skips the files it cannot read, names each once in all workers, and takes the next image.
+    """A timm data set that replaces each image it cannot read by the next one.
 
-    Images of 16 bits and more count as unreadable where 8 are asked for: Pillow would clip them, and only some types of
-    files say how many of the bits are used.
+    Each such file is reported once, also with several workers. Images of 16 bits and more count as unreadable if 8 bits
+    are asked for. Pillow would clip them, and few file types tell how many of the bits are used.
 
     Args:
         dataset: timm's `ImageDataset`, or a fraction of one.
-        input_img_mode: Pillow mode of the images; '' takes the data set's.
-        max_skips: How many images in a row may be unreadable.
+        input_img_mode: Pillow mode to convert the images to; '' takes the mode of the data set.
+        max_skips: Number of unreadable images in a row that raises an error.
 
     Raises:
-        OSError: If more than that are.
+        OSError: If `max_skips` images in a row cannot be read.
     """
 
     def __init__(self, dataset, input_img_mode: str = '', max_skips: int = 10) -> None:
@@ -269,11 +323,11 @@ class SkipUnreadable(_Wrapper):
             source = source.dataset
         self._transform, source.transform = source.transform, None
         self.input_img_mode = input_img_mode or source.input_img_mode
-        source.input_img_mode = ''  # so that images come unconverted
+        source.input_img_mode = ''  # leaves the conversion to `_read`
         source._max_retries = 1
         self.max_skips = max_skips
-        # shared, because a loader may start new workers in each epoch; a fraction may have its files several times
-        self.is_named = torch.zeros(len(getattr(dataset, 'indices', dataset)), dtype=torch.bool).share_memory_()
+        # shared, because a loader may start new workers in each epoch; a fraction may repeat its files
+        self.was_reported = torch.zeros(len(getattr(dataset, 'indices', dataset)), dtype=torch.bool).share_memory_()
 
     @property
     def transform(self):
@@ -294,18 +348,18 @@ class SkipUnreadable(_Wrapper):
                 reason = str(e)
             else:
                 return (image if self.transform is None else self.transform(image), *rest)
-            place = index % len(self.is_named)
-            if not self.is_named[place]:
-                self.is_named[place] = True
+            place = index % len(self.was_reported)
+            if not self.was_reported[place]:
+                self.was_reported[place] = True
                 _logger.warning(f'{reason} Skipped: the next image takes its place.')
             index = (index + 1) % len(self.dataset)
         raise OSError(f'{self.max_skips} images in a row cannot be read. The last one: {reason}')
 
     def _read(self, index: int):
-        """Return the converted image, its label and what else the data set gives.
+        """Return the converted image, its label and further items of the data set.
 
         Raises:
-            ValueError: If the image cannot be read. The message names it.
+            ValueError: If the image cannot be read. The message has its path.
         """
         try:
             image, *rest = self.dataset[index]
@@ -315,8 +369,8 @@ class SkipUnreadable(_Wrapper):
             raise ValueError(f'{self._name(index)!r} cannot be read as an image.') from e
         except Image.DecompressionBombError as e:
             raise ValueError(f'{self._name(index)!r} cannot be read as an image ({e}).') from e
-        if is_deep(image.mode, self.input_img_mode):
-            check_mode(self._name(index), image.mode, self.input_img_mode)
+        if exceeds_8_bits(image.mode, self.input_img_mode):
+            raise ValueError(bit_depth_message(self._name(index), image.mode))
         try:
             return image.convert(self.input_img_mode), *rest
         except _BROKEN as e:
@@ -326,44 +380,61 @@ class SkipUnreadable(_Wrapper):
         return self.dataset.filename(index, absolute=True) or f'image {index}'
 
 
-class SkipDeepStream(IterableImageDataset):
-    """A stream of images that skips those of 16 bits and more, with one warning in each worker.
+class SkipHighBitDepth(IterableImageDataset):
+    """A stream that replaces each image of 16 bits and more by the last one of 8 bits, with one warning.
+
+    The stream keeps its length. A shorter one would lose batches that the loader has announced, and the other
+    processes of a distributed run would wait for them.
 
     Args:
-        dataset: timm's, of WebDataset shards or streamed from Hugging Face.
+        dataset: timm's data set of WebDataset shards, or streamed from Hugging Face.
+
+    Raises:
+        OSError: If the stream ends without an image of 8 bits.
     """
 
     def __init__(self, dataset: IterableImageDataset) -> None:
         super().__init__('', reader=dataset.reader, transform=dataset.transform)
         self.input_img_mode, self.reader.input_img_mode = self.reader.input_img_mode, ''
+        self.was_reported = torch.zeros(1, dtype=torch.bool).share_memory_()  # by any worker
 
     def __iter__(self):
-        is_named = False
+        last: Any = None
+        num_missing = 0  # images that are yet to be yielded
         for image, target in self.reader:
-            if is_deep(image.mode, self.input_img_mode):
-                if not is_named:
-                    _logger.warning(
-                        f'Skips images of the stream with 16 bits per channel or more (mode {image.mode}), which Pillow'
-                        ' clips to white. Convert them to 8 bits.')
-                is_named = True
-                continue
-            image = image.convert(self.input_img_mode)
-            yield image if self.transform is None else self.transform(image), target
+            if not exceeds_8_bits(image.mode, self.input_img_mode):
+                last = image.convert(self.input_img_mode), target
+            else:
+                self._report(image.mode)
+            num_missing += 1
+            for _ in range(num_missing if last is not None else 0):
+                yield last[0] if self.transform is None else self.transform(last[0]), last[1]
+                num_missing -= 1
+        if num_missing:
+            raise OSError(
+                f'All {num_missing} images of a stream have 16 bits per channel or more. Convert them to 8 bits.')
+
+    def _report(self, mode: str) -> None:
+        if not self.was_reported[0]:
+            self.was_reported[0] = True
+            _logger.warning(
+                f'The stream has images with 16 bits per channel or more (mode {mode}). Pillow clips such images to'
+                ' white. Skipped: the last image of 8 bits takes their place. Convert them to 8 bits.')
 
 
 class ClassFraction(_Wrapper):
-    """The same share of every class of a data set, for training on little data.
+    """An equal share of the images of every class, for training on little data.
 
-    The images are the first ones of a permutation per class, so that a smaller share is part of a larger one.
+    The images are the first ones of a permutation of each class. A smaller share is a subset of a larger one.
 
     Args:
-        dataset: A map-style data set that knows its labels without opening the images.
-        fraction: Share of each class, rounded, at least one image.
+        dataset: A map-style data set that lists its labels.
+        fraction: Share of each class, rounded to whole images, at least one.
         seed: Seed of the permutations.
-        keep_length: Repeat the images until there are as many as before, so that an epoch has as many steps.
+        keep_length: Repeat the images up to the length of `dataset`, so that an epoch has as many steps.
 
     Raises:
-        ValueError: A data set that does not list its labels.
+        ValueError: If the data set does not list its labels.
     """
 
     def __init__(self, dataset, fraction: float, seed: int = 0, keep_length: bool = False) -> None:
@@ -389,7 +460,7 @@ class ClassFraction(_Wrapper):
 
     def __getitem__(self, index: int):
         if not 0 <= index < self.length:
-            raise IndexError(index)  # what ends an iteration
+            raise IndexError(index)  # ends an iteration
         return self.dataset[int(self.indices[index % len(self.indices)])]
 
     def filename(self, index: int, **kwargs: Any) -> str:
@@ -397,10 +468,10 @@ class ClassFraction(_Wrapper):
 
 
 def set_image_mode(dataset, mode: str) -> None:
-    """Have a timm data set give images in a Pillow mode."""
+    """Set the Pillow mode that a timm data set converts its images to."""
     while isinstance(dataset, _Wrapper) and not isinstance(dataset, SkipUnreadable):
         dataset = dataset.dataset
-    if isinstance(dataset, (SkipUnreadable, SkipDeepStream)):
+    if isinstance(dataset, (SkipUnreadable, SkipHighBitDepth)):
         dataset.input_img_mode = mode
         return
     for source in (dataset, getattr(dataset, 'reader', dataset)):
@@ -409,28 +480,53 @@ def set_image_mode(dataset, mode: str) -> None:
 
 
 def class_names(dataset) -> Optional[List[str]]:
-    """Class names in the order of their indices, where the data set knows them."""
+    """Return the class names by index; None if they are unknown, have gaps, or share an index."""
     class_to_idx = class_indices(dataset)
     if not class_to_idx or sorted(class_to_idx.values()) != list(range(len(class_to_idx))):
-        return None  # unknown, or a class map with gaps or with several names for a class
+        return None
     return [str(name) for name in sorted(class_to_idx, key=lambda name: class_to_idx[name])]
 
 
+def count_classes(dataset) -> Optional[int]:
+    """Return the number of classes; None if they are unknown or their indices have gaps. Names may share an index."""
+    indices = set(class_indices(dataset).values())
+    return len(indices) if indices and indices == set(range(len(indices))) else None
+
+
+def check_label_gaps(dataset, class_map: str = '') -> None:
+    """Refuse class indices that are not 0 to n - 1. They do not tell how many outputs the model needs.
+
+    Args:
+        dataset: The data set.
+        class_map: File that the indices come from, for the message.
+
+    Raises:
+        ValueError: If the indices have gaps or do not begin with 0.
+    """
+    indices = sorted(set(class_indices(dataset).values()))
+    if indices and indices != list(range(len(indices))):
+        source = f'--class-map {class_map!r}' if class_map else 'The data set'
+        shown = ', '.join(map(str, indices[:5])) + (f', ..., {indices[-1]}' if len(indices) > 5 else '')
+        raise ValueError(
+            f'{source} has the class indices {shown}, expected 0 to {len(indices) - 1}. Number the classes without gaps'
+            f' from 0, or set --num-classes {indices[-1] + 1} for a model with unused outputs.')
+
+
 def spread(length: int, count: int) -> List[int]:
-    """At most `count` places in a sequence, as far apart as can be."""
+    """Return at most `count` evenly spaced places in a sequence."""
     return torch.linspace(0, length - 1, min(count, length)).long().tolist()
 
 
 def check_labels(dataset, num_classes: int, remedy: str = '') -> None:
-    """Refuse a folder with more classes than the model has.
+    """Refuse a data set with more classes than the model has.
 
     Args:
-        dataset: Whose labels.
-        num_classes: Of the model.
-        remedy: What to do; by default, to make the model with as many.
+        dataset: The data set.
+        num_classes: Number of classes of the model.
+        remedy: Advice for the message; by default, to set --num-classes.
 
     Raises:
-        ValueError: More classes than `num_classes`.
+        ValueError: If the data set has more than `num_classes` classes.
     """
     class_to_idx = class_indices(dataset)
     count = max(class_to_idx.values(), default=-1) + 1
@@ -440,25 +536,31 @@ def check_labels(dataset, num_classes: int, remedy: str = '') -> None:
 
 
 def check_img_size(model: nn.Module, train_sizes: Sequence[int] = ()) -> None:
-    """Refuse an image size that a ViT does not take before it is trained, and warn where it ignores pixels.
+    """Refuse image sizes that a ViT does not take, and warn of pixels that it ignores.
 
     Args:
         model: The model.
         train_sizes: Further sizes that it is trained with.
 
     Raises:
-        ValueError: If a size of a ViT of any size is no multiple of the patch size, or a ViT of one size gets several.
+        ValueError: If a size of a ViT with `dynamic_img_size` is not a multiple of the patch size, or another ViT is
+            trained at several sizes.
     """
-    patch = getattr(getattr(model, 'patch_embed', None), 'patch_size', None)
-    dynamic = getattr(model, 'dynamic_img_size', False)
-    if not patch:
+    patch_embed: Any = getattr(model, 'patch_embed', None)
+    if not getattr(patch_embed, 'patch_size', None):
         return
-    patch_size = to_2tuple(patch)
-    if train_sizes and not dynamic:
+    patch_size = to_2tuple(patch_embed.patch_size)
+    proj = getattr(patch_embed, 'proj', None)
+    # overlapping or padded patches (PVT v2, XCiT) reach every pixel and take any size
+    is_plain = isinstance(proj, nn.Conv2d) and proj.stride == proj.kernel_size and proj.padding in ((0, 0), 'valid')
+    dynamic = getattr(model, 'dynamic_img_size', False)
+    if train_sizes and not dynamic and (is_plain or hasattr(model, 'dynamic_img_size')):
         raise ValueError(
             f'{type(model).__name__} takes images of one size. Add --model-kwargs dynamic_img_size=True for'
             ' --train-img-sizes.')
-    padded = getattr(model.patch_embed, 'dynamic_img_pad', False)
+    if not is_plain:
+        return
+    padded = getattr(patch_embed, 'dynamic_img_pad', False)
     for height, width in (get_model_input_config(model)['input_size'][1:], *((size, size) for size in train_sizes)):
         rest = height % patch_size[0], width % patch_size[1]
         if padded or not any(rest):

@@ -1,10 +1,10 @@
 """Labels of Hugging Face data sets (`--dataset hfds/NAME`), checked before training."""
 import logging
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 
-from .image_folder import class_order
+from .image_folder import class_order, normal_label
 
 __all__ = ['hf_classes']
 
@@ -18,23 +18,24 @@ def hf_classes(
         class_map: Optional[Dict[Any, int]] = None,
         is_training: bool = False,
 ) -> Optional[Dict[Any, int]]:
-    """Return the class index of each label of a Hugging Face data set that does not number its labels itself.
+    """Return the class index of each label that timm's reader needs as its class map.
 
     Args:
         reader: timm's `ReaderHfds` of the split.
-        name: What `--dataset` calls it.
-        split: Its split.
-        class_map: Class index by label that the reader was made with; None takes the data set's own.
-        is_training: Log which classes were found.
+        name: Name of the data set, as in `--dataset`.
+        split: The split.
+        class_map: Class index by label that the reader was created with; None uses the labels of the data set.
+        is_training: Log the classes that were found.
 
     Returns:
-        Sorted labels and their indices; None where the data set has a `ClassLabel`, or with a class map.
+        Class index by label, as the data set spells it. Labels without a `ClassLabel` are sorted. None if the reader
+        needs no other class map.
 
     Raises:
-        ValueError: If there is no such column, or images have no label, a label that the class map has not, or one that
-            is neither an integer nor text.
+        ValueError: If the column does not exist, or images have no label, a label that the class map does not have, or
+            a label that is neither an integer nor text.
     """
-    if reader.target_keys or '/' in reader.label_key:  # several columns or a nested one: timm's to read
+    if reader.target_keys or '/' in reader.label_key:  # timm reads several columns and nested ones
         return None
     where = f'split {split!r} of {name}'
     if reader.label_key not in reader.dataset.column_names:
@@ -56,15 +57,32 @@ def hf_classes(
             f'Labels in {where} are of type {type(labels[0]).__name__}, expected integers or text. Set --target-key to'
             ' another column.')
     if class_map:
-        known = {*class_map, *(index for index, label in reader._source_names.items() if label in class_map)}
-        unknown = class_order(str(label) for label in labels if label not in known)
-        if unknown:
-            raise ValueError(f'The class map has no entry for labels in {where}: {", ".join(unknown[:5])}.')
-        return None
+        return _spell(class_map, labels, reader._source_names, where)
     if reader.class_to_idx:
         return None
-    ordered = sorted(labels) if numeric else class_order(labels)
+    ordered = sorted(labels) if numeric else class_order({normal_label(label) for label in labels})
     if is_training:
         shown = ', '.join(map(str, ordered[:10])) + (', ...' if len(ordered) > 10 else '')
-        _logger.info(f'{name} has no names for its labels. Their order is that of the classes: {shown}.')
-    return {label: index for index, label in enumerate(ordered)}
+        _logger.info(f'{name} has no class names. The sorted labels are the classes: {shown}.')
+    indices = {label: index for index, label in enumerate(ordered)}
+    return {label: indices[normal_label(label)] for label in labels}
+
+
+def _spell(class_map: Dict[Any, int], labels: List[Any], names: Dict[int, str], where: str) -> Optional[Dict[Any, int]]:
+    """Return a class map with the labels in the Unicode form of the data set too; None if it has them already.
+
+    Args:
+        class_map: Class index by label, see `normal_name`.
+        labels: Labels of the data set.
+        names: Name of each label of a `ClassLabel`.
+        where: Name of the split, for the message.
+
+    Raises:
+        ValueError: If the class map does not have one of the labels.
+    """
+    found = {label: label if label in class_map else names.get(label, label) for label in labels}
+    unknown = class_order(str(label) for label in found.values() if normal_label(label) not in class_map)
+    if unknown:
+        raise ValueError(f'The class map has no entry for labels in {where}: {", ".join(unknown[:5])}.')
+    spelled = {**class_map, **{label: class_map[normal_label(label)] for label in found.values()}}
+    return spelled if len(spelled) > len(class_map) else None

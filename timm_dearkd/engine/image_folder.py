@@ -1,11 +1,14 @@
-"""Image folders: which files are images, which classes they have, and in which order."""
+"""Image folders: their image files, their classes and the order of the classes."""
 import hashlib
 import logging
+import numbers
 import os
+import pickle
 import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from mimetypes import guess_type
 from pathlib import Path
 from typing import Any, Collection, Dict, Iterable, List, Optional, Sequence, Set, Tuple
@@ -13,32 +16,62 @@ from typing import Any, Collection, Dict, Iterable, List, Optional, Sequence, Se
 from PIL import Image
 from timm.data import get_img_extensions
 from timm.data.readers.class_map import load_class_map
-from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader import Reader
 from timm.utils.misc import natural_key
 
 __all__ = [
-    'FolderScan', 'ImageFolderReader', 'check_depth', 'check_mode', 'class_digests', 'class_order', 'find_splits',
-    'is_deep', 'is_image_file', 'normal_name', 'numbered', 'open_folder', 'read_class_map', 'scan_folder',
-    'split_folder',
+    'FolderScan', 'ImageFolderReader', 'bit_depth_message', 'check_bit_depth', 'check_mode', 'class_order',
+    'exceeds_8_bits', 'find_splits', 'index_by_name', 'is_image_file', 'normal_label', 'normal_name', 'normal_names',
+    'open_folder', 'read_class_map', 'resolve_class_map', 'scan_folder', 'split_folder',
 ]
 
 _logger = logging.getLogger(__name__)
 
-NUM_DEPTH_CHECKS = 50
-_DEEP_MODES = ('I', 'F')
+NUM_BIT_DEPTH_CHECKS = 50
+NUM_DIGEST_FILES = 20
+_HIGH_BIT_DEPTH_MODES = ('I', 'F')
 _TRAIN_SPLITS = ('train', 'training')
 _EVAL_SPLITS = ('val', 'valid', 'validation', 'eval', 'evaluation')
 
 
 def normal_name(name: str) -> str:
-    """Return a class name in Unicode's composed form (NFC), in which equal names are equal strings."""
+    """Return a class name in Unicode's composed form (NFC).
+
+    `é` may be one character (NFC) or two (NFD, as macOS writes file names). Both look the same.
+    """
     return unicodedata.normalize('NFC', name)
 
 
-def class_order(names: Iterable[str]) -> List[str]:
-    """Sort class names as timm does, and names that timm takes for equal (`A` and `a`, `1` and `01`) by themselves.
+def normal_label(label: Any) -> Any:
+    """Return the `normal_name` of a label of text; other labels as they are."""
+    return normal_name(label) if isinstance(label, str) else label
 
-    timm sorts a set by its natural key alone, so that such names come in another order in every process.
+
+def normal_names(names: Iterable[str], root: str) -> Dict[str, str]:
+    """Return the `normal_name` of each class name of a data set.
+
+    Args:
+        names: Names as they are stored.
+        root: Place of the data set, for the message.
+
+    Raises:
+        ValueError: If two names differ only in their Unicode form.
+    """
+    stored: Dict[str, str] = {}
+    for name in names:
+        normal = normal_name(name)
+        if stored.setdefault(normal, name) != name:
+            raise ValueError(
+                f'{root!r} has two class folders {normal!r}. Their names look the same and differ in their Unicode form'
+                ' (NFC and NFD). Move the images into one of them.')
+    return {name: normal for normal, name in stored.items()}
+
+
+def class_order(names: Iterable[str]) -> List[str]:
+    """Sort class names by timm's natural key, then by the name itself.
+
+    The natural key of some names is equal (`A` and `a`, `1` and `01`). timm sorts a set by this key alone, so the order
+    of such names differs between processes.
     """
     return sorted(names, key=_total_key)
 
@@ -46,31 +79,31 @@ def class_order(names: Iterable[str]) -> List[str]:
 def _total_key(name: str) -> Tuple[List[Any], str]:
     try:
         return natural_key(name), name
-    except ValueError:  # a digit that int() does not read, such as ²
+    except ValueError:  # int() does not read digits such as ²
         return [name.lower()], name
 
 
-def numbered(names: Iterable[str]) -> Dict[str, int]:
-    """Return the class index of each name, in `class_order`."""
+def index_by_name(names: Iterable[str]) -> Dict[str, int]:
+    """Return the class index of each name. Classes are numbered in `class_order`."""
     return {name: index for index, name in enumerate(class_order(set(names)))}
 
 
 def is_image_file(path: str, types: Optional[Collection[str]] = None) -> bool:
-    """Return whether a file is an image by its ending and not hidden (macOS writes `._photo.jpg`)."""
+    """Return whether a file has the ending of an image and is not hidden (macOS writes `._photo.jpg`)."""
     name = os.path.basename(path)
     return not name.startswith('.') and os.path.splitext(name)[1].lower() in (types or get_img_extensions(as_set=True))
 
 
 @dataclass
 class FolderScan:
-    """Images of a folder and of the folders in it, without hidden ones.
+    """Images in a folder and its subfolders. Hidden files and folders are ignored.
 
     Args:
         root: The folder.
-        images: Path and class name of each image, in an order that depends on the paths alone. The class is the name
-            of the image's folder, see `normal_name`.
+        images: Path and class name of each image, sorted by path. The class name is the `normal_name` of the folder
+            that holds the image.
         folders: Folders that hold images, relative to `root`.
-        other_types: Number of image files whose type is not read, by ending.
+        other_types: Number of image files of types that are not read, by ending.
     """
     root: str
     images: List[Tuple[str, str]] = field(default_factory=list)
@@ -84,18 +117,17 @@ class FolderScan:
 
 
 def scan_folder(root: str, types: Optional[Collection[str]] = None) -> FolderScan:
-    """Look for images.
+    """Find the images in a folder.
 
     Args:
         root: The folder.
-        types: File name endings, such as '.png'; None means all that are read.
+        types: File name endings to read, such as '.png'; None reads all known types.
 
     Raises:
-        ValueError: If two folders have names that look the same and differ in their Unicode form.
+        ValueError: If the names of two folders differ only in their Unicode form.
     """
     types = set(types or get_img_extensions(as_set=True))
     scan = FolderScan(root)
-    spellings: Dict[str, str] = {}
     for path, dirs, files in os.walk(root, followlinks=True):
         dirs[:] = [name for name in dirs if not name.startswith('.')]
         images = [file for file in files if is_image_file(file, types)]
@@ -107,28 +139,53 @@ def scan_folder(root: str, types: Optional[Collection[str]] = None) -> FolderSca
         relative = Path(path).relative_to(root)
         scan.folders.append(relative)
         name = normal_name(relative.name)
-        if spellings.setdefault(name, relative.name) != relative.name:
-            raise ValueError(
-                f'{root!r} has two class folders {name!r}, whose names look the same and differ in their Unicode form'
-                ' (NFC and NFD). Move the images into one of them.')
         scan.images += [(os.path.join(path, image), name) for image in images]
+    normal_names((folder.name for folder in scan.folders), root)
     scan.images.sort(key=lambda image: _total_key(image[0]))
     return scan
 
 
-class ImageFolderReader(ReaderImageFolder):
-    """timm's reader of an image folder, for the images and class indices that are given.
+class ImageFolderReader(Reader):
+    """A timm reader of given image files.
 
     Args:
-        scan: The images.
-        class_to_idx: Index of each class name. Images of other classes are skipped.
+        root: The folder.
+        images: Path and class name of each image.
+        class_to_idx: Class index by name. Images of other classes are skipped.
     """
 
-    def __init__(self, scan: FolderScan, class_to_idx: Dict[str, int]) -> None:
-        super(ReaderImageFolder, self).__init__()  # the parent would walk the folder again
-        self.root = scan.root
+    def __init__(self, root: str, images: Sequence[Tuple[str, str]], class_to_idx: Dict[str, int]) -> None:
+        super().__init__()
+        self.root = root
         self.class_to_idx = class_to_idx
-        self.samples = [(path, class_to_idx[name]) for path, name in scan.images if name in class_to_idx]
+        self.samples = [(path, class_to_idx[name]) for path, name in images if name in class_to_idx]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int):
+        path, label = self.samples[index]
+        return open(path, 'rb'), label
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        path = self.samples[index][0]
+        if basename:
+            return os.path.basename(path)
+        return path if absolute else os.path.relpath(path, self.root)
+
+    @cached_property
+    def digests(self) -> Dict[int, str]:
+        """Hash of the names and sizes of the first files of each class, by class index.
+
+        A class folder is recognised by it after a renaming.
+        """
+        files: Dict[int, List[Tuple[str, int]]] = {}
+        for path, index in self.samples:
+            of_class = files.setdefault(index, [])
+            if len(of_class) < NUM_DIGEST_FILES:
+                # a link may lead nowhere, and is skipped when it is read
+                of_class.append((os.path.basename(path), os.path.getsize(path) if os.path.exists(path) else -1))
+        return {index: hashlib.sha256(repr(of_class).encode()).hexdigest()[:16] for index, of_class in files.items()}
 
 
 def open_folder(
@@ -143,15 +200,15 @@ def open_folder(
 
     Args:
         root: The folder, see `split_folder`.
-        split: Its split.
+        split: The split.
         class_map: Path of a class map, or class index by name; '' numbers the class folders in `class_order`.
         is_training: Whether every class must have images.
-        input_key: File name endings to read, separated by semicolons; None means all that are read.
+        input_key: File name endings to read, separated by semicolons; None reads all known types.
         input_img_mode: Pillow mode that the images are converted to.
 
     Raises:
-        FileNotFoundError: If there is no such split or class map.
-        ValueError: If there are no images, the folders are no classes, or an image is too deep for the mode.
+        FileNotFoundError: If the split or the class map does not exist.
+        ValueError: If there are no images, the folders are not classes, or an image has more than 8 bits.
     """
     folder = split_folder(root, split)
     scan = scan_folder(folder, input_key.split(';') if input_key else None)
@@ -159,47 +216,21 @@ def open_folder(
         raise ValueError(
             f'No images in {folder!r}, split {split!r} of {root!r}. Image folders look like DIR/train/CLASS/IMAGE and'
             ' DIR/validation/CLASS/IMAGE.')
-    if isinstance(class_map, dict):
-        class_to_idx = {normal_name(str(name)): index for name, index in class_map.items()}
-    else:
-        if scan.other_types and is_training and not input_key:
-            counts = ', '.join(f'{count} {kind}' for kind, count in scan.other_types.most_common())
-            _logger.warning(
-                f'Skips images in {folder!r} whose types are not read: {counts}. Convert them to PNG or JPEG.')
-        if class_map:
-            class_to_idx = read_class_map(class_map, folder, scan.names)
-            _compare_class_map(class_map, scan, class_to_idx, is_training)
-        else:
-            _check_class_folders(scan, is_training)
-            class_to_idx = numbered(scan.names)
-    reader = ImageFolderReader(scan, class_to_idx)
-    if not reader.samples:
-        raise ValueError(
-            f'None of the classes of {folder!r} ({_first(class_order(scan.names))}) is among those asked for'
-            f' ({_first(class_order(class_to_idx))}). Rename the folders, or correct the --class-map.')
-    check_depth(reader.samples, input_img_mode)
+    if scan.other_types and is_training and not input_key and not isinstance(class_map, dict):
+        counts = ', '.join(f'{count} {kind}' for kind, count in scan.other_types.most_common())
+        _logger.warning(
+            f'Skips images in {folder!r} of types that are not read: {counts}. Convert them to PNG or JPEG.')
+    class_to_idx = resolve_class_map(class_map, folder, scan.names, is_training)
+    if class_to_idx is None:
+        _check_class_folders(scan, is_training)
+        class_to_idx = index_by_name(scan.names)
+    reader = ImageFolderReader(scan.root, scan.images, class_to_idx)
+    check_bit_depth(reader.samples, input_img_mode)
     return reader
 
 
-def class_digests(reader: Any, num_files: int = 20) -> Dict[int, str]:
-    """Return a hash of the names and sizes of the first files of each class, by which class folders are recognised.
-
-    Args:
-        reader: What `open_folder` returns; any other has no digests.
-        num_files: Files of each class that are looked at.
-    """
-    if not isinstance(reader, ImageFolderReader):
-        return {}
-    files: Dict[int, List[Tuple[str, int]]] = {}
-    for path, index in reader.samples:
-        of_class = files.setdefault(index, [])
-        if len(of_class) < num_files:
-            of_class.append((os.path.basename(path), os.path.getsize(path)))
-    return {index: hashlib.sha256(repr(of_class).encode()).hexdigest()[:16] for index, of_class in files.items()}
-
-
 def find_splits(root: str) -> List[str]:
-    """Return the names of the splits in a folder, among those that timm looks for."""
+    """Return the names of timm's splits that a folder has."""
     return [name for name in (*_TRAIN_SPLITS, *_EVAL_SPLITS) if os.path.isdir(os.path.join(root, name))]
 
 
@@ -208,10 +239,10 @@ def split_folder(root: str, split: str) -> str:
 
     Args:
         root: Image folder, with a folder for each split or without splits.
-        split: Name of a folder in `root`, where timm's other names of the same split count, or a path.
+        split: Name of a folder in `root`, or timm's other name of it (`val` for `validation`), or a path.
 
     Raises:
-        FileNotFoundError: If there is no such split.
+        FileNotFoundError: If the split does not exist.
     """
     names = [split]
     names += next((kind for kind in (_TRAIN_SPLITS, _EVAL_SPLITS) if split in kind), ())
@@ -229,7 +260,7 @@ def split_folder(root: str, split: str) -> str:
 
 
 def _check_class_folders(scan: FolderScan, is_training: bool) -> None:
-    """Refuse folders from which timm would make other classes than are meant."""
+    """Refuse folders whose classes are unclear: images without a class, classes in classes, empty classes."""
     root = scan.root
     if Path() in scan.folders:
         raise ValueError(f'There are images in {root!r} itself. Expected a folder for each class. Move them.')
@@ -243,28 +274,71 @@ def _check_class_folders(scan: FolderScan, is_training: bool) -> None:
             raise ValueError(f'Class folder {entry.path!r} has no images. Add some, or remove the folder.')
 
 
-def read_class_map(path: str, root: str = '', names: Collection[str] = ()) -> Dict[str, int]:
+def resolve_class_map(
+        class_map: Any,
+        root: str,
+        names: Collection[str],
+        is_training: bool = False,
+) -> Optional[Dict[Any, int]]:
+    """Return the class index by name of a class map, and compare a file with the class folders.
+
+    Warns of folders that a file does not name and, in training, of its classes without a folder.
+
+    Args:
+        class_map: Path of a class map, or class index by name; '' is no class map.
+        root: Place of the class folders.
+        names: Names of the class folders, see `normal_name`.
+        is_training: Whether every class must have images.
+
+    Returns:
+        Class index by name; None without a class map.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file cannot be read, or the class map has none of the class folders.
+    """
+    if isinstance(class_map, dict):
+        class_to_idx = {normal_name(str(name)): int(index) for name, index in class_map.items()}
+    elif class_map:
+        class_to_idx = read_class_map(class_map, root, names)
+    else:
+        return None
+    skipped = class_order(set(names) - set(class_to_idx))
+    missing = class_order(map(str, set(class_to_idx) - set(names))) if is_training else []
+    if len(skipped) == len(set(names)):
+        raise ValueError(
+            f'None of the classes of {root!r} ({_first(skipped)}) is among those asked for'
+            f' ({_first(class_order(map(str, class_to_idx)))}). Rename the folders, or correct the --class-map.')
+    if (skipped or missing) and not isinstance(class_map, dict):
+        _logger.warning(
+            f'--class-map {class_map} does not fit {root!r}.'
+            + (f' Skips folders that it does not name: {_first(skipped)}.' if skipped else '')
+            + (f' These classes have no images: {_first(missing)}.' if missing else ''))
+    return class_to_idx
+
+
+def read_class_map(path: str, root: str = '', names: Collection[str] = ()) -> Dict[Any, int]:
     """Read a --class-map: a class name per line, in the order of the indices, or an index and a name per line.
 
-    Skips empty lines and lines that start with #. A pickled dictionary (`.pkl`) is read by timm.
+    Skips empty lines and lines that start with #. timm reads a pickled dictionary (`.pkl`).
 
     Args:
         path: The file.
-        root: Folder to look in where there is no such file.
-        names: Names of the class folders. A line that is one of them has no index.
+        root: Folder to look in if the path does not exist.
+        names: Names of the class folders. A line that equals one of them is a name without an index.
 
     Returns:
         Class index by name, see `normal_name`.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If a line cannot be read. The message names it.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If a line cannot be read. The message has its number.
     """
     found = next((file for file in (path, os.path.join(root, path)) if os.path.isfile(file)), None)
     if found is None:
         raise FileNotFoundError(f'--class-map: no file {path!r}.')
-    if path.endswith('.pkl'):
-        return {normal_name(name) if isinstance(name, str) else name: i for name, i in load_class_map(found).items()}
+    if path.lower().endswith('.pkl'):
+        return _read_pickled_class_map(found)
     with open(found, encoding='utf-8-sig', errors='replace') as file:
         lines = [(number, normal_name(line.strip())) for number, line in enumerate(file, 1)]
     lines = [(number, line) for number, line in lines if line in names or (line and not line.startswith('#'))]
@@ -281,9 +355,23 @@ def read_class_map(path: str, root: str = '', names: Collection[str] = ()) -> Di
     return _indexed(path, [(number, match[2], int(match[1])) for number, match in pairs if match])
 
 
-def _indexed(path: str, entries: Sequence[Tuple[int, str, int]]) -> Dict[str, int]:
-    """Return the index by name of (line, name, index)."""
-    class_to_idx: Dict[str, int] = {}
+def _read_pickled_class_map(path: str) -> Dict[Any, int]:
+    try:
+        class_to_idx = load_class_map(path)
+        for name, index in class_to_idx.items():
+            if not isinstance(index, numbers.Integral) or index < 0:
+                raise ValueError(f'class {name!r} has the index {index!r}')
+    except (AttributeError, EOFError, IndexError, ValueError, pickle.UnpicklingError) as e:
+        raise ValueError(
+            f'--class-map {path!r} cannot be read ({str(e).rstrip(".")}). Expected a pickled dictionary of class names'
+            ' and plain integers, 0 or more. Write a text file with a class name per line instead.') from e
+    # torch.load(weights_only=True) does not read checkpoints with other kinds of integers
+    return {normal_label(name): int(i) for name, i in class_to_idx.items()}
+
+
+def _indexed(path: str, entries: Sequence[Tuple[int, str, int]]) -> Dict[Any, int]:
+    """Return the class index by name of (line number, name, index)."""
+    class_to_idx: Dict[Any, int] = {}
     for number, name, index in entries:
         if name in class_to_idx:
             raise ValueError(f'Line {number} of --class-map {path!r} repeats the class {name!r}. Remove it.')
@@ -291,54 +379,55 @@ def _indexed(path: str, entries: Sequence[Tuple[int, str, int]]) -> Dict[str, in
     return class_to_idx
 
 
-def _compare_class_map(path: str, scan: FolderScan, class_to_idx: Dict[str, int], is_training: bool) -> None:
-    """Warn of folders that a class map does not name and, in training, of classes without a folder."""
-    skipped = class_order(scan.names - set(class_to_idx))
-    missing = class_order(set(class_to_idx) - scan.names) if is_training else []
-    if skipped or missing:
-        _logger.warning(
-            f'--class-map {path} does not fit {scan.root!r}.'
-            + (f' Skips folders that it does not name: {_first(skipped)}.' if skipped else '')
-            + (f' These classes have no images: {_first(missing)}.' if missing else ''))
-
-
 def _first(names: Sequence[str]) -> str:
     return ', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
 
 
-def check_depth(samples: Sequence[Tuple[str, int]], mode: str) -> None:
-    """Refuse a folder of images that are too deep, by the first image of each class (of 50 classes at most).
+def check_bit_depth(samples: Sequence[Tuple[str, int]], mode: str) -> None:
+    """Refuse image files with more than 8 bits per channel, if the mode has 8.
+
+    Looks at the first image of each class, of 50 classes at most.
 
     Raises:
         ValueError: See `check_mode`.
     """
     paths = list({label: path for path, label in reversed(samples)}.values())
-    for path in paths[::-(-len(paths) // NUM_DEPTH_CHECKS)]:
+    for path in paths[::-(-len(paths) // NUM_BIT_DEPTH_CHECKS)]:
         try:
             with Image.open(path) as image:
                 found = image.mode
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            continue  # a warning names it when it is read
+            continue  # `SkipUnreadable` reports it when it is read
         check_mode(path, found, mode)
 
 
-def is_deep(found: str, mode: str) -> bool:
-    """Return whether an image of mode `found` has more bits per channel than `mode`, so that Pillow would clip it."""
-    return found.split(';')[0] in _DEEP_MODES and mode.split(';')[0] not in _DEEP_MODES
+def exceeds_8_bits(found: str, mode: str) -> bool:
+    """Return whether an image has more than 8 bits per channel and is to be converted to a mode with 8.
+
+    Args:
+        found: Pillow mode of the image.
+        mode: Pillow mode to convert it to.
+    """
+    return found.split(';')[0] in _HIGH_BIT_DEPTH_MODES and mode.split(';')[0] not in _HIGH_BIT_DEPTH_MODES
+
+
+def bit_depth_message(path: str, found: str) -> str:
+    """Return why an image of Pillow mode `found` cannot be used, and what to do."""
+    return (
+        f'{path!r} has 16 bits per channel or more (mode {found}). Pillow clips such images to white. Convert it to 8'
+        ' bits.')
 
 
 def check_mode(path: str, found: str, mode: str) -> None:
-    """Refuse an image that Pillow would clip instead of converting it, to white as a rule.
+    """Refuse an image that Pillow clips instead of converting it. The result is white as a rule.
 
     Args:
-        path: Its file.
+        path: The image file.
         found: Pillow mode of the image.
         mode: Pillow mode to convert it to.
 
     Raises:
         ValueError: If the image has more than 8 bits per channel and the mode has 8.
     """
-    if is_deep(found, mode):
-        raise ValueError(
-            f'{path!r} has 16 bits per channel or more (mode {found}), which Pillow clips to white. Convert it to 8'
-            ' bits.')
+    if exceeds_8_bits(found, mode):
+        raise ValueError(bit_depth_message(path, found))

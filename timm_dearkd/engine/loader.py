@@ -123,11 +123,11 @@ def create_train_loader(
         sampler = _SeededRepeats(dataset, ranks.world_size, ranks.rank, num_repeats=num_aug_repeats)
         sampler.seed = seed
     if not kwargs.get('input_size_choices'):  # which --train-batches-per-epoch sets, too
-        _tell_unused(len(sampler), batch_size, ranks.world_size, even=mixup is not None)
+        _log_unused_images(len(sampler), batch_size, ranks.world_size, even=mixup is not None)
     return _seed_loader(loader, sampler, seed, ranks, mixup, mixup_off_epoch, kwargs.get('num_batches'))
 
 
-def _tell_unused(num_images: int, batch_size: int, world_size: int, even: bool) -> None:
+def _log_unused_images(num_images: int, batch_size: int, world_size: int, even: bool) -> None:
     """Log how many images an epoch skips because its last batch is not full, and the batch size that skips fewest.
 
     Args:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import FakeData
 
+from timm_dearkd.engine.build import build_student
 from timm_dearkd.engine.data import (
     ClassFraction,
     SkipUnreadable,
@@ -21,6 +22,7 @@ from timm_dearkd.engine.data import (
     open_eval_dataset,
     set_image_mode,
 )
+from timm_dearkd.train import _parse_args
 
 
 def test_class_names(image_folder):
@@ -30,6 +32,30 @@ def test_class_names(image_folder):
     with pytest.raises(ValueError, match='Set --num-classes 3'):
         check_labels(dataset, 2)
     check_labels(dataset, 5)
+
+
+@pytest.mark.parametrize('text, count, shown', [
+    ('blue sky\ngrass\nrust\n', 3, None),
+    ('0 blue sky\n0 grass\n1 rust\n', 2, None),
+    ('1 blue sky\n2 grass\n3 rust\n', 4, '1, 2, 3, expected 0 to 2'),
+    ('0 blue sky\n0 grass\n700 rust\n', 701, '0, 700, expected 0 to 1'),
+], ids=['names', 'merged classes', 'from 1', 'gap'])
+def test_a_model_has_as_many_classes_as_a_class_map(text, count, shown, image_folder, tmp_path):
+    """And gaps in the map are refused, unless --num-classes says that they are meant."""
+    path = tmp_path / 'map.txt'
+    path.write_text(text)
+    dataset = open_dataset('', str(image_folder), 'train', class_map=str(path))
+
+    def build(*args):
+        args = _parse_args([str(image_folder), '--model', 'test_resnet', '--class-map', str(path), *args])[0]
+        return build_student(args, dataset, torch.device('cpu'), timm.create_model)[0]
+
+    if shown is None:
+        assert build().eval()(torch.randn(1, 3, 32, 32)).shape == (1, count)
+        return
+    with pytest.raises(ValueError, match=f"--class-map '.*map.txt' has the .* {shown}.* set --num-classes {count} for"):
+        build()
+    assert build('--num-classes', str(count)).num_classes == count
 
 
 def test_unreadable_images_are_named_once_and_replaced(image_folder, tmp_path, caplog):
@@ -183,12 +209,24 @@ def test_validation_takes_the_labels_of_training(image_folder, tmp_path):
     shutil.rmtree(root / 'validation' / 'blue sky')
     dataset = open_eval_dataset(train_set, '', str(root), 'validation')
     assert [label for _, label in dataset] == [1] * 4 + [2] * 4
-    torchvisions = open_dataset('torch/image_folder', str(root), 'train')
-    with pytest.raises(ValueError, match='cannot be relabelled. Leave out --dataset'):
-        open_eval_dataset(torchvisions, 'torch/image_folder', str(root), 'validation')
+    for name in ('torch/folder', 'torch/image_folder'):
+        dataset = open_eval_dataset(open_dataset(name, str(root), 'train'), name, str(root), 'validation')
+        assert [label for _, label in dataset] == [1] * 4 + [2] * 4
     (root / 'validation' / 'grass').rename(root / 'validation' / 'Grass')
-    with pytest.raises(ValueError, match='has not: Grass'):
+    with pytest.raises(ValueError, match='does not have: Grass'):
         open_eval_dataset(train_set, '', str(root), 'validation')
+
+
+def test_other_classes_of_a_data_set_without_a_class_map_are_refused(tmp_path, monkeypatch):
+    class Animals(FakeData):
+        def __init__(self, root, train, **kwargs):
+            super().__init__(size=4)
+            self.class_to_idx = {'cat': 0, 'dog': 1} if train else {'dog': 0}
+
+    monkeypatch.setitem(timm.data.dataset_factory._TORCH_BASIC_DS, 'animals', Animals)
+    train_set = open_dataset('torch/animals', str(tmp_path), 'train')
+    with pytest.raises(ValueError, match='Its labels cannot be changed. Use a data set with the same classes'):
+        open_eval_dataset(train_set, 'torch/animals', str(tmp_path), 'validation')
 
 
 def test_errors(image_folder, tmp_path):
@@ -220,6 +258,20 @@ def test_a_name_without_a_folder_is_refused(tmp_path):
             open_dataset(name, None, 'train')
     with pytest.raises(FileNotFoundError, match='No data set at'):
         open_dataset('photos', str(tmp_path / 'nowhere'), 'train')
+
+
+def test_patches_that_overlap_take_any_size(caplog):
+    """No pixel of PVT v2 is ignored, though its patches have a size of 7."""
+    model = timm.create_model('pvt_v2_b0', num_classes=2, pretrained_cfg_overlay=dict(input_size=(3, 50, 50))).eval()
+    check_img_size(model, [50, 66])
+    assert not caplog.messages
+    images = torch.randn(1, 3, 50, 50)
+    changed = images.clone()
+    changed[..., 49, :] = 9.  # the last row of 7 patches of 7
+    with torch.no_grad():
+        assert not model(images).allclose(model(changed)) and model(torch.randn(1, 3, 66, 66)).isfinite().all()
+    with pytest.raises(ValueError, match='takes images of one size. Add --model-kwargs dynamic_img_size'):
+        check_img_size(timm.create_model('test_vit', dynamic_img_size=False), [32, 48])
 
 
 def test_sizes_that_are_no_multiple_of_the_patch(caplog):

@@ -1,5 +1,6 @@
 """Labels of Hugging Face data sets, read from parquet files."""
 import logging
+import unicodedata
 
 import datasets
 import pytest
@@ -10,6 +11,8 @@ from PIL import Image
 from timm_dearkd.engine.data import class_names, open_dataset, open_eval_dataset
 
 datasets.disable_progress_bars()
+
+NFC, NFD = (unicodedata.normalize(form, 'café') for form in ('NFC', 'NFD'))
 
 
 def make(folder, feature=None, column='label', **splits):
@@ -31,9 +34,27 @@ def test_text_becomes_sorted_classes(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     train_set = open_split(tmp_path, name, is_training=True)
     assert class_names(train_set) == ['Ant', 'cat', 'dog'] and [label for _, label in train_set] == [2, 0, 1, 2]
-    assert 'no names for its labels' in caplog.text and 'Ant, cat, dog.' in caplog.text
+    assert 'no class names. The sorted labels' in caplog.text and 'Ant, cat, dog.' in caplog.text
     eval_set = open_eval_dataset(train_set, name, str(tmp_path / 'cache'), 'test')
     assert [label for _, label in eval_set] == [2, 1]
+
+
+@pytest.mark.parametrize('feature, train, test', [
+    (datasets.Value('string'), ['cafz', NFC, 'dog'], [NFD, 'dog', 'cafz', NFC]),
+    (datasets.Value('string'), ['cafz', NFD, 'dog'], [NFC, 'dog', 'cafz']),
+    (None, [0, 1, 2], [1, 2, 0]),
+], ids=['text', 'text, decomposed in training', 'names of integers'])
+def test_labels_are_equal_in_every_unicode_form(feature, train, test, tmp_path):
+    kinds = [feature or datasets.ClassLabel(names=names) for names in (['cafz', NFC, 'dog'], ['cafz', NFD, 'dog'])]
+    place = {split: make(tmp_path / split, kind, **{split: labels}) for split, kind, labels in (
+        ('train', kinds[0], train), ('test', kinds[1], test))}
+    train_set = open_split(tmp_path, place['train'])
+    eval_set = open_eval_dataset(train_set, place['test'], str(tmp_path / 'cache'), 'test')
+    assert class_names(train_set) == class_names(eval_set) and NFC in class_names(train_set)
+    expected = [class_names(train_set)[label] for _, label in train_set]
+    assert expected == ['cafz', NFC, 'dog']
+    names = test if feature else [['cafz', NFC, 'dog'][label] for label in test]
+    assert [class_names(train_set)[label] for _, label in eval_set] == [unicodedata.normalize('NFC', n) for n in names]
 
 
 def test_integers_without_names_become_as_many_classes(tmp_path):

@@ -2,6 +2,8 @@
 import io
 import itertools
 import json
+import os
+import pickle
 import shutil
 import socket
 import tarfile
@@ -9,12 +11,14 @@ import unicodedata
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import start_python
 from PIL import Image
 
 from timm_dearkd.engine.data import (
     Classes,
+    ClassFraction,
     class_indices,
     class_names,
     classes_of,
@@ -24,6 +28,7 @@ from timm_dearkd.engine.data import (
     set_image_mode,
 )
 from timm_dearkd.engine.image_folder import class_order, read_class_map
+from timm_dearkd.engine.loader import create_train_loader
 from timm_dearkd.engine.output import read_classes
 
 TWINS = ['01', '1', '007', 'A', 'a', 'b10', 'c']
@@ -127,7 +132,7 @@ def test_classes_of_a_resumed_run_are_those_of_its_checkpoint(tmp_path, caplog):
     with pytest.raises(ValueError, match='New: zcat. Missing: cat. Restore the names'):
         open_with_classes(began, '', root, 'train')
     for index, name in enumerate(('zcat', 'dog', 'emu')):
-        Image.new('L', (8 + index, 9)).save(tmp_path / 'data' / name / '0.png')
+        Image.effect_noise((8 + 8 * index, 9), 50).save(tmp_path / 'data' / name / '0.png')
     shutil.move(tmp_path / 'data' / 'zcat', tmp_path / 'data' / 'cat')
     began = classes_of(open_dataset('', root, 'train'))
     Image.new('L', (70, 90)).save(tmp_path / 'data' / 'emu' / '0.png')  # changed images are no swap
@@ -136,6 +141,58 @@ def test_classes_of_a_resumed_run_are_those_of_its_checkpoint(tmp_path, caplog):
         shutil.move(tmp_path / 'data' / old, tmp_path / 'data' / new)
     with pytest.raises(ValueError, match="Class 'cat' has the images that class 'dog' had"):
         open_with_classes(began, '', root, 'train')
+
+
+def frames(root, **counts):
+    """Class folders of images with the same names and sizes, as frames of videos have them."""
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            Image.new('L', (8, 8)).save(root / name / f'{i:04d}.bmp')
+    return str(root)
+
+
+def rename(root, **names):
+    for old in names:
+        (root / old).rename(root / f'{old} before')
+    for old, new in names.items():
+        (root / f'{old} before').rename(root / new)
+
+
+def test_classes_that_look_alike_do_not_stop_a_resumed_run(tmp_path):
+    root = frames(tmp_path / 'a', cat=3, dog=3, emu=2)
+    open_with_classes(classes_of(open_dataset('', root, 'train')), '', root, 'train')
+    root = frames(tmp_path / 'b', cat=3, dog=2)
+    began = classes_of(open_dataset('', root, 'train'))
+    frames(tmp_path / 'b', dog=3)  # which is now like the cats, and they are like before
+    open_with_classes(began, '', root, 'train')
+    shutil.rmtree(tmp_path / 'b' / 'cat')
+    frames(tmp_path / 'b', cat=1)
+    with pytest.raises(ValueError, match="Class 'dog' has the images that class 'cat' had"):
+        open_with_classes(began, '', root, 'train')
+
+
+def test_rotated_classes_are_refused(tmp_path):
+    root = frames(tmp_path / 'data', ant=3, bee=3, cat=1, dog=2, emu=4)
+    began = classes_of(open_dataset('', root, 'train'))
+    rename(tmp_path / 'data', ant='bee', bee='ant')  # which cannot be seen
+    open_with_classes(began, '', root, 'train')
+    rename(tmp_path / 'data', cat='dog', dog='emu', emu='cat')
+    with pytest.raises(ValueError, match="Class 'cat' has the images that class 'emu' had"):
+        open_with_classes(began, '', root, 'train')
+
+
+def test_files_are_looked_at_once_and_only_for_a_checkpoint_with_digests(tmp_path, monkeypatch):
+    root = frames(tmp_path / 'data', cat=3, dog=2)
+    (tmp_path / 'data' / 'dog' / 'link.bmp').symlink_to(tmp_path / 'nothing.bmp')  # skipped when it is read
+    began = classes_of(open_dataset('', root, 'train'))
+    sized, getsize = [], os.path.getsize
+    monkeypatch.setattr(os.path, 'getsize', lambda path: sized.append(path) or getsize(path))
+    open_with_classes(began._replace(digests={}), '', root, 'train')
+    open_with_classes(Classes(), '', root, 'train')
+    assert not sized
+    resumed = open_with_classes(began, '', root, 'train')
+    assert classes_of(resumed) == began and len(sized) == 5
 
 
 def test_train_does_not_resume_with_renamed_classes(train_cli, image_folder, tmp_path):
@@ -168,22 +225,63 @@ def test_hidden_files_are_ignored(tmp_path):
     assert len(open_dataset('torch/image_folder', root, 'train')) == 4
 
 
-def test_names_are_equal_in_every_unicode_form(tmp_path):
+def tar_of(folder):
+    with tarfile.open(f'{folder}.tar', 'w') as tar:
+        tar.add(folder, arcname='.')
+    return f'{folder}.tar'
+
+
+NFC, NFD = (unicodedata.normalize(form, 'café') for form in ('NFC', 'NFD'))
+
+
+@pytest.mark.parametrize('kind', ['', 'torch/folder', 'tar'])
+def test_names_are_equal_in_every_unicode_form(kind, tmp_path):
     """A folder that was copied from macOS has the accents of its name apart."""
-    composed, decomposed = (unicodedata.normalize(form, 'café') for form in ('NFC', 'NFD'))
-    assert composed != decomposed
+    assert NFC != NFD
     root = tmp_path / 'data'
-    make_folder(root / 'train', ['apple', composed, 'dog'])
-    make_folder(root / 'validation', [decomposed, 'dog'], value=1)
-    train_set = open_dataset('', str(root), 'train', is_training=True)
-    eval_set = open_eval_dataset(train_set, '', str(root), 'validation')
-    assert {(image.getpixel((0, 0))[0], label) for image, label in eval_set} == {(1, 1), (2, 2)}
-    (tmp_path / 'map.txt').write_text(f'apple\n{decomposed}\n', encoding='utf-8')
-    dataset = open_dataset('', str(root), 'train', class_map=str(tmp_path / 'map.txt'))
-    assert [label for _, label in dataset] == [0, 0, 1, 1]
-    make_folder(root / 'train', [decomposed])
+    make_folder(root / 'train', ['apple', NFC, 'cafz', 'dog'])
+    make_folder(root / 'validation', [NFD, 'cafz', 'dog'], value=1)
+
+    def place(split):
+        return ('', tar_of(root / split), split) if kind == 'tar' else (kind, str(root), split)
+
+    train_set = open_dataset(*place('train'), is_training=True)
+    order = ['apple', 'cafz', 'dog', NFC] if kind.startswith('torch') else ['apple', NFC, 'cafz', 'dog']
+    order = class_order(order) if kind != 'torch/folder' else sorted(order)
+    assert class_names(train_set) == order
+    eval_set = open_eval_dataset(train_set, *place('validation'))
+    expected = {(1, order.index(NFC)), (2, order.index('cafz')), (3, order.index('dog'))}
+    assert {(image.getpixel((0, 0))[0], label) for image, label in eval_set} == expected
+    (tmp_path / 'map.txt').write_text(f'apple\n{NFD}\n', encoding='utf-8')
+    dataset = open_dataset(*place('train'), class_map=str(tmp_path / 'map.txt'))
+    assert [(image.getpixel((0, 0))[0], label) for image, label in dataset] == [(0, 0), (0, 0), (1, 1), (1, 1)]
+    make_folder(root / 'train', [NFD])
     with pytest.raises(ValueError, match='two class folders .* look the same'):
-        open_dataset('', str(root), 'train')
+        open_dataset(*place('train'))
+
+
+def test_tar_files_and_torch_folders_take_class_maps_and_fractions(tmp_path, caplog):
+    root = make_folder(tmp_path / 'data', ['cat', 'dog', 'emu'], count=4)
+    (tmp_path / 'map.txt').write_text('1 cat\n0 emu\n')
+    (tmp_path / 'other.txt').write_text('bird\n')
+    for name, place in (('', tar_of(tmp_path / 'data')), ('torch/folder', root)):
+        caplog.clear()
+        dataset = open_dataset(name, place, 'train', class_map=str(tmp_path / 'map.txt'))
+        assert class_names(dataset) == ['emu', 'cat']
+        assert 'Skips folders that it does not name: dog.' in caplog.text
+        half = ClassFraction(dataset, 0.5)
+        assert [(image.getpixel((0, 0))[0], label) for image, label in half] == [(0, 1)] * 2 + [(2, 0)] * 2
+        with pytest.raises(ValueError, match=r'None of the classes .* \(cat, dog, emu\) is among those .* \(bird\)'):
+            open_dataset(name, place, 'train', class_map=str(tmp_path / 'other.txt'))
+
+
+def test_file_names_are_those_of_timms_reader(tmp_path):
+    root = make_folder(tmp_path / 'data', ['cat', 'dog'])
+    ours, timms = open_dataset('', root, 'train').reader, timm.data.create_dataset('', root).reader
+    assert isinstance(ours, timm.data.readers.reader.Reader) and len(ours) == len(timms)
+    for options in ({}, dict(basename=True), dict(absolute=True), dict(basename=True, absolute=True)):
+        assert ours.filenames(**options) == timms.filenames(**options)
+        assert ours.filename(3, **options) == timms.filename(3, **options)
 
 
 def deep(kind):
@@ -193,10 +291,11 @@ def deep(kind):
     return buffer.getvalue()
 
 
-def test_deep_images_behind_others_are_skipped_by_name(tmp_path, caplog):
+@pytest.mark.parametrize('name', ['', 'torch/folder'])
+def test_deep_images_behind_others_are_skipped_by_name(name, tmp_path, caplog):
     root = make_folder(tmp_path / 'data', ['cat', 'dog'], count=3)
     (tmp_path / 'data' / 'cat' / '1.png').write_bytes(deep('png'))
-    dataset = open_dataset('', root, 'train')
+    dataset = open_dataset(name, root, 'train')
     for mode in ('RGB', 'L'):
         set_image_mode(dataset, mode)
         for _ in range(2):
@@ -206,22 +305,49 @@ def test_deep_images_behind_others_are_skipped_by_name(tmp_path, caplog):
     assert 'cat/1.png' in caplog.text and 'mode I;16' in caplog.text and 'the next image takes its place' in caplog.text
 
 
-def test_deep_images_of_streams_are_skipped(tmp_path, caplog):
-    files = {'0.png': (tmp_path / '0.png'), '1.png': None, '2.png': (tmp_path / '2.png')}
-    with tarfile.open(tmp_path / 'train-000000.tar', 'w') as tar:
-        for place, name in enumerate(files):
-            if files[name] is not None:
-                Image.new('L', (8, 8), place).save(files[name])
-            content = deep('png') if files[name] is None else files[name].read_bytes()
-            for member, data in ((name, content), (name.replace('png', 'cls'), b'0')):
+def make_stream(root, kinds):
+    """A WebDataset shard of images whose grey value is their label; `d` stands for one of 16 bits, `g` for one of 8."""
+    with tarfile.open(root / 'train-000000.tar', 'w') as tar:
+        for place, kind in enumerate(kinds):
+            buffer = io.BytesIO()
+            Image.new('L', (8, 8), place).save(buffer, 'png')
+            content = deep('png') if kind == 'd' else buffer.getvalue()
+            for member, data in ((f'{place}.png', content), (f'{place}.cls', str(place).encode())):
                 info = tarfile.TarInfo(member)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    (tmp_path / '_info.json').write_text(json.dumps(
-        dict(splits=dict(train=dict(name='train', num_samples=3, filenames=['train-000000.tar'], shard_lengths=[3])))))
-    dataset = open_dataset('wds/', str(tmp_path), 'train', input_img_mode='L')
-    assert sorted(image.getpixel((0, 0)) for image, _ in dataset) == [0, 2]
-    assert len([m for m in caplog.messages if 'mode I;16' in m]) == 1
+    count = len(kinds)
+    split = dict(name='train', num_samples=count, filenames=['train-000000.tar'], shard_lengths=[count])
+    (root / '_info.json').write_text(json.dumps(dict(splits=dict(train=split))))
+    return str(root)
+
+
+@pytest.mark.parametrize('kinds, expected', [('gdg', [0, 0, 2]), ('ddgdg', [2, 2, 2, 2, 4]), ('dgd', [1, 1, 1])])
+def test_deep_images_of_streams_are_replaced(kinds, expected, tmp_path, caplog):
+    dataset = open_dataset('wds/', make_stream(tmp_path, kinds), 'train', input_img_mode='L')
+    for _ in range(2):
+        assert [(image.getpixel((0, 0)), label) for image, label in dataset] == [(i, i) for i in expected]
+    assert len([m for m in caplog.messages if 'mode I;16' in m and 'last image of 8 bits takes their place' in m]) == 1
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_an_epoch_with_deep_images_is_as_long_as_its_loader_says(workers, tmp_path):
+    dataset = open_dataset('wds/', make_stream(tmp_path, 'dgdgdgdg'), 'train', is_training=True, batch_size=2)
+    config = dict(input_size=(3, 8, 8), mean=(0.,) * 3, std=(1.,) * 3, interpolation='bilinear')
+    loader = create_train_loader(dataset, config, 2, torch.device('cpu'), num_workers=workers, no_aug=True)
+    assert len(loader) == 4
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        batches = list(loader)
+        assert len(batches) == 4
+        labels = torch.cat([labels for _, labels in batches])
+        torch.testing.assert_close(torch.cat([images for images, _ in batches])[:, 0, 0, 0], labels / 255)
+
+
+def test_a_stream_of_deep_images_alone_is_refused(tmp_path):
+    dataset = open_dataset('wds/', make_stream(tmp_path, 'ddd'), 'train')
+    with pytest.raises(OSError, match='All 3 images of a stream have 16 bits'):
+        list(dataset)
 
 
 @pytest.mark.parametrize('text, expected', [
@@ -250,6 +376,30 @@ def test_class_maps_that_cannot_be_read(text, message, tmp_path):
         read_class_map(str(path))
     with pytest.raises(FileNotFoundError, match="--class-map: no file 'nothing.txt'"):
         read_class_map('nothing.txt')
+
+
+@pytest.mark.parametrize('content, message', [
+    (pickle.dumps({'cat': np.int64(0)}), 'cannot be read .* Write a text file'),
+    (pickle.dumps({'cat': 0.5}), "class 'cat' has the index 0.5"),
+    (pickle.dumps({'cat': -1}), "class 'cat' has the index -1"),
+    (pickle.dumps(['cat']), 'expected a dict'),
+    (b'cat', 'cannot be read'),
+], ids=['numpy', 'fraction', 'negative', 'list', 'text'])
+def test_pickled_class_maps_that_cannot_be_read(content, message, tmp_path):
+    (tmp_path / 'map.pkl').write_bytes(content)
+    with pytest.raises(ValueError, match=f"--class-map '.*map.pkl'.*{message}"):
+        read_class_map(str(tmp_path / 'map.pkl'))
+
+
+def test_indices_of_class_maps_are_plain_integers(tmp_path):
+    """torch.load with weights_only reads no numpy integers, and classes are in each checkpoint."""
+    root = make_folder(tmp_path / 'data', ['cat', 'dog'])
+    (tmp_path / 'map.pkl').write_bytes(pickle.dumps({'dog': True, NFD: 0}))
+    assert read_class_map(str(tmp_path / 'map.pkl')) == {'dog': 1, NFC: 0}
+    for name, place in (('', root), ('', tar_of(tmp_path / 'data')), ('torch/folder', root)):
+        dataset = open_dataset(name, place, 'train', class_map={'cat': np.int64(1), 'dog': np.int64(0)})
+        torch.save(class_indices(dataset), tmp_path / 'classes.pth')
+        assert torch.load(tmp_path / 'classes.pth', weights_only=True) == {'cat': 1, 'dog': 0}
 
 
 def test_a_class_map_of_other_classes_is_refused(tmp_path):
