@@ -32,7 +32,6 @@ from distill_hooks.task import keep_constants_local
 from timm_dearkd.analysis.report import check_available as check_report
 from timm_dearkd.analysis.report import write_report
 from timm_dearkd.engine import build, build_data, build_run
-from timm_dearkd.engine.checks import check_args
 from timm_dearkd.engine.data import UNKNOWN_CLASSES, class_names, classes_of
 from timm_dearkd.engine.device import (
     CompileError,
@@ -44,7 +43,7 @@ from timm_dearkd.engine.device import (
 )
 from timm_dearkd.engine.interrupt import Interrupted, StopRequest, TrainingError
 from timm_dearkd.engine.loop import Trainer, Validator, mean_lr
-from timm_dearkd.engine.options import build_config_parser, build_parser, parse_args
+from timm_dearkd.engine.options import build_config_parser, build_parser, parse_args, replace_args, resolve_args
 from timm_dearkd.engine.output import (
     EXPORT_NAME,
     Position,
@@ -82,7 +81,7 @@ def prepare(argv: Optional[Sequence[str]] = None) -> Callable[[], None]:
     args, args_text = _parse_args(argv)
     for module in args.device_modules or ():
         importlib.import_module(module)
-    check_args(args)
+    args = resolve_args(args)
     if args.report:
         check_report()
     device, ranks = select_device(args.device)
@@ -137,10 +136,10 @@ def build_run_in(
 ) -> Callable[[], None]:
     """Build the data, the task, the schedules and the recorder of a run."""
     device, is_auto = precision.device, args.resume == 'auto'
-    args.resume = on_primary(ranks, partial(run_folder.find_start, args.resume))
+    args = replace_args(args, resume=on_primary(ranks, partial(run_folder.find_start, args.resume)))
     train_set, eval_set = build_data.build_datasets(args, read_classes(args.resume))
     if eval_set is None:
-        args.eval_metric = 'loss'
+        args = replace_args(args, eval_metric='loss')
     model, data_config = build.build_student(args, train_set, device, create_model)
     mixup = build_data.build_mixup(args, model.num_classes)
     loader_train = build_data.build_train_loader(args, train_set, data_config, mixup, device, ranks)
@@ -366,14 +365,15 @@ def evaluate_epoch(args, trainer: Trainer, validator: Optional[Validator], label
 
 
 def prepare_evaluation(args, precision: Precision, ranks: Ranks) -> Callable[[], None]:
-    """`--eval-only`: the metrics of a model on the validation split, as JSON on standard output."""
-    if args.resume == 'auto':
+    """Prepare `--eval-only`: metrics of a model on the validation split, as JSON on standard output."""
+    resume = args.resume
+    if resume == 'auto':
         folder = os.path.join(build_run.output_parent(args), args.experiment)
-        args.resume = find_checkpoint(folder)
-        if not args.resume:
+        resume = find_checkpoint(folder)
+        if not resume:
             raise ValueError(f'--resume auto: there is no run in {folder!r}. Set its --output and --experiment.')
-    args.initial_checkpoint = args.initial_checkpoint or args.pretrained_path or args.resume
-    args.pretrained_path, args.pretrained = None, not args.initial_checkpoint
+    checkpoint = args.initial_checkpoint or args.pretrained_path or resume
+    args = replace_args(args, initial_checkpoint=checkpoint, pretrained_path=None, pretrained=not checkpoint)
     model, data_config, eval_set = build.build_evaluation(args, precision.device, create_model)
     loader = build_data.build_eval_loader(args, eval_set, data_config, precision.device, ranks)
     task = ClassificationTask(model, device=precision.device)

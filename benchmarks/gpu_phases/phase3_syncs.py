@@ -12,9 +12,8 @@ import torch.distributed as dist
 from timm.data.random_erasing import RandomErasing
 from train_step import make_trainer
 
-from timm_dearkd.engine.checks import check_args
 from timm_dearkd.engine.loop import Trainer
-from timm_dearkd.engine.options import build_parser
+from timm_dearkd.engine.options import build_parser, resolve_args
 from timm_dearkd.engine.seeding import SeededErasing
 
 from .check import Check, at_most
@@ -160,7 +159,7 @@ def cuda_graphs(check: Check) -> None:
     """`--torchcompile-mode reduce-overhead`: refused with a teacher, or right; right without one."""
     argv = ['DIR', '--model', 'dearkd_tiny_patch16_224', '--torchcompile', '--torchcompile-mode', 'reduce-overhead']
     try:
-        check_args(build_parser().parse_args([*argv, '--kd-model-name', 'regnety_160']))
+        resolve_args(build_parser().parse_args([*argv, '--kd-model-name', 'regnety_160']))
         refusal = ''
     except ValueError as e:
         refusal = str(e)

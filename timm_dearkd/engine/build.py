@@ -28,7 +28,6 @@ from distill_hooks.checkpoint import training_args
 
 from ..attention import ConvAttention
 from .build_data import dataset_kwargs, images_per_update, model_dtype, open_validation_set
-from .checks import check_distillation
 from .data import (
     check_img_size,
     check_label_gaps,
@@ -40,6 +39,7 @@ from .data import (
 )
 from .device import Ranks
 from .image_folder import class_order, normal_name
+from .options import check_distillation, replace_args
 from .output import EXPORT_NAME, Position, read_classes, why_no_config
 from .teacher_check import label_names
 
@@ -139,11 +139,11 @@ def build_evaluation(args, device: torch.device, create_model: Callable[..., Any
     eval_set = open_validation_set(args)
     trained = {} if args.class_map else read_classes(args.initial_checkpoint).indices
     if args.initial_checkpoint:
-        _take_trained_input(args)
+        args = _take_trained_input(args)
         if not trained:
             eval_set = _label_as_training(args, eval_set)
         num_classes = max(trained.values()) + 1 if trained else count_classes(eval_set)
-        args.num_classes = args.num_classes or num_classes
+        args = replace_args(args, num_classes=args.num_classes or num_classes)
     model, data_config = build_student(args, eval_set, device, create_model)
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     own = cfg.get('num_classes')
@@ -167,22 +167,22 @@ def build_evaluation(args, device: torch.device, create_model: Callable[..., Any
     return model, data_config, eval_set
 
 
-def _take_trained_input(args) -> None:
-    """Let options that are not given be those that the checkpoint was trained with."""
+def _take_trained_input(args):
+    """Return the options, with those of the checkpoint where none are given."""
     saved = training_args(args.initial_checkpoint)
+    changes: Dict[str, Any] = {}
     keys = ['mean', 'std', 'crop_pct', 'interpolation', 'bn_eps', 'gp', 'num_classes']
     if not args.input_size and saved.get('input_size'):
         if not args.img_size:
-            args.input_size = [args.in_chans or saved['input_size'][0], *saved['input_size'][1:]]
+            changes['input_size'] = [args.in_chans or saved['input_size'][0], *saved['input_size'][1:]]
         else:
-            args.in_chans = args.in_chans or saved['input_size'][0]
+            changes['in_chans'] = args.in_chans or saved['input_size'][0]
     elif not args.input_size:
         keys += ['img_size', 'in_chans']
-    for key in keys:
-        if not getattr(args, key) and saved.get(key):
-            setattr(args, key, saved[key])
+    changes.update({key: saved[key] for key in keys if not getattr(args, key) and saved.get(key)})
     for key in ('model_kwargs', 'pretrained_cfg_overlay'):
-        setattr(args, key, {**(saved.get(key) or {}), **getattr(args, key)})
+        changes[key] = {**(saved.get(key) or {}), **getattr(args, key)}
+    return replace_args(args, **changes)
 
 
 def _label_as_training(args, eval_set):

@@ -24,7 +24,7 @@ from .data import (
     set_image_mode,
     spread,
 )
-from .device import SINGLE, TIMM_WORKERS, Ranks, default_workers
+from .device import SINGLE, Ranks
 from .image_folder import find_splits
 from .loader import TrainLoader, create_eval_loader, create_train_loader
 
@@ -137,16 +137,11 @@ def images_per_update(args, ranks: Ranks) -> int:
     return args.batch_size * args.grad_accum_steps * ranks.world_size
 
 
-def num_workers(args) -> int:
-    """Return the number of data-loading processes: --workers where it is given, see `default_workers`."""
-    return default_workers() if args.workers is None else args.workers
-
-
 def _loader_kwargs(args, device: torch.device, ranks: Ranks) -> Dict[str, Any]:
     return dict(
         device=device,
         ranks=ranks,
-        num_workers=num_workers(args),
+        num_workers=args.workers,
         pin_memory=device.type == 'cuda' if args.pin_mem is None else args.pin_mem,
         use_prefetcher=not args.no_prefetcher,
         img_dtype=model_dtype(args),
@@ -163,8 +158,6 @@ def build_train_loader(
 ) -> TrainLoader:
     """The training loader, with the input sizes and batch sizes that are asked for."""
     set_image_mode(dataset, _image_mode(args, data_config))
-    if args.workers is None and num_workers(args) < TIMM_WORKERS:
-        _logger.info(f'--workers is {num_workers(args)}, the number of CPU cores, instead of {TIMM_WORKERS}.')
     sizes = args.train_img_sizes or (args.train_batches_per_epoch and [data_config['input_size'][-2:]]) or None
     return create_train_loader(
         dataset,

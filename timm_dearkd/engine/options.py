@@ -1,20 +1,50 @@
-"""The command line of train.py: timm's flags with timm's defaults, DearKD's own, and YAML files of either."""
+"""The command line of train.py: timm's flags and defaults, DearKD's own flags, and YAML files of either.
+
+The limits of a flag stand beside it. `resolve_args` checks what several flags decide together.
+"""
 import argparse
 import logging
 import os
-from typing import Any, Dict, List, NoReturn, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NoReturn, Optional, Sequence, Tuple
 
 import yaml
-from timm.models import is_model
+from timm.models import is_model, parse_model_name
+from timm.optim import get_optimizer_info
+from timm.task import ClassificationEvaluator
 from timm.utils import ParseKwargs
 
-__all__ = ['build_config_parser', 'build_parser', 'parse_args']
+from distill_hooks.checkpoint import nearest_names
+
+from .device import check_backend, default_workers
+from .tracking import check_available
+
+__all__ = ['build_config_parser', 'build_parser', 'check_distillation', 'parse_args', 'replace_args', 'resolve_args']
 
 _logger = logging.getLogger(__name__)
 
+_CUDA_GRAPH_MODES = ('reduce-overhead', 'max-autotune')
+_FILES = ('resume', 'kd_teacher_checkpoint', 'initial_checkpoint', 'kd_class_map', 'pretrained_path')
+# Remedy if such an option names a folder; by default, a file in it
+_FOLDERS = {
+    'resume': 'last.pth.tar in it, or --resume auto with its --output and --experiment',
+    'initial_checkpoint': 'last.pth.tar in it, or take --model local-dir:{} --pretrained',
+    'pretrained_path': 'model_best.safetensors in it, or take --model local-dir:{} --pretrained',
+    'kd_teacher_checkpoint': 'a checkpoint in it, or take --kd-model-name {} alone',
+}
+# Options of each kind of distillation
+_WEIGHTS = ('distill_loss_weight', 'task_loss_weight')
+_TAUGHT = {
+    'dearkd': (
+        'dearkd_stage1_epochs', 'dearkd_stage2', 'dearkd_alpha', 'dearkd_beta', 'dearkd_hooks',
+        'dearkd_normalize_features', 'kd_teacher_img_size', 'kd_class_map'),
+    'logit': ('kd_loss_type', 'kd_temperature', 'kd_teacher_img_size', 'kd_class_map', *_WEIGHTS),
+    'feature': ('kd_student_feature_dim', 'kd_teacher_feature_dim', 'kd_teacher_img_size', *_WEIGHTS),
+    'token': ('kd_token_distill_type', 'kd_temperature', 'kd_teacher_img_size', 'kd_class_map', *_WEIGHTS),
+}
+
 
 class _ParseKwargs(ParseKwargs):
-    """timm's KEY=VALUE pairs, with a message for what is none."""
+    """timm's KEY=VALUE pairs, with an error for a word of another form."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         for value in values:
@@ -23,30 +53,62 @@ class _ParseKwargs(ParseKwargs):
         super().__call__(parser, namespace, values, option_string)
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    """Appends the default to a help text that does not name it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ''
+        is_set = action.default not in (None, '', False, argparse.SUPPRESS) and action.default not in ([], {})
+        return f'{text} (default: %(default)s)' if is_set and 'default' not in text else text
+
+
 class _Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` whose errors are one line, for the usage of 150 flags would hide it."""
+    """An `ArgumentParser` whose errors are one line: the usage of 190 flags would hide them."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f'{self.prog}: error: {message}\n')
 
 
+def _limit(kind: Callable[[str], Any], expected: str, is_valid: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """Return a type for argparse that refuses values outside its limits."""
+    def convert(text: str) -> Any:
+        value = kind(text)
+        if not is_valid(value):
+            raise argparse.ArgumentTypeError(f'{text}, expected {expected}')
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names it in its errors
+    return convert
+
+
+POSITIVE_INT = _limit(int, '1 or more', lambda value: value >= 1)
+NON_NEGATIVE_INT = _limit(int, '0 or more', lambda value: value >= 0)
+POSITIVE = _limit(float, 'more than 0', lambda value: value > 0)
+NON_NEGATIVE = _limit(float, '0 or more', lambda value: value >= 0)
+SHARE = _limit(float, '0 to 1', lambda value: 0 <= value <= 1)
+POSITIVE_SHARE = _limit(float, 'a share above 0, 1 at the most', lambda value: 0 < value <= 1)
+RATE = _limit(float, '0 or more, less than 1', lambda value: 0 <= value < 1)
+
+
 def build_config_parser() -> argparse.ArgumentParser:
-    """Parser of `--config` alone, which is read before everything else."""
+    """Build the parser of `--config` alone, which is read before everything else."""
     parser = argparse.ArgumentParser(description='Training configuration', add_help=False)
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; the command line wins over it')
     return parser
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Parser of everything but `--config`."""
+    """Build the parser of all flags but `--config`."""
     parser = _Parser(
         prog='train.py',
         description='Train a timm model, alone or taught by a CNN with DearKD',
         epilog='-c FILE, --config FILE reads options from a YAML file; the command line wins over it.',
+        formatter_class=_HelpFormatter,
     )
     _add_dearkd(parser.add_argument_group('DearKD'))
     _add_distillation(parser.add_argument_group("timm's distillation"))
     _add_data(parser.add_argument_group('Data'))
+    _add_sizes(parser.add_argument_group('Several image sizes'))
     _add_model(parser.add_argument_group('Model'))
     _add_input(parser.add_argument_group('Input'))
     _add_device(parser.add_argument_group('Device and precision'))
@@ -63,122 +125,130 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_dearkd(group) -> None:
     add = group.add_argument
-    add('--kd-model-name', metavar='NAME', help='teacher, any timm name, local-dir: and hf-hub: included')
-    add('--kd-teacher-checkpoint', metavar='FILE', help="weights of the teacher; without it, timm's pretrained ones")
-    add('--kd-teacher-img-size', type=int, metavar='N', help="size at which the teacher sees the images (student's)")
+    add('--kd-model-name', metavar='NAME', help='teacher: a timm name, a run folder, local-dir:DIR or hf-hub:ORG/NAME')
+    add('--kd-teacher-checkpoint', metavar='FILE', help="weights of the teacher (default: timm's pretrained weights)")
+    add('--kd-teacher-img-size', type=int, metavar='N',
+        help="side length in pixels at which the teacher sees the images (default: the student's)")
     add('--kd-class-map', metavar='FILE', help="the teacher's class index per line, for each of the student's classes")
     add('--kd-distill-type', choices=('dearkd', 'logit', 'feature', 'token'),
-        help="kind of distillation; dearkd where the student has tokens, timm's logit elsewhere")
-    add('--dearkd-stage1-epochs', type=int, metavar='N', help='epochs of stage I (5/6 of the epochs)')
+        help="kind of distillation (default: dearkd if the student has tokens, else timm's logit)")
+    add('--dearkd-stage1-epochs', type=int, metavar='N', help='epochs of stage I (default: 5/6 of the epochs)')
     add('--dearkd-stage2', default='anneal', choices=('anneal', 'ce'),
-        help='stage II: fade the teacher out, or go on without it')
+        help="stage II: fade the teacher's labels out, or train without the teacher")
     add('--dearkd-alpha', type=float, default=0.5, help='weight of the label loss in Eq. 6')
-    add('--dearkd-beta', type=float, default=10.0, help='weight of the hidden loss in Eq. 6; 0 is logits alone')
+    add('--dearkd-beta', type=float, default=10.0, help='weight of the hidden loss in Eq. 6; 0 switches it off')
     add('--dearkd-hooks', nargs='+', default=['4'], metavar='BLOCK[:LAYER]',
-        help='student block and teacher stage number or module name, e.g. 4 or 4:2 or 4:s2.b4')
+        help='student block and teacher stage or module that teaches it, e.g. 4, 4:2 or 4:s2.b4')
     add('--dearkd-normalize-features', action=argparse.BooleanOptionalAction, default=True,
-        help="divide the teacher's feature maps by their standard deviation per channel, that of the first batch")
-    add('--dearkd-rpe-drop', type=float, metavar='RATE', help='dropout rate of the positional scores of MHCA')
+        help="divide the teacher's feature maps by their standard deviation per channel (default: on)")
+    add('--dearkd-rpe-drop', type=float, metavar='RATE', help="dropout rate of MHCA's positional scores (default: 0)")
     add('--dearkd-rpe-drop-mode', choices=('element', 'query'),
-        help='what is dropped at once: single scores (the default), or all scores of a token, which is faster')
+        help='drop single scores, or all scores of a token, which is faster (default: element)')
 
 
 def _add_distillation(group) -> None:
     add = group.add_argument
-    add('--kd-loss-type', default='kl', help="loss of 'logit'")
-    add('--distill-loss-weight', type=float)
-    add('--task-loss-weight', type=float)
-    add('--kd-temperature', type=float, default=4.0)
-    add('--kd-student-feature-dim', type=int)
-    add('--kd-teacher-feature-dim', type=int)
-    add('--kd-token-distill-type', default='soft', choices=('soft', 'hard'))
+    add('--kd-loss-type', default='kl', help='loss of logit distillation')
+    add('--distill-loss-weight', type=float, help="weight of the distillation loss (default: timm's)")
+    add('--task-loss-weight', type=float, help="weight of the label loss (default: timm's)")
+    add('--kd-temperature', type=float, default=4.0, help='softmax temperature of soft labels')
+    add('--kd-student-feature-dim', type=int, help="features of the student (default: found in the model)")
+    add('--kd-teacher-feature-dim', type=int, help="features of the teacher (default: found in the model)")
+    add('--kd-token-distill-type', default='soft', choices=('soft', 'hard'), help='labels of token distillation')
 
 
 def _add_data(group) -> None:
     add = group.add_argument
-    add('data', nargs='?', metavar='DIR', help='data set folder')
-    add('--data-dir', metavar='DIR', help='data set folder')
-    add('--dataset', default='', help="type and name ('' is an image folder)")
-    add('--train-split', default='train', help='training split: a folder in DIR, or a path (train)')
-    add('--val-split', default='validation',
-        help="validation split, as --train-split; '' trains without one (validation)")
-    add('--train-num-samples', type=int, help='of streamed data sets that do not say it')
-    add('--val-num-samples', type=int)
-    add('--train-fraction', type=float, default=1., help='train on this share of every class, always the same images')
-    add('--fraction-seed', type=int, default=0, help='which images those are')
+    add('data', nargs='?', metavar='DIR', help='folder of the data set')
+    add('--data-dir', metavar='DIR', help='folder of the data set')
+    add('--dataset', default='', help='type and name of the data set (default: an image folder)')
+    add('--train-split', default='train', help='training split: a folder in DIR, or a path')
+    add('--val-split', default='validation', help="validation split; '' trains without one")
+    add('--train-num-samples', type=int, help='images of a streamed training split that does not tell its length')
+    add('--val-num-samples', type=int, help='images of a streamed validation split that does not tell its length')
+    add('--train-fraction', type=POSITIVE_SHARE, default=1.,
+        help='train on this share of every class, always the same images')
+    add('--fraction-seed', type=int, default=0, help='random seed of --train-fraction')
     add('--fraction-keep', default='epochs', choices=('epochs', 'steps'),
-        help='with fewer images, train for as many epochs, or for as many steps as with all of them')
-    add('--dataset-download', action='store_true')
+        help='with --train-fraction, keep the number of epochs, or of steps')
+    add('--dataset-download', action='store_true', help='download a torch/ or tfds/ data set')
     add('--class-map', default='', metavar='FILE', help='class names, one per line, in the order of their indices')
-    add('--input-img-mode', help='image mode, RGB or L (by the number of channels)')
-    add('--input-key')
-    add('--target-key')
-    add('--dataset-trust-remote-code', action='store_true')
-    add('-j', '--workers', type=int, help='data loading processes (4, or fewer on fewer cores)')
+    add('--input-img-mode', help='Pillow mode of the images, RGB or L (default: by the number of channels)')
+    add('--input-key', help='column or file name endings of the images')
+    add('--target-key', help='column of the labels')
+    add('--dataset-trust-remote-code', action='store_true', help='run code of a Hugging Face data set')
+    add('-j', '--workers', type=NON_NEGATIVE_INT,
+        help='data loading processes (default: 4, or as many as there are CPU cores)')
     add('--pin-mem', action=argparse.BooleanOptionalAction,
-        help='load into page-locked memory, for faster copies to the device (on CUDA)')
-    add('--no-prefetcher', action='store_true')
-    add('--use-multi-epochs-loader', action='store_true')
-    add('--worker-seeding', default='all', help='for streamed data sets; others are seeded by seed, epoch and place')
-    add('--train-img-sizes', type=int, nargs='+', metavar='N', help='train at several sizes, one per batch')
-    add('--train-batch-sizes', type=int, nargs='+', metavar='N', help='batch size of each (--batch-size)')
-    add('--train-size-probs', type=float, nargs='+', metavar='P', help='how often each of them comes (all alike)')
+        help='load into page-locked memory, for faster copies to the device (default: on CUDA)')
+    add('--no-prefetcher', action='store_true', help='normalise on the CPU, without copies ahead to the device')
+    add('--use-multi-epochs-loader', action='store_true', help='keep the data loading processes between epochs')
+    add('--worker-seeding', default='all', choices=('all', 'part'),
+        help='random generators to seed in the workers of streamed data sets')
+
+
+def _add_sizes(group) -> None:
+    add = group.add_argument
+    add('--train-img-sizes', type=int, nargs='+', metavar='N',
+        help='train at several side lengths in pixels, one per batch')
+    add('--train-batch-sizes', type=int, nargs='+', metavar='N', help='batch size of each size (default: --batch-size)')
+    add('--train-size-probs', type=float, nargs='+', metavar='P', help='probability of each size (default: equal)')
     add('--train-size-schedule', default='constant', choices=('constant', 'progressive'),
-        help='mix them all the time, or move from the first to the last')
-    add('--train-size-schedule-spread', type=float, default=0.65, help='how many neighbours take part in that')
-    add('--train-size-random-mix', type=float, default=0.1, help='share of any size in that')
-    add('--train-batches-per-epoch', '--train-steps-per-epoch', type=int, metavar='N')
+        help='mix the sizes all the time, or move from the first to the last')
+    add('--train-size-schedule-spread', type=float, default=0.65, help='neighbouring sizes of a progressive schedule')
+    add('--train-size-random-mix', type=float, default=0.1, help='share of random sizes in a progressive schedule')
+    add('--train-batches-per-epoch', '--train-steps-per-epoch', type=POSITIVE_INT, metavar='N',
+        help='batches per epoch (default: by the number of images)')
     add('--variable-batch-loss-scale', default='none', choices=('none', 'sqrt', 'linear'),
         help='scale the loss of a batch by its size, relative to --batch-size')
 
 
 def _add_model(group) -> None:
     add = group.add_argument
-    add('--model', default='resnet50', metavar='NAME', help='timm model, or the output folder of a run (resnet50)')
+    add('--model', default='resnet50', metavar='NAME', help='timm model, or the output folder of a run')
     add('--pretrained', action='store_true', help='start from pretrained weights')
     add('--pretrained-path', metavar='FILE', help='start from this file as if it were the pretrained weights')
     add('--pretrained-cfg-overlay', nargs='*', default={}, action=_ParseKwargs,
-        help='change entries of the pretrained configuration')
-    add('--initial-checkpoint', default='', metavar='FILE', help='load into the model after it is made')
+        help='KEY=VALUE entries to change in the pretrained configuration')
+    add('--initial-checkpoint', default='', metavar='FILE', help='load this checkpoint into the new model')
     add('--resume', default='', metavar='FILE',
-        help="continue a run from its checkpoint; 'auto': go on in the folder of --experiment, or start there")
-    add('--no-resume-opt', action='store_true', help='but with a fresh optimizer')
-    add('--num-classes', type=int, help="number of classes (those of the image folder, else the model's)")
-    add('--gp', help='global pooling')
-    add('--model-kwargs', nargs='*', default={}, action=_ParseKwargs)
-    add('--head-init-scale', type=float)
-    add('--head-init-bias', type=float)
-    add('--grad-checkpointing', action='store_true')
-    add('--fast-norm', action='store_true')
+        help="resume a run from its checkpoint; 'auto': the newest in the folder of --experiment, if any")
+    add('--no-resume-opt', action='store_true', help='resume with a new optimizer')
+    add('--num-classes', type=int, help="number of classes (default: the data set's, else the model's)")
+    add('--gp', help="global pooling, e.g. avg or token (default: the model's)")
+    add('--model-kwargs', nargs='*', default={}, action=_ParseKwargs, help='KEY=VALUE arguments of the model')
+    add('--head-init-scale', type=float, help="factor on the classifier's initial weights")
+    add('--head-init-bias', type=float, help="initial value of the classifier's biases")
+    add('--grad-checkpointing', action='store_true', help='compute activations again in the backward, to save memory')
+    add('--fast-norm', action='store_true', help='normalise in half precision under --amp')
     add('--torchscript', action='store_true', help='script the model (CNNs and plain ViTs)')
-    add('--fuser', default='', help="TorchScript's fuser: te, old or nvfuser")
+    add('--fuser', default='', help='fuser of TorchScript: te, old or nvfuser')
 
 
 def _add_input(group) -> None:
     add = group.add_argument
-    add('--img-size', type=int)
-    add('--in-chans', type=int)
-    add('--input-size', type=int, nargs=3, metavar=('C', 'H', 'W'))
-    add('--crop-pct', type=float)
-    add('--mean', type=float, nargs='+')
-    add('--std', type=float, nargs='+')
-    add('--interpolation', default='')
-    add('-b', '--batch-size', type=int, default=128)
-    add('-vb', '--validation-batch-size', type=int)
+    add('--img-size', type=int, help="side length of the images in pixels (default: the model's)")
+    add('--in-chans', type=int, help="channels of the images (default: the model's)")
+    add('--input-size', type=int, nargs=3, metavar=('C', 'H', 'W'), help="shape of the images (default: the model's)")
+    add('--crop-pct', type=POSITIVE, help="share of the validation image that is kept (default: the model's)")
+    add('--mean', type=float, nargs='+', help="mean per channel, of images from 0 to 1 (default: the model's)")
+    add('--std', type=float, nargs='+', help="standard deviation per channel (default: the model's)")
+    add('--interpolation', default='', help="resizing of validation images (default: the model's)")
+    add('-b', '--batch-size', type=POSITIVE_INT, default=128, help='images per batch and process')
+    add('-vb', '--validation-batch-size', type=int, help='images per validation batch (default: --batch-size)')
 
 
 def _add_device(group) -> None:
     add = group.add_argument
-    add('--device', help='cuda, cpu, ... (the accelerator there is, else the CPU)')
+    add('--device', help='cuda, cpu, ... (default: the accelerator if available, else the CPU)')
     add('--amp', action=argparse.BooleanOptionalAction, default=False, help='automatic mixed precision')
-    add('--amp-dtype', default='float16')
-    add('--model-dtype')
-    add('--channels-last', action=argparse.BooleanOptionalAction, default=False)
+    add('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='type of --amp')
+    add('--model-dtype', choices=('float32', 'float16', 'bfloat16'), help='type of the weights (default: float32)')
+    add('--channels-last', action=argparse.BooleanOptionalAction, default=False, help='channels-last memory format')
     add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile student and teacher')
-    add('--torchcompile-mode')
+    add('--torchcompile-mode', help="mode of torch.compile (default: PyTorch's)")
     add('--no-ddp-bb', action='store_true', help='do not broadcast buffers in DistributedDataParallel')
-    add('--deterministic', action='store_true',
-        help='use deterministic kernels: a run repeats bit for bit on the same device, at some cost in speed')
+    add('--deterministic', action='store_true', help='use deterministic kernels, so that a run repeats bit for bit')
     add('--synchronize-step', action='store_true', help='wait for the device after every step')
     add('--local_rank', type=int, default=0, help='ignored; torchrun sets it in the environment')
     add('--device-modules', nargs='+', metavar='MODULE', help='modules to import first, for their devices or models')
@@ -186,125 +256,131 @@ def _add_device(group) -> None:
 
 def _add_optimizer(group) -> None:
     add = group.add_argument
-    add('--opt', default='sgd')
-    add('--opt-eps', type=float)
-    add('--opt-betas', type=float, nargs='+')
-    add('--momentum', type=float, default=0.9)
-    add('--weight-decay', type=float, default=2e-5)
-    add('--clip-grad', type=float)
-    add('--clip-mode', default='norm', help='norm, value or agc')
-    add('--layer-decay', type=float)
-    add('--layer-decay-min-scale', type=float, default=0)
-    add('--layer-decay-no-opt-scale', type=float)
-    add('--opt-kwargs', nargs='*', default={}, action=_ParseKwargs)
-    add('--grad-accum-steps', type=int, default=1)
+    add('--opt', default='sgd', help='optimizer, by its name in timm')
+    add('--opt-eps', type=float, help="epsilon of the optimizer (default: the optimizer's)")
+    add('--opt-betas', type=float, nargs='+', help="betas of the optimizer (default: the optimizer's)")
+    add('--momentum', type=float, default=0.9, help='momentum of the optimizer')
+    add('--weight-decay', type=float, default=2e-5, help='weight decay')
+    add('--clip-grad', type=POSITIVE, help='clip the gradients at this value (default: no clipping)')
+    add('--clip-mode', default='norm', choices=('norm', 'value', 'agc'), help='what --clip-grad limits')
+    add('--layer-decay', type=NON_NEGATIVE, help='factor on the learning rate per layer, from the head down')
+    add('--layer-decay-min-scale', type=float, default=0, help='smallest factor of --layer-decay')
+    add('--layer-decay-no-opt-scale', type=float, help='freeze layers whose factor is below this')
+    add('--opt-kwargs', nargs='*', default={}, action=_ParseKwargs, help='KEY=VALUE arguments of the optimizer')
+    add('--grad-accum-steps', type=POSITIVE_INT, default=1, help='batches per optimizer step')
 
 
 def _add_schedule(group) -> None:
     add = group.add_argument
-    add('--sched', default='cosine')
-    add('--sched-on-updates', action='store_true')
-    add('--lr', type=float, help='learning rate; without it, lr-base scaled by the batch size')
-    add('--lr-base', type=float, default=0.1)
-    add('--lr-base-size', type=int, default=256)
-    add('--lr-base-scale', default='', help='linear or sqrt (by the optimizer)')
-    add('--lr-noise', type=float, nargs='+')
-    add('--lr-noise-pct', type=float, default=0.67)
-    add('--lr-noise-std', type=float, default=1.0)
-    add('--lr-cycle-mul', type=float, default=1.0)
-    add('--lr-cycle-decay', type=float, default=0.5)
-    add('--lr-cycle-limit', type=int, default=1)
-    add('--lr-k-decay', type=float, default=1.0)
-    add('--warmup-lr', type=float, default=1e-5)
-    add('--min-lr', type=float, default=0)
-    add('--epochs', type=int, default=300)
-    add('--epoch-repeats', type=float, default=0., help='of streamed data sets')
-    add('--start-epoch', type=int)
+    add('--sched', default='cosine', help='schedule: cosine, tanh, step, multistep, plateau, poly, constant or none')
+    add('--sched-on-updates', action='store_true', help='change the learning rate after every update, not every epoch')
+    add('--lr', type=float, help='learning rate (default: --lr-base scaled by the batch size)')
+    add('--lr-base', type=float, default=0.1, help='learning rate at --lr-base-size images per update')
+    add('--lr-base-size', type=int, default=256, help='images per update of --lr-base')
+    add('--lr-base-scale', default='', choices=('', 'linear', 'sqrt'),
+        help='scaling of --lr-base with the images per update (default: by the optimizer)')
+    add('--lr-noise', type=float, nargs='+', help='shares of the epochs between which the learning rate gets noise')
+    add('--lr-noise-pct', type=float, default=0.67, help='largest noise, as a share of the learning rate')
+    add('--lr-noise-std', type=float, default=1.0, help='standard deviation of the noise')
+    add('--lr-cycle-mul', type=float, default=1.0, help='factor on the length of each cycle')
+    add('--lr-cycle-decay', type=float, default=0.5, help='factor on the learning rate of each cycle')
+    add('--lr-cycle-limit', type=int, default=1, help='number of cycles')
+    add('--lr-k-decay', type=float, default=1.0, help='exponent of the cosine and poly schedules')
+    add('--warmup-lr', type=float, default=1e-5, help='learning rate at the start of the warm-up')
+    add('--min-lr', type=float, default=0, help='learning rate at the end of a cycle')
+    add('--epochs', type=POSITIVE_INT, default=300, help='epochs of the run, without --cooldown-epochs')
+    add('--epoch-repeats', type=float, default=0., help='passes over a streamed data set per epoch')
+    add('--start-epoch', type=NON_NEGATIVE_INT, help='first epoch, from 0 (default: after those of the checkpoint)')
     add('--stop-epoch', type=int, metavar='N', help='stop after N epochs; schedules stay those of the whole run')
-    add('--decay-milestones', type=int, nargs='+', default=[90, 180, 270])
-    add('--decay-epochs', type=float, default=90)
-    add('--warmup-epochs', type=int, default=5)
-    add('--warmup-prefix', action='store_true')
-    add('--cooldown-epochs', type=int, default=0)
-    add('--patience-epochs', type=int, default=10)
-    add('--decay-rate', '--dr', type=float, default=0.1)
+    add('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], help='epochs of the multistep schedule')
+    add('--decay-epochs', type=float, default=90, help='epochs between the steps of the step schedule')
+    add('--warmup-epochs', type=int, default=5, help='epochs of the warm-up')
+    add('--warmup-prefix', action='store_true', help='count the warm-up before the epochs of the schedule')
+    add('--cooldown-epochs', type=int, default=0, help='epochs at --min-lr after the schedule')
+    add('--patience-epochs', type=int, default=10, help='epochs without progress of the plateau schedule')
+    add('--decay-rate', '--dr', type=float, default=0.1, help='factor on the learning rate per step')
 
 
 def _add_augmentation(group) -> None:
     add = group.add_argument
-    add('--no-aug', action='store_true')
-    add('--train-crop-mode')
-    add('--scale', type=float, nargs='+', default=[0.08, 1.0])
-    add('--ratio', type=float, nargs='+', default=[3. / 4., 4. / 3.])
-    add('--hflip', type=float, default=0.5)
-    add('--vflip', type=float, default=0.)
-    add('--color-jitter', type=float, default=0.4)
-    add('--color-jitter-prob', type=float)
-    add('--grayscale-prob', type=float)
-    add('--gaussian-blur-prob', type=float)
-    add('--aa', metavar='NAME', help='AutoAugment policy, e.g. rand-m9-mstd0.5-inc1')
-    add('--aug-repeats', type=float, default=0, metavar='N', help='repeated augmentation: each image N times')
-    add('--aug-splits', type=int, default=0, metavar='N', help='augment every image N times, first time lightly')
-    add('--reprob', type=float, default=0., help='random erasing probability')
-    add('--remode', default='pixel')
-    add('--recount', type=int, default=1)
-    add('--resplit', action='store_true')
-    add('--train-interpolation', default='random')
+    add('--no-aug', action='store_true', help='train on the images of the evaluation transform')
+    add('--train-crop-mode', help='crop of training images: rrc, rkrc or rkrr (default: rrc)')
+    add('--scale', type=float, nargs='+', default=[0.08, 1.0], help='least and greatest area of the crop')
+    add('--ratio', type=float, nargs='+', default=[3. / 4., 4. / 3.],
+        help='least and greatest aspect ratio of the crop (default: 3/4 and 4/3)')
+    add('--hflip', type=SHARE, default=0.5, help='probability of a horizontal flip')
+    add('--vflip', type=SHARE, default=0., help='probability of a vertical flip (default: 0)')
+    add('--color-jitter', type=float, default=0.4, help='strength of the colour jitter')
+    add('--color-jitter-prob', type=SHARE, help='probability of the colour jitter (default: 1)')
+    add('--grayscale-prob', type=SHARE, help='probability of a grey image (default: 0)')
+    add('--gaussian-blur-prob', type=SHARE, help='probability of a blur (default: 0)')
+    add('--aa', metavar='NAME', help='AutoAugment policy, e.g. rand-m9-mstd0.5-inc1 (default: none)')
+    add('--aug-repeats', type=_limit(float, '1 or more; 0 switches them off', lambda value: not 0 != value < 1),
+        default=0, metavar='N', help='augmentations of each image per epoch (default: once)')
+    add('--aug-splits', type=int, default=0, metavar='N', help='augment every image N times, the first time lightly')
+    add('--reprob', type=SHARE, default=0., help='probability of random erasing (default: 0)')
+    add('--remode', default='pixel', choices=('const', 'rand', 'pixel'), help='content of erased areas')
+    add('--recount', type=int, default=1, help='number of erased areas')
+    add('--resplit', action='store_true', help='do not erase in the first of the --aug-splits')
+    add('--train-interpolation', default='random', help='resizing of training images')
 
 
 def _add_loss(group) -> None:
     add = group.add_argument
     add('--jsd-loss', action='store_true', help='Jensen-Shannon divergence over the --aug-splits')
-    add('--bce-loss', action='store_true')
-    add('--bce-sum', action='store_true')
-    add('--bce-target-thresh', type=float)
-    add('--bce-pos-weight', type=float)
-    add('--smoothing', type=float, default=0.1)
-    add('--mixup', type=float, default=0.)
-    add('--cutmix', type=float, default=0.)
-    add('--cutmix-minmax', type=float, nargs='+')
-    add('--mixup-prob', type=float, default=1.)
-    add('--mixup-switch-prob', type=float, default=0.5)
-    add('--mixup-mode', default='batch')
-    add('--mixup-off-epoch', type=int, default=0, metavar='N')
+    add('--bce-loss', action='store_true', help='binary cross-entropy')
+    add('--bce-sum', action='store_true', help='sum over the classes')
+    add('--bce-target-thresh', type=SHARE, help='soft labels above this become 1, others 0')
+    add('--bce-pos-weight', type=float, help='weight of the positive labels')
+    add('--smoothing', type=RATE, default=0.1, help='label smoothing')
+    add('--mixup', type=NON_NEGATIVE, default=0., help="alpha of Mixup's beta distribution (default: 0, off)")
+    add('--cutmix', type=NON_NEGATIVE, default=0., help="alpha of CutMix's beta distribution (default: 0, off)")
+    add('--cutmix-minmax', type=float, nargs='+', help='least and greatest side of CutMix, instead of --cutmix')
+    add('--mixup-prob', type=SHARE, default=1., help='probability of mixing a batch')
+    add('--mixup-switch-prob', type=SHARE, default=0.5, help='probability of CutMix, where both are on')
+    add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='what is mixed with one share')
+    add('--mixup-off-epoch', type=int, default=0, metavar='N', help='no mixing from this epoch on (default: 0, never)')
 
 
 def _add_regularization(group) -> None:
     add = group.add_argument
-    add('--drop', type=float, default=0.)
-    add('--drop-connect', type=float, help='the old name of --drop-path')
-    add('--drop-path', type=float)
-    add('--drop-block', type=float)
-    add('--bn-momentum', type=float)
-    add('--bn-eps', type=float)
+    add('--drop', type=RATE, default=0., help='dropout rate (default: 0)')
+    add('--drop-connect', type=RATE, help='the old name of --drop-path')
+    add('--drop-path', type=RATE, help='rate of stochastic depth (default: 0)')
+    add('--drop-block', type=SHARE, help='rate of DropBlock (default: 0)')
+    add('--bn-momentum', type=float, help="momentum of BatchNorm (default: the model's)")
+    add('--bn-eps', type=float, help="epsilon of BatchNorm (default: the model's)")
     add('--sync-bn', action='store_true', help='one BatchNorm over all processes')
-    add('--dist-bn', default='reduce', help='after an epoch, average (reduce) or broadcast BatchNorm statistics')
+    add('--dist-bn', default='reduce', choices=('', 'reduce', 'broadcast'),
+        help='after an epoch, average or broadcast BatchNorm statistics between processes')
     add('--split-bn', action='store_true', help='a BatchNorm per augmentation split')
     add('--model-ema', action='store_true', help='evaluate and export an exponential moving average of the weights')
-    add('--model-ema-force-cpu', action='store_true')
-    add('--model-ema-decay', type=float, default=0.9998)
-    add('--model-ema-warmup', action='store_true')
+    add('--model-ema-force-cpu', action='store_true', help='keep the average on the CPU, and do not evaluate it')
+    add('--model-ema-decay', type=RATE, default=0.9998, help='decay of the average per update')
+    add('--model-ema-warmup', action='store_true', help='start with a small decay')
 
 
 def _add_run(group) -> None:
     add = group.add_argument
-    add('--seed', type=int, default=42)
-    add('--output', default='', metavar='DIR', help='parent of the output folder (./output/train)')
-    add('--experiment', default='', metavar='NAME', help='name of the output folder (date, model and size)')
-    add('--log-interval', type=int, default=50, metavar='N')
-    add('--val-interval', type=int, default=1, metavar='N')
-    add('--recovery-interval', type=int, default=0, metavar='N', help='updates between checkpoints within an epoch')
+    add('--seed', type=NON_NEGATIVE_INT, default=42, help='random seed')
+    add('--output', default='', metavar='DIR', help='parent of the output folder (default: ./output/train)')
+    add('--experiment', default='', metavar='NAME', help='name of the output folder (default: date, model and size)')
+    add('--log-interval', type=POSITIVE_INT, default=50, metavar='N', help='batches between log lines')
+    add('--val-interval', type=POSITIVE_INT, default=1, metavar='N', help='epochs between evaluations')
+    add('--recovery-interval', type=NON_NEGATIVE_INT, default=0, metavar='N',
+        help='updates between checkpoints within an epoch (default: 0, none)')
     add('--save-epochs', type=int, nargs='+', default=[], metavar='N',
         help='evaluate after N epochs, and keep that checkpoint as milestone-N')
-    add('--checkpoint-hist', type=int, default=10, metavar='N')
-    add('--skip-nan-steps', type=int, default=0, metavar='N',
-        help='leave out up to N steps whose loss is not finite, rather than stop')
-    add('--eval-metric', default='top1')
+    add('--checkpoint-hist', type=POSITIVE_INT, default=10, metavar='N', help='epochs to keep checkpoints of')
+    add('--skip-nan-steps', type=NON_NEGATIVE_INT, default=0, metavar='N',
+        help='skip up to N steps whose loss is not finite (default: 0, stop)')
+    add('--eval-metric', default='top1', choices=ClassificationEvaluator.metric_names,
+        help='metric that ranks the checkpoints')
     add('--eval-only', action='store_true', help='evaluate the model on the validation split, and print JSON')
-    add('--tta', type=int, default=0, metavar='N', help='2: evaluate each image with its mirror image')
+    add('--tta', type=int, default=0, choices=(0, 1, 2), metavar='N', help='2: average each image and its mirror image')
     add('--save-images', action='store_true', help='write the training batches of the log lines')
     add('--track-attention-distance', action='store_true',
-        help='after every epoch, write how far the heads look on 32 validation images')
+        help='after every epoch, record how far the heads look on 32 validation images')
     add('--report', action='store_true', help='write report.html at the end')
 
 
@@ -312,13 +388,13 @@ def _add_logging(group) -> None:
     add = group.add_argument
     add('--log-tensorboard', action='store_true', help='write TensorBoard events into the output folder')
     add('--log-wandb', action='store_true', help='log to Weights & Biases')
-    add('--wandb-project')
-    add('--wandb-tags', nargs='+', default=[])
-    add('--wandb-resume-id', default='')
+    add('--wandb-project', help='project of Weights & Biases')
+    add('--wandb-tags', nargs='+', default=[], help='tags of the run in Weights & Biases')
+    add('--wandb-resume-id', default='', help='run of Weights & Biases to resume')
 
 
-def _add_naflex(parser) -> None:
-    """Flags of timm's NaFlex loader, known so as to say why they do not apply; see `check_args`."""
+def _add_naflex(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of timm's NaFlex loader, so that `resolve_args` can refuse them with the reason."""
     def add(*names: str, **kwargs: Any) -> None:
         parser.add_argument(*names, help=argparse.SUPPRESS, **kwargs)
 
@@ -332,7 +408,7 @@ def _add_naflex(parser) -> None:
 
 
 def _config_argv(config: Dict[str, Any], parser: argparse.ArgumentParser) -> List[str]:
-    """A YAML mapping as the command line that says the same, so that types and choices are checked alike."""
+    """Return the command line of a YAML mapping, so that types and limits are checked alike."""
     actions = {action.dest: action for action in parser._actions}
     argv = []
     for key, value in config.items():
@@ -392,3 +468,147 @@ def parse_args(
         args.model = f'local-dir:{args.model}'
     args_text = yaml.safe_dump(vars(args), default_flow_style=False)
     return args, args_text
+
+
+def resolve_args(args: argparse.Namespace) -> argparse.Namespace:
+    """Check the options as far as they tell alone, and fill in those that depend on the machine.
+
+    Returns:
+        A copy, which nothing changes later.
+
+    Raises:
+        ValueError: If a value is impossible, or options do not go together.
+        FileNotFoundError: If a checkpoint does not exist.
+    """
+    _check_model(args)
+    _check_files(args)
+    _check_values(args)
+    _check_combinations(args)
+    _check_mixing(args)
+    _check_teacher(args)
+    _check_size_schedule(args)
+    check_available(tensorboard=args.log_tensorboard, wandb=args.log_wandb)
+    return replace_args(args, workers=default_workers() if args.workers is None else args.workers)
+
+
+def replace_args(args: argparse.Namespace, **changes: Any) -> argparse.Namespace:
+    """Return a copy of the options with changes."""
+    return argparse.Namespace(**{**vars(args), **changes})
+
+
+def _given(args: argparse.Namespace, keys: Sequence[str]) -> List[str]:
+    """Return those options that do not have their defaults."""
+    parser = build_parser()
+    return [key for key in keys if getattr(args, key) != parser.get_default(key)]
+
+
+def _flag(name: str) -> str:
+    return f'--{name.replace("_", "-")}'
+
+
+def _check_model(args: argparse.Namespace) -> None:
+    source, name = parse_model_name(args.model)
+    if source is None and not is_model(name.split('.')[0]):
+        raise ValueError(f'Unknown --model {args.model!r}. The nearest names: {nearest_names(name)}.')
+    for key in _given(args, [key for key in vars(args) if key.startswith('naflex_')]):
+        raise ValueError(
+            f'{_flag(key)} is not supported: NaFlex feeds sequences of patches, and a DearKD student needs a grid of'
+            ' tokens. Remove the flag. --train-img-sizes trains at several sizes.')
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    for key in _FILES:
+        path = getattr(args, key)
+        if path and path != 'auto' and os.path.isdir(path):
+            remedy = _FOLDERS.get(key, 'a file in it').format(path)
+            raise ValueError(f'{_flag(key)}: {path!r} is a folder. Name {remedy}.')
+        if path and path != 'auto' and not os.path.isfile(path):
+            raise FileNotFoundError(f'{_flag(key)}: no file {path!r}.')
+
+
+def _check_values(args: argparse.Namespace) -> None:
+    for key in ('scale', 'ratio', 'cutmix_minmax'):
+        values = getattr(args, key) or (1., 1.)
+        if len(values) != 2 or not 0. <= values[0] <= values[1]:
+            raise ValueError(
+                f'{_flag(key)} is {" ".join(map(str, values))}, expected the least and the greatest value.')
+    if args.opt_betas:
+        num_betas = get_optimizer_info(args.opt.lower().split('_')[-1]).num_betas  # without lookahead_, as timm does
+        if len(args.opt_betas) != num_betas:
+            raise ValueError(f'--opt-betas has {len(args.opt_betas)} values, {args.opt} takes {num_betas}.')
+    check_backend(args.torchcompile, args.torchcompile_mode)
+    if args.torchcompile_mode in _CUDA_GRAPH_MODES and (args.kd_model_name or args.grad_accum_steps > 1):
+        what = 'a teacher' if args.kd_model_name else '--grad-accum-steps'
+        raise ValueError(
+            f'--torchcompile-mode {args.torchcompile_mode} records CUDA graphs, which do not work with {what}: they'
+            ' overwrite their outputs. Set --torchcompile-mode max-autotune-no-cudagraphs.')
+
+
+def _check_combinations(args: argparse.Namespace) -> None:
+    if args.resume == 'auto' and not args.experiment:
+        raise ValueError('--resume auto resumes the run in the folder of --experiment, so it needs --experiment NAME.')
+    if args.layer_decay is not None and args.sched == 'none':
+        raise ValueError('--layer-decay is applied by the schedule, and --sched is none. Set --sched constant.')
+    if args.sched == 'plateau' and args.sched_on_updates:
+        raise ValueError('--sched plateau looks at epochs, so it does not go with --sched-on-updates. Remove that.')
+    if args.amp and args.model_dtype not in (None, 'float32'):
+        raise ValueError('--amp keeps the weights in float32. Remove --model-dtype or --amp.')
+    if args.torchscript and (args.torchcompile or args.sync_bn):
+        raise ValueError('--torchscript does not go with --torchcompile or --sync-bn. Remove one of them.')
+    if args.torchscript and args.eval_only:
+        raise ValueError('--torchscript is for training. Remove it with --eval-only; in a file, torchscript: false.')
+
+
+def _check_mixing(args: argparse.Namespace) -> None:
+    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
+    if mixes and any(size % 2 for size in (args.batch_size, *(args.train_batch_sizes or ()))):
+        raise ValueError(f'--batch-size is {args.batch_size}, but Mixup and CutMix pair the images up. Make it even.')
+    if mixes and args.aug_splits:
+        raise ValueError('--aug-splits does not go with --mixup or --cutmix. Remove one of them.')
+    if args.aug_splits == 1 or ((args.jsd_loss or args.split_bn) and not args.aug_splits):
+        raise ValueError(
+            f'--aug-splits is {args.aug_splits}, expected 2 or more for --jsd-loss and --split-bn. Set --aug-splits 3.')
+
+
+def _check_teacher(args: argparse.Namespace) -> None:
+    for key in ('kd_teacher_checkpoint', 'kd_class_map'):
+        if getattr(args, key) and not args.kd_model_name:
+            raise ValueError(f'{_flag(key)} needs the architecture of the teacher: add --kd-model-name NAME.')
+    taught = [key for keys in _TAUGHT.values() for key in keys]
+    for key in _given(args, taught) if args.kd_model_name is None else ():
+        raise ValueError(
+            f'{_flag(key)} needs a teacher: add --kd-model-name NAME. An empty name ("") trains without a teacher.')
+
+
+def check_distillation(args: argparse.Namespace, distill_type: str) -> None:
+    """Refuse options of another kind of distillation than the student gets.
+
+    If the command names the kind, as it may over a recipe, such options only give a warning, a class map excepted.
+
+    Raises:
+        ValueError: If there is such an option, or the kind does not go with TorchScript.
+    """
+    if args.torchscript and distill_type == 'token':
+        raise ValueError(
+            '--torchscript does not go with --kd-distill-type token, which trains two heads that TorchScript merges.'
+            ' Use --torchcompile.')
+    others = dict.fromkeys(key for keys in _TAUGHT.values() for key in keys if key not in _TAUGHT[distill_type])
+    for key in _given(args, list(others)):
+        kinds = ' or '.join(kind for kind, keys in _TAUGHT.items() if key in keys)
+        message = f'{_flag(key)} goes with --kd-distill-type {kinds}, this run has {distill_type}'
+        if args.kd_distill_type is None or key == 'kd_class_map':
+            raise ValueError(f'{message}. Remove it, or choose the kind with --kd-distill-type.')
+        _logger.warning(f'{message}. It has no effect.')
+
+
+def _check_size_schedule(args: argparse.Namespace) -> None:
+    sizes = args.train_img_sizes
+    for key in ('train_batch_sizes', 'train_size_probs'):
+        given = getattr(args, key)
+        if given and len(given) != len(sizes or ()):
+            raise ValueError(
+                f'{_flag(key)} has {len(given)} values for the {len(sizes or ())} of --train-img-sizes. Give as many.')
+    if args.train_size_schedule == 'progressive' and len(sizes or ()) < 2:
+        raise ValueError('--train-size-schedule progressive needs two or more --train-img-sizes.')
+    if sizes and args.aug_splits:
+        raise ValueError('--train-img-sizes does not go with --aug-splits. Remove one of them.')

@@ -4,8 +4,9 @@ import os
 import pytest
 import torch
 
-from timm_dearkd.engine.build_data import _loader_kwargs, build_datasets, num_workers
+from timm_dearkd.engine.build_data import _loader_kwargs, build_datasets
 from timm_dearkd.engine.device import SINGLE
+from timm_dearkd.engine.options import resolve_args
 from timm_dearkd.train import _parse_args
 
 
@@ -44,7 +45,7 @@ def test_options_of_streams_are_said_to_do_nothing(image_folder, caplog):
 def test_default_workers_are_no_more_than_cores(flags, processes, expected, monkeypatch):
     monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {0, 1}, raising=False)
     monkeypatch.setenv('LOCAL_WORLD_SIZE', processes)
-    assert num_workers(_parse_args(['DIR', *flags])[0]) == expected
+    assert resolve_args(_parse_args(['DIR', *flags])[0]).workers == expected
 
 
 @pytest.mark.parametrize('flags,on_cuda,on_cpu', [
