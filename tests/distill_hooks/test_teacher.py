@@ -110,7 +110,7 @@ def test_swin_maps_are_channels_first():
 
 def test_maps_with_channels_last_that_nobody_said():
     model = timm.create_model('volo_d1_224', img_size=64, num_classes=3)
-    with pytest.raises(ValueError, match='has its channels last, without saying so'):
+    with pytest.raises(ValueError, match='has its channels last, but the model does not declare it'):
         Teacher(model, ['network.0']).probe((3, 64, 64))
 
 
@@ -357,7 +357,7 @@ def test_class_map_file(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             load_class_map(str(path))
-    with pytest.raises(FileNotFoundError, match='No class map at .*nothing.txt'):
+    with pytest.raises(FileNotFoundError, match='Class map .*nothing.txt. does not exist'):
         load_class_map(str(tmp_path / 'nothing.txt'))
 
 
