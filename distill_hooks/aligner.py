@@ -18,7 +18,7 @@ def interpolation_matrix(in_size: int, out_size: int, **dd: Any) -> torch.Tensor
 
 
 class Aligner(nn.Module):
-    """Layers that bring content tokens to the shape of a CNN's feature map (section 3.1, figure 3).
+    """Layers that give tokens the shape of a CNN's feature map (figure 3).
 
     Bilinear interpolation, depth-wise 3x3 convolution, LayerNorm, ReLU. Our choices: a 1x1 convolution after the
     depth-wise one changes the channels, LayerNorm normalises the channels, and feature maps with negative values get no
@@ -70,7 +70,7 @@ class Aligner(nn.Module):
         return x.unflatten(2, (size[1], -1)).permute(0, 3, 1, 2)
 
     def forward(self, tokens: torch.Tensor, size: Size) -> torch.Tensor:
-        """Align tokens on their grid (B, D, H, W) with a feature map of `size` (h, w). Return (B, C, h, w)."""
+        """Align tokens (B, D, H, W) with a feature map: (B, C, h, w) for `size` (h, w)."""
         if tuple(tokens.shape[-2:]) != tuple(size):
             tokens = self._interpolate(tokens, size)
         x = self.conv_dw(tokens).permute(0, 2, 3, 1)  # (B, h, w, D)

@@ -1,4 +1,4 @@
-"""Find out from a teacher's answers whether its classes are in another order than the student's."""
+"""Compare the order of a teacher's classes with that of the student's."""
 from typing import List, NamedTuple, Optional
 
 import numpy as np
@@ -15,7 +15,7 @@ MAX_P_VALUE = 0.01
 
 
 class ClassOrder(NamedTuple):
-    """An order of classes that explains a teacher's answers much better than the present one."""
+    """An order of classes that explains a teacher's answers much better."""
     answers: List[int]  # the teacher's answer for each label
     agreement: float  # share of images with the right answer in this order
     agreement_now: float  # share of images with the right answer in the present order
@@ -27,7 +27,7 @@ class ClassOrder(NamedTuple):
 
 
 def agreement(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return the share of images whose label is the teacher's answer, as a tensor () on the device.
+    """Return the share of images whose label is the teacher's answer, on the device.
 
     Args:
         logits: The teacher's logits (B, classes).
@@ -54,9 +54,9 @@ def count_answers(counts: torch.Tensor, logits: torch.Tensor, labels: torch.Tens
 
 
 def _best_order(counts: np.ndarray) -> np.ndarray:
-    """Assign one answer to each label, so that most images are explained. Ties keep the label itself.
+    """Assign one answer to each label, so that most images are explained.
 
-    All labels have the same weight, except those with very few images, which have less.
+    Ties keep the label itself.     All labels have the same weight, except those with very few images, which have less.
     """
     from scipy.optimize import linear_sum_assignment  # the import takes 0.5 s, and one call per run needs it
     shares = counts / (counts.sum(axis=1, keepdims=True) + 2.)
@@ -78,7 +78,7 @@ def _cycles(order: np.ndarray) -> List[List[int]]:
 
 
 def find_order(counts: np.ndarray) -> Optional[ClassOrder]:
-    """Find an order of answers that explains a teacher much better than the present one.
+    """Find an order of classes that explains a teacher's answers much better.
 
     An order found in one half of the images is tested on the other half, as a whole and cycle by cycle of its
     permutation. It is accepted if its answers are `MIN_RATIO` times as frequent as the labels themselves, and if a

@@ -23,7 +23,7 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
 
 
 class FeatureCapture:
-    """Forward hooks that keep the outputs of named modules, until `take` returns them.
+    """Forward hooks that keep the outputs of named modules for `take`.
 
     The hooks are registered once, so that they can be compiled with the model. `close` or the end of a `with` block
     removes them.
@@ -57,7 +57,7 @@ class FeatureCapture:
             self._features[name] = output
 
     def take(self) -> List[torch.Tensor]:
-        """Return the outputs of the latest forward in the order of `names`, and drop them.
+        """Return and drop the outputs of the latest forward, in the order of `names`.
 
         Raises:
             ValueError: If the forward did not call a module.

@@ -1,4 +1,4 @@
-"""Load models with trained weights: by timm name, from a run folder, or from a checkpoint."""
+"""Load trained models: by timm name, from a run folder, or from a checkpoint."""
 import argparse
 import difflib
 import logging
@@ -59,7 +59,7 @@ def _read_state_dict(checkpoint: str) -> Dict[str, torch.Tensor]:
         if objects:
             found = sorted(objects[1].split(', '), key=lambda kind: (kind.startswith('torch.'), kind))
             raise ValueError(
-                f'Checkpoint {checkpoint!r} cannot be read safely: it holds Python objects beside its tensors'
+                f'Checkpoint {checkpoint!r} cannot be read safely: it holds Python objects besides its tensors'
                 f' ({_few(found)}), and reading them can run any code. If you trust the file, write only'
                 " its tensors: torch.save(torch.load(FILE, weights_only=False)['state_dict'], PATH), or for a"
                 ' whole model torch.save(model.state_dict(), PATH).') from e
@@ -81,9 +81,10 @@ def _read_state_dict(checkpoint: str) -> Dict[str, torch.Tensor]:
 
 
 def _checkpoint_shapes(name: str, state_dict: Dict[str, torch.Tensor]) -> Dict[str, int]:
-    """Return class and channel count of a checkpoint, from timm's classifier and first convolution.
+    """Return the class and channel count of a checkpoint.
 
-    If the checkpoint has other names, the last weight and the first convolution count.
+    They come from timm's classifier and first convolution, or else from the last weight and the first convolution of
+    the file.
     """
     cfg = get_pretrained_cfg(name)
     classifier, first_conv = (f'{getattr(cfg, field, None)}.weight' for field in ('classifier', 'first_conv'))
@@ -98,7 +99,7 @@ def _checkpoint_shapes(name: str, state_dict: Dict[str, torch.Tensor]) -> Dict[s
 
 
 def _count_by_prefix(state_dict: Dict[str, torch.Tensor], names: Collection[str]) -> Dict[str, int]:
-    """Count the tensors of `names` that a state dict has under each prefix, '' included."""
+    """Count the tensors of `names` under each prefix of a state dict, '' included."""
     counts: Counter[str] = Counter()
     for key in state_dict:
         parts = key.split('.')
@@ -144,7 +145,7 @@ def _align(
         checkpoint: str,
         **kwargs: Any,
 ) -> Tuple[Dict[str, torch.Tensor], Dict[str, int]]:
-    """Remove the prefix of the model's tensors in a file, and find the class and channel count.
+    """Remove a prefix of the model's tensors, and find class and channel count.
 
     Lightning, and scripts that wrap the model, add such a prefix. Other tensors of the file keep their names.
 
@@ -171,10 +172,10 @@ def _align(
 
 
 def _match_by_order(model: nn.Module, state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """Match the tensors of a state dict with those of a model by order. Return them under the model's names.
+    """Match the tensors of a state dict with those of a model by order.
 
-    Shapes have to agree up to dimensions of 1 (torchvision's layer scales are (C, 1, 1)), and so do the names that
-    PyTorch's layers give to tensors. BatchNorm's counters are ignored.
+    Returns them under the model's names. Shapes have to agree up to dimensions of 1 (as torchvision's layer
+    scales, (C, 1, 1)), and so do the names that PyTorch's layers give to tensors. BatchNorm's counters are ignored.
 
     Raises:
         ValueError: If they do not match. The message is part of a longer one.
@@ -248,7 +249,7 @@ def _load_weights(model: nn.Module, state_dict: Dict[str, torch.Tensor], name: s
 
 
 def nearest_names(name: str) -> str:
-    """Return up to four timm names similar to an unknown one, names that start with it first."""
+    """Return up to four timm names similar to an unknown one."""
     names = list_models()
     beginnings = [known for known in names if known.startswith(name.lower().replace('-', '_'))]
     near = difflib.get_close_matches(name, names, n=4, cutoff=0.4)
@@ -290,9 +291,9 @@ def _architecture_of(checkpoint: str) -> str:
 
 
 def training_args(checkpoint: str) -> Dict[str, Any]:
-    """Return the options in a checkpoint of timm's or our training script; {} for other files.
+    """Return the training options in a checkpoint of timm's or our script.
 
-    `arch` is the model name. `label_names` has the class names if the checkpoint holds them.
+    {} for other files. `arch` is the model name. `label_names` has the class names if the checkpoint holds them.
     """
     try:
         contents = load_checkpoint_metadata(checkpoint)
@@ -308,7 +309,7 @@ def training_args(checkpoint: str) -> Dict[str, Any]:
 
 
 def _label_names(classes: Any) -> List[str]:
-    """Return the class names in the order of the classifier, from `classes` in a checkpoint of our script.
+    """Return the class names in a checkpoint of our script, in the model's order.
 
     [] if there are none, or a class does not have exactly one name.
     """
@@ -319,7 +320,7 @@ def _label_names(classes: Any) -> List[str]:
 
 
 def _create_as_trained(name: str, args: Dict[str, Any], **kwargs: Any) -> nn.Module:
-    """Create a model without weights, with the arguments and the input size of a training script.
+    """Create a model without weights, as a training script created it.
 
     Args:
         name: See `load_model`.

@@ -12,7 +12,7 @@ def hidden_loss(
         feature_map: torch.Tensor,
         std: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """Return the mean squared error between aligned student tokens and the teacher's feature map (Eq. 4).
+    """Return the mean squared error of aligned tokens and feature map (Eq. 4).
 
     Args:
         aligned: Output of the aligner (B, C, H, W).
@@ -28,7 +28,7 @@ def hidden_loss(
 
 
 def hard_label_loss(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
-    """Return the cross-entropy of the distillation logits (B, classes) with the teacher's hard label (Eq. 5)."""
+    """Return the cross-entropy of logits with the teacher's hard labels (Eq. 5)."""
     return F.cross_entropy(logits.float(), teacher_logits.argmax(dim=-1))
 
 

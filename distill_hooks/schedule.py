@@ -22,12 +22,12 @@ class StageWeights(NamedTuple):
 
 
 class TwoStageSchedule:
-    """Loss weights by epoch: stage I distills (Eq. 6), stage II trains mostly on labels (section 3.2, appendix C).
+    """Loss weights of the two stages, by epoch (section 3.2, appendix C).
 
-    Stage II is 'anneal', Eq. 6 with beta = 0 and alpha rising linearly to 1 (the paper's 300 epochs), or 'ce',
-    cross-entropy alone (Eq. 7, the paper's 1000 epochs). Our choices: stage I defaults to 5/6 of the epochs; alpha is
-    0.5 and beta is 10 (by the ablation in RESULTS.md, for features of standard deviation 1); cool-down epochs belong to
-    stage II.
+    Stage I distills with Eq. 6. Stage II is 'anneal', Eq. 6 with beta = 0 and alpha rising linearly to 1 (the paper's
+    300 epochs), or 'ce', cross-entropy alone (Eq. 7, the paper's 1000 epochs). Our choices: stage I defaults to 5/6 of
+    the epochs; alpha is 0.5 and beta is 10 (by the ablation in RESULTS.md, for features of standard deviation 1);
+    cool-down epochs belong to stage II.
 
     Args:
         epochs: Epochs of the run, without cool-down.

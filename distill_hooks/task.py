@@ -25,9 +25,9 @@ MIN_IMAGES_FOR_STD = 16
 
 
 class Hook(NamedTuple):
-    """A student block, counted from 1, and the teacher layer that it learns from (None: the default stage)."""
-    block: int
-    layer: Optional[str]
+    """A student block and the teacher layer that it learns from."""
+    block: int  # from 1
+    layer: Optional[str]  # None: the default stage
 
 
 def parse_hook(spec: str) -> Hook:
@@ -45,7 +45,7 @@ def parse_hook(spec: str) -> Hook:
 
 
 def has_content_tokens(model: nn.Module) -> bool:
-    """Return whether a model is a timm transformer with (B, T, D) tokens, as `DearKDTask` needs it."""
+    """Return whether a model is a timm transformer with (B, T, D) tokens."""
     return (
         hasattr(model, 'forward_intermediates') and hasattr(model, 'num_prefix_tokens')
         and isinstance(getattr(model, 'blocks', None), (nn.Sequential, nn.ModuleList)) and hasattr(model, 'patch_embed')
@@ -83,7 +83,7 @@ def keep_constants_local(module: nn.Module) -> None:
 
 
 def _set_teacher_layers(teacher: Teacher, student: VisionTransformer, hooks: Sequence[Hook]) -> None:
-    """Set the layers of the hooks, unless the teacher was created with layers of its own."""
+    """Set the layers of the hooks, unless the teacher has layers of its own."""
     if not teacher.has_own_layers:
         max_stride = max(8, min(to_2tuple(student.patch_embed.patch_size)) / 2)
         teacher.set_layers([resolve_layer(teacher.model, hook.layer, max_stride=max_stride) for hook in hooks])
@@ -94,10 +94,11 @@ def _set_teacher_layers(teacher: Teacher, student: VisionTransformer, hooks: Seq
 
 
 class DearKDTrainable(nn.Module):
-    """The modules that stage I trains: the student, `head_dist` and the aligners. DDP wraps one module.
+    """The modules that stage I trains: student, `head_dist` and aligners.
 
-    `head_dist` computes logits from the mean of the content tokens after the final norm. It belongs to the task, not
-    to the model, so that the exported model is a plain ViT (our choice).
+    They are one module, because DDP wraps only one. `head_dist` computes logits from the mean of the content tokens
+    after the final norm. It belongs to the task, not to the model, so that the exported model is a plain ViT (our
+    choice).
 
     Args:
         student: A timm ViT.
@@ -126,7 +127,7 @@ class DearKDTrainable(nn.Module):
         self.uses_aligners = bool(specs)
 
     def set_branches(self, head_dist: bool, aligners: bool) -> bool:
-        """Switch the branches on or off, and freeze those that are off. Return whether a switch changed."""
+        """Switch branches on or off (frozen). Return whether a switch changed."""
         aligners = aligners and len(self.aligners) > 0
         changed = (head_dist, aligners) != (self.uses_head_dist, self.uses_aligners)
         self.uses_head_dist, self.uses_aligners = head_dist, aligners
@@ -135,12 +136,12 @@ class DearKDTrainable(nn.Module):
         return changed
 
     def no_weight_decay(self) -> Set[str]:
-        """Return the student's parameters without weight decay, under their names in this module."""
+        """Return the names of the student's parameters without weight decay."""
         names = self.student.no_weight_decay() if hasattr(self.student, 'no_weight_decay') else ()
         return {f'student.{name}' for name in names}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """Return the layer groups for layer decay. The branches belong to the student's last group."""
+        """Return the groups for layer decay, with the branches in the last one."""
         groups = group_parameters(self.student, self.student.group_matcher(coarse=coarse), reverse=True)
         last = max(groups.values(), default=0)
         return lambda name: groups.get(name[len('student.'):], last) if name.startswith('student.') else last
@@ -184,7 +185,7 @@ class DearKDTrainable(nn.Module):
 
 
 class DearKDTask(TrainingTask):
-    """Early knowledge distillation of a CNN into any timm ViT, in two stages (Eq. 4 to 7).
+    """Early knowledge distillation of a CNN into any timm ViT (Eq. 4 to 7).
 
     Call `set_epoch` at the start of every epoch. The training loop needs no other change.
 
@@ -270,7 +271,7 @@ class DearKDTask(TrainingTask):
 
     @property
     def log_names(self) -> List[str]:
-        """Names of the losses and shares that at least one stage has, in the order of `forward`."""
+        """Names of the losses and shares that at least one stage computes."""
         stage1 = self.schedule.stage1_epochs > 0
         names = ['loss', 'ce_loss']
         if self.schedule.alpha < 1. and (stage1 or self.schedule.stage2 == 'anneal'):
@@ -286,7 +287,7 @@ class DearKDTask(TrainingTask):
         return result
 
     def set_epoch(self, epoch: int) -> None:
-        """Start an epoch, counted from 0. Its stage decides which losses, branches and teacher outputs are computed.
+        """Start an epoch, counted from 0: select the losses and branches of its stage.
 
         A stage freezes the branches that it does not train. Create the optimizer before the first call, so that its
         groups hold all parameters.
@@ -309,7 +310,7 @@ class DearKDTask(TrainingTask):
         return self
 
     def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs: Any) -> nn.Module:
-        """Compile the student (for evaluation, too), its branches, the hidden loss and the teacher."""
+        """Compile the student, its branches, the hidden loss and the teacher."""
         kwargs = dict(backend=backend, mode=mode, **compile_kwargs)
         self.eval_model = cast(nn.Module, torch.compile(unwrap_model(self.trainable_module).student, **kwargs))
         self.trainable_module = cast(nn.Module, torch.compile(self.trainable_module, **kwargs))
@@ -324,7 +325,7 @@ class DearKDTask(TrainingTask):
         return unwrapped.student if isinstance(unwrapped, DearKDTrainable) else resolved
 
     def get_clip_parameters(self, exclude_head: bool = False) -> List[nn.Parameter]:
-        """Return the parameters to clip; `exclude_head` skips the classifiers, for adaptive clipping."""
+        """Return the parameters to clip, without classifiers if `exclude_head`."""
         trainable = unwrap_model(self.trainable_module)
         classifier = trainable.student.get_classifier()
         heads = [*(classifier if isinstance(classifier, tuple) else (classifier,)), trainable.head_dist]
@@ -332,7 +333,7 @@ class DearKDTask(TrainingTask):
         return [p for p in trainable.parameters() if id(p) not in excluded]
 
     def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
-        """Return the state beside the student: branches, feature deviations, fingerprint of the teacher and blocks."""
+        """Return the branches, feature deviations, teacher fingerprint and blocks."""
         trainable = unwrap_model(module if module is not None else self.get_trainable_module(ema=ema))
         state: Dict[str, Any] = {
             'aligners': trainable.aligners.state_dict(),
@@ -377,7 +378,7 @@ class DearKDTask(TrainingTask):
             self.feature_std = [std.to(self.device) for std in state['feature_std']]
 
     def _fix_feature_std(self, features: List[torch.Tensor]) -> None:
-        """Set the standard deviations per channel (C,) from this batch, over all processes."""
+        """Set the standard deviation per channel (C,) from the batch of all processes."""
         self.feature_std = []
         num_images = len(features[0]) * (dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1)
         if num_images < MIN_IMAGES_FOR_STD:

@@ -68,9 +68,10 @@ def resolve_layer(model: nn.Module, layer: Optional[str] = None, max_stride: Opt
 
 
 def load_class_map(path: str) -> List[int]:
-    """Read a class map: one teacher class index per line, in the order of the student's classes.
+    """Read a class map: one teacher class index per student class.
 
-    Text after the index (a class name), empty lines and lines that start with # are ignored.
+    One index per line, in the order of the student's classes. Text after the index (a class name), empty lines and
+    lines that start with # are ignored.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -105,13 +106,13 @@ def create_teacher(
 
 
 def _per_channel(values: Sequence[float], in_chans: int) -> torch.Tensor:
-    """Return normalisation values for `in_chans` channels: the average of all if the counts differ, as in timm."""
+    """Return values for `in_chans` channels, averaged as in timm if counts differ."""
     tensor = torch.tensor(values, dtype=torch.float64)
     return tensor if len(tensor) == in_chans else tensor.mean().expand(in_chans)
 
 
 def input_normalisation(model: nn.Module, in_chans: int) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Return the mean and standard deviation (in_chans,) of a model's input normalisation."""
+    """Return mean and deviation (in_chans,) of a model's input normalisation."""
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     mean, std = cfg.get('mean') or IMAGENET_DEFAULT_MEAN, cfg.get('std') or IMAGENET_DEFAULT_STD
     return _per_channel(mean, in_chans), _per_channel(std, in_chans)
@@ -126,14 +127,14 @@ def weights_fingerprint(model: nn.Module, more: str = '') -> str:
 
 
 class Teacher(nn.Module):
-    """A frozen classifier that gives logits and feature maps in one forward without gradients.
+    """A frozen classifier that returns logits and feature maps in one forward.
 
     It takes the student's input and renormalises it with a precomputed scale and shift. Grey input is repeated for a
     teacher of three channels. The teacher always stays in eval mode.
 
     Args:
         model: The classifier: a timm model, or any module that returns logits. It is frozen in place.
-        layers: Module names whose outputs `forward` returns beside the logits. If empty, `DearKDTask` sets them from
+        layers: Module names whose outputs `forward` returns with the logits. If empty, `DearKDTask` sets them from
             its hooks.
         in_chans: Channels of the student's input.
         mean: Mean per channel of the student's normalisation; None means the teacher's own.
@@ -217,6 +218,13 @@ class Teacher(nn.Module):
 
         Raises:
             ValueError: If the teacher does not load or does not fit the student, or a checkpoint is given for a module.
+
+        Examples:
+
+            ```python
+            teacher = Teacher.for_student(student, 'resnet50', 'resnet50_cars.pth', img_size=224)
+            task = DearKDTask(student, teacher, TwoStageSchedule(epochs=300), hooks='4:2')
+            ```
         """
         if isinstance(model, str):
             model = load_model(model, checkpoint)
@@ -246,8 +254,9 @@ class Teacher(nn.Module):
         Raises:
             ValueError: If the model has no such layer.
         """
+        capture = FeatureCapture(self.model, layers)
         self.capture.close()
-        self.capture = FeatureCapture(self.model, layers)
+        self.capture = capture
 
     def _set_class_map(self, class_map: Sequence[int]) -> None:
         count = self.num_classes
@@ -280,12 +289,12 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def fingerprint(self) -> str:
-        """Hash what identifies this teacher: some values of every tensor, the layers and the class map."""
+        """Hash some values of every tensor, the layers and the class map."""
         class_map = None if self.class_map is None else self.class_map.tolist()
         return weights_fingerprint(self.model, repr((self.layers, class_map)))
 
     def prepare_input(self, x: torch.Tensor) -> torch.Tensor:
-        """Convert student input (B, C, H, W) to the teacher's channels, normalisation and size."""
+        """Convert student input (B, C, H, W) to the teacher's format."""
         if self._renormalise:
             x = x * self.scale.to(x.dtype) + self.shift.to(x.dtype)
         elif x.shape[1] != self._in_chans:
@@ -311,7 +320,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor, with_features: bool = True) -> Tuple[torch.Tensor, List[torch.Tensor]]:
-        """Return logits (B, classes) and the maps (B, C, h, w) of `layers` for the student's input."""
+        """Return logits (B, classes) and maps (B, C, h, w) for the student's input."""
         return self._run(x, with_features)
 
     def _pooled(self, x: torch.Tensor) -> torch.Tensor:
@@ -336,7 +345,7 @@ class Teacher(nn.Module):
             with_features: bool = True,
             pooled: bool = False,
     ) -> List[FeatureSpec]:
-        """Run the model once on noise: check that it takes the image size, and describe its feature maps.
+        """Check the image size by one forward of noise, and describe the feature maps.
 
         Args:
             input_size: The student's (C, H, W).

@@ -36,7 +36,7 @@ class TimmTeacher(DistillationTeacher):
     def compile(
             self, *args: Any, compile_model: bool = True, compile_features: bool = False, **kwargs: Any,
     ) -> 'TimmTeacher':
-        """Compile the teacher. timm's two switches have no effect, because only called functions are compiled."""
+        """Compile the teacher. Both switches are ignored: only what is called compiles."""
         self.teacher.compile(*args, **kwargs)
         return self
 
@@ -53,7 +53,7 @@ class TimmTeacher(DistillationTeacher):
 
 
 class TaughtTask(TrainingTask):
-    """Base of timm's distillation tasks with a `Teacher`, whose fingerprint is in the checkpoint.
+    """Base of timm's distillation tasks with a `Teacher`.
 
     Args:
         student_model: The model to train.
@@ -88,7 +88,7 @@ class TaughtTask(TrainingTask):
         self._fingerprint = fingerprint
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
-        """Return the output of timm's task and, if the task uses the teacher's classes, 'teacher_agreement'.
+        """Return the output of timm's task, and 'teacher_agreement' if `uses_classes`.
 
         The agreement is the share of the images whose label (the larger one, after Mixup) is the teacher's answer.
         """
@@ -124,7 +124,7 @@ class LogitTask(TaughtTask, LogitDistillationTask):
 
 
 class FeatureTask(TaughtTask, FeatureDistillationTask):
-    """timm's `FeatureDistillationTask` with a `Teacher` of any classes. See `TaughtTask`."""
+    """timm's `FeatureDistillationTask` with a `Teacher`. See `TaughtTask`."""
 
     uses_classes = False
     uses_pooled = True

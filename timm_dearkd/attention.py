@@ -1,4 +1,4 @@
-"""Multi-head convolutional attention (MHCA) with an adaptive relative position encoding.
+"""Multi-head convolutional attention (MHCA) with a learned position encoding.
 
 Paper: `DearKD: Data-Efficient Early Knowledge Distillation for Vision Transformers` (CVPR 2022),
 https://arxiv.org/abs/2204.12997, equations 2 and 3.
@@ -60,7 +60,9 @@ def grid_constants(
 
 @dataclass(frozen=True)
 class RelPosConfig:
-    """Settings of `AdaptiveRelPos`. All are our choices, because the paper gives no values.
+    """Settings of `AdaptiveRelPos`.
+
+    All are our choices, because the paper gives no values.
 
     Args:
         drop_rate: Dropout rate of the positional scores (the paper's dropout layer after the adaptive RPE). The whole
@@ -165,7 +167,7 @@ class AdaptiveRelPos(nn.Module):
 
     @torch.jit.ignore
     def init_non_persistent_buffers(self) -> None:
-        """Compute the constants again. timm calls this on models that were created on the meta device."""
+        """Compute the constants again. timm calls this after creation on 'meta'."""
         self.set_grid_size(*self.grid_size)
 
     def train(self, mode: bool = True) -> 'AdaptiveRelPos':
@@ -197,14 +199,14 @@ class AdaptiveRelPos(nn.Module):
 
     @torch.jit.unused
     def trace_constants(self, constants: Any) -> None:
-        """Set the node of a torch.fx graph that computes the constants from the size of the input.
+        """Set the torch.fx node that computes the constants from the input size.
 
         The tracer stores the node, so that the module itself does not change.
         """
         vars(constants.tracer).setdefault('mhca_constants', {})[self] = constants
 
     def constants(self) -> Tuple[torch.Tensor, torch.Tensor, int]:
-        """Return `key_basis`, `query_basis` and `sq_steps`, or their nodes from `trace_constants`."""
+        """Return `key_basis`, `query_basis` and `sq_steps`, or their torch.fx nodes."""
         if not torch.jit.is_scripting():
             alpha = self.alpha
             if isinstance(alpha, torch.fx.Proxy):
@@ -214,7 +216,7 @@ class AdaptiveRelPos(nn.Module):
         return self.key_basis, self.query_basis, self.sq_steps
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> 'AdaptiveRelPos':
-        """Follow device moves, but keep the grid constants in float32 (half precision cannot hold |p|^2)."""
+        """Move the module, but keep the constants float32 (|p|^2 needs its precision)."""
         result = super()._apply(fn, *args, **kwargs)
         self.set_grid_size(*self.grid_size)
         return result
@@ -231,11 +233,16 @@ class AdaptiveRelPos(nn.Module):
         return self.training and self.drop_rate > 0.
 
     def needs_scores(self) -> bool:
-        """Return whether the current mode needs the (heads, T, T) form, as elementwise dropout does."""
+        """Return whether elementwise dropout needs the (heads, T, T) form now."""
         return self.dropout_active() and self.drop_mode == 'element'
 
     def offset_scores(self, alpha: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        """Return Eq. 2 for every pair (heads, T, T), without dropout, for alpha (heads,) and delta (heads, 2)."""
+        """Return the scores of Eq. 2 (heads, T, T) without dropout.
+
+        Args:
+            alpha: Sharpness (heads,).
+            delta: Offsets (heads, 2).
+        """
         prefix = self.num_prefix_tokens
         pos = self.constants()[0][prefix:, :2]  # (H*W, 2)
         shift = pos.unsqueeze(0) - pos.unsqueeze(1)  # (H*W, H*W, 2), key minus query
@@ -245,7 +252,7 @@ class AdaptiveRelPos(nn.Module):
         return F.pad(scores, [prefix, 0, prefix, 0])
 
     def forward(self) -> torch.Tensor:
-        """Compute the positional scores of all pairs, in the slow form that tests compare the factorised one with.
+        """Compute the positional scores of all pairs, in the plain form.
 
         Returns:
             (heads, T, T) in float32 or the parameters' dtype, whichever is wider. Dropout applies in training.
@@ -265,9 +272,10 @@ class AdaptiveRelPos(nn.Module):
 
     @torch.jit.unused
     def cached_scores(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return `forward()` without dropout or gradient, from a cache until alpha, delta, grid or dtype change.
+        """Return the cached `forward()`, without dropout or gradient.
 
-        For the CPU only: it compares the values of alpha and delta, which would synchronise an accelerator.
+        The cache is valid until alpha, delta, grid, dtype or device change. For the CPU only: it compares the values of
+        alpha and delta, which would synchronise an accelerator.
         """
         alpha, delta = self.alpha.detach(), self.delta.detach()
         if self._scores_cache is not None:
@@ -282,11 +290,12 @@ class AdaptiveRelPos(nn.Module):
 
     @torch.jit.unused
     def cached_channels(self, scale: float, dtype: torch.dtype, head_dim: int) -> Optional[torch.Tensor]:
-        """Return the channels (T, 3, heads, C) of the positional scores, from a cache until alpha or delta change.
+        """Return the cached channels (T, 3, heads, C) of the positional scores.
 
-        For inference on an accelerator: the check does not wait for the device. It compares identity, storage and
-        version of the parameters. PyTorch's fused optimizers do not change the version, but need a gradient, so nothing
-        is cached while a gradient exists. A write to `.data` is not detected. train() and eval() clear the cache.
+        For inference on an accelerator: the check does not wait for the device. The cache is valid until identity,
+        storage or version of alpha or delta change. PyTorch's fused optimizers do not change the version, but need a
+        gradient, so nothing is cached while a gradient exists. A write to `.data` is not detected. train() and eval()
+        clear the cache.
 
         Args:
             scale: Scale of the attention.
@@ -314,7 +323,12 @@ def _append(
         query: torch.Tensor,
         key: torch.Tensor,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Append channels of queries (heads, T, C) and keys (T, C) to qkv (B, T, 3, heads, D) of every image.
+    """Append channels of queries and keys to the qkv of every image.
+
+    Args:
+        qkv: (B, T, 3, heads, D).
+        query: Channels (heads, T, C).
+        key: Channels (T, C).
 
     Returns:
         q, k and v (B, heads, T, D + C).
@@ -333,7 +347,7 @@ def stack_channels(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 def append_channels(
         qkv: torch.Tensor, channels: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Append channels (T, 3, heads, C) to qkv (B, T, 3, heads, D). Return q, k and v (B, heads, T, D + C)."""
+    """Append channels (T, 3, heads, C) to qkv; return q, k, v (B, heads, T, D + C)."""
     expanded = channels.unsqueeze(0).expand(qkv.shape[0], -1, -1, -1, -1)
     if not torch.jit.is_scripting() and torch.compiler.is_compiling():
         expanded = expanded.to(qkv.dtype)  # fused with the rest; the backward then sums over images in float32
@@ -394,9 +408,10 @@ def append_positions(
         scale: float,
         sq_steps: int,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Append channels to qkv (B, T, 3, heads, D), so that ``scale * q @ k.T`` includes the positional scores.
+    """Append channels, so that ``scale * q @ k.T`` includes the positional scores.
 
     Args:
+        qkv: Queries, keys and values (B, T, 3, heads, D).
         alpha: See `position_channels`.
         sq_steps: See `position_channels`.
 
@@ -420,7 +435,7 @@ def position_channels(
         dtype: torch.dtype,
         head_dim: int,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Return channels of queries (heads, T, C) and keys (T, C) whose product is the positional score over `scale`.
+    """Return channels whose product is the positional score divided by `scale`.
 
     float32 and wider need four channels. In half precision, the query part is split into a rounded value and its
     remainder, eight channels in all. The kernel rounds the gradient of the channels to half precision. So the gradients
@@ -462,12 +477,13 @@ def position_channels(
 
 
 class ConvAttention(Attention):
-    r"""Multi-head convolutional attention, MHCA (Eq. 3): :math:`softmax(q k^T / \sqrt{d} + v^{(h)} r_{ij})`.
+    r"""Multi-head convolutional attention, MHCA (Eq. 3).
 
-    timm's `Attention` with an `AdaptiveRelPos` added to its scores. Arguments not listed are timm's. Each call chooses
-    the form of the scores. Training uses the factorised form, which needs no (T, T) tensor, except for elementwise
-    dropout of the positional scores, which needs the plain form. Inference on the CPU adds a cached bias, which is
-    faster there. Inference on an accelerator caches the channels of the factorised form.
+    It computes :math:`softmax(q k^T / \sqrt{d} + v^{(h)} r_{ij})`: timm's `Attention` with an `AdaptiveRelPos` added to
+    its scores. Arguments not listed are timm's. Each call chooses the form of the scores. Training uses the factorised
+    form, which needs no (T, T) tensor, except for elementwise dropout of the positional scores, which needs the plain
+    form. Inference on the CPU adds a cached bias, which is faster there. Inference on an accelerator caches the
+    channels of the factorised form.
 
     Args:
         grid_size: Token grid (rows, columns). `set_grid_size` changes it.
@@ -509,7 +525,7 @@ class ConvAttention(Attention):
             num_prefix_tokens: int = 1,
             rel_pos: RelPosConfig = DEFAULT_REL_POS,
     ) -> 'ConvAttention':
-        """Create MHCA from a timm `Attention`, with its submodules (and so its weights) and its settings."""
+        """Create MHCA with the submodules and the settings of a timm `Attention`."""
         mhca = cls(
             attn.qkv.in_features,
             attn.num_heads,
@@ -534,14 +550,14 @@ class ConvAttention(Attention):
 
     @torch.jit.ignore
     def freeze_scores(self) -> None:
-        """Store the positional scores as a constant, for inference programs that are exported on the CPU.
+        """Store the positional scores as a constant, before an export on the CPU.
 
         An exported program has no cache, and would compute the scores again in every call.
         """
         self.frozen_scores = self.rpe.cached_scores(torch.float32)
 
     def _qkv(self, x: torch.Tensor) -> torch.Tensor:
-        """Return queries, keys and values (B, T, 3, heads, head_dim) of the tokens (B, T, dim)."""
+        """Return the queries, keys and values (B, T, 3, heads, head_dim) of the tokens."""
         B, T, _ = x.shape
         _assert(
             self.rpe.constants()[0].shape[0] == T,
@@ -556,7 +572,7 @@ class ConvAttention(Attention):
         return qkv
 
     def _scores_are_constant(self) -> bool:
-        """Return whether this call is inference on the CPU, where a cached bias is the fastest form."""
+        """Return whether a cached bias is the fastest form: inference on the CPU."""
         return False if torch.jit.is_scripting() else self._is_cpu_inference()
 
     @torch.jit.unused
@@ -573,7 +589,7 @@ class ConvAttention(Attention):
 
     @torch.jit.unused
     def _cached_channels(self, dtype: torch.dtype) -> Optional[torch.Tensor]:
-        """Return the cached channels of the positional scores, or None if this call must not use the cache."""
+        """Return the cached channels, or None if this call must not use the cache."""
         if torch.jit.is_tracing() or torch.compiler.is_compiling() or isinstance(self.rpe.alpha, torch.fx.Proxy):
             return None
         if self.training or self._takes_gradient():
@@ -581,7 +597,7 @@ class ConvAttention(Attention):
         return self.rpe.cached_channels(self.scale, dtype, self.head_dim)
 
     def _scores(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the positional scores as a bias (heads, T, T), from the cache if possible."""
+        """Return the positional scores (heads, T, T), from the cache if possible."""
         frozen = self.frozen_scores
         if frozen is not None:
             return frozen.to(dtype)
@@ -660,7 +676,7 @@ class ConvAttention(Attention):
 
     @torch.jit.ignore
     def attention_scores(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the scores before the softmax and their parts, which fused kernels do not return.
+        """Return the scores before the softmax, and their two parts.
 
         Args:
             x: Tokens (B, T, dim), the input of `forward` (in a block: after its first norm).

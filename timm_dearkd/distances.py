@@ -1,4 +1,4 @@
-"""Mean attention distance of the heads of a ViT (figure 4), and the file that records it by epoch."""
+"""Attention distances of the heads of a ViT (figure 4), and their log by epoch."""
 import csv
 from contextlib import nullcontext
 from pathlib import Path
@@ -38,7 +38,7 @@ def attention_weights(attention: Attention, x: torch.Tensor) -> torch.Tensor:
 
 
 def mean_distances(weights: torch.Tensor, grid_size: Tuple[int, int]) -> torch.Tensor:
-    """Return the attention-weighted distance from query to key patch, averaged over images and queries.
+    """Return the mean distance from query to key patch, weighted by attention.
 
     Args:
         weights: Attention (B, heads, T, T), with the patches as last tokens. Other tokens, such as [CLS], are skipped
@@ -111,7 +111,9 @@ def attention_distances(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 class DistanceLog:
-    """Log of a model's attention distances on a fixed batch by epoch, in `attention_distance.csv` of a run.
+    """Log of a model's attention distances on a fixed batch, by epoch.
+
+    The file is `attention_distance.csv` in the folder of the run.
 
     Args:
         folder: Output folder of the run.
@@ -147,7 +149,7 @@ class DistanceLog:
 
 
 class DistanceHistory(NamedTuple):
-    """Distances of the heads in patches, by epoch and layer, and the patch size in pixels."""
+    """Distances in patches by epoch, layer and head, and the patch size in pixels."""
     epochs: Dict[int, Dict[int, List[float]]]
     patch_size: float
 

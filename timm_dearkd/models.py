@@ -30,7 +30,7 @@ torch.fx.wrap('grid_constants')  # torch.fx wraps functions by the module that c
 
 
 def _parent_pos_embed(vit_cls: Type[VisionTransformer]) -> Callable[..., torch.Tensor]:
-    """Copy `_pos_embed` of the parent class under another name, because TorchScript does not support super()."""
+    """Copy the parent's `_pos_embed` under a new name: TorchScript has no super()."""
     fn = vit_cls._pos_embed
     copy = types.FunctionType(fn.__code__, fn.__globals__, '_parent_pos_embed', fn.__defaults__, fn.__closure__)
     copy.__annotations__ = fn.__annotations__
@@ -71,14 +71,14 @@ class MhcaMixin(VisionTransformer if TYPE_CHECKING else object):  # type: ignore
             img_size: Optional[Union[int, Tuple[int, int]]] = None,
             patch_size: Optional[Union[int, Tuple[int, int]]] = None,
     ) -> None:
-        """Change the image or patch size. This resamples the position embedding and extends the adaptive RPE."""
+        """Change image or patch size: resample the position embedding, extend the RPE."""
         super().set_input_size(img_size=img_size, patch_size=patch_size)
         height, width = self.patch_embed.grid_size
         self._set_mhca_grid(height, width)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
-        """Return the parameters without weight decay: timm's, and alpha and delta of every MHCA block."""
+        """Return parameters without weight decay: timm's, and alpha and delta of MHCA."""
         rpe = {name for name, _ in self.named_parameters() if name.endswith(('.rpe.alpha', '.rpe.delta'))}
         return super().no_weight_decay() | rpe
 
@@ -116,7 +116,7 @@ def _convert_blocks(model: VisionTransformer, num_blocks: int, rel_pos: RelPosCo
 
 
 class DearKD(MhcaMixin, VisionTransformer):
-    """Vision transformer whose first blocks use multi-head convolutional attention (MHCA, Eq. 2 and 3).
+    """Vision transformer with MHCA in its first blocks (Eq. 2 and 3).
 
     Takes all arguments of timm's `VisionTransformer`, except `patch_drop_rate` (MHCA needs every position).
 
@@ -163,9 +163,9 @@ def add_mhca(
         rpe_alpha: float = 1.,
         rpe_delta: str = 'grid',
 ) -> VisionTransformer:
-    """Convert the first blocks of a timm `VisionTransformer` to MHCA in place, with its weights.
+    """Convert the first blocks of a timm `VisionTransformer` to MHCA, in place.
 
-    With `rpe_alpha` = 0, the positional scores are 0 and the outputs do not change.
+    The weights stay. With `rpe_alpha` = 0, the positional scores are 0 and the outputs do not change.
 
     Args:
         model: A timm VisionTransformer (or DeiT), pretrained or not, with registers or without [CLS].
@@ -207,7 +207,7 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
 
 
 def _cfgs(name: str, *tags: str, **kwargs: Any) -> Dict[str, Dict[str, Any]]:
-    """Return the configurations of an architecture and of its recipes' weights; see `weights.locate_weights`."""
+    """Return the configurations without weights and of each recipe (`weights.py`)."""
     return {f'{name}.{tag}': _cfg(**kwargs) for tag in ('untrained', *tags)}
 
 

@@ -271,7 +271,7 @@ def test_wrapped_models_that_do_not_fit(tmp_path):
             ({**under['model'], **deeper}, r'test_resnet.: 4 unknown \(layer4.9.a, layer4.9.b, layer4.9.c, …\)'),
             ({**under['model'], **under['teacher']}, 'holds the model 2 times, under model., teacher.. Write only'),
             ({'state_dict': under['model'], 'hyper_parameters': Settings(lr=0.1)},
-             r'holds Python objects beside its tensors \(.*Settings\).*torch.save\(torch.load\(FILE')):
+             r'holds Python objects besides its tensors \(.*Settings\).*torch.save\(torch.load\(FILE')):
         torch.save(contents, path)
         with pytest.raises(ValueError, match=message) as error:
             create_teacher('test_resnet', path)
