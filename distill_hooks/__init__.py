@@ -1,4 +1,4 @@
-"""Distillation of CNN feature maps and logits into vision transformers, as timm training tasks."""
+"""Distillation of CNNs into vision transformers, as timm training tasks."""
 from .aligner import Aligner
 from .capture import FeatureCapture, find_module
 from .checkpoint import load_model, resolve_teacher

@@ -12,25 +12,26 @@ Size = Tuple[int, int]
 
 
 def interpolation_matrix(in_size: int, out_size: int, **dd: Any) -> torch.Tensor:
-    """Return the weights (out_size, in_size) of linear interpolation along one axis."""
+    """Return the matrix (out_size, in_size) of linear interpolation along one axis."""
     identity = torch.eye(in_size, **dd).unsqueeze(0)
     return F.interpolate(identity, size=out_size, mode='linear')[0].T.contiguous()
 
 
 class Aligner(nn.Module):
-    """Brings content tokens to the shape of a CNN's feature map (section 3.1, figure 3).
+    """Layers that give tokens the shape of a CNN's feature map (figure 3).
 
     Bilinear interpolation, depth-wise 3x3 convolution, LayerNorm, ReLU. Our choices: a 1x1 convolution after the
-    depth-wise one changes the channels, LayerNorm is over channels, and there is no ReLU where the feature map has
-    negative values. It is trained with the student and thrown away afterwards.
+    depth-wise one changes the channels, LayerNorm normalises the channels, and feature maps with negative values get no
+    ReLU. The aligner is trained with the student and discarded afterwards.
 
-    Between the usual sizes, two matrix products interpolate: PyTorch's bilinear backward is not deterministic on CUDA.
+    For `in_size` and `out_size`, two matrix products interpolate, because PyTorch's bilinear backward is not
+    deterministic on CUDA. PyTorch interpolates all other sizes.
 
     Args:
         in_chs: Channels of the tokens.
         out_chs: Channels of the feature map.
         relu: End with a ReLU.
-        in_size: Usual grid of the tokens (H, W). Others are interpolated by PyTorch.
+        in_size: Usual grid of the tokens (H, W).
         out_size: Usual size of the feature map (h, w).
     """
 
@@ -55,8 +56,8 @@ class Aligner(nn.Module):
                 self.register_buffer(name, interpolation_matrix(*sizes, **dd), persistent=False)
         self.conv_dw = nn.Conv2d(in_chs, in_chs, 3, padding=1, groups=in_chs, bias=False, **dd)
         weight = self.conv_dw.weight
-        weight.data = weight.data.as_strided(weight.shape, (9, 1, 3, 1))  # as its gradient, which DDP asks for
-        self.conv_pw = nn.Linear(in_chs, out_chs, **dd)  # tokens are channels-last, and stay so
+        weight.data = weight.data.as_strided(weight.shape, (9, 1, 3, 1))  # DDP needs the strides of its gradient
+        self.conv_pw = nn.Linear(in_chs, out_chs, **dd)  # tokens stay channels-last
         self.norm = LayerNorm(out_chs, **dd)
         self.act = nn.ReLU() if relu else nn.Identity()
 
@@ -69,7 +70,7 @@ class Aligner(nn.Module):
         return x.unflatten(2, (size[1], -1)).permute(0, 3, 1, 2)
 
     def forward(self, tokens: torch.Tensor, size: Size) -> torch.Tensor:
-        """Align tokens on their grid (B, D, H, W) with a feature map of `size` (h, w): (B, C, h, w)."""
+        """Align tokens (B, D, H, W) with a feature map: (B, C, h, w) for `size` (h, w)."""
         if tuple(tokens.shape[-2:]) != tuple(size):
             tokens = self._interpolate(tokens, size)
         x = self.conv_dw(tokens).permute(0, 2, 3, 1)  # (B, h, w, D)

@@ -1,4 +1,4 @@
-"""Feature maps of a model's modules, taken by forward hooks."""
+"""Outputs of a model's modules, captured by forward hooks."""
 import difflib
 from functools import partial
 from typing import Any, Dict, List, Sequence
@@ -10,10 +10,10 @@ __all__ = ['FeatureCapture', 'find_module']
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:
-    """The submodule called `name`.
+    """Return the submodule called `name`.
 
     Raises:
-        ValueError: There is none; the message lists the names nearest to it.
+        ValueError: If the model has no such module. The message lists the nearest names.
     """
     modules = {n: m for n, m in model.named_modules() if n}
     if name not in modules:
@@ -23,16 +23,17 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
 
 
 class FeatureCapture:
-    """Keeps the outputs of named modules of the latest forward, until they are taken.
+    """Forward hooks that keep the outputs of named modules for `take`.
 
-    The hooks are placed once, so that they can be compiled with the model, and go with `close` or the end of a `with`.
+    The hooks are registered once, so that they can be compiled with the model. `close` or the end of a `with` block
+    removes them.
 
     Args:
-        model: The model to look into.
-        names: Module names, as `named_modules` has them.
+        model: The model to hook.
+        names: Module names as in `named_modules`.
 
     Raises:
-        ValueError: An unknown name.
+        ValueError: If the model has no such module.
 
     Examples:
 
@@ -48,7 +49,7 @@ class FeatureCapture:
         self.enabled = True
         self._features: Dict[str, torch.Tensor] = {}
         modules = {name: find_module(model, name) for name in self.names}
-        # bound methods, which go along when the model is copied together with this object
+        # bound methods, so that a deep copy of the model and this object has hooks of its own
         self._handles = [m.register_forward_hook(partial(self._keep, name)) for name, m in modules.items()]
 
     def _keep(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -56,14 +57,14 @@ class FeatureCapture:
             self._features[name] = output
 
     def take(self) -> List[torch.Tensor]:
-        """Outputs of the latest forward in the order of `names`; they are not kept after this.
+        """Return and drop the outputs of the latest forward, in the order of `names`.
 
         Raises:
-            ValueError: A module that was not called in it.
+            ValueError: If the forward did not call a module.
         """
         for name in self.names:
             if name not in self._features:
-                raise ValueError(f'Layer {name!r} is there, but not called in the forward. Name another one.')
+                raise ValueError(f'The forward of the model does not call its layer {name!r}. Name another layer.')
         features = [self._features[name] for name in self.names]
         self._features.clear()
         return features

@@ -1,4 +1,4 @@
-"""Models with trained weights: by timm's name, from the folder of a run, or from a checkpoint."""
+"""Load trained models: by timm name, from a run folder, or from a checkpoint."""
 import argparse
 import difflib
 import logging
@@ -29,18 +29,23 @@ __all__ = ['load_model', 'resolve_teacher', 'training_args']
 
 _logger = logging.getLogger(__name__)
 
-# What PyTorch's layers call their tensors, whoever wrote the model; a layer scale has any name
+# Tensor names of PyTorch's layers, the same in every model. Other tensors (layer scale) have any name
 _TORCH_NAMES = {'weight', 'bias', 'running_mean', 'running_var'}
-_COUNTER = 'num_batches_tracked'  # BatchNorm's, which older files do not have
+_COUNTER = 'num_batches_tracked'  # of BatchNorm; older files do not have it
 
 
 def _few(names: Sequence[str], count: int = 3) -> str:
-    """List the first names."""
+    """Join the first names for a message."""
     return ', '.join(names[:count]) + (', …' if len(names) > count else '')
 
 
 def _read_state_dict(checkpoint: str) -> Dict[str, torch.Tensor]:
-    """State dict in a checkpoint file, whatever mapping it lies in."""
+    """Read the state dict of a checkpoint file, under any key.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file cannot be read, or does not hold exactly one state dict.
+    """
     if os.path.isdir(checkpoint):
         raise ValueError(
             f'Checkpoint {checkpoint!r} is a folder. Name a file in it, or the folder as the model if it'
@@ -48,20 +53,20 @@ def _read_state_dict(checkpoint: str) -> Dict[str, torch.Tensor]:
     try:
         contents = load_state_dict(checkpoint)
     except FileNotFoundError:
-        raise FileNotFoundError(f'No checkpoint at {checkpoint!r}.') from None
-    except Exception as e:  # torch's unpickler alone raises half a dozen kinds
+        raise FileNotFoundError(f'Checkpoint {checkpoint!r} does not exist. Check the path.') from None
+    except Exception as e:  # torch's unpickler raises many kinds of errors
         objects = re.search(r'Unsupported globals: (.+?)\.(\s|$)', str(e))
         if objects:
             found = sorted(objects[1].split(', '), key=lambda kind: (kind.startswith('torch.'), kind))
             raise ValueError(
-                f'Checkpoint {checkpoint!r} cannot be read, for it holds Python objects beside its tensors'
-                f' ({_few(found)}), and reading them may run any code. If you trust the file, write'
-                " its tensors alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], PATH), or for a"
+                f'Checkpoint {checkpoint!r} cannot be read safely: it holds Python objects besides its tensors'
+                f' ({_few(found)}), and reading them can run any code. If you trust the file, write only'
+                " its tensors: torch.save(torch.load(FILE, weights_only=False)['state_dict'], PATH), or for a"
                 ' whole model torch.save(model.state_dict(), PATH).') from e
         reason = re.split(r'\.\s', str(e))[0].replace('\n', ' ')
         raise ValueError(
-            f'Checkpoint {checkpoint!r} cannot be read ({type(e).__name__}: {reason}). It may be cut'
-            ' short.') from e
+            f'Checkpoint {checkpoint!r} cannot be read ({type(e).__name__}: {reason}). It may be'
+            ' truncated. Copy or download it again.') from e
     if not any(isinstance(value, torch.Tensor) for value in contents.values()):
         inner = {
             key: dict(value) for key, value in contents.items()
@@ -70,13 +75,17 @@ def _read_state_dict(checkpoint: str) -> Dict[str, torch.Tensor]:
         if len(inner) != 1:
             raise ValueError(
                 f'Checkpoint {checkpoint!r} holds {" and ".join(map(repr, inner)) or "no state dict"}, expected'
-                ' one state dict. Write it alone, with torch.save(model.state_dict(), PATH).')
+                ' one state dict. Write only that: torch.save(model.state_dict(), PATH).')
         contents = clean_state_dict(*inner.values())
     return {key: value for key, value in contents.items() if isinstance(value, torch.Tensor)}
 
 
 def _checkpoint_shapes(name: str, state_dict: Dict[str, torch.Tensor]) -> Dict[str, int]:
-    """Class and channel count of a checkpoint, from the layers that timm names, else the last and the first one."""
+    """Return the class and channel count of a checkpoint.
+
+    They come from timm's classifier and first convolution, or else from the last weight and the first convolution of
+    the file.
+    """
     cfg = get_pretrained_cfg(name)
     classifier, first_conv = (f'{getattr(cfg, field, None)}.weight' for field in ('classifier', 'first_conv'))
     weights = {key: value for key, value in state_dict.items() if key.endswith('weight') and value.ndim > 1}
@@ -90,7 +99,7 @@ def _checkpoint_shapes(name: str, state_dict: Dict[str, torch.Tensor]) -> Dict[s
 
 
 def _count_by_prefix(state_dict: Dict[str, torch.Tensor], names: Collection[str]) -> Dict[str, int]:
-    """Count the names that a state dict has under each prefix, '' included."""
+    """Count the tensors of `names` under each prefix of a state dict, '' included."""
     counts: Counter[str] = Counter()
     for key in state_dict:
         parts = key.split('.')
@@ -103,12 +112,12 @@ def _count_by_prefix(state_dict: Dict[str, torch.Tensor], names: Collection[str]
 def _find_prefix(state_dict: Dict[str, torch.Tensor], names: Collection[str], checkpoint: str) -> str:
     """Find the prefix under which a state dict has a model's tensors.
 
-    An average of weights (a part of the name is or begins with `ema`) counts only if nothing else is complete.
+    Averaged weights (a part of the prefix starts with `ema`) count only if no other prefix is complete.
 
     Args:
         state_dict: Tensors of the file.
-        names: Tensor names of the model, those of BatchNorm's counters left out.
-        checkpoint: The file, for the message.
+        names: Tensor names of the model, without BatchNorm's counters.
+        checkpoint: Path of the file, for the message.
 
     Raises:
         ValueError: If several prefixes have all of the tensors.
@@ -121,8 +130,8 @@ def _find_prefix(state_dict: Dict[str, torch.Tensor], names: Collection[str], ch
     complete = plain or complete
     if len(complete) > 1:
         raise ValueError(
-            f'Checkpoint {checkpoint!r} holds the model {len(complete)} times, under {_few(complete)}. Write the'
-            ' tensors of one alone, with torch.save(model.state_dict(), PATH).')
+            f'Checkpoint {checkpoint!r} holds the model {len(complete)} times, under {_few(complete)}. Write only'
+            ' the tensors of one: torch.save(model.state_dict(), PATH).')
     if complete:
         return complete[0]
     best = max(counts, key=lambda prefix: (counts[prefix], -len(prefix)), default='')
@@ -136,25 +145,25 @@ def _align(
         checkpoint: str,
         **kwargs: Any,
 ) -> Tuple[Dict[str, torch.Tensor], Dict[str, int]]:
-    """Drop a prefix that all names of the model have in a file, and find the class and channel count there.
+    """Remove a prefix of the model's tensors, and find class and channel count.
 
-    Lightning, and scripts that wrap the model, write such files. Tensors beside the model's keep their names.
+    Lightning, and scripts that wrap the model, add such a prefix. Other tensors of the file keep their names.
 
     Args:
         state_dict: Tensors of the file.
         name: See `load_model`.
-        args: Options that the model was made with.
-        checkpoint: The file, for messages.
+        args: Options that the model was created with.
+        checkpoint: Path of the file, for messages.
         **kwargs: See `load_model`.
     """
     cfg = get_pretrained_cfg(name)
     if all(f'{getattr(cfg, field, None)}.weight' in state_dict for field in ('classifier', 'first_conv')):
         return state_dict, _checkpoint_shapes(name, state_dict)
-    with torch.device('meta'):  # for the names
+    with torch.device('meta'):  # only the names are needed
         names = {key for key in _create_model(name, args, **kwargs).state_dict() if not key.endswith(_COUNTER)}
     prefix = _find_prefix(state_dict, names, checkpoint)
     if prefix:
-        _logger.info(f'{checkpoint}: the tensors of {name} are those under {prefix!r}.')
+        _logger.info(f'{checkpoint}: loads the tensors of {name} under the prefix {prefix!r}.')
         own = {key[len(prefix):]: value for key, value in state_dict.items() if key.startswith(prefix)}
         others = {key: value for key, value in state_dict.items() if not key.startswith(prefix) and key not in own}
         state_dict = {**own, **others}
@@ -163,24 +172,24 @@ def _align(
 
 
 def _match_by_order(model: nn.Module, state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """A state dict under the model's names, matched by order.
+    """Match the tensors of a state dict with those of a model by order.
 
-    The shapes have to agree, ones aside (torchvision's layer scales are (C, 1, 1)), and so does what PyTorch's layers
-    call their tensors. BatchNorm's counters do not matter.
+    Returns them under the model's names. Shapes have to agree up to dimensions of 1 (as torchvision's layer
+    scales, (C, 1, 1)), and so do the names that PyTorch's layers give to tensors. BatchNorm's counters are ignored.
 
     Raises:
-        ValueError: What does not agree.
+        ValueError: If they do not match. The message is part of a longer one.
     """
     own, given = (
         {key: value for key, value in tensors.items() if not key.endswith(_COUNTER)}
         for tensors in (model.state_dict(), state_dict))
     if len(own) != len(given):
-        raise ValueError(f'it holds {len(given)} tensors, the model {len(own)}')
+        raise ValueError(f'it has {len(given)} tensors, the model {len(own)}')
     for (key, value), (other, tensor) in zip(own.items(), given.items()):
         kinds = {key.rpartition('.')[2], other.rpartition('.')[2]}
         sizes, other_sizes = ([size for size in t.shape if size > 1] for t in (value, tensor))
         if sizes != other_sizes or (len(kinds) > 1 and kinds & _TORCH_NAMES) or (other in own and other != key):
-            raise ValueError(f'{other} {tuple(tensor.shape)} is where {key} {tuple(value.shape)} belongs')
+            raise ValueError(f'{other} {tuple(tensor.shape)} is in place of {key} {tuple(value.shape)}')
     return {key: tensor.reshape(value.shape) for (key, value), tensor in zip(own.items(), given.values())}
 
 
@@ -188,8 +197,8 @@ def _compare(own: Dict[str, torch.Tensor], given: Dict[str, torch.Tensor]) -> Tu
     """Compare a model's tensors with those of a file.
 
     Returns:
-        What does not fit, as text, and the names that the model does not have. Alone, such names are no problem, unless
-        they lie in a part of the model, as the further blocks of a larger one do.
+        The problems as text ('' if there are none), and the names that the model does not have. Such names alone are
+        a problem only inside a part of the model, like the additional blocks of a larger model.
     """
     own = {key: value for key, value in own.items() if not key.endswith(_COUNTER)}
     missing = [key for key in own if key not in given]
@@ -202,41 +211,45 @@ def _compare(own: Dict[str, torch.Tensor], given: Dict[str, torch.Tensor]) -> Tu
     if missing:
         problems.append(f'{len(missing)} of its {len(own)} tensors missing ({_few(missing)})')
     if left_over and (missing or any(key.split('.')[0] in parts for key in left_over)):
-        problems.append(f'{len(left_over)} left over ({_few(left_over)})')
+        problems.append(f'{len(left_over)} unknown ({_few(left_over)})')
     if shapes:
-        problems.append(f'{len(shapes)} in another shape ({_few(shapes)})')
+        problems.append(f'{len(shapes)} of another shape ({_few(shapes)})')
     return ', '.join(problems), left_over
 
 
 def _load_weights(model: nn.Module, state_dict: Dict[str, torch.Tensor], name: str, checkpoint: str) -> None:
-    """Load weights by name, or else by order."""
+    """Load weights by name, or by order if the names differ.
+
+    Raises:
+        ValueError: If the weights fit neither by name nor by order.
+    """
     own = model.state_dict()
     problem, left_over = _compare(own, state_dict)
     if not problem:
         model.load_state_dict({key: value for key, value in state_dict.items() if key in own})
         if left_over:
             _logger.info(
-                f'{checkpoint}: {len(left_over)} tensors beside those of {name} were not loaded: {_few(left_over)}.')
+                f'{checkpoint}: {len(left_over)} tensors that {name} does not have were skipped: {_few(left_over)}.')
         return
     by_order, reason = None, ''
-    if os.path.splitext(checkpoint)[1] != '.safetensors':  # which is sorted by name: blocks.10 comes before blocks.2
+    if os.path.splitext(checkpoint)[1] != '.safetensors':  # sorted by name: blocks.10 comes before blocks.2
         try:
             by_order = _match_by_order(model, state_dict)
         except ValueError as e:
             reason = f'; by order, {e}'
     if by_order is None:
-        size = ' If it was trained at another image size, name the folder of its run.' if 'pos_embed' in problem else ''
+        size = ' If it was trained at another image size, give its run folder.' if 'pos_embed' in problem else ''
         raise ValueError(
             f'Checkpoint {checkpoint!r} does not fit architecture {name!r}: {problem}{reason}.'
-            f' Name the architecture that it was trained with.{size}')
+            f' Give the architecture that it was trained with.{size}')
     model.load_state_dict(by_order)
     _logger.info(
-        f'{checkpoint} has other names for its tensors than {name}. They were loaded by order, in which all shapes'
-        ' agree. Activations, padding and the eps of BatchNorm may differ: check the accuracy.')
+        f'{checkpoint} has other tensor names than {name}. Its tensors were loaded by order, and all shapes agree.'
+        ' Activations, padding and the eps of BatchNorm may differ: check the accuracy.')
 
 
 def nearest_names(name: str) -> str:
-    """Return up to four timm names that resemble an unknown one, for an error: those that it begins come first."""
+    """Return up to four timm names similar to an unknown one."""
     names = list_models()
     beginnings = [known for known in names if known.startswith(name.lower().replace('-', '_'))]
     near = difflib.get_close_matches(name, names, n=4, cutoff=0.4)
@@ -244,14 +257,14 @@ def nearest_names(name: str) -> str:
 
 
 def resolve_teacher(name: str, checkpoint: Optional[str] = None) -> Tuple[str, Optional[str]]:
-    """The name by which timm knows a teacher, and the file of its weights.
+    """Return the timm name of a model and the file of its weights.
 
     Args:
-        name: A timm name, the folder of a run, which becomes a `local-dir:`, or a checkpoint of a run.
-        checkpoint: The file, if the name is none.
+        name: A timm name, a run folder (which becomes `local-dir:`), or a checkpoint of a run.
+        checkpoint: File of the weights.
 
     Raises:
-        ValueError: An unknown name, or a file that does not say of which architecture it is.
+        ValueError: If the name is unknown, or the checkpoint does not name its architecture.
     """
     if os.path.isfile(name) and not checkpoint:
         name, checkpoint = _architecture_of(name), name
@@ -260,7 +273,7 @@ def resolve_teacher(name: str, checkpoint: Optional[str] = None) -> Tuple[str, O
     folder = name.removeprefix('local-dir:')
     if (folder != name or os.sep in folder) and ':' not in folder and not os.path.isdir(folder):
         raise ValueError(
-            f'No folder {folder!r}. Give the output folder of a run, the name of a timm model, or hf-hub:ORG/NAME.')
+            f'No folder {folder!r}. Give a run folder, the name of a timm model, or hf-hub:ORG/NAME.')
     source, architecture = parse_model_name(name)
     if source is None and not is_model(architecture.split('.')[0]):
         raise ValueError(f'Unknown model {name!r}. The nearest timm names: {nearest_names(architecture)}.')
@@ -268,23 +281,23 @@ def resolve_teacher(name: str, checkpoint: Optional[str] = None) -> Tuple[str, O
 
 
 def _architecture_of(checkpoint: str) -> str:
-    """The model that a run's checkpoint says it is of."""
+    """Return the architecture that a run's checkpoint names."""
     architecture = training_args(checkpoint).get('arch')
     if architecture is None:
         raise ValueError(
-            f'{checkpoint!r} is a file that does not say of which architecture. Name that as the model, and the file as'
+            f'File {checkpoint!r} does not name its architecture. Give the architecture as the model, and the file as'
             ' its checkpoint.')
     return architecture
 
 
 def training_args(checkpoint: str) -> Dict[str, Any]:
-    """Return the options that a checkpoint of timm's training script, or of ours, was trained with; {} for other files.
+    """Return the training options in a checkpoint of timm's or our script.
 
-    `arch` is the model, and `label_names` has the class names if the checkpoint knows them.
+    {} for other files. `arch` is the model name. `label_names` has the class names if the checkpoint holds them.
     """
     try:
         contents = load_checkpoint_metadata(checkpoint)
-    except Exception:  # no checkpoint of that kind
+    except Exception:  # not such a checkpoint
         return {}
     if not isinstance(contents, Mapping) or not isinstance(contents.get('arch'), str):
         return {}
@@ -296,9 +309,9 @@ def training_args(checkpoint: str) -> Dict[str, Any]:
 
 
 def _label_names(classes: Any) -> List[str]:
-    """Return the class names in the order of the classifier, from the `classes` of a checkpoint of our script.
+    """Return the class names in a checkpoint of our script, in the model's order.
 
-    [] if there are none, or if some class has no name or several.
+    [] if there are none, or a class does not have exactly one name.
     """
     indices = classes.get('indices') if isinstance(classes, Mapping) else None
     if not isinstance(indices, Mapping) or sorted(indices.values()) != list(range(len(indices))):
@@ -307,15 +320,15 @@ def _label_names(classes: Any) -> List[str]:
 
 
 def _create_as_trained(name: str, args: Dict[str, Any], **kwargs: Any) -> nn.Module:
-    """A model without weights, of the arguments and for the input that a training script made it with.
+    """Create a model without weights, as a training script created it.
 
     Args:
         name: See `load_model`.
         args: Options of the script.
-        **kwargs: Arguments of `timm.create_model` that win over those.
+        **kwargs: Arguments of `timm.create_model`, which override the options.
     """
     kwargs = {'bn_eps': args.get('bn_eps'), 'global_pool': args.get('gp'), **(args.get('model_kwargs') or {}), **kwargs}
-    # the channels are told by the weights
+    # the channel count comes from the weights
     size = args['input_size'][1:] if args.get('input_size') else to_2tuple(args.get('img_size'))
     given = {**args, 'in_chans': None, 'img_size': None, 'input_size': None}
     if size[0]:
@@ -331,18 +344,18 @@ def _create_as_trained(name: str, args: Dict[str, Any], **kwargs: Any) -> nn.Mod
 
 
 def _create_model(name: str, args: Dict[str, Any], pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Create a model, as a training script made it if its options are known.
+    """Create a model, with the options of a training script if they are known.
 
     Raises:
-        ValueError: If there is no such model, or there are no weights for it. The message names the remedy.
+        ValueError: If the model or its weights do not exist. The message names the remedy.
     """
     try:
         return _create_as_trained(name, args, **kwargs) if args else timm.create_model(name, pretrained, **kwargs)
-    except Exception as e:  # whatever the download raises, the remedy is the same
+    except Exception as e:  # the remedy is the same for every error of the download
         reason = first_line(e)
-        remedy = 'Name a trained checkpoint of it.' if pretrained else 'Check its name.'
+        remedy = 'Name a trained checkpoint of it.' if pretrained else 'Check the name.'
         raise ValueError(
-            f'Could not get {"weights of " if pretrained else ""}{name!r} ({type(e).__name__}: {reason}).'
+            f'Could not create {name!r}{" with weights" if pretrained else ""} ({type(e).__name__}: {reason}).'
             f' {remedy}') from e
 
 
@@ -352,22 +365,21 @@ def load_model(
         device: Optional[torch.device] = None,
         **kwargs: Any,
 ) -> nn.Module:
-    """Create a timm model with trained weights, with the class count that they have.
+    """Create a timm model with trained weights and their class count.
 
     Args:
-        name: timm model name, `hf-hub:` and `local-dir:` included, or a folder with a `config.json`, such as that of
-            an earlier run, or its checkpoint. Without a checkpoint, its pretrained weights load.
-        checkpoint: Weights of that architecture: .safetensors, a state dict, or a (training) checkpoint that holds
-            one. A prefix that all names of the model have in it (`model.`, as in Lightning's files) is dropped, and
-            tensors beside the model's are not loaded. Under other names than timm's they are loaded by order, if
-            every shape agrees (our choice). Of a training checkpoint of timm's, the model's arguments and its
-            normalisation are taken, too.
-        device: Where to put it.
+        name: A timm name (with `hf-hub:` and `local-dir:`), a folder with a `config.json` such as a run folder, or a
+            checkpoint of a run. Without a checkpoint, the pretrained weights load.
+        checkpoint: Weights of that architecture: .safetensors, a state dict, or a training checkpoint that holds one.
+            A prefix of all names (`model.` in Lightning's files) is removed, and other tensors are skipped. Tensors
+            with other names than timm's load by order, if every shape agrees (our choice). A training checkpoint of
+            timm also sets the model's arguments and its normalisation.
+        device: Device of the model.
         **kwargs: Further arguments of `timm.create_model`.
 
     Raises:
-        FileNotFoundError: No such checkpoint.
-        ValueError: An unknown name, no weights to be had, or a checkpoint that does not fit.
+        FileNotFoundError: If the checkpoint does not exist.
+        ValueError: If the name is unknown, no weights are available, or the checkpoint does not fit.
     """
     name, checkpoint = resolve_teacher(name, checkpoint)
     state_dict = _read_state_dict(checkpoint) if checkpoint else {}

@@ -1,7 +1,7 @@
-"""What the messages of errors have in common."""
+"""Helpers for error messages."""
 __all__ = ['first_line']
 
 
 def first_line(error: Exception) -> str:
-    """Of an error's text; its type where there is none, as of a bare `assert`."""
+    """Return the first line of an error's text, or its type if it has no text."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -12,14 +12,14 @@ def hidden_loss(
         feature_map: torch.Tensor,
         std: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """Eq. 4: mean squared error between the aligned student tokens and the teacher's feature map.
+    """Return the mean squared error of aligned tokens and feature map (Eq. 4).
 
     Args:
         aligned: Output of the aligner (B, C, H, W).
-        feature_map: The teacher's (B, C, H, W).
+        feature_map: The teacher's feature map (B, C, H, W).
         std: Fixed standard deviation per channel (C,) to divide the feature map by. Our option.
     """
-    if aligned.is_contiguous(memory_format=torch.channels_last):  # one layout for both, which is faster
+    if aligned.is_contiguous(memory_format=torch.channels_last):  # faster if both have one layout
         feature_map = feature_map.contiguous(memory_format=torch.channels_last)
     feature_map = feature_map.float()
     if std is not None:
@@ -28,7 +28,7 @@ def hidden_loss(
 
 
 def hard_label_loss(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
-    """Eq. 5: cross-entropy of the distillation logits (B, classes) with the teacher's hard decision."""
+    """Return the cross-entropy of logits with the teacher's hard labels (Eq. 5)."""
     return F.cross_entropy(logits.float(), teacher_logits.argmax(dim=-1))
 
 
@@ -39,5 +39,5 @@ def dearkd_loss(
         alpha: float,
         beta: float,
 ) -> torch.Tensor:
-    """Eq. 6: alpha * L_CE + (1 - alpha) * L_logit + beta * L_hidden."""
+    """Return alpha * L_CE + (1 - alpha) * L_logit + beta * L_hidden (Eq. 6)."""
     return alpha * ce_loss + (1 - alpha) * logit_loss + beta * hidden

@@ -1,42 +1,44 @@
-"""The two stages of DearKD, as a function of the epoch."""
+"""The loss weights of DearKD's two stages, by epoch."""
 from typing import NamedTuple, Optional
 
 __all__ = ['StageWeights', 'TwoStageSchedule']
 
 
 class StageWeights(NamedTuple):
-    """What an epoch trains with: Eq. 6's weights, and the stage (1 or 2)."""
+    """Loss weights of an epoch (Eq. 6), and its stage (1 or 2)."""
     stage: int
     alpha: float
     beta: float
 
     @property
     def uses_features(self) -> bool:
+        """Whether the loss needs the teacher's feature maps."""
         return self.beta > 0.
 
     @property
     def uses_teacher(self) -> bool:
+        """Whether the loss needs the teacher at all."""
         return self.alpha < 1. or self.uses_features
 
 
 class TwoStageSchedule:
-    """Stage I distills (Eq. 6); stage II lets the transformer learn alone (section 3.2, appendix C).
+    """Loss weights of the two stages, by epoch (section 3.2, appendix C).
 
-    Stage II is 'anneal', Eq. 6 with beta = 0 and alpha rising linearly to 1 (the paper's 300 epochs), or 'ce',
-    cross-entropy alone (Eq. 7, its 1000 epochs). Our choices: stage I is 5/6 of the epochs where no length is given,
-    alpha = 0.5 and beta = 10 (by the ablation in RESULTS.md, for features of deviation 1), and epochs that a
-    learning-rate schedule appends (cool-down) belong to stage II.
+    Stage I distills with Eq. 6. Stage II is 'anneal', Eq. 6 with beta = 0 and alpha rising linearly to 1 (the paper's
+    300 epochs), or 'ce', cross-entropy alone (Eq. 7, the paper's 1000 epochs). Our choices: stage I defaults to 5/6 of
+    the epochs; alpha is 0.5 and beta is 10 (by the ablation in RESULTS.md, for features of standard deviation 1);
+    cool-down epochs belong to stage II.
 
     Args:
         epochs: Epochs of the run, without cool-down.
         stage1_epochs: Length of stage I, 0 to `epochs`.
         stage2: 'anneal' or 'ce'.
         alpha: Weight of the cross-entropy in stage I, in [0, 1].
-        beta: Weight of the hidden loss in stage I; 0 switches it off.
-        cooldown_epochs: Epochs after `epochs`.
+        beta: Weight of the hidden loss in stage I; 0 disables it.
+        cooldown_epochs: Epochs after `epochs`, appended by the learning-rate schedule.
 
     Raises:
-        ValueError: A value out of its range.
+        ValueError: If a value is out of its range.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class TwoStageSchedule:
         if not 0 <= stage1_epochs <= epochs:
             raise ValueError(
                 f'Stage I is {stage1_epochs} epochs long, but the run has {epochs}.'
-                f' Set --dearkd-stage1-epochs from 0 to {epochs}; 5/6 of the run are {round(5 * epochs / 6)}.')
+                f' Set --dearkd-stage1-epochs from 0 to {epochs} (default: {round(5 * epochs / 6)}).')
         if stage2 not in ('anneal', 'ce'):
             raise ValueError(f"Unknown stage II {stage2!r}, expected 'anneal' or 'ce'.")
         if not 0. <= alpha <= 1.:
@@ -68,11 +70,11 @@ class TwoStageSchedule:
 
     @property
     def uses_features(self) -> bool:
-        """Whether some epoch has a hidden loss."""
+        """Whether at least one epoch has a hidden loss."""
         return self.beta > 0. and self.stage1_epochs > 0
 
     def __call__(self, epoch: int) -> StageWeights:
-        """Weights of an epoch, counted from 0."""
+        """Return the weights of an epoch, counted from 0."""
         if epoch < self.stage1_epochs:
             return StageWeights(1, self.alpha, self.beta)
         if self.stage2 == 'ce':

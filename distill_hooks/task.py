@@ -1,6 +1,6 @@
 """DearKD as a timm training task."""
 import logging
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, cast
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Union, cast
 
 import torch
 import torch.distributed as dist
@@ -15,34 +15,26 @@ from .aligner import Aligner
 from .answers import agreement
 from .losses import dearkd_loss, hard_label_loss, hidden_loss
 from .schedule import TwoStageSchedule
-from .teacher import (
-    FeatureSpec,
-    StudentInput,
-    Teacher,
-    TeacherLike,
-    build_teacher,
-    create_teacher,
-    resolve_layer,
-)
+from .teacher import FeatureSpec, Teacher, require_same_teacher, resolve_layer
 
 __all__ = ['DearKDTask', 'DearKDTrainable', 'has_content_tokens']
 
 DEFAULT_HOOKS = ('4',)
-# Fewer tell little of a deviation where images differ much; our choice
+# A standard deviation from fewer images is a poor estimate; our choice
 MIN_IMAGES_FOR_STD = 16
 
 
 class Hook(NamedTuple):
-    """A student block, counted from 1, and the teacher layer it learns from (None: the default stage)."""
-    block: int
-    layer: Optional[str]
+    """A student block and the teacher layer that it learns from."""
+    block: int  # from 1
+    layer: Optional[str]  # None: the default stage
 
 
 def parse_hook(spec: str) -> Hook:
     """Parse 'BLOCK', 'BLOCK:STAGE' or 'BLOCK:MODULE'.
 
     Raises:
-        ValueError: Not of this form.
+        ValueError: If `spec` has another form.
     """
     block, _, layer = spec.partition(':')
     if not block.isdigit() or int(block) < 1 or spec.endswith(':'):
@@ -53,7 +45,7 @@ def parse_hook(spec: str) -> Hook:
 
 
 def has_content_tokens(model: nn.Module) -> bool:
-    """Whether a model is a timm transformer of (B, T, D) tokens, as the task's students have to be."""
+    """Return whether a model is a timm transformer with (B, T, D) tokens."""
     return (
         hasattr(model, 'forward_intermediates') and hasattr(model, 'num_prefix_tokens')
         and isinstance(getattr(model, 'blocks', None), (nn.Sequential, nn.ModuleList)) and hasattr(model, 'patch_embed')
@@ -70,31 +62,43 @@ def _check_student(student: nn.Module, hooks: Sequence[Hook]) -> None:
     for hook in hooks:
         if hook.block > depth:
             raise ValueError(
-                f'Hook {hook.block} is beyond the {depth} blocks of {name}. Choose a block from 1 to {depth}.')
+                f'Hook {hook.block} is not a block of {name}. Choose a block from 1 to {depth}.')
     if hooks and not isinstance(getattr(student, 'patch_drop', None) or nn.Identity(), nn.Identity):
         raise ValueError(
-            f'Student {name} drops patches (patch_drop_rate), so its tokens are no map to align. Set it to 0.')
+            f'Student {name} drops patches, so its tokens do not form a map to align. Set patch_drop_rate to 0.')
     if hooks and not hasattr(student.patch_embed, 'dynamic_feat_size'):
         raise ValueError(
-            f'Student {name} does not tell the grid of its tokens, which the hidden loss needs. Choose another ViT'
+            f'Student {name} does not report the grid of its tokens, which the hidden loss needs. Choose another ViT'
             ' (dearkd_*, vit_*, deit*), or train without the hidden loss (--dearkd-beta 0).')
 
 
 def keep_constants_local(module: nn.Module) -> None:
-    """Have DDP not send what no checkpoint holds, when it wraps the module.
+    """Exclude non-persistent buffers of a module from DDP's broadcasts.
 
-    Such as the constants of the token grid, which has another size in each process where images do.
+    The constants of the token grid differ in size between processes if the images do.
     """
     state = module.state_dict()
     constants = [name for name, _ in module.named_buffers() if name not in state]
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, constants)
 
 
-class DearKDTrainable(nn.Module):
-    """All that stage I trains in one module, as DDP wants it: the student, `head_dist` and the aligners.
+def _set_teacher_layers(teacher: Teacher, student: VisionTransformer, hooks: Sequence[Hook]) -> None:
+    """Set the layers of the hooks, unless the teacher has layers of its own."""
+    if not teacher.has_own_layers:
+        max_stride = max(8, min(to_2tuple(student.patch_embed.patch_size)) / 2)
+        teacher.set_layers([resolve_layer(teacher.model, hook.layer, max_stride=max_stride) for hook in hooks])
+    elif hooks and len(teacher.layers) != len(hooks):
+        raise ValueError(
+            f'The Teacher has {len(teacher.layers)} layer(s) for {len(hooks)} hook(s).'
+            ' Create it without layers, or with one per hook.')
 
-    `head_dist` gives logits from the mean of the content tokens after the final norm. It belongs to the task and not
-    to the model, so that the exported model is a plain ViT (our choice).
+
+class DearKDTrainable(nn.Module):
+    """The modules that stage I trains: student, `head_dist` and aligners.
+
+    They are one module, because DDP wraps only one. `head_dist` computes logits from the mean of the content tokens
+    after the final norm. It belongs to the task, not to the model, so that the exported model is a plain ViT (our
+    choice).
 
     Args:
         student: A timm ViT.
@@ -123,7 +127,7 @@ class DearKDTrainable(nn.Module):
         self.uses_aligners = bool(specs)
 
     def set_branches(self, head_dist: bool, aligners: bool) -> bool:
-        """Switch the branches on or off; what is off takes no gradient. Returns whether anything changed."""
+        """Switch branches on or off (frozen). Return whether a switch changed."""
         aligners = aligners and len(self.aligners) > 0
         changed = (head_dist, aligners) != (self.uses_head_dist, self.uses_aligners)
         self.uses_head_dist, self.uses_aligners = head_dist, aligners
@@ -132,11 +136,12 @@ class DearKDTrainable(nn.Module):
         return changed
 
     def no_weight_decay(self) -> Set[str]:
+        """Return the names of the student's parameters without weight decay."""
         names = self.student.no_weight_decay() if hasattr(self.student, 'no_weight_decay') else ()
         return {f'student.{name}' for name in names}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """Layer groups for layer decay: the student's own, and the branches with its last one."""
+        """Return the groups for layer decay, with the branches in the last one."""
         groups = group_parameters(self.student, self.student.group_matcher(coarse=coarse), reverse=True)
         last = max(groups.values(), default=0)
         return lambda name: groups.get(name[len('student.'):], last) if name.startswith('student.') else last
@@ -146,7 +151,7 @@ class DearKDTrainable(nn.Module):
             x: torch.Tensor,
             sizes: Sequence[Tuple[int, int]] = (),
     ) -> Tuple[torch.Tensor, Optional[torch.Tensor], List[torch.Tensor]]:
-        """Forward the student and the branches that are on.
+        """Compute the outputs of the student and of the branches that are on.
 
         Args:
             x: Images (B, C, H, W).
@@ -180,39 +185,33 @@ class DearKDTrainable(nn.Module):
 
 
 class DearKDTask(TrainingTask):
-    """Early knowledge distillation in two stages (Eq. 4 to 7) of a CNN into any timm ViT.
+    """Early knowledge distillation of a CNN into any timm ViT (Eq. 4 to 7).
 
-    Call `set_epoch` at the start of every epoch; nothing else is asked of the training loop.
+    Call `set_epoch` at the start of every epoch. The training loop needs no other change.
 
     Our choices, where the paper is silent: block 4 of the student learns from the teacher stage with the largest stride
-    not above half the patch size, or 8 for patches below 16, where that did better than stages around it (RESULTS.md);
-    alpha, beta and the stage lengths as in `TwoStageSchedule`.
+    up to half the patch size, or up to 8 for patches below 16. That was better than the stages around it (RESULTS.md).
+    `TwoStageSchedule` has the choices of alpha, beta and the stage lengths.
 
     Args:
         student_model: The timm ViT to train.
-        teacher_model: A timm model name, a module (it is frozen and brought to `device` and `dtype` in place), or a
-            `Teacher`, which keeps its own layers, in the order of `hooks`, and its own normalisation and size.
-        schedule: The stages, see `TwoStageSchedule`.
-        criterion: Loss on `head`. Made from `criterion_kwargs` (timm's `create_classification_loss`) when None.
-        criterion_kwargs: See `criterion`.
-        teacher_checkpoint: Weights for a teacher given by name.
-        teacher_img_size: Side length at which the teacher sees the images; None is the student's.
-        teacher_class_map: Teacher class per student class, for a teacher that knows more; see `load_class_map`. A
-            ready `Teacher` has its own.
-        hooks: 'BLOCK', 'BLOCK:STAGE' or 'BLOCK:MODULE', several side by side; see `parse_hook`.
-        normalize_features: Divide the teacher's maps by their standard deviation per channel, which is taken from the
-            first batch, a tenth of the mean at the least, and then fixed. Our choice: beta means the same for all
-            teachers.
-        mean: Normalisation of the input; None is the student's `pretrained_cfg`.
-        std: See `mean`.
-        input_size: The student's (C, H, W); None is what the model says.
+        teacher_model: A `Teacher` (see `Teacher.for_student` for its weights, image size, classes and normalisation),
+            or a name or module to create one from. The module is frozen, moved to `device` and converted to `dtype` in
+            place.
+        schedule: The two stages.
+        criterion: Loss on the student's logits; None creates it from `criterion_kwargs`.
+        criterion_kwargs: Arguments of timm's `create_classification_loss`.
+        hooks: 'BLOCK', 'BLOCK:STAGE' or 'BLOCK:MODULE', one or several; see `parse_hook`. A `Teacher` with layers of
+            its own keeps these, in the order of the hooks.
+        normalize_features: Divide the teacher's maps by their standard deviation per channel. The first batch sets it,
+            with a tenth of the mean deviation as the minimum. Our choice: beta then means the same for all teachers.
         device: Device of the task.
-        dtype: Dtype of the task's own layers.
-        verbose: Log what teaches what.
+        dtype: Dtype of the teacher and of the task's own layers.
+        verbose: Log the hooks and the schedule.
 
     Raises:
-        ValueError: A student without content tokens, class counts that differ, a hook that does not exist, a teacher
-            layer that is not a 4-D map, or an image size that the teacher does not take. The message names the remedy.
+        ValueError: If the student has no content tokens, class counts differ, a hook does not exist, a teacher layer is
+            not a 4-D map, or the teacher does not take the image size. The message names the remedy.
 
     Examples:
 
@@ -230,18 +229,12 @@ class DearKDTask(TrainingTask):
     def __init__(
             self,
             student_model: nn.Module,
-            teacher_model: TeacherLike,
+            teacher_model: Union[str, nn.Module],
             schedule: TwoStageSchedule,
             criterion: Optional[nn.Module] = None,
             criterion_kwargs: Optional[Dict[str, Any]] = None,
-            teacher_checkpoint: Optional[str] = None,
-            teacher_img_size: Optional[int] = None,
-            teacher_class_map: Optional[Sequence[int]] = None,
             hooks: Sequence[str] = DEFAULT_HOOKS,
             normalize_features: bool = True,
-            mean: Optional[Sequence[float]] = None,
-            std: Optional[Sequence[float]] = None,
-            input_size: Optional[Tuple[int, int, int]] = None,
             device: Optional[torch.device] = None,
             dtype: Optional[torch.dtype] = None,
             verbose: bool = True,
@@ -254,21 +247,12 @@ class DearKDTask(TrainingTask):
         if not schedule.uses_features:
             parsed = []
         _check_student(student, parsed)
-        images = StudentInput.of(student, input_size, mean, std)
-        if isinstance(teacher_model, str):
-            teacher_model = create_teacher(teacher_model, teacher_checkpoint)
-        layers = [hook.layer for hook in parsed]
         if not isinstance(teacher_model, Teacher):
-            max_stride = max(8, min(to_2tuple(student.patch_embed.patch_size)) / 2)
-            layers = [resolve_layer(teacher_model, layer, max_stride=max_stride) for layer in layers]
-        self.teacher, self._fingerprint = build_teacher(
-            teacher_model, images, student.num_classes, layers,
-            img_size=teacher_img_size,
-            class_map=teacher_class_map,
-            device=self.device,
-            dtype=self.dtype,
-        )
-        specs = self.teacher.probe(images.size) if parsed else []
+            teacher_model = Teacher.for_student(student, teacher_model)
+        self.teacher = teacher_model
+        _set_teacher_layers(self.teacher, student, parsed)
+        self._fingerprint, specs = self.teacher.prepare(
+            student, with_features=bool(parsed), device=self.device, dtype=self.dtype)
         self._blocks = [hook.block for hook in parsed]
         self.trainable_module: nn.Module = DearKDTrainable(
             cast(VisionTransformer, student_model),
@@ -283,11 +267,11 @@ class DearKDTask(TrainingTask):
         self._hidden_loss = hidden_loss
         self.set_epoch(0)
         if verbose:
-            _log_set_up(student, parsed, specs, schedule)
+            _log_setup(student, parsed, specs, schedule)
 
     @property
     def log_names(self) -> List[str]:
-        """Names of the losses and shares that some stage has, in the order of `forward`."""
+        """Names of the losses and shares that at least one stage computes."""
         stage1 = self.schedule.stage1_epochs > 0
         names = ['loss', 'ce_loss']
         if self.schedule.alpha < 1. and (stage1 or self.schedule.stage2 == 'anneal'):
@@ -298,20 +282,21 @@ class DearKDTask(TrainingTask):
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> 'DearKDTask':
         result = super()._apply(fn, *args, **kwargs)
-        if self.feature_std is not None:  # in float32, whatever the dtype
+        if self.feature_std is not None:  # float32 for every dtype of the task
             self.feature_std = [std.to(self.device) for std in self.feature_std]
         return result
 
     def set_epoch(self, epoch: int) -> None:
-        """Enter an epoch, counted from 0: its stage decides the losses, the branches and the teacher's work.
+        """Start an epoch, counted from 0: select the losses and branches of its stage.
 
-        What a stage does not train is frozen: make the optimizer before, so that its groups hold all there is.
+        A stage freezes the branches that it does not train. Create the optimizer before the first call, so that its
+        groups hold all parameters.
         """
         self.weights = self.schedule(epoch)
         trainable = unwrap_model(self.trainable_module)
         changed = trainable.set_branches(head_dist=self.weights.alpha < 1., aligners=self.weights.uses_features)
         if changed and self._ddp_kwargs is not None:
-            # DDP waits for the gradient of every parameter it was built with
+            # DDP waits for the gradient of every parameter that it was created with
             self.trainable_module = self._wrap_distributed(cast(nn.Module, self.trainable_module.module))
 
     def _wrap_distributed(self, module: nn.Module) -> nn.Module:
@@ -319,13 +304,13 @@ class DearKDTask(TrainingTask):
         return nn.parallel.DistributedDataParallel(module, **(self._ddp_kwargs or {}))
 
     def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs: Any) -> 'DearKDTask':
-        """Wrap the trainable module in DDP; the teacher stays outside. Takes DDP's arguments."""
+        """Wrap the trainable module in DDP, without the teacher. Takes DDP's arguments."""
         self._ddp_kwargs = dict(device_ids=device_ids, **ddp_kwargs)
         self.trainable_module = self._wrap_distributed(self.trainable_module)
         return self
 
     def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs: Any) -> nn.Module:
-        """Compile the student (also alone, for evaluation), its branches, the hidden loss and the teacher."""
+        """Compile the student, its branches, the hidden loss and the teacher."""
         kwargs = dict(backend=backend, mode=mode, **compile_kwargs)
         self.eval_model = cast(nn.Module, torch.compile(unwrap_model(self.trainable_module).student, **kwargs))
         self.trainable_module = cast(nn.Module, torch.compile(self.trainable_module, **kwargs))
@@ -334,13 +319,13 @@ class DearKDTask(TrainingTask):
         return self.eval_model
 
     def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
-        """The student alone."""
+        """Return the student without the branches."""
         resolved = super().get_eval_model(module=module, ema=ema)
         unwrapped = unwrap_model(resolved) if resolved is not None else None
         return unwrapped.student if isinstance(unwrapped, DearKDTrainable) else resolved
 
     def get_clip_parameters(self, exclude_head: bool = False) -> List[nn.Parameter]:
-        """Parameters to clip; `exclude_head` leaves out the classifiers, as adaptive clipping wants it."""
+        """Return the parameters to clip, without classifiers if `exclude_head`."""
         trainable = unwrap_model(self.trainable_module)
         classifier = trainable.student.get_classifier()
         heads = [*(classifier if isinstance(classifier, tuple) else (classifier,)), trainable.head_dist]
@@ -348,7 +333,7 @@ class DearKDTask(TrainingTask):
         return [p for p in trainable.parameters() if id(p) not in excluded]
 
     def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
-        """State beside the student's weights: aligners, `head_dist`, fixed feature deviations, and whose they are."""
+        """Return the branches, feature deviations, teacher fingerprint and blocks."""
         trainable = unwrap_model(module if module is not None else self.get_trainable_module(ema=ema))
         state: Dict[str, Any] = {
             'aligners': trainable.aligners.state_dict(),
@@ -367,45 +352,42 @@ class DearKDTask(TrainingTask):
             module: Optional[nn.Module] = None,
             ema: bool = False,
     ) -> None:
-        """Restore `get_task_state`.
+        """Load the state from `get_task_state`.
 
         Raises:
-            ValueError: State of another teacher, class map or hooks, or none (if `strict`) where the schedule needs it.
+            ValueError: If the state is of another teacher, class map or hooks, or if it is empty, `strict` is set and
+                the schedule needs a teacher.
         """
         if not state:
             if strict and len(self.log_names) > 2:
                 raise ValueError(
-                    'The checkpoint has no aligner and no head_dist: it was trained without DearKD.'
+                    'The checkpoint has no aligner and no head_dist, because it was trained without DearKD.'
                     ' To start from its weights, use --initial-checkpoint instead of --resume.')
             return
-        described = (self._fingerprint, self._blocks)
-        if (state.get('teacher', self._fingerprint), state.get('blocks', self._blocks)) != described:
-            raise ValueError(
-                'The checkpoint was trained with another teacher, class map or other hooks. Resume with the same'
-                ' --kd-model-name, --kd-teacher-checkpoint, --kd-class-map and --dearkd-hooks, or start from its'
-                ' weights with --initial-checkpoint.')
+        saved = (state.get('teacher', self._fingerprint), state.get('blocks', self._blocks))
+        require_same_teacher(saved, (self._fingerprint, self._blocks), 'other hooks', '--dearkd-hooks')
         trainable = unwrap_model(module if module is not None else self.get_trainable_module(ema=ema))
         try:
             trainable.aligners.load_state_dict(state['aligners'], strict=strict)
             trainable.head_dist.load_state_dict(state['head_dist'], strict=strict)
         except (KeyError, RuntimeError) as e:
             raise ValueError(
-                'The checkpoint was trained with other hooks, so its aligner does not fit.'
+                'The aligner of the checkpoint does not fit, because it was trained with other hooks.'
                 ' Resume with the same --dearkd-hooks.') from e
         if self.normalize_features and 'feature_std' in state:
             self.feature_std = [std.to(self.device) for std in state['feature_std']]
 
     def _fix_feature_std(self, features: List[torch.Tensor]) -> None:
-        """Take the deviation per channel (C,) from this batch, that of all processes together."""
+        """Set the standard deviation per channel (C,) from the batch of all processes."""
         self.feature_std = []
         num_images = len(features[0]) * (dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1)
         if num_images < MIN_IMAGES_FOR_STD:
             _logger.warning(
-                f'The deviation of the feature maps is that of {num_images} images, the first batch. If hidden_loss is'
-                ' far from 1, take larger batches, or --no-dearkd-normalize-features.')
+                f'The first batch has {num_images} images, few for the standard deviation of the feature maps. If'
+                ' hidden_loss is far from 1, use larger batches or --no-dearkd-normalize-features.')
         for feature in features:
             axes = (0, 2, 3)
-            total = feature.sum(dim=axes, dtype=torch.float32)  # sums per channel, with no copy of the map
+            total = feature.sum(dim=axes, dtype=torch.float32)  # per channel, without a copy of the map
             squares = torch.linalg.vector_norm(feature, dim=axes, dtype=torch.float32).square()
             count = torch.full_like(total, feature.numel() / feature.shape[1])
             moments = torch.stack([count, total, squares])
@@ -414,21 +396,21 @@ class DearKDTask(TrainingTask):
             count, total, squares = moments
             variance = (squares - total.square() / count) / (count - 1).clamp(min=1)
             std = variance.clamp(min=0).sqrt()
-            # a channel may be silent in one batch, and a batch may be one value of each
+            # a channel may be constant in one batch, and one value per channel has no deviation
             std = torch.maximum(std, std.mean() / 10)
             self.feature_std.append(torch.where(std > 0, std, torch.ones_like(std)))
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
-        """Forward and losses of one batch.
+        """Compute the losses of one batch.
 
         Args:
             input: Images (B, C, H, W), normalised for the student.
-            target: What the criterion takes: class indices (B,) or soft labels (B, classes).
+            target: Target of the criterion: class indices (B,) or soft labels (B, classes).
 
         Returns:
-            'loss' (Eq. 6 or 7), 'output' (logits of `head`), those of 'ce_loss', 'logit_loss' and 'hidden_loss' that
-            the stage has, and while the teacher teaches 'teacher_agreement', the share of the images whose label (the
-            larger one, after Mixup) is its decision.
+            'loss' (Eq. 6 or 7), 'output' (the student's logits) and the losses of the stage: 'ce_loss', 'logit_loss',
+            'hidden_loss'. While the teacher is used, 'teacher_agreement' is the share of the images whose label (the
+            larger one, after Mixup) is the teacher's answer.
         """
         alpha, beta = self.weights.alpha, self.weights.beta
         features: List[torch.Tensor] = []
@@ -455,7 +437,7 @@ class DearKDTask(TrainingTask):
 _logger = logging.getLogger(__name__)
 
 
-def _log_set_up(
+def _log_setup(
         student: nn.Module,
         hooks: Sequence[Hook],
         specs: Sequence[FeatureSpec],

@@ -1,8 +1,8 @@
-"""The frozen CNN that teaches."""
+"""The frozen teacher: logits and feature maps for the student's input."""
 import hashlib
 import os
 import re
-from typing import Any, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union, cast
 
 import torch
 import torch.nn as nn
@@ -10,62 +10,40 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
 from timm.models import get_model_input_config
+from timm.utils import unwrap_model
 
 from .capture import FeatureCapture, find_module
 from .checkpoint import load_model, resolve_teacher, training_args
 from .errors import first_line
 
 __all__ = [
-    'FeatureSpec', 'StudentInput', 'Teacher', 'build_teacher', 'create_teacher', 'load_class_map', 'resolve_layer',
-    'resolve_teacher', 'training_args',
+    'FeatureSpec', 'Teacher', 'create_teacher', 'load_class_map', 'resolve_layer', 'resolve_teacher', 'training_args',
 ]
 
-# Containers of stages. timm's feature_info may begin with a stem, of stride 2 at most, that is in none of them
+# Module names of stages. timm's feature_info may begin with a stem (stride at most 2), whose name does not match
 _STAGES = re.compile(r'^(blocks|stages?|layers?[1-9]?|level[1-9]|s[1-9]|features\.(?!norm0|conv1))')
 
 
 class FeatureSpec(NamedTuple):
-    """What a teacher layer gives for one image size."""
+    """Shape and sign of a teacher layer's feature map, for one image size."""
     layer: str
     num_chs: int
     size: Tuple[int, int]
     non_negative: bool
 
 
-class StudentInput(NamedTuple):
-    """Images that a student gets: their (C, H, W) and the normalisation per channel."""
-    size: Tuple[int, int, int]
-    mean: Sequence[float]
-    std: Sequence[float]
-
-    @classmethod
-    def of(
-            cls,
-            student: nn.Module,
-            size: Optional[Tuple[int, int, int]] = None,
-            mean: Optional[Sequence[float]] = None,
-            std: Optional[Sequence[float]] = None,
-    ) -> 'StudentInput':
-        """Take what is not given from the student's `pretrained_cfg`."""
-        cfg: Any = getattr(student, 'pretrained_cfg', None) or {}
-        channels, height, width = size or get_model_input_config(student)['input_size']
-        return cls(
-            (channels, height, width),
-            mean if mean is not None else cfg.get('mean', IMAGENET_DEFAULT_MEAN),
-            std if std is not None else cfg.get('std', IMAGENET_DEFAULT_STD))
-
-
 def resolve_layer(model: nn.Module, layer: Optional[str] = None, max_stride: Optional[float] = None) -> str:
-    """Module name of a teacher layer.
+    """Return the module name of a teacher layer.
 
     Args:
-        model: The teacher; stages come from timm's `feature_info`, the stem not counted.
-        layer: A stage number, counted from 1, or a module name. None takes the stage with the largest stride that is
-            not above `max_stride`, else the first one (our choice; the paper says "early intermediate").
-        max_stride: See `layer`, in pixels.
+        model: The teacher. Its stages come from timm's `feature_info`, without the stem.
+        layer: A stage number, counted from 1, or a module name. None takes the stage with the largest stride up to
+            `max_stride`, or the first stage if all strides are larger (our choice; the paper says "early
+            intermediate").
+        max_stride: Largest stride in pixels for `layer=None`. None sets no limit.
 
     Raises:
-        ValueError: No such stage or module.
+        ValueError: If the model has no such stage or module, or does not list its stages.
     """
     if layer and not layer.isdigit():
         find_module(model, layer)
@@ -78,8 +56,8 @@ def resolve_layer(model: nn.Module, layer: Optional[str] = None, max_stride: Opt
     if not stages:
         children = ', '.join(child for child, _ in model.named_children())
         raise ValueError(
-            f'Teacher {name} does not list its stages (timm feature_info). Name a module instead, as in'
-            f' --dearkd-hooks 4:MODULE. Its children: {children}.')
+            f'Teacher {name} does not list its stages (timm feature_info). Name a module instead:'
+            f' --dearkd-hooks BLOCK:MODULE. Its children: {children}.')
     if layer is None:
         within = [stage for stage in stages if max_stride is None or stage['reduction'] <= max_stride]
         return max(within, key=lambda stage: stage['reduction'])['module'] if within else stages[0]['module']
@@ -90,17 +68,17 @@ def resolve_layer(model: nn.Module, layer: Optional[str] = None, max_stride: Opt
 
 
 def load_class_map(path: str) -> List[int]:
-    """Read a class map: one teacher class index per line, in the order of the student's classes.
+    """Read a class map: one teacher class index per student class.
 
-    What follows the index on its line is taken for a class name and ignored, as are empty lines and lines that start
-    with #.
+    One index per line, in the order of the student's classes. Text after the index (a class name), empty lines and
+    lines that start with # are ignored.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: A line without an index, or none at all.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If a line does not start with an index, or the file has no index.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f'No class map at {path!r}.')
+        raise FileNotFoundError(f'Class map {path!r} does not exist. Check the path.')
     class_map = []
     with open(path, encoding='utf-8-sig', errors='replace') as file:
         for number, line in enumerate(file, 1):
@@ -110,7 +88,7 @@ def load_class_map(path: str) -> List[int]:
             if not words[0].isdecimal():
                 raise ValueError(
                     f'Line {number} of class map {path!r} begins with {words[0][:40]!r}, not with a teacher class.'
-                    " Write one index, counted from 0, per line, in the order of the student's classes.")
+                    " Write one index (from 0) per line, in the order of the student's classes.")
             class_map.append(int(words[0]))
     if not class_map:
         raise ValueError(f'Class map {path!r} is empty. Write one teacher class index per line.')
@@ -123,18 +101,18 @@ def create_teacher(
         device: Optional[torch.device] = None,
         **kwargs: Any,
 ) -> nn.Module:
-    """Load a timm model that can teach. See `load_model`, which this is another name for."""
+    """Load a teacher with trained weights; the same as `load_model`."""
     return load_model(name, checkpoint, device, **kwargs)
 
 
 def _per_channel(values: Sequence[float], in_chans: int) -> torch.Tensor:
-    """Normalisation values for `in_chans` channels; timm averages them where the counts differ."""
+    """Return values for `in_chans` channels, averaged as in timm if counts differ."""
     tensor = torch.tensor(values, dtype=torch.float64)
     return tensor if len(tensor) == in_chans else tensor.mean().expand(in_chans)
 
 
 def input_normalisation(model: nn.Module, in_chans: int) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation per channel (in_chans,) that a model wants its input normalised with."""
+    """Return mean and deviation (in_chans,) of a model's input normalisation."""
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     mean, std = cfg.get('mean') or IMAGENET_DEFAULT_MEAN, cfg.get('std') or IMAGENET_DEFAULT_STD
     return _per_channel(mean, in_chans), _per_channel(std, in_chans)
@@ -142,37 +120,38 @@ def input_normalisation(model: nn.Module, in_chans: int) -> Tuple[torch.Tensor, 
 
 @torch.no_grad()
 def weights_fingerprint(model: nn.Module, more: str = '') -> str:
-    """A hash of some values of every tensor of a model, and of what more is to be told apart."""
+    """Hash some values of every tensor of a model, and the text `more`."""
     tensors = [t.flatten()[:16].double() for t in model.state_dict().values()]
     values = torch.cat(tensors).cpu().numpy().tobytes()
     return hashlib.sha256(values + more.encode()).hexdigest()[:16]
 
 
 class Teacher(nn.Module):
-    """A frozen classifier that gives logits and feature maps in one forward without gradients.
+    """A frozen classifier that returns logits and feature maps in one forward.
 
-    It takes the student's input, normalised for the student, and renormalises it with a scale and a shift that are
-    worked out once (or not at all, where they would change nothing). Grey input is repeated for a teacher of three
-    channels. It stays in eval mode whatever `train()` says.
+    It takes the student's input and renormalises it with a precomputed scale and shift. Grey input is repeated for a
+    teacher of three channels. The teacher always stays in eval mode.
 
     Args:
-        model: The classifier, a timm model or any module that gives logits.
-        layers: Module names whose outputs `forward` returns beside the logits.
+        model: The classifier: a timm model, or any module that returns logits. It is frozen in place.
+        layers: Module names whose outputs `forward` returns with the logits. If empty, `DearKDTask` sets them from
+            its hooks.
         in_chans: Channels of the student's input.
-        mean: The student's normalisation; None means the teacher's own.
-        std: See `mean`.
-        img_size: Side length, or (H, W), to resize the input to, bilinearly; None leaves it at the student's size.
-        class_map: Teacher class per student class, where the teacher knows more classes; see `load_class_map`. Of
-            student classes that share one, the first is the hard label.
+        mean: Mean per channel of the student's normalisation; None means the teacher's own.
+        std: Standard deviation per channel of the student's normalisation; None means the teacher's own.
+        img_size: Side length, or (H, W), to resize the input to, bilinearly; None keeps the student's size.
+        class_map: Teacher class per student class, for a teacher that has other classes; see `load_class_map`. If
+            student classes share a teacher class, the first of them is the hard label.
 
     Raises:
-        ValueError: An unknown layer, a colour student with a teacher of another channel count, or a class map beyond
-            the model's `num_classes` (if it has that attribute).
+        ValueError: If a layer is unknown, the channel counts do not fit, or the class map names a class that the model
+            does not have.
     """
 
     scale: torch.Tensor
     shift: torch.Tensor
     class_map: Optional[torch.Tensor]
+    input_size: Optional[Tuple[int, int, int]] = None  # the student's (C, H, W), if known
 
     def __init__(
             self,
@@ -191,7 +170,7 @@ class Teacher(nn.Module):
         self.register_buffer('class_map', None, persistent=False)
         if class_map is not None:
             self._set_class_map(class_map)
-        self.layers = list(layers)
+        self.has_own_layers = bool(layers)
         self._channels_last = getattr(model, 'output_fmt', 'NCHW') == 'NHWC'
 
         own_chans = getattr(model, 'in_chans', in_chans)
@@ -208,10 +187,76 @@ class Teacher(nn.Module):
         self.register_buffer('scale', scale.float().view(1, -1, 1, 1), persistent=False)
         self.register_buffer('shift', shift.float().view(1, -1, 1, 1), persistent=False)
 
-        self.capture = FeatureCapture(model, self.layers)
+        self.capture = FeatureCapture(model, layers)
         self._run = self._forward
         self._run_pooled = self._pooled
         self.eval()
+
+    @classmethod
+    def for_student(
+            cls,
+            student: nn.Module,
+            model: Union[str, nn.Module],
+            checkpoint: Optional[str] = None,
+            img_size: Optional[Union[int, Tuple[int, int]]] = None,
+            class_map: Optional[Sequence[int]] = None,
+            mean: Optional[Sequence[float]] = None,
+            std: Optional[Sequence[float]] = None,
+            input_size: Optional[Tuple[int, int, int]] = None,
+    ) -> 'Teacher':
+        """Build the teacher of a student, for `DearKDTask` or one of the timm tasks.
+
+        Args:
+            student: The model to train.
+            model: The teacher: a name for `load_model`, or a module.
+            checkpoint: Weights for a teacher given by name.
+            img_size: Size at which the teacher sees the images; None is the student's. See `Teacher`.
+            class_map: Teacher class per student class. See `Teacher`.
+            mean: Mean of the student's input; None is that of its `pretrained_cfg`.
+            std: Standard deviation of the student's input; None is that of its `pretrained_cfg`.
+            input_size: The student's (C, H, W); None is the model's own.
+
+        Raises:
+            ValueError: If the teacher does not load or does not fit the student, or a checkpoint is given for a module.
+
+        Examples:
+
+            ```python
+            teacher = Teacher.for_student(student, 'resnet50', 'resnet50_cars.pth', img_size=224)
+            task = DearKDTask(student, teacher, TwoStageSchedule(epochs=300), hooks='4:2')
+            ```
+        """
+        if isinstance(model, str):
+            model = load_model(model, checkpoint)
+        elif checkpoint is not None:
+            raise ValueError(
+                f'Checkpoint {checkpoint!r} is given with a {type(model).__name__}, expected a model name.'
+                ' Pass the timm name, or load the weights into the module yourself.')
+        student = unwrap_model(student)
+        cfg: Dict[str, Any] = getattr(student, 'pretrained_cfg', None) or {}
+        if mean is None:
+            mean = cfg.get('mean', IMAGENET_DEFAULT_MEAN)
+        if std is None:
+            std = cfg.get('std', IMAGENET_DEFAULT_STD)
+        channels, height, width = input_size or get_model_input_config(student)['input_size']
+        teacher = cls(model, in_chans=channels, mean=mean, std=std, img_size=img_size, class_map=class_map)
+        teacher.input_size = (channels, height, width)
+        return teacher
+
+    @property
+    def layers(self) -> List[str]:
+        """Module names whose outputs `forward` returns."""
+        return self.capture.names
+
+    def set_layers(self, layers: Sequence[str]) -> None:
+        """Choose the layers whose outputs `forward` returns.
+
+        Raises:
+            ValueError: If the model has no such layer.
+        """
+        capture = FeatureCapture(self.model, layers)
+        self.capture.close()
+        self.capture = capture
 
     def _set_class_map(self, class_map: Sequence[int]) -> None:
         count = self.num_classes
@@ -219,24 +264,24 @@ class Teacher(nn.Module):
         if outside:
             raise ValueError(
                 f'The class map names teacher class {outside[0]}, but the teacher has'
-                f' {"no negative ones" if count is None else f"classes 0 to {count - 1}"}.'
+                f' {"no negative classes" if count is None else f"classes 0 to {count - 1}"}.'
                 ' Count its classes from 0 in --kd-class-map.')
         self.class_map = torch.tensor(class_map, dtype=torch.long)
         self.num_classes = len(class_map)
 
     def train(self, mode: bool = True) -> 'Teacher':
-        """Stay in eval mode, so that no BatchNorm statistic moves."""
+        """Stay in eval mode, so that BatchNorm statistics do not change."""
         return super().train(False)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the forward, hooks included. Takes the arguments of `torch.compile`."""
+        """Compile the forward with its hooks. Takes the arguments of `torch.compile`."""
         self._run = torch.compile(self._forward, *args, **kwargs)
         self._run_pooled = torch.compile(self._pooled, *args, **kwargs)
 
     def store_weights(self, dtype: torch.dtype) -> None:
-        """Keep the weights of convolutions and linear layers in `dtype`, for calls under autocast of that type.
+        """Store the weights of convolutions and linear layers in the `dtype` of autocast.
 
-        Autocast casts the weights of a frozen model anew in every forward. The results are the same.
+        Autocast casts the weights of a frozen model again in every forward. The results are the same.
         """
         for module in self.model.modules():
             if type(module).forward in (nn.Conv2d.forward, nn.Linear.forward):
@@ -244,35 +289,38 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def fingerprint(self) -> str:
-        """Tells teachers apart: a hash of some values of every tensor, the layers and the class map."""
+        """Hash some values of every tensor, the layers and the class map."""
         class_map = None if self.class_map is None else self.class_map.tolist()
         return weights_fingerprint(self.model, repr((self.layers, class_map)))
 
     def prepare_input(self, x: torch.Tensor) -> torch.Tensor:
-        """Student input (B, C, H, W) as the teacher wants it: its channels, its normalisation, its size."""
+        """Convert student input (B, C, H, W) to the teacher's format."""
         if self._renormalise:
             x = x * self.scale.to(x.dtype) + self.shift.to(x.dtype)
         elif x.shape[1] != self._in_chans:
             x = x.expand(-1, self._in_chans, -1, -1)
         if self.img_size is not None and tuple(x.shape[-2:]) != self.img_size:
-            # in float32, for CPUs can't do it in half precision
+            # in float32, because CPUs cannot resize in half precision
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             x = F.interpolate(wide, size=self.img_size, mode='bilinear', antialias=True).to(x.dtype)
         return x
+
+    def _take_features(self) -> List[torch.Tensor]:
+        features = self.capture.take()
+        if self._channels_last:
+            features = [f.permute(0, 3, 1, 2) if f.ndim == 4 else f for f in features]
+        return features
 
     def _forward(self, x: torch.Tensor, with_features: bool) -> Tuple[torch.Tensor, List[torch.Tensor]]:
         self.capture.enabled = with_features
         logits = self.model(self.prepare_input(x))
         if self.class_map is not None:
             logits = logits.index_select(1, self.class_map)
-        features = self.capture.take() if with_features else []
-        if self._channels_last:
-            features = [f.permute(0, 3, 1, 2) if f.ndim == 4 else f for f in features]
-        return logits, features
+        return logits, self._take_features() if with_features else []
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor, with_features: bool = True) -> Tuple[torch.Tensor, List[torch.Tensor]]:
-        """Logits (B, classes) and, if asked for, the maps (B, C, h, w) of `layers`, for the student's input."""
+        """Return logits (B, classes) and maps (B, C, h, w) for the student's input."""
         return self._run(x, with_features)
 
     def _pooled(self, x: torch.Tensor) -> torch.Tensor:
@@ -282,7 +330,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def pooled_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Features (B, D) that the model's classifier takes, for the student's input."""
+        """Return the input (B, D) of the model's classifier for the student's input."""
         return self._run_pooled(x)
 
     def _noise(self, input_size: Tuple[int, int, int]) -> torch.Tensor:
@@ -291,128 +339,128 @@ class Teacher(nn.Module):
         return torch.randn(1, *input_size, generator=generator).to(self.scale.device, dtype)
 
     @torch.no_grad()
-    def check_input(self, input_size: Tuple[int, int, int], pooled: bool = False) -> None:
-        """Run the model once on noise, so that an image size that it does not take is found before training.
+    def probe(
+            self,
+            input_size: Tuple[int, int, int],
+            with_features: bool = True,
+            pooled: bool = False,
+    ) -> List[FeatureSpec]:
+        """Check the image size by one forward of noise, and describe the feature maps.
 
         Args:
             input_size: The student's (C, H, W).
-            pooled: Look at `pooled_features`, too.
+            with_features: Describe the feature maps of `layers`.
+            pooled: Check `pooled_features` as well.
 
         Raises:
-            ValueError: If the model does not take the size, or has no pooled features. The message names the remedy.
+            ValueError: If the model does not take the size, has no pooled features, or a layer gives no feature map
+                (B, C, H, W). The message names the remedy.
         """
-        name = type(self.model).__name__
         noise = self._noise(input_size)
-        self.capture.enabled = False
+        self.capture.enabled = with_features
         try:
             self.model(self.prepare_input(noise))
-        except Exception as e:  # models raise what they like, assertions too
+        except Exception as e:  # models raise any kind of error, assertions included
             height, width = self.img_size or input_size[1:]
-            is_timms = hasattr(self.model, 'pretrained_cfg')
-            own = get_model_input_config(self.model)['input_size'][1:] if is_timms else (height, width)
+            is_timm_model = hasattr(self.model, 'pretrained_cfg')
+            own = get_model_input_config(self.model)['input_size'][1:] if is_timm_model else (height, width)
             remedy = (
-                f'--kd-teacher-img-size {own[-1]} resizes them to the size that it was made for.'
+                f'--kd-teacher-img-size {own[-1]} resizes them to the size of its architecture.'
                 if tuple(own) != (height, width) else
                 'Choose another teacher, or a size that it takes (--kd-teacher-img-size).')
             raise ValueError(
-                f'Teacher {name} does not take images of {height}x{width} pixels'
+                f'Teacher {type(self.model).__name__} does not take images of {height}x{width} pixels'
                 f' ({first_line(e)[:200].rstrip(".")}). {remedy}') from e
+        specs = [self._describe(*pair) for pair in zip(self.layers, self._take_features())] if with_features else []
         if pooled:
             try:
                 self._pooled(noise)
             except Exception as e:
                 raise ValueError(
-                    f'Teacher {name} gives no pooled features ({first_line(e)[:200].rstrip(".")}). Choose another'
-                    ' teacher, or --kd-distill-type logit.') from e
-
-    @torch.no_grad()
-    def probe(self, input_size: Tuple[int, int, int]) -> List[FeatureSpec]:
-        """Shape and sign of each layer's feature map, from one forward of noise.
-
-        Args:
-            input_size: The student's (C, H, W).
-
-        Raises:
-            ValueError: A layer whose output is not a 4-D map, or has its channels last where none would expect it.
-        """
-        _, features = self._forward(self._noise(input_size), True)
-        specs = []
-        for layer, feature in zip(self.layers, features):
-            if not isinstance(feature, torch.Tensor) or feature.ndim != 4:
-                shape = tuple(feature.shape) if isinstance(feature, torch.Tensor) else type(feature).__name__
-                raise ValueError(
-                    f'Teacher layer {layer!r} of {type(self.model).__name__} gives {shape}, not a 4-D feature map'
-                    ' (B, C, H, W). Name a convolutional layer with --dearkd-hooks BLOCK:LAYER, take a CNN as the'
-                    ' teacher, or train without the hidden loss (--dearkd-beta 0).')
-            infos = getattr(self.model, 'feature_info', None) or ()
-            num_chs = next((info['num_chs'] for info in infos if info['module'] == layer), None)
-            if num_chs == feature.shape[3] and num_chs != feature.shape[1]:
-                raise ValueError(
-                    f'Teacher layer {layer!r} of {type(self.model).__name__} has its channels last, without saying so'
-                    ' (output_fmt). Take another CNN as the teacher, or train without the hidden loss (--dearkd-beta'
-                    ' 0).')
-            specs.append(FeatureSpec(
-                layer, feature.shape[1], (feature.shape[2], feature.shape[3]), bool((feature >= 0).all())))
+                    f'Teacher {type(self.model).__name__} gives no pooled features'
+                    f' ({first_line(e)[:200].rstrip(".")}). Choose another teacher, or --kd-distill-type logit.') from e
         return specs
 
+    def _describe(self, layer: str, feature: Any) -> FeatureSpec:
+        """Describe the output of a layer.
 
-TeacherLike = Union[str, nn.Module, Teacher]
+        Raises:
+            ValueError: If the output is not 4-D, or has its channels last although the model does not declare it.
+        """
+        name = type(self.model).__name__
+        if not isinstance(feature, torch.Tensor) or feature.ndim != 4:
+            shape = tuple(feature.shape) if isinstance(feature, torch.Tensor) else type(feature).__name__
+            raise ValueError(
+                f'Teacher layer {layer!r} of {name} gives {shape}, not a 4-D feature map (B, C, H, W). Name a'
+                ' convolutional layer with --dearkd-hooks BLOCK:LAYER, choose a CNN as the teacher, or train without'
+                ' the hidden loss (--dearkd-beta 0).')
+        infos = getattr(self.model, 'feature_info', None) or ()
+        num_chs = next((info['num_chs'] for info in infos if info['module'] == layer), None)
+        if num_chs == feature.shape[3] and num_chs != feature.shape[1]:
+            raise ValueError(
+                f'Teacher layer {layer!r} of {name} has its channels last, but the model does not declare it'
+                ' (output_fmt). Choose another CNN as the teacher, or train without the hidden loss (--dearkd-beta 0).')
+        return FeatureSpec(layer, feature.shape[1], (feature.shape[2], feature.shape[3]), bool((feature >= 0).all()))
+
+    def prepare(
+            self,
+            student: nn.Module,
+            uses_classes: bool = True,
+            with_features: bool = False,
+            pooled: bool = False,
+            device: Optional[torch.device] = None,
+            dtype: Optional[torch.dtype] = None,
+    ) -> Tuple[str, List[FeatureSpec]]:
+        """Move the teacher to the device of its task, and check that it fits the student.
+
+        Args:
+            student: The model to train.
+            uses_classes: Check that both have the same number of classes.
+            with_features: See `probe`.
+            pooled: See `probe`.
+            device: Device of the task.
+            dtype: Dtype for the weights.
+
+        Returns:
+            The fingerprint (of the weights before the conversion to `dtype`), and the feature maps.
+
+        Raises:
+            ValueError: If classes, layers or image size do not fit. The message names the remedy.
+        """
+        if uses_classes:
+            self._check_classes(cast(int, student.num_classes))
+        fingerprint = self.fingerprint()
+        self.model.to(dtype)
+        self.to(device)
+        input_size = self.input_size or get_model_input_config(student)['input_size']
+        return fingerprint, self.probe(input_size, with_features, pooled)
+
+    def _check_classes(self, num_classes: int) -> None:
+        if self.class_map is not None and len(self.class_map) != num_classes:
+            raise ValueError(
+                f'The class map has {len(self.class_map)} entries, the student {num_classes} classes.'
+                ' Give one teacher class per student class in --kd-class-map.')
+        if self.num_classes is not None and self.num_classes != num_classes:
+            raise ValueError(
+                f'The teacher knows {self.num_classes} classes, the student {num_classes}.'
+                " Map the student's classes to the teacher's (--kd-class-map), choose a teacher trained on the same"
+                f' classes (--kd-teacher-checkpoint), or set --num-classes {self.num_classes}.')
 
 
-def _check_classes(teacher: Teacher, num_classes: int, class_map: Optional[Sequence[int]]) -> None:
-    if class_map is not None and len(class_map) != num_classes:
-        raise ValueError(
-            f'The class map has {len(class_map)} entries, the student {num_classes} classes.'
-            ' Give one teacher class per student class in --kd-class-map.')
-    if teacher.num_classes is not None and teacher.num_classes != num_classes:
-        raise ValueError(
-            f'The teacher knows {teacher.num_classes} classes, the student {num_classes}.'
-            " Say which of the teacher's classes are the student's (--kd-class-map), take a teacher trained on the"
-            f' same ones (--kd-teacher-checkpoint), or set --num-classes {teacher.num_classes}.')
-
-
-def build_teacher(
-        teacher: nn.Module,
-        images: StudentInput,
-        num_classes: Optional[int],
-        layers: Sequence[Optional[str]] = (),
-        img_size: Optional[int] = None,
-        class_map: Optional[Sequence[int]] = None,
-        pooled: bool = False,
-        device: Optional[torch.device] = None,
-        dtype: Optional[torch.dtype] = None,
-) -> Tuple[Teacher, str]:
-    """Make a model the `Teacher` of a student, and check that it can teach it.
+def require_same_teacher(saved: object, own: object, also: str, flag: str) -> None:
+    """Compare what identifies the teacher in a checkpoint with the present one.
 
     Args:
-        teacher: The model, which is frozen, moved and converted in place, or a ready `Teacher`.
-        images: What the student gets.
-        num_classes: The student's; None if the teacher's classes do not matter.
-        layers: Module names, see `Teacher`. Of a ready one, only their number counts.
-        img_size: See `Teacher`.
-        class_map: See `Teacher`.
-        pooled: Whether its pooled features will be asked for.
-        device: Where to put it.
-        dtype: What to convert its weights to.
-
-    Returns:
-        The teacher, and its fingerprint, which does not depend on `dtype`.
+        saved: Identification in the checkpoint.
+        own: Identification of the present task.
+        also: Another possible difference, for the message.
+        flag: Flag that sets it.
 
     Raises:
-        ValueError: If channels, classes, layers or image size do not fit. The message names the remedy.
+        ValueError: If they differ.
     """
-    if not isinstance(teacher, Teacher):
-        names = [layer for layer in layers if layer is not None]
-        teacher = Teacher(teacher, names, images.size[0], images.mean, images.std, img_size, class_map)
-    elif class_map is not None:
-        raise ValueError('A ready Teacher has its own classes. Give the map to it instead: Teacher(class_map=...).')
-    elif layers and len(teacher.layers) != len(layers):
+    if saved != own:
         raise ValueError(
-            f'The Teacher gives {len(teacher.layers)} layer(s) for {len(layers)} hook(s). Pass as many of each.')
-    if num_classes is not None:
-        _check_classes(teacher, num_classes, class_map)
-    fingerprint = teacher.fingerprint()
-    teacher.model.to(dtype)
-    teacher.to(device)
-    teacher.check_input(images.size, pooled)
-    return teacher, fingerprint
+            f'The checkpoint was trained with another teacher, class map or {also}. Resume with the same'
+            f' --kd-model-name, --kd-teacher-checkpoint, --kd-class-map and {flag}, or start from its weights with'
+            ' --initial-checkpoint.')

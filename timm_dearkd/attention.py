@@ -1,4 +1,4 @@
-"""Multi-head convolutional attention (MHCA) with an adaptive relative position encoding.
+"""Multi-head convolutional attention (MHCA) with a learned position encoding.
 
 Paper: `DearKD: Data-Efficient Early Knowledge Distillation for Vision Transformers` (CVPR 2022),
 https://arxiv.org/abs/2204.12997, equations 2 and 3.
@@ -34,11 +34,11 @@ def grid_constants(
     """Compute the constants of a token grid, in float32.
 
     With the centred patch position p, a key has the channels (p_row, p_col, |p|^2, 64), and the query channels are
-    ``alpha * (basis[0] + delta_row * basis[1] + delta_col * basis[2])``. Rows of prefix tokens are 0. The last
-    channel would be 1 but for float16, which the query's part of it, about alpha |p|^2, could overflow.
+    ``alpha * (basis[0] + delta_row * basis[1] + delta_col * basis[2])``. Rows of prefix tokens are 0. The last key
+    channel is 64 instead of 1, so that the query's part of it, about alpha |p|^2 / 64, does not overflow in float16.
 
     Returns:
-        The key channels (T, 4), the query basis (3, T, 4), and the largest |p|^2 counted in its smallest step.
+        The key channels (T, 4), the query basis (3, T, 4), and the largest |p|^2 in units of its smallest step.
     """
     rows = torch.arange(height, device=device, dtype=torch.float32) - (height - 1) / 2
     cols = torch.arange(width, device=device, dtype=torch.float32) - (width - 1) / 2
@@ -51,7 +51,7 @@ def grid_constants(
         torch.stack([2 * one, zero, zero, -2 * y / 64], dim=-1),
         torch.stack([zero, 2 * one, zero, -2 * x / 64], dim=-1),
     ])  # (3, H*W, 4)
-    # |p|^2 is a multiple of 1 where both sides are odd, of 1/2 where both are even, of 1/4 otherwise
+    # |p|^2 is a multiple of 1 if both sides are odd, of 1/2 if both are even, of 1/4 otherwise
     sq_per_step = 1 if height % 2 != width % 2 else (2 if height % 2 == 0 else 4)
     sq_steps = ((height - 1) * (height - 1) + (width - 1) * (width - 1)) // sq_per_step
     key, query = F.pad(key, [0, 0, num_prefix_tokens, 0]), F.pad(query, [0, 0, num_prefix_tokens, 0])
@@ -60,15 +60,17 @@ def grid_constants(
 
 @dataclass(frozen=True)
 class RelPosConfig:
-    """Settings of `AdaptiveRelPos`, all our choices: the paper gives no values.
+    """Settings of `AdaptiveRelPos`.
+
+    All are our choices, because the paper gives no values.
 
     Args:
-        drop_rate: Dropout rate of the positional scores (the paper's dropout layer after the adaptive RPE). One mask
-            serves the whole batch.
-        drop_mode: 'element' drops single scores, and needs the (heads, T, T) form to do it; 'query' drops all
-            positional scores of a query token at once and keeps the factorised form.
-        alpha: Sharpness that all heads start with.
-        delta: Offsets that the heads start with: the centred 'grid', 'zero', or 'normal', N(0, 1) for each.
+        drop_rate: Dropout rate of the positional scores (the paper's dropout layer after the adaptive RPE). The whole
+            batch shares one mask.
+        drop_mode: 'element' drops single scores, which needs the (heads, T, T) form; 'query' drops all positional
+            scores of a query token together and keeps the factorised form.
+        alpha: Initial sharpness of all heads.
+        delta: Initial offsets of the heads: the centred 'grid', 'zero', or 'normal' (each drawn from N(0, 1)).
 
     Raises:
         ValueError: If `drop_mode` or `delta` is unknown, or `drop_rate` is outside [0, 1).
@@ -97,18 +99,18 @@ class AdaptiveRelPos(nn.Module):
 
     .. math:: v^{(h)} r_{ij} = -\alpha^{(h)} (|\delta|^2 - 2 \Delta^{(h)} \cdot \delta)
 
-    so it looks at the patch at offset :math:`\Delta` (row, column) with sharpness :math:`\alpha`. Both are learned.
+    so it attends to the patch at offset :math:`\Delta` (row, column) with sharpness :math:`\alpha`. Both are learned.
     Every pair with a prefix token ([CLS], registers) scores exactly 0.
 
-    The score is a dot product of four query and four key channels (`query_basis`, `key_basis`, `append_positions`),
-    which lets any fused attention kernel compute it; `forward` is the plain (heads, T, T) form of the same thing.
+    The score is a dot product of four query and four key channels (`query_basis`, `key_basis`, `append_positions`), so
+    that any fused attention kernel can compute it. `forward` computes the same scores in the plain (heads, T, T) form.
 
-    Our choice, where the paper is silent: alpha is raw (no softplus).
+    Our choice, where the paper is silent: alpha is a raw parameter (no softplus).
 
     Args:
         num_heads: Number of attention heads.
         grid_size: Token grid (rows, columns).
-        num_prefix_tokens: Tokens in front of the patches, which have no position.
+        num_prefix_tokens: Tokens before the patches, without a position.
         config: Dropout and initial values.
     """
 
@@ -138,14 +140,17 @@ class AdaptiveRelPos(nn.Module):
         self._channels_key: Any = None
         self.alpha = nn.Parameter(torch.empty(num_heads, **dd))
         self.delta = nn.Parameter(torch.empty(num_heads, 2, **dd))
-        # Constants of the token grid, in float32 whatever the model's dtype
+        # Constants of the token grid, in float32 for every dtype of the model
         self.register_buffer('key_basis', torch.empty(0, device=device), persistent=False)
         self.register_buffer('query_basis', torch.empty(0, device=device), persistent=False)
         self.set_grid_size(int(grid_size[0]), int(grid_size[1]))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set alpha and delta to where they start; the 'grid' is floor(sqrt(h)) x ceil(h / floor(sqrt(h))), centred."""
+        """Set alpha and delta to their initial values.
+
+        The 'grid' has floor(sqrt(heads)) rows, and is centred.
+        """
         alpha, delta = self.initial
         rows = math.isqrt(self.num_heads)
         cols = -(-self.num_heads // rows)
@@ -162,20 +167,20 @@ class AdaptiveRelPos(nn.Module):
 
     @torch.jit.ignore
     def init_non_persistent_buffers(self) -> None:
-        """Compute the constants anew, timm's hook for whoever makes models without memory and fills them later."""
+        """Compute the constants again. timm calls this after creation on 'meta'."""
         self.set_grid_size(*self.grid_size)
 
     def train(self, mode: bool = True) -> 'AdaptiveRelPos':
-        """Set the mode, and drop what inference cached."""
+        """Set the mode, and drop the caches of inference."""
         self._channels_cache = None
         if mode:
             self._scores_cache = None
-            if self.key_basis.is_inference():  # of a compiled model in inference mode
+            if self.key_basis.is_inference():  # set by a compiled model in inference mode
                 self.set_grid_size(*self.grid_size)
         return super().train(mode)
 
     def set_grid_size(self, height: int, width: int) -> None:
-        """Set the token grid (rows, columns) that the scores are for."""
+        """Set the token grid (rows, columns) of the scores."""
         if torch.jit.is_scripting() or torch.compiler.is_compiling():
             self._build_grid(height, width)
         else:
@@ -194,14 +199,14 @@ class AdaptiveRelPos(nn.Module):
 
     @torch.jit.unused
     def trace_constants(self, constants: Any) -> None:
-        """Take the constants from a node of the graph that torch.fx traces, which computes them from the input's size.
+        """Set the torch.fx node that computes the constants from the input size.
 
-        The tracer remembers the node, so the module itself does not change.
+        The tracer stores the node, so that the module itself does not change.
         """
         vars(constants.tracer).setdefault('mhca_constants', {})[self] = constants
 
     def constants(self) -> Tuple[torch.Tensor, torch.Tensor, int]:
-        """Return `key_basis`, `query_basis` and `sq_steps`, or the nodes that `trace_constants` set for them."""
+        """Return `key_basis`, `query_basis` and `sq_steps`, or their torch.fx nodes."""
         if not torch.jit.is_scripting():
             alpha = self.alpha
             if isinstance(alpha, torch.fx.Proxy):
@@ -211,7 +216,7 @@ class AdaptiveRelPos(nn.Module):
         return self.key_basis, self.query_basis, self.sq_steps
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> 'AdaptiveRelPos':
-        """Follow device moves, but keep the grid constants in float32 (half precision could not hold |p|^2)."""
+        """Move the module, but keep the constants float32 (|p|^2 needs its precision)."""
         result = super()._apply(fn, *args, **kwargs)
         self.set_grid_size(*self.grid_size)
         return result
@@ -224,15 +229,20 @@ class AdaptiveRelPos(nn.Module):
         return f'num_heads={self.num_heads}, grid_size={self.grid_size}, drop_rate={self.drop_rate}'
 
     def dropout_active(self) -> bool:
-        """Whether scores are dropped in the current mode."""
+        """Return whether dropout applies in the current mode."""
         return self.training and self.drop_rate > 0.
 
     def needs_scores(self) -> bool:
-        """Whether the current mode asks for the (heads, T, T) form: elementwise dropout has no factorised one."""
+        """Return whether elementwise dropout needs the (heads, T, T) form now."""
         return self.dropout_active() and self.drop_mode == 'element'
 
     def offset_scores(self, alpha: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        """Eq. 2 pair by pair, without dropout: (heads, T, T) for alpha (heads,) and delta (heads, 2)."""
+        """Return the scores of Eq. 2 (heads, T, T) without dropout.
+
+        Args:
+            alpha: Sharpness (heads,).
+            delta: Offsets (heads, 2).
+        """
         prefix = self.num_prefix_tokens
         pos = self.constants()[0][prefix:, :2]  # (H*W, 2)
         shift = pos.unsqueeze(0) - pos.unsqueeze(1)  # (H*W, H*W, 2), key minus query
@@ -242,10 +252,10 @@ class AdaptiveRelPos(nn.Module):
         return F.pad(scores, [prefix, 0, prefix, 0])
 
     def forward(self) -> torch.Tensor:
-        """Positional scores of all pairs, in the slow form that the factorised one is checked against.
+        """Compute the positional scores of all pairs, in the plain form.
 
         Returns:
-            (heads, T, T) in float32 or the parameters' dtype, whichever is wider. Dropout applies when training.
+            (heads, T, T) in float32 or the parameters' dtype, whichever is wider. Dropout applies in training.
         """
         scores = self.offset_scores(self.alpha, self.delta)
         if self.dropout_active():
@@ -256,15 +266,16 @@ class AdaptiveRelPos(nn.Module):
         return scores
 
     def query_dropout(self) -> torch.Tensor:
-        """Dropout mask of the query tokens (heads, T), 0 or 1 / (1 - rate)."""
+        """Return a dropout mask of the query tokens (heads, T), 0 or 1 / (1 - rate)."""
         key_basis = self.constants()[0]
         return F.dropout(key_basis.new_ones(self.num_heads, key_basis.shape[0]), self.drop_rate)
 
     @torch.jit.unused
     def cached_scores(self, dtype: torch.dtype) -> torch.Tensor:
-        """`forward()` without dropout or gradient, computed anew only when alpha, delta, grid, dtype or device change.
+        """Return the cached `forward()`, without dropout or gradient.
 
-        It compares the values of alpha and delta, which costs a synchronisation on an accelerator: for the CPU only.
+        The cache is valid until alpha, delta, grid, dtype or device change. For the CPU only: it compares the values of
+        alpha and delta, which would synchronise an accelerator.
         """
         alpha, delta = self.alpha.detach(), self.delta.detach()
         if self._scores_cache is not None:
@@ -272,28 +283,27 @@ class AdaptiveRelPos(nn.Module):
             if scores.dtype == dtype and torch.equal(cached_alpha, alpha) and torch.equal(cached_delta, delta):
                 return scores
         with torch.inference_mode(False), torch.no_grad():
-            # A query's own score is 0, so e^-75 adds nothing; further down, the CPU would crawl through denormals
+            # A query's own score is 0, so e^-75 adds nothing. Lower scores give denormals, which are slow on CPUs
             scores = self.offset_scores(alpha, delta).clamp(min=-75.).to(dtype)
             self._scores_cache = (scores, alpha.clone(), delta.clone())
         return scores
 
-
     @torch.jit.unused
     def cached_channels(self, scale: float, dtype: torch.dtype, head_dim: int) -> Optional[torch.Tensor]:
-        """Return the channels (T, 3, heads, C) of the positional scores, made again when alpha or delta has changed.
+        """Return the cached channels (T, 3, heads, C) of the positional scores.
 
-        For inference on an accelerator, where it does not wait for the device. A change shows in the parameters'
-        identity, storage or version. PyTorch's fused optimizers raise no version, but need a gradient: while there is
-        one, nothing is kept. train() and eval() make the channels again in any case; they are all that notices a write
-        to `.data`.
+        For inference on an accelerator: the check does not wait for the device. The cache is valid until identity,
+        storage or version of alpha or delta change. PyTorch's fused optimizers do not change the version, but need a
+        gradient, so nothing is cached while a gradient exists. A write to `.data` is not detected. train() and eval()
+        clear the cache.
 
         Args:
-            scale: Of the attention.
-            dtype: Of the tokens.
-            head_dim: Of the attention.
+            scale: Scale of the attention.
+            dtype: Dtype of the tokens.
+            head_dim: Head dimension of the attention.
 
         Returns:
-            None where a change could not be told: replicas, parametrised or functional alpha and delta.
+            The channels, or None if changes cannot be detected (replicas, parametrised or functional alpha and delta).
         """
         parameters = [self._parameters.get(name) for name in ('alpha', 'delta')]
         if any(type(p) is not nn.Parameter or p.grad is not None or p.is_inference() for p in parameters):
@@ -313,9 +323,15 @@ def _append(
         query: torch.Tensor,
         key: torch.Tensor,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Append channels of queries (heads, T, C) and keys (T, C), the same for all images, to qkv (B, T, 3, heads, D).
+    """Append channels of queries and keys to the qkv of every image.
 
-    Returns q, k and v, (B, heads, T, D + C).
+    Args:
+        qkv: (B, T, 3, heads, D).
+        query: Channels (heads, T, C).
+        key: Channels (T, C).
+
+    Returns:
+        q, k and v (B, heads, T, D + C).
     """
     return append_channels(qkv, stack_channels(query, key))
 
@@ -323,7 +339,7 @@ def _append(
 def stack_channels(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """Stack channels of queries (heads, T, C) and keys (T, C) as (T, 3, heads, C).
 
-    Values get zeros, because fused kernels take one head dimension.
+    Values get zeros, because fused kernels need one head dimension for all three.
     """
     query = query.transpose(0, 1)  # (T, heads, C)
     return torch.stack([query, key.unsqueeze(1).expand_as(query), torch.zeros_like(query)], dim=1)
@@ -331,10 +347,10 @@ def stack_channels(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 def append_channels(
         qkv: torch.Tensor, channels: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Append channels (T, 3, heads, C) to qkv (B, T, 3, heads, D). Returns q, k and v, (B, heads, T, D + C)."""
+    """Append channels (T, 3, heads, C) to qkv; return q, k, v (B, heads, T, D + C)."""
     expanded = channels.unsqueeze(0).expand(qkv.shape[0], -1, -1, -1, -1)
     if not torch.jit.is_scripting() and torch.compiler.is_compiling():
-        expanded = expanded.to(qkv.dtype)  # one kernel with the rest, whose backward sums over the images in float32
+        expanded = expanded.to(qkv.dtype)  # fused with the rest; the backward then sums over images in float32
     else:
         expanded = channels.to(qkv.dtype).unsqueeze(0).expand(qkv.shape[0], -1, -1, -1, -1)
     q, k, v = torch.cat([qkv, expanded], dim=-1).permute(2, 0, 3, 1, 4).unbind(0)
@@ -342,10 +358,10 @@ def append_channels(
 
 
 class _Append(torch.autograd.Function):
-    """`_append` for training: a faster layout, and a better backward.
+    """`_append` for training: a faster layout and a more precise backward.
 
-    q, k and v become contiguous (B, heads, T, D + C), by copies of four dimensions. The gradient of the channels is
-    summed over the images in float32 instead of the tokens' dtype.
+    q, k and v are contiguous (B, heads, T, D + C). The gradient of the channels is summed over the images in the dtype
+    of the channels (float32 or wider) instead of the tokens' dtype.
     """
 
     generate_vmap_rule = True
@@ -373,9 +389,9 @@ class _Append(torch.autograd.Function):
 
 
 def _round(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """float32 values rounded to the significand of a half precision dtype.
+    """Round float32 values to the significand of a half precision dtype.
 
-    On the bits, for compilers take a cast there and back for no change at all.
+    This changes the bits, because compilers remove a cast to the dtype and back.
     """
     bits = 16 if dtype == torch.bfloat16 else 13
     return ((x.contiguous().view(torch.int32) + (1 << (bits - 1))) & -(1 << bits)).view(torch.float32)
@@ -392,9 +408,10 @@ def append_positions(
         scale: float,
         sq_steps: int,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Split qkv (B, T, 3, heads, D), with channels appended so that ``scale * q @ k.T`` has the positional scores too.
+    """Append channels, so that ``scale * q @ k.T`` includes the positional scores.
 
     Args:
+        qkv: Queries, keys and values (B, T, 3, heads, D).
         alpha: See `position_channels`.
         sq_steps: See `position_channels`.
 
@@ -402,7 +419,7 @@ def append_positions(
         q, k and v of shape (B, heads, T, D + C), see `position_channels`.
     """
     query, key = position_channels(alpha, delta, query_basis, key_basis, scale, sq_steps, qkv.dtype, qkv.shape[-1])
-    # torch.compile fuses the plain form, and PyTorch's optimizer for DDP takes no autograd function in older versions
+    # torch.compile fuses the plain form, and older versions of PyTorch's DDP optimizer take no autograd function
     if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
         return _append(qkv, query, key)
     return _Append.apply(qkv, query, key)
@@ -418,20 +435,20 @@ def position_channels(
         dtype: torch.dtype,
         head_dim: int,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Return channels of queries (heads, T, C) and keys (T, C) whose product is the positional score over `scale`.
+    """Return channels whose product is the positional score divided by `scale`.
 
-    float32 and wider take four channels. In half precision the query part is split into a rounded value and its
-    remainder, eight channels in all. The kernel rounds the gradient of the channels to that precision, so the gradients
-    of alpha and delta carry more rounding noise than a bias of that dtype gives them (alpha's about ten times as much);
-    those of q, k and v, and the output, carry less.
+    float32 and wider need four channels. In half precision, the query part is split into a rounded value and its
+    remainder, eight channels in all. The kernel rounds the gradient of the channels to half precision. So the gradients
+    of alpha and delta have more rounding noise than with a bias of that dtype (alpha's about ten times as much). The
+    output and the gradients of q, k and v have less.
 
     Args:
-        alpha: Sharpness (heads,), or (heads, T) with a dropout of query tokens in it.
-        sq_steps: The grid's largest |p|^2, counted in its smallest step. Where the dtype's significand can't hold it,
-            alpha is rounded, and the remainder channel that becomes free carries the remainder of |p|^2.
-        dtype: Of the tokens.
-        head_dim: Of the attention. Zero channels follow if ``head_dim + C`` is no multiple of 4, or of 8 in half
-            precision: for other widths, CUDA takes a slow kernel that is imprecise under TF32.
+        alpha: Sharpness (heads,), or (heads, T) multiplied by a dropout mask of the query tokens.
+        sq_steps: The grid's largest |p|^2 in units of its smallest step. If the significand of the dtype cannot hold
+            it, alpha is rounded, and its free remainder channel has the remainder of |p|^2.
+        dtype: Dtype of the tokens.
+        head_dim: Head dimension of the attention. Zero channels pad ``head_dim + C`` to a multiple of 4, or of 8 in
+            half precision: for other widths, CUDA chooses a slow kernel that is imprecise under TF32.
     """
     half = dtype == torch.float16 or dtype == torch.bfloat16
     key_is_exact = sq_steps <= (256 if dtype == torch.bfloat16 else 2048)
@@ -460,16 +477,17 @@ def position_channels(
 
 
 class ConvAttention(Attention):
-    r"""Multi-head convolutional attention, MHCA (Eq. 3): :math:`softmax(q k^T / \sqrt{d} + v^{(h)} r_{ij})`.
+    r"""Multi-head convolutional attention, MHCA (Eq. 3).
 
-    timm's `Attention` with an `AdaptiveRelPos` on its scores; the arguments not listed are timm's. Which form computes
-    the scores is decided per call. Wherever alpha and delta take a gradient the factorised one does, with no
-    (T, T) tensor; where they take none, the CPU adds a cached bias, which is faster there. Elementwise dropout of the
-    positional scores needs the plain form. Inference on an accelerator keeps the channels of the factorised form.
+    It computes :math:`softmax(q k^T / \sqrt{d} + v^{(h)} r_{ij})`: timm's `Attention` with an `AdaptiveRelPos` added to
+    its scores. Arguments not listed are timm's. Each call chooses the form of the scores. Training uses the factorised
+    form, which needs no (T, T) tensor, except for elementwise dropout of the positional scores, which needs the plain
+    form. Inference on the CPU adds a cached bias, which is faster there. Inference on an accelerator caches the
+    channels of the factorised form.
 
     Args:
         grid_size: Token grid (rows, columns). `set_grid_size` changes it.
-        num_prefix_tokens: Tokens in front of the patches, which have no position.
+        num_prefix_tokens: Tokens before the patches, without a position.
         rel_pos: Dropout and initial values of the positional scores.
     """
 
@@ -507,13 +525,13 @@ class ConvAttention(Attention):
             num_prefix_tokens: int = 1,
             rel_pos: RelPosConfig = DEFAULT_REL_POS,
     ) -> 'ConvAttention':
-        """Make MHCA out of a timm `Attention`, keeping its submodules (so its weights) and settings."""
+        """Create MHCA with the submodules and the settings of a timm `Attention`."""
         mhca = cls(
             attn.qkv.in_features,
             attn.num_heads,
             attn_head_dim=attn.head_dim,
             dim_out=attn.proj.out_features,
-            device=torch.device('meta'),  # a shell, filled below
+            device=torch.device('meta'),  # without memory; filled below
         )
         for name, module in attn.named_children():
             setattr(mhca, name, module)
@@ -532,14 +550,14 @@ class ConvAttention(Attention):
 
     @torch.jit.ignore
     def freeze_scores(self) -> None:
-        """Keep the positional scores as a constant, for a program that is exported on the CPU to do inference alone.
+        """Store the positional scores as a constant, before an export on the CPU.
 
-        Such a program would work them out anew in every call, for it has no cache.
+        An exported program has no cache, and would compute the scores again in every call.
         """
         self.frozen_scores = self.rpe.cached_scores(torch.float32)
 
     def _qkv(self, x: torch.Tensor) -> torch.Tensor:
-        """Queries, keys and values of the tokens (B, T, dim): (B, T, 3, heads, head_dim)."""
+        """Return the queries, keys and values (B, T, 3, heads, head_dim) of the tokens."""
         B, T, _ = x.shape
         _assert(
             self.rpe.constants()[0].shape[0] == T,
@@ -554,15 +572,15 @@ class ConvAttention(Attention):
         return qkv
 
     def _scores_are_constant(self) -> bool:
-        """Whether this call is inference on the CPU, where a bias computed once is the cheapest form."""
+        """Return whether a cached bias is the fastest form: inference on the CPU."""
         return False if torch.jit.is_scripting() else self._is_cpu_inference()
 
     @torch.jit.unused
     def _is_cpu_inference(self) -> bool:
-        # by the buffer: a replica of nn.DataParallel has no parameters; and no attribute, which torch.fx makes a proxy
+        # `_buffers`, because replicas of nn.DataParallel have no parameters, and torch.fx turns attributes into proxies
         if self.training or self.rpe._buffers['key_basis'].device.type != 'cpu':  # type: ignore[union-attr]
             return False
-        # a trace is for inference, whatever the mode it is made in
+        # a trace is for inference, even if gradients are enabled
         return not self._takes_gradient() or torch.jit.is_tracing()
 
     @torch.jit.unused
@@ -571,7 +589,7 @@ class ConvAttention(Attention):
 
     @torch.jit.unused
     def _cached_channels(self, dtype: torch.dtype) -> Optional[torch.Tensor]:
-        """Return the channels of the positional scores from the cache; None where this call must make them itself."""
+        """Return the cached channels, or None if this call must not use the cache."""
         if torch.jit.is_tracing() or torch.compiler.is_compiling() or isinstance(self.rpe.alpha, torch.fx.Proxy):
             return None
         if self.training or self._takes_gradient():
@@ -579,7 +597,7 @@ class ConvAttention(Attention):
         return self.rpe.cached_channels(self.scale, dtype, self.head_dim)
 
     def _scores(self, dtype: torch.dtype) -> torch.Tensor:
-        """Positional scores as a bias (heads, T, T), from the cache where that is sound."""
+        """Return the positional scores (heads, T, T), from the cache if possible."""
         frozen = self.frozen_scores
         if frozen is not None:
             return frozen.to(dtype)
@@ -597,12 +615,12 @@ class ConvAttention(Attention):
             attn_mask: Optional[torch.Tensor] = None,
             is_causal: bool = False,
     ) -> torch.Tensor:
-        """Attend.
+        """Compute the attention.
 
         Args:
             x: Tokens (B, T, dim), prefix tokens first, then the patches of the grid row by row.
             attn_mask: Boolean (True attends) or additive mask that broadcasts to (B, heads, T, T).
-            is_causal: Mask out later tokens; excludes `attn_mask`.
+            is_causal: Mask later tokens. Not together with `attn_mask`.
 
         Returns:
             (B, T, dim_out).
@@ -658,10 +676,10 @@ class ConvAttention(Attention):
 
     @torch.jit.ignore
     def attention_scores(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Scores before the softmax, in their parts, for analysis (fused kernels show nothing).
+        """Return the scores before the softmax, and their two parts.
 
         Args:
-            x: Tokens (B, T, dim), as `forward` takes them (in a block: after its first norm).
+            x: Tokens (B, T, dim), the input of `forward` (in a block: after its first norm).
 
         Returns:
             Content scores (B, heads, T, T), positional scores (heads, T, T) without dropout, and their sum.

@@ -1,4 +1,4 @@
-"""How far the heads of a ViT look (figure 4): the measure, and the file in which a run keeps it over its epochs."""
+"""Attention distances of the heads of a ViT (figure 4), and their log by epoch."""
 import csv
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,11 +21,11 @@ LOG_HEADER = ('epoch', 'layer', 'head', 'patches', 'pixels')
 
 
 def attention_weights(attention: Attention, x: torch.Tensor) -> torch.Tensor:
-    """Attention after the softmax, which fused kernels do not show.
+    """Return the attention after the softmax, which fused kernels do not return.
 
     Args:
-        attention: timm's `Attention`, or ours.
-        x: Tokens (B, T, dim), as its `forward` takes them.
+        attention: timm's `Attention`, or `ConvAttention`.
+        x: Tokens (B, T, dim), the input of its `forward`.
 
     Returns:
         (B, heads, T, T).
@@ -38,15 +38,15 @@ def attention_weights(attention: Attention, x: torch.Tensor) -> torch.Tensor:
 
 
 def mean_distances(weights: torch.Tensor, grid_size: Tuple[int, int]) -> torch.Tensor:
-    """Distance between query and attended patch, weighted by attention, averaged over images and queries.
+    """Return the mean distance from query to key patch, weighted by attention.
 
     Args:
-        weights: Attention (B, heads, T, T), whose last tokens are the patches. The others, such as [CLS], are left out,
-            as queries and as keys, and each query's attention to the patches is brought to a sum of 1 (our choice).
+        weights: Attention (B, heads, T, T), with the patches as last tokens. Other tokens, such as [CLS], are skipped
+            as queries and as keys, and each query's attention to the patches is normalised to a sum of 1 (our choice).
         grid_size: Rows and columns of patches.
 
     Returns:
-        (heads,), in patches.
+        Distances (heads,) in patches.
     """
     rows, columns = grid_size
     patches = rows * columns
@@ -59,38 +59,38 @@ def mean_distances(weights: torch.Tensor, grid_size: Tuple[int, int]) -> torch.T
 
 
 def attention_layers(model: nn.Module) -> List[Attention]:
-    """The attention of every block of a ViT.
+    """Return the attention of every block of a ViT.
 
     Raises:
-        ValueError: A model without blocks of timm's `Attention`, or without a grid of patches.
+        ValueError: If the model has no blocks with timm's `Attention`, or no grid of patches.
     """
     layers: List[Any] = [getattr(block, 'attn', None) for block in getattr(model, 'blocks', ())]
     has_grid = hasattr(getattr(model, 'patch_embed', None), 'dynamic_feat_size')
     if not layers or not has_grid or not all(isinstance(layer, Attention) for layer in layers):
         raise ValueError(
-            f"{type(model).__name__} has no blocks with timm's Attention on a grid of patches. This is for vision"
-            ' transformers such as dearkd_tiny_patch16_224 or deit_tiny_patch16_224.')
+            f"{type(model).__name__} has no blocks with timm's Attention on a grid of patches. Choose a vision"
+            ' transformer such as dearkd_tiny_patch16_224 or deit_tiny_patch16_224.')
     return layers
 
 
 def stride(model: Any) -> int:
-    """Pixels from patch to patch."""
+    """Return the distance between neighbouring patches in pixels."""
     return int(max(model.patch_embed.feat_ratio(as_scalar=False)))
 
 
 @torch.no_grad()
 def attention_distances(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Mean attention distance of every layer and head of a ViT.
+    """Compute the mean attention distance of every layer and head of a ViT.
 
     Args:
-        model: A timm `VisionTransformer`, DearKD's or any other.
+        model: A timm `VisionTransformer`, with or without MHCA.
         images: Normalised images (B, C, H, W).
 
     Returns:
-        (layers, heads), in patches.
+        Distances (layers, heads) in patches.
 
     Raises:
-        ValueError: A model without blocks of timm's `Attention`.
+        ValueError: If the model has no blocks with timm's `Attention`.
     """
     layers = attention_layers(model)
     grid_size = model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))  # type: ignore[union-attr, operator]
@@ -102,7 +102,7 @@ def attention_distances(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     ]
     training = model.training
     try:
-        model.eval().forward(images)  # a compiled call would not run the hooks
+        model.eval().forward(images)  # forward(): a compiled call would not run the hooks
     finally:
         model.train(training)
         for handle in handles:
@@ -111,16 +111,18 @@ def attention_distances(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 class DistanceLog:
-    """Attention distances of a model on a fixed batch, epoch after epoch, in `attention_distance.csv` of a run.
+    """Log of a model's attention distances on a fixed batch, by epoch.
+
+    The file is `attention_distance.csv` in the folder of the run.
 
     Args:
         folder: Output folder of the run.
-        model: The model; it may be compiled, in wrappers, or trained in the meantime.
+        model: The model, with or without wrappers. Training may change it between records.
         images: Normalised images (B, C, H, W) on the device.
-        autocast: Gives the context of the forward.
+        autocast: Returns the context of the forward.
 
     Raises:
-        ValueError: A model whose attention can not be seen.
+        ValueError: If the model has no blocks with timm's `Attention`.
     """
 
     def __init__(self, folder: str, model: nn.Module, images: torch.Tensor, autocast: Callable[[], Any] = nullcontext):
@@ -134,7 +136,7 @@ class DistanceLog:
         grids = [position.grid_size for position in positions]
         with self.autocast():
             distances = attention_distances(self.model, self.images).tolist()
-        for position, grid in zip(positions, grids):  # other processes have not looked, and DDP compares buffers
+        for position, grid in zip(positions, grids):  # only this process changed the grid, and DDP compares buffers
             position.set_grid_size(*grid)
         pixels = stride(self.model)
         is_new = not self.path.exists() or not self.path.stat().st_size
@@ -147,16 +149,16 @@ class DistanceLog:
 
 
 class DistanceHistory(NamedTuple):
-    """The heads' distances in patches by epoch and layer, and the pixels of a patch."""
+    """Distances in patches by epoch, layer and head, and the patch size in pixels."""
     epochs: Dict[int, Dict[int, List[float]]]
     patch_size: float
 
 
 def read_log(path: Union[str, Path]) -> Optional[DistanceHistory]:
-    """What a `DistanceLog` has written so far, without an epoch that is half written; None if there is nothing.
+    """Read the complete epochs of a `DistanceLog`. Return None if there are none.
 
     Args:
-        path: Its file, or the folder of the run.
+        path: File of the log, or folder of the run.
     """
     path = Path(path)
     path = path / LOG_NAME if path.is_dir() else path
@@ -168,7 +170,7 @@ def read_log(path: Union[str, Path]) -> Optional[DistanceHistory]:
                 try:
                     epoch, layer = int(row['epoch']), int(row['layer'])
                     patches, pixels = float(row['patches']), float(row['pixels'])
-                except (KeyError, TypeError, ValueError):  # a line may be half written
+                except (KeyError, TypeError, ValueError):  # an incomplete line
                     continue
                 epochs.setdefault(epoch, {}).setdefault(layer, []).append(patches)
                 sums = [sums[0] + patches, sums[1] + pixels]

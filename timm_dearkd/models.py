@@ -30,7 +30,7 @@ torch.fx.wrap('grid_constants')  # torch.fx wraps functions by the module that c
 
 
 def _parent_pos_embed(vit_cls: Type[VisionTransformer]) -> Callable[..., torch.Tensor]:
-    """`_pos_embed` of the parent class under another name: TorchScript knows neither super() nor two of one name."""
+    """Copy the parent's `_pos_embed` under a new name: TorchScript has no super()."""
     fn = vit_cls._pos_embed
     copy = types.FunctionType(fn.__code__, fn.__globals__, '_parent_pos_embed', fn.__defaults__, fn.__closure__)
     copy.__annotations__ = fn.__annotations__
@@ -38,11 +38,11 @@ def _parent_pos_embed(vit_cls: Type[VisionTransformer]) -> Callable[..., torch.T
 
 
 class MhcaMixin(VisionTransformer if TYPE_CHECKING else object):  # type: ignore[misc]
-    """What a `VisionTransformer` with MHCA blocks does on top of its parent: it tells them the token grid."""
+    """Mixin for a `VisionTransformer` with MHCA blocks: it sets their token grid."""
 
     def _set_mhca_grid(self, height: int, width: int) -> None:
         for block in self.blocks:
-            if hasattr(block.attn, 'rpe'):  # noqa: SIM102  TorchScript wants the two apart
+            if hasattr(block.attn, 'rpe'):  # noqa: SIM102  TorchScript needs two statements
                 if block.attn.rpe.grid_size != (height, width):
                     block.attn.rpe.set_grid_size(height, width)
 
@@ -58,7 +58,7 @@ class MhcaMixin(VisionTransformer if TYPE_CHECKING else object):  # type: ignore
                 block.attn.rpe.trace_constants(constants)
 
     def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
-        # timm's blocks pass attention no grid, and every forward path comes through here
+        # timm's blocks do not pass the grid to attention, and every forward path calls this method
         if self.dynamic_img_size:
             if not torch.jit.is_scripting() and self._is_traced_by_fx(x):
                 self._trace_mhca_grid(x)
@@ -71,34 +71,38 @@ class MhcaMixin(VisionTransformer if TYPE_CHECKING else object):  # type: ignore
             img_size: Optional[Union[int, Tuple[int, int]]] = None,
             patch_size: Optional[Union[int, Tuple[int, int]]] = None,
     ) -> None:
-        """Change the image or patch size: the position embedding is resampled, the adaptive RPE simply extended."""
+        """Change image or patch size: resample the position embedding, extend the RPE."""
         super().set_input_size(img_size=img_size, patch_size=patch_size)
         height, width = self.patch_embed.grid_size
         self._set_mhca_grid(height, width)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
-        """Parameters without weight decay: timm's, and alpha and delta of every MHCA block."""
+        """Return parameters without weight decay: timm's, and alpha and delta of MHCA."""
         rpe = {name for name, _ in self.named_parameters() if name.endswith(('.rpe.alpha', '.rpe.delta'))}
         return super().no_weight_decay() | rpe
 
 
 def _convert_blocks(model: VisionTransformer, num_blocks: int, rel_pos: RelPosConfig) -> None:
-    """Turn the attention of the first blocks into MHCA, in place."""
+    """Replace the attention of the first blocks by MHCA, in place.
+
+    Raises:
+        ValueError: If `num_blocks` exceeds the depth, patches are dropped, or a block's attention is not timm's.
+    """
     if not 0 <= num_blocks <= len(model.blocks):
         raise ValueError(
             f'num_mhca_blocks is {num_blocks}, but the model has {len(model.blocks)} blocks.'
             f' Choose a number from 0 (a plain ViT) to {len(model.blocks)}.')
     if not isinstance(model.patch_drop, nn.Identity):
-        raise ValueError('MHCA needs all patches in their place, but patch_drop_rate drops some. Set it to 0.')
+        raise ValueError('MHCA needs all patches, but patch_drop_rate drops some. Set patch_drop_rate to 0.')
     blocks = model.blocks[:num_blocks]
     for index, block in enumerate(blocks):
         attn = getattr(block, 'attn', None)
         if type(attn) is not Attention:
             found = type(attn or block).__name__
             raise ValueError(
-                f"blocks.{index} has no plain attention to convert, but a {found}."
-                " MHCA can be added to timm VisionTransformers whose blocks have timm's Attention, as DeiT's have.")
+                f"blocks.{index} has {found}, expected timm's Attention."
+                " MHCA can be added to timm VisionTransformers whose blocks have that class, such as DeiT.")
     for block in blocks:
         block.attn = ConvAttention.from_attention(
             cast(Attention, block.attn),
@@ -106,25 +110,26 @@ def _convert_blocks(model: VisionTransformer, num_blocks: int, rel_pos: RelPosCo
             num_prefix_tokens=model.num_prefix_tokens,
             rel_pos=rel_pos,
         )
-    # DDP would send them, and they have another size in each process where images do
+    # DDP would broadcast them, but their size differs between processes if the image size does
     constants = [name for name, _ in model.named_buffers() if '.rpe.' in name]
     model._ddp_params_and_buffers_to_ignore = constants  # type: ignore[assignment]
 
 
 class DearKD(MhcaMixin, VisionTransformer):
-    """Vision transformer whose first blocks use multi-head convolutional attention (MHCA, Eq. 2 and 3).
+    """Vision transformer with MHCA in its first blocks (Eq. 2 and 3).
 
-    Takes all arguments of timm's `VisionTransformer`, except `patch_drop_rate` (it loses the positions).
+    Takes all arguments of timm's `VisionTransformer`, except `patch_drop_rate` (MHCA needs every position).
 
     Args:
-        num_mhca_blocks: How many of the first blocks use MHCA; 0 gives the plain ViT. The paper has 8 of 12.
-        rpe_drop_rate: Dropout rate of the positional scores when training.
+        num_mhca_blocks: Number of first blocks with MHCA; 0 gives the plain ViT. The paper has 8 of 12.
+        rpe_drop_rate: Dropout rate of the positional scores in training.
         rpe_drop_mode: 'element' (single scores) or 'query' (all scores of a token, cheaper). Our choice.
-        rpe_alpha: Sharpness that all heads start with. Our choice.
-        rpe_delta: Offsets that they start with, 'grid', 'zero' or 'normal', see `AdaptiveRelPos`. Our choice.
+        rpe_alpha: Initial sharpness of all heads. Our choice.
+        rpe_delta: Initial offsets of the heads: 'grid', 'zero' or 'normal', see `RelPosConfig`. Our choice.
 
     Raises:
-        ValueError: `num_mhca_blocks` beyond the depth, a `patch_drop_rate`, or an attention that can't be MHCA.
+        ValueError: If `num_mhca_blocks` exceeds the depth, `patch_drop_rate` is not 0, a block does not have timm's
+            `Attention`, or an rpe value is out of its range.
     """
     _parent_pos_embed = _parent_pos_embed(VisionTransformer)
 
@@ -143,7 +148,7 @@ class DearKD(MhcaMixin, VisionTransformer):
 
 
 class DearKDDistilled(MhcaMixin, VisionTransformerDistilled):
-    """What `add_mhca` makes of a DeiT with a distillation token."""
+    """DeiT with a distillation token and MHCA blocks, created by `add_mhca`."""
     _parent_pos_embed = _parent_pos_embed(VisionTransformerDistilled)
 
 
@@ -158,29 +163,31 @@ def add_mhca(
         rpe_alpha: float = 1.,
         rpe_delta: str = 'grid',
 ) -> VisionTransformer:
-    """Turn the first blocks of a timm `VisionTransformer` into MHCA blocks, in place, keeping its weights.
+    """Convert the first blocks of a timm `VisionTransformer` to MHCA, in place.
 
-    With `rpe_alpha` = 0 the positional scores vanish and the outputs are the original's.
+    The weights stay. With `rpe_alpha` = 0, the positional scores are 0 and the outputs do not change.
 
     Args:
         model: A timm VisionTransformer (or DeiT), pretrained or not, with registers or without [CLS].
-        num_blocks: How many of the first blocks to convert.
-        rpe_drop_rate: Dropout rate of the positional scores when training.
+        num_blocks: Number of first blocks to convert.
+        rpe_drop_rate: Dropout rate of the positional scores in training.
         rpe_drop_mode: 'element' or 'query', see `DearKD`.
-        rpe_alpha: Sharpness that all heads start with.
-        rpe_delta: Offsets that they start with, see `DearKD`.
+        rpe_alpha: Initial sharpness of all heads.
+        rpe_delta: Initial offsets of the heads, see `DearKD`.
 
     Returns:
-        The same model, its class now the subclass of what it was that tells MHCA the token grid.
+        The same model. Its class is now a subclass that sets the token grid of MHCA.
 
     Raises:
-        ValueError: Not a `VisionTransformer`, already converted, or one that can't be (see `DearKD`).
+        ValueError: If the model is not a `VisionTransformer`, has MHCA blocks already, or cannot have them (see
+            `DearKD`).
     """
     if isinstance(model, MhcaMixin):
-        raise ValueError(f'{type(model).__name__} has MHCA blocks already. Pass num_mhca_blocks when creating it.')
+        raise ValueError(
+            f'{type(model).__name__} has MHCA blocks already. To change their number, create it with num_mhca_blocks.')
     if type(model) not in _MHCA_CLASSES:
         raise ValueError(
-            f'MHCA can be added to timm VisionTransformers, not to a {type(model).__name__}.'
+            f'MHCA can be added to a timm VisionTransformer, not to a {type(model).__name__}.'
             ' Use a vit_*, deit_* or deit3_* architecture.')
     _convert_blocks(model, num_blocks, RelPosConfig(rpe_drop_rate, rpe_drop_mode, rpe_alpha, rpe_delta))
     model.__class__ = _MHCA_CLASSES[type(model)]
@@ -200,7 +207,7 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
 
 
 def _cfgs(name: str, *tags: str, **kwargs: Any) -> Dict[str, Dict[str, Any]]:
-    """Configurations of an architecture, and of the weights that a recipe gives it; see `weights.locate_weights`."""
+    """Return the configurations without weights and of each recipe (`weights.py`)."""
     return {f'{name}.{tag}': _cfg(**kwargs) for tag in ('untrained', *tags)}
 
 
@@ -314,17 +321,18 @@ def dearkd_from(
         rpe_delta: str = 'grid',
         **kwargs: Any,
 ) -> VisionTransformer:
-    """Any timm `VisionTransformer` with MHCA in its first blocks, buildable by name.
+    """Any timm `VisionTransformer` with MHCA in its first blocks.
 
-    `pretrained=True` loads the weights of the base, or, for a saved `dearkd_from` (`local-dir:`, `hf-hub:`), its own.
+    `pretrained=True` loads the weights of the base. For a saved `dearkd_from` (`local-dir:`, `hf-hub:`), it loads the
+    saved weights.
 
     Args:
-        base: timm name of the architecture, with a pretrained tag if one is wanted.
-        num_mhca_blocks: How many of its first blocks to convert, see `add_mhca`.
-        rpe_drop_rate: Dropout rate of the positional scores when training.
+        base: timm name of the architecture, optionally with a pretrained tag.
+        num_mhca_blocks: Number of first blocks to convert, see `add_mhca`.
+        rpe_drop_rate: Dropout rate of the positional scores in training.
         rpe_drop_mode: 'element' or 'query', see `DearKD`.
-        rpe_alpha: Sharpness that all heads start with; 0 starts as the base.
-        rpe_delta: Offsets that they start with, see `DearKD`.
+        rpe_alpha: Initial sharpness of all heads; with 0 the model starts with the outputs of the base.
+        rpe_delta: Initial offsets of the heads, see `DearKD`.
     """
     own_cfg = kwargs.get('pretrained_cfg')
     sources = ('file', 'hf_hub_id', 'url', 'state_dict')

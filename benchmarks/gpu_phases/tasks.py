@@ -47,8 +47,8 @@ def make_dearkd(
     cnn = create(teacher, check).eval().requires_grad_(False)
     model = create(student, check, img_size=size, **student_kwargs)
     task = DearKDTask(
-        model, cnn, TwoStageSchedule(epochs=6, stage1_epochs=3), hooks=[hook], input_size=(3, size, size),
-        device=check.device, verbose=False)
+        model, cnn, TwoStageSchedule(epochs=6, stage1_epochs=3), hooks=[hook], device=check.device,
+        verbose=False)
     if amp:
         task.teacher.store_weights(torch.bfloat16)
     task.set_epoch(epoch)

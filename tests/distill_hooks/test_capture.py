@@ -35,5 +35,5 @@ def test_a_layer_that_is_not_called():
     model = timm.create_model('test_efficientnet').eval()
     with FeatureCapture(model, ['blocks.1.0.drop_path']) as capture:
         model(torch.randn(1, 3, 32, 32))
-        with pytest.raises(ValueError, match='not called in the forward'):
+        with pytest.raises(ValueError, match='does not call its layer'):
             capture.take()

@@ -16,17 +16,17 @@ from distill_hooks.task import parse_hook
 EPOCHS = dict(stage1=0, anneal=8, last=9)
 
 
-def make(student='test_dearkd', teacher='test_resnet', schedule=None, student_kwargs=None, **kwargs):
+def make(student='test_dearkd', teacher='test_resnet', schedule=None, student_kwargs=None, class_map=None, **kwargs):
     """A task with 5 classes; `teacher` is a model, a name to create, or a number of classes."""
     torch.manual_seed(0)
     model = timm.create_model(student, num_classes=5, **{'img_size': 32, **(student_kwargs or {})})
-    if teacher == 'no layers':
-        teacher = Teacher(timm.create_model('test_resnet', num_classes=5))
-    elif isinstance(teacher, int):
+    if isinstance(teacher, int):
         teacher = timm.create_model('test_resnet', num_classes=teacher)
     elif isinstance(teacher, str):
         teacher = timm.create_model(teacher, num_classes=5)
     teacher = kwargs.pop('teacher_model', teacher)
+    if class_map is not None:
+        teacher = Teacher.for_student(model, teacher, class_map=class_map)
     kwargs.setdefault('normalize_features', False)
     return DearKDTask(model, teacher, schedule or TwoStageSchedule(10, 8), **kwargs)
 
@@ -299,6 +299,26 @@ def test_grey_student_and_ready_teacher():
     assert task.trainable_module.aligners[0].conv_pw.out_features == 192
 
 
+def test_a_teacher_for_the_student_is_the_one_that_the_task_would_create(tmp_path):
+    """From a module, and from a name and a checkpoint. A checkpoint of one resumes the other."""
+    cnn = timm.create_model('test_resnet', num_classes=5)
+    torch.save(cnn.state_dict(), tmp_path / 'cnn.pth')
+    expected = make(teacher=copy.deepcopy(cnn), hooks=['2:1', '4'])
+    state = expected.get_task_state()
+    student = make().trainable_module.student
+    shared = Teacher.for_student(student, 'test_resnet', str(tmp_path / 'cnn.pth'))
+    make(teacher=shared, hooks='4:3')  # a task does not leave its layers to the next one
+    for teacher in (shared, Teacher.for_student(student, cnn)):
+        task = make(teacher=teacher, hooks=['2:1', '4'])
+        assert task.teacher.layers == expected.teacher.layers == ['layer1', 'layer2']
+        task.load_task_state(state)
+        task.trainable_module.load_state_dict(expected.trainable_module.state_dict())
+        data = batch()
+        torch.testing.assert_close(task.eval()(*data)['loss'], expected.eval()(*data)['loss'], atol=0, rtol=0)
+    with pytest.raises(ValueError, match='given with a ResNet, expected a model name'):
+        Teacher.for_student(student, cnn, checkpoint='cnn.pth')
+
+
 def test_gradient_checkpointing_is_compatible():
     task = make().train()
     images, labels = batch()
@@ -324,7 +344,8 @@ def test_the_layer_that_teaches_by_default(patch_size, layer):
     student = timm.models.VisionTransformer(
         img_size=64, patch_size=patch_size, embed_dim=24, depth=4, num_heads=2, num_classes=5)
     teacher = timm.create_model('resnet18', num_classes=5, channels=(8, 8, 8, 8))
-    task = DearKDTask(student, teacher, TwoStageSchedule(4), input_size=(3, 64, 64))
+    teacher = Teacher.for_student(student, teacher, input_size=(3, 64, 64))
+    task = DearKDTask(student, teacher, TwoStageSchedule(4))
     assert task.teacher.layers == [layer]
 
 
@@ -332,7 +353,8 @@ def test_a_vit_that_no_factory_made():
     student = timm.models.VisionTransformer(
         img_size=32, patch_size=8, embed_dim=24, depth=4, num_heads=2, num_classes=5)
     teacher = timm.create_model('test_resnet', num_classes=5)
-    task = DearKDTask(student, teacher, TwoStageSchedule(4), hooks='2:layer1', input_size=(3, 32, 32))
+    task = DearKDTask(
+        student, Teacher.for_student(student, teacher, input_size=(3, 32, 32)), TwoStageSchedule(4), hooks='2:layer1')
     assert task(*batch())['loss'].isfinite()
 
 
@@ -364,7 +386,7 @@ def test_compiled_and_distributed_with_accumulation(tmp_path):
     torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
     try:
         task, plain = (
-            make('test_vit', 7, teacher_class_map=[6, 0, 0, 3, 1], hooks='1', student_kwargs=dict(depth=1))
+            make('test_vit', 7, class_map=[6, 0, 0, 3, 1], hooks='1', student_kwargs=dict(depth=1))
             for _ in range(2))
         task.compile(backend='eager')
         compiled = task.trainable_module
@@ -388,7 +410,7 @@ def test_compiled_and_distributed_with_accumulation(tmp_path):
 def test_teacher_with_more_classes():
     """The hard label is the best one of the classes that the map names, whatever else the teacher knows."""
     class_map = [6, 0, 2, 3, 1]
-    task = make(teacher=9, teacher_class_map=class_map).eval()
+    task = make(teacher=9, class_map=class_map).eval()
     images, labels = batch(16)
     cnn, x = task.teacher.model, task.teacher.prepare_input(images)
     cnn.fc.bias.data -= cnn(x).mean(0)  # an untrained one finds the same class everywhere
@@ -426,14 +448,14 @@ def test_hooks_are_parsed(spec, hook):
     (dict(hooks=['4:layer22']), 'layer2'),
     (dict(hooks=['4:fc']), 'not a 4-D feature map'),
     (dict(teacher=7), r'knows 7 classes, the student 5.*--kd-class-map.*--num-classes 7'),
-    (dict(teacher=7, teacher_class_map=[0, 1, 2]), 'has 3 entries, the student 5 classes.*--kd-class-map'),
-    (dict(teacher=3, teacher_class_map=[0, 1, 2, 3, 0]), 'teacher class 3, but the teacher has classes 0 to 2'),
-    (dict(teacher='no layers', teacher_class_map=[0, 1, 2, 3, 4]), r'Teacher\(class_map=...\)'),
+    (dict(teacher=7, class_map=[0, 1, 2]), 'has 3 entries, the student 5 classes.*--kd-class-map'),
+    (dict(teacher=3, class_map=[0, 1, 2, 3, 0]), 'teacher class 3, but the teacher has classes 0 to 2'),
     (dict(teacher_model='test_resnt'), "Unknown model 'test_resnt'.*test_resnet"),
     (dict(student='test_vit', student_kwargs=dict(patch_drop_rate=0.5)), 'patch_drop_rate'),
-    (dict(student='xcit_nano_12_p16_224'), 'does not tell the grid of its tokens'),
+    (dict(student='xcit_nano_12_p16_224'), 'does not report the grid of its tokens'),
     (dict(student='test_resnet', student_kwargs=dict(img_size=None)), '--kd-distill-type logit'),
-    (dict(teacher='no layers'), r'gives 0 layer\(s\) for 1 hook'),
+    (dict(teacher=Teacher(timm.create_model('test_resnet', num_classes=5), ['layer1']), hooks=['2', '4']),
+     r'has 1 layer\(s\) for 2 hook'),
 ])
 def test_errors_name_the_remedy(kwargs, message):
     with pytest.raises(ValueError, match=message):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.task import FeatureDistillationTask, LogitDistillationTask, TokenDistillationTask
 
 import timm_dearkd  # noqa: F401
-from distill_hooks import DearKDTask, FeatureTask, LogitTask, TokenTask, TwoStageSchedule
+from distill_hooks import DearKDTask, FeatureTask, LogitTask, Teacher, TokenTask, TwoStageSchedule
 
 KINDS = {'logit': LogitTask, 'feature': FeatureTask, 'token': TokenTask}
 TIMMS = {'logit': LogitDistillationTask, 'feature': FeatureDistillationTask, 'token': TokenDistillationTask}
@@ -28,10 +28,14 @@ def make_teacher(name='test_resnet', num_classes=3, **kwargs):
 
 
 def make(kind, student=None, teacher=None, **kwargs):
-    kwargs = dict(input_size=(3, 32, 32), criterion=torch.nn.CrossEntropyLoss(), verbose=False) | kwargs
-    student, teacher = student or make_student(kind), teacher or make_teacher()
+    given = ('img_size', 'class_map', 'mean', 'std', 'input_size')
+    of_teacher = dict(input_size=(3, 32, 32)) | {key: kwargs.pop(key) for key in given if key in kwargs}
+    kwargs = dict(criterion=torch.nn.CrossEntropyLoss(), verbose=False) | kwargs
+    student = student or make_student(kind)
     if kind == 'dearkd':
         student = timm.create_model('test_dearkd', num_classes=3, img_size=32)
+    teacher = Teacher.for_student(student, teacher or make_teacher(), **of_teacher)
+    if kind == 'dearkd':
         return DearKDTask(student, teacher, TwoStageSchedule(2), **kwargs)
     torch.manual_seed(2)  # of the projection
     return KINDS[kind](student, teacher, **kwargs)
@@ -86,7 +90,7 @@ def test_what_the_teacher_sees_and_says(kind, case):
     student = make_student(kind, in_chans=in_chans)
     mean, std = [0.4, 0.5, 0.6][:in_chans], [0.3, 0.2, 0.4][:in_chans]
     task = make(
-        kind, student, teacher, mean=mean, std=std, teacher_img_size=size, teacher_class_map=class_map,
+        kind, student, teacher, mean=mean, std=std, img_size=size, class_map=class_map,
         input_size=(in_chans, 32, 32)).train(kind == 'token')  # in eval mode it has one output
     images, labels = batch(in_chans)
     result = task(images, labels)
@@ -116,9 +120,9 @@ def test_errors_are_found_before_training(kind):
     with pytest.raises(ValueError, match=r'SwinTr.* 32x32 pixels \(.*\). --kd-teacher-img-size 64 resizes') as error:
         make(kind, teacher=fixed)
     assert '\n' not in str(error.value)
-    make(kind, teacher=fixed, teacher_img_size=64)(*batch())
+    make(kind, teacher=fixed, img_size=64)(*batch())
     with pytest.raises(ValueError, match='does not take images of 48x48 pixels.*--kd-teacher-img-size 64 resizes'):
-        make(kind, teacher=fixed, teacher_img_size=48)
+        make(kind, teacher=fixed, img_size=48)
     with pytest.raises(ValueError, match=r'takes 1 channel\(s\), the student 3. Set --in-chans 1'):
         make(kind, teacher=make_teacher(in_chans=1))
     if kind == 'feature':
@@ -130,14 +134,14 @@ def test_errors_are_found_before_training(kind):
         with pytest.raises(ValueError, match='knows 7 classes, the student 3.*--kd-class-map'):
             make(kind, teacher=make_teacher(num_classes=7))
         with pytest.raises(ValueError, match='has 2 entries, the student 3 classes'):
-            make(kind, teacher=make_teacher(num_classes=7), teacher_class_map=[6, 2])
+            make(kind, teacher=make_teacher(num_classes=7), class_map=[6, 2])
 
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_checkpoint_knows_its_teacher(kind):
     """Restores weights, projection and average. Refuses another teacher or class map. Older files have no teacher."""
     def task(teacher=None, class_map=None):
-        made = make(kind, teacher=teacher or make_teacher('test_convnext'), teacher_class_map=class_map)
+        made = make(kind, teacher=teacher or make_teacher('test_convnext'), class_map=class_map)
         made.setup_ema(decay=0.5)
         return made
 

@@ -18,6 +18,7 @@ from distill_hooks import (
     DearKDTask,
     FeatureTask,
     LogitTask,
+    Teacher,
     TokenTask,
     TwoStageSchedule,
     create_teacher,
@@ -362,33 +363,33 @@ def _build_distillation(
     class_map = load_class_map(args.kd_class_map) if args.kd_class_map else None
     if class_map is None and distill_type != 'feature':
         class_map = _match_classes(loaded, label_names, cast(Any, model).num_classes)
-    common = dict(
-        common,
-        teacher_class_map=class_map,
-        teacher_img_size=args.kd_teacher_img_size,
+    teacher = Teacher.for_student(
+        model,
+        loaded,
+        img_size=args.kd_teacher_img_size,
+        class_map=class_map,
         mean=data_config['mean'],
         std=data_config['std'],
         input_size=data_config['input_size'],
     )
+    task: TrainingTask
     if distill_type == 'dearkd':
-        task: Any = DearKDTask(
+        task = DearKDTask(
             model,
-            loaded,
+            teacher,
             build_schedule(args, args.epochs),
             hooks=args.dearkd_hooks,
             normalize_features=args.dearkd_normalize_features,
             **common,
         )
-        teacher = task.teacher
     else:
         try:
-            task = _build_timm_task(args, distill_type, model, loaded, common)
+            task = _build_timm_task(args, distill_type, model, teacher, common)
         except (AssertionError, KeyError, RuntimeError, TypeError) as e:
             raise ValueError(f'--kd-distill-type {distill_type} with {args.kd_model_name}: {_reason(e)}') from e
-        teacher = task.teacher.teacher
     if args.kd_teacher_img_size is None:
         for size in args.train_img_sizes or ():
-            teacher.check_input((data_config['input_size'][0], size, size))
+            teacher.probe((data_config['input_size'][0], size, size))
     _log_teacher_size(args, loaded, data_config['input_size'])
     if args.amp:
         teacher.store_weights(getattr(torch, args.amp_dtype))
