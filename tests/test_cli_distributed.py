@@ -144,7 +144,7 @@ def test_no_thread_of_the_group_is_left_in_the_end(image_folder, cnn, tmp_path):
         'print("left:", *(p.read_text().strip() for p in Path("/proc/self/task").glob("*/comm")), flush=True)\n')
     result = run_python(
         *TORCHRUN, script, image_folder, *SMALL, '--epochs', '1', '--kd-model-name', f'local-dir:{cnn}', '--output',
-        tmp_path, '--experiment', 'x', '--kd-class-map', class_map, '--no-aug')
+        tmp_path, '--experiment', 'x', '--kd-class-map', class_map, '--no-aug', '--val-split', 'train')
     assert result.returncode == 0, result.stderr
     assert result.stderr.count('seem to be in another order') == 1
     assert (tmp_path / 'x' / 'kd_class_map.txt').read_text() == '0 blue sky\n1 grass\n2 rust\n'

@@ -258,7 +258,7 @@ def test_a_run_is_not_begun_over_another(train_cli, tmp_path):
     shutil.copytree(tmp_path / 'run', tmp_path / 'other')
     for resume in ([], ['--resume', tmp_path / 'other' / 'last.pth.tar']):
         result = train_cli(*command, *resume)
-        assert result.returncode == 2 and 'holds a run. Go on with it by' in result.stderr.splitlines()[-1]
+        assert result.returncode == 2 and 'holds a run. Resume it with' in result.stderr.splitlines()[-1]
     assert {path.name: path.read_bytes() for path in (tmp_path / 'run').iterdir()} == before
 
 
