@@ -340,7 +340,7 @@ def test_a_hub_that_cannot_be_reached(offline, address, monkeypatch):
 @pytest.mark.parametrize('args, message', [
     (['push', 'NOWHERE', '--repo', 'a/b'], 'No folder'),
     (['push', 'EMPTY', '--repo', 'a/b'], 'the run has not finished an epoch'),
-    (['push', 'TIMM', '--repo', 'a/b'], "of timm's own script"),
+    (['push', 'TIMM', '--repo', 'a/b'], "from timm's own script"),
     (['push', 'CUT', '--repo', 'a/b', '--dry-run'], 'cannot be loaded'),
     (['push', 'RUN', '--repo', 'a b/c', '--dry-run'], 'Expected ORG/NAME'),
 ])
