@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timing import medians
 
-from timm_dearkd.data_free.inversion import Inverter, Resolution
+from timm_dearkd.data_free.inversion import Execution, Inverter, Resolution
 from timm_dearkd.data_free.losses import l2_prior, total_variation
 from timm_dearkd.engine.device import Precision, select_device
 
@@ -35,8 +35,8 @@ def make_bare(model, images, targets, precision, compile=None):
 def make_step(model, images, targets, precision, channels_last, compile=None):
     size = images.shape[-1]
     inverter = Inverter(
-        model, **NORM, resolutions=[Resolution(size, 1, 0.1)], diversity='none', autocast=precision.autocast,
-        channels_last=channels_last, compile=compile)
+        model, **NORM, resolutions=[Resolution(size, 1, 0.1)], diversity='none',
+        execution=Execution(precision.autocast, channels_last, compile))
     optimizer = torch.optim.Adam([images], lr=0.1)
 
     def run():

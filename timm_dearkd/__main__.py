@@ -1,6 +1,7 @@
-"""Run a script with DearKD's architectures registered: `python -m timm_dearkd SCRIPT [ARGUMENT ...]`.
+"""Run a script with DearKD's models: python -m timm_dearkd SCRIPT [ARGUMENT ...]
 
-For the scripts in a clone of timm, of which train.py alone imports what it is told to (`--device-modules timm_dearkd`).
+It is for scripts in a clone of timm, such as validate.py. timm's train.py does not need it: it imports the models with
+`--device-modules timm_dearkd`.
 """
 import os
 import runpy
@@ -11,6 +12,7 @@ import timm_dearkd  # noqa: F401  registers the architectures
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Run the script; None takes the arguments of the process."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments in (['-h'], ['--help']):
         print(__doc__)

@@ -1,8 +1,30 @@
-"""What the commands have in common."""
+"""Helpers that all commands share: argument types, flags, and errors in one line."""
+import argparse
 import sys
 from typing import Callable, Optional, Sequence
 
-__all__ = ['run_command']
+__all__ = ['add_device', 'natural_int', 'positive_int', 'run_command']
+
+
+def _whole_number(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f'{text!r}, expected a whole number of {least} or more')
+    return int(text)
+
+
+def natural_int(text: str) -> int:
+    """Parse a whole number of 0 or more (an argparse type)."""
+    return _whole_number(text, 0)
+
+
+def positive_int(text: str) -> int:
+    """Parse a whole number of 1 or more (an argparse type)."""
+    return _whole_number(text, 1)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add `--device`, see `timm_dearkd.engine.device.find_device`."""
+    parser.add_argument('--device', help='cuda, cpu, cuda:1, ... (default: the accelerator, else the CPU)')
 
 
 def run_command(
@@ -11,13 +33,13 @@ def run_command(
         argv: Optional[Sequence[str]] = None,
         hint: str = '',
 ) -> None:
-    """Call a command's `main`; what it refuses becomes one line on standard error, and status 2.
+    """Call a command's `main`; report an error in one line and exit with status 2.
 
     Args:
-        name: Of the command.
-        main: Raises `OSError` or `ValueError` where it can't go on.
-        argv: Its arguments; None are those of the process.
-        hint: What to say of an interruption by Ctrl-C, whose status is 130.
+        name: Name of the command.
+        main: The command. Its `OSError` and `ValueError` are reported on standard error.
+        argv: Arguments; None takes those of the process.
+        hint: Sentence to add when Ctrl-C interrupts the command (status 130).
     """
     try:
         main(argv)

@@ -1,6 +1,6 @@
-"""Export a trained model: `python -m timm_dearkd.export output/train/student --format onnx`.
+"""Export a trained model to ONNX, torch.export or safetensors, and check it.
 
-What was written is loaded again and compared with the model before the command ends.
+    python -m timm_dearkd.export output/train/student --format onnx
 """
 import argparse
 import copy
@@ -18,14 +18,14 @@ from timm.models import get_model_input_config
 from timm.utils import setup_default_logging
 
 import timm_dearkd  # noqa: F401  registers the architectures
-from distill_hooks import create_teacher
+from distill_hooks import load_model
 from timm_dearkd.attention import ConvAttention
-from timm_dearkd.commands import run_command
+from timm_dearkd.commands import positive_int, run_command
 from timm_dearkd.engine.output import save_folder
 
 __all__ = ['FORMATS', 'export']
 
-TOLERANCE = 1e-4  # of the outputs, relative to their size where that is above 1
+TOLERANCE = 1e-4  # for the logits, relative to values above 1
 
 
 def _save_safetensors(model: Any, images: torch.Tensor, path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -45,7 +45,7 @@ def _save_onnx(model: nn.Module, images: torch.Tensor, path: Path) -> Callable[[
         import onnxscript  # noqa: F401
     except ImportError as e:
         raise ValueError(f"ONNX needs another package ({e}): pip install -e '.[export]' in the clone.") from e
-    for name in ('onnxscript', 'onnx_ir'):  # dozens of lines on what they did not fold
+    for name in ('onnxscript', 'onnx_ir'):  # they log dozens of lines about constant folding
         logging.getLogger(name).setLevel(logging.ERROR)
     batch = torch.export.Dim('batch', min=1, max=2 ** 16)
     torch.onnx.export(
@@ -61,20 +61,22 @@ FORMATS: Dict[str, Any] = {
 
 @torch.no_grad()
 def export(model: Any, kind: str, path: Path, img_size: Optional[int] = None) -> float:
-    """Write a model, load it again, and compare the two on three images. Of the programs, the batch size is free.
+    """Write a model, load it again, and compare the logits on three images.
 
     Args:
-        model: A timm model, which stays as it is. Its copy is exported for the CPU, in float32.
-        kind: 'safetensors' writes a folder with timm's `config.json`, which `local-dir:` loads; 'onnx' and
-            'torch-export' write a program, with MHCA's positional scores as constants, the fastest form on a CPU.
-        path: The folder or the file. One that is there is replaced.
-        img_size: Side length of the images; a ViT's position embedding is resampled to it. None is the model's own.
+        model: A timm model. A copy is exported for the CPU, in float32.
+        kind: 'safetensors' writes a folder with timm's `config.json`, which `local-dir:` loads. 'onnx' and
+            'torch-export' write a program for any batch size, with MHCA's positional scores as constants, the fastest
+            form on a CPU.
+        path: Folder or file to write. An existing one is replaced.
+        img_size: Side length of the images in pixels, to which a ViT's position embedding is resampled; None is the
+            model's own.
 
     Returns:
-        The largest difference of the logits, relative to their size where that is above 1.
+        Largest difference of the logits, relative to values above 1.
 
     Raises:
-        ValueError: A missing package, a model that can't be exported, or one whose copy computes something else.
+        ValueError: If a package is missing, the model cannot be exported, or the logits differ.
     """
     model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     try:
@@ -85,8 +87,8 @@ def export(model: Any, kind: str, path: Path, img_size: Optional[int] = None) ->
         images = torch.randn(3, chans, *size, generator=torch.Generator().manual_seed(0))
         expected = model(images)
     except (AssertionError, RuntimeError) as e:
-        of_size = f' of {img_size}x{img_size}' if img_size else ''
-        raise ValueError(f'The model takes no images{of_size}: {" ".join(str(e).split())}') from e
+        size_text = f' of --img-size {img_size}' if img_size else ''
+        raise ValueError(f'The model does not take images{size_text}: {" ".join(str(e).split())}') from e
     if kind != 'safetensors':
         for module in model.modules():
             if isinstance(module, ConvAttention):
@@ -111,13 +113,14 @@ def export(model: Any, kind: str, path: Path, img_size: Optional[int] = None) ->
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the command."""
     parser = argparse.ArgumentParser(prog='python -m timm_dearkd.export', description='Export a trained model')
     add = parser.add_argument
     add('model', metavar='RUN_OR_MODEL', help='output folder of train.py, or a timm name')
-    add('--checkpoint', metavar='FILE', help='its weights (its pretrained ones)')
-    add('--format', default='safetensors', choices=list(FORMATS))
-    add('--img-size', type=int, metavar='N', help='side length of the images (its own)')
-    add('--output', metavar='PATH', help='what to write (the name of the model, with .onnx or .pt2)')
+    add('--checkpoint', metavar='FILE', help='weights of the model (default: its pretrained ones)')
+    add('--format', default='safetensors', choices=list(FORMATS), help='file format (default: %(default)s)')
+    add('--img-size', type=positive_int, metavar='N', help="side length of the images in pixels (default: the model's)")
+    add('--output', metavar='PATH', help='file or folder to write (default: MODEL-export, with .onnx or .pt2)')
     return parser
 
 
@@ -127,15 +130,13 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     setup_default_logging()
     path = Path(args.output or f'{_file_name(args.model)}-export{FORMATS[args.format][1]}')
     if path.is_dir() and any(path.iterdir()) and not (args.format == 'safetensors' and _is_export(path)):
-        raise ValueError(f'{str(path)!r} is a folder with other files. Name another --output.')
-    if args.img_size is not None and args.img_size < 1:
-        raise ValueError(f'--img-size {args.img_size}, expected 1 or more.')
+        raise ValueError(f'{str(path)!r} is a folder with other files. Set another --output.')
     try:
-        model: Any = create_teacher(args.model, args.checkpoint)
+        model: Any = load_model(args.model, args.checkpoint)
         error = export(model, args.format, path, args.img_size)
-    except (RuntimeError, SafetensorError) as e:  # of damaged files, and of the exporters
+    except (RuntimeError, SafetensorError) as e:  # from damaged files and from the exporters
         raise ValueError(' '.join(str(e).split())[:600]) from e
-    print(f'{path} (loaded again, its logits differ by {error:.1g} at the most)')
+    print(f'{path} (checked: its logits differ by at most {error:.1g})')
 
 
 def _file_name(model: str) -> str:

@@ -1,4 +1,4 @@
-"""Files that are whole under their name at any moment."""
+"""Atomic writes: readers never see half a file."""
 import csv
 import io
 import os
@@ -9,7 +9,7 @@ __all__ = ['append_row', 'write_bytes', 'write_table', 'write_text']
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name and rename it."""
+    """Write a file atomically: under a temporary name, which is then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
@@ -23,8 +23,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Append a row to a CSV file, under the columns of its header.
 
-    The file is written again if the row has columns that the header does not have. They come last, and are empty in the
-    rows before.
+    If the row has new columns, the file is rewritten with these columns at the end, empty in earlier rows.
     """
     columns: List[str] = []
     rows: List[Dict[str, str]] = []
@@ -41,12 +40,12 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def write_table(path: Path, rows: Iterable[Sequence[Any]]) -> None:
-    """`write_bytes` for rows of a CSV file, the header first."""
+    """Write a CSV file atomically. The first row is the header."""
     text = io.StringIO(newline='')
     csv.writer(text).writerows(rows)
     write_bytes(path, text.getvalue().encode())
 
 
 def write_text(folder: str, name: str, text: str) -> None:
-    """`write_bytes` for text."""
+    """Write a text file atomically."""
     write_bytes(Path(folder) / name, text.encode())

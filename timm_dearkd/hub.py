@@ -1,4 +1,4 @@
-"""Push a run to the Hugging Face Hub, with its model card.
+"""Push a run to the Hugging Face Hub, with a model card.
 
     python -m timm_dearkd.hub push output/train/student --repo org/name [--private] [--dry-run]
 """
@@ -12,15 +12,10 @@ import re
 import shlex
 import shutil
 from pathlib import Path, PureWindowsPath
-from typing import Any, List, Optional, Sequence
+from typing import Any, List, Optional, Sequence, Tuple
 
 import timm
-from huggingface_hub import (
-    EvalResult,
-    HfApi,
-    ModelCard,
-    ModelCardData,
-)
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 
@@ -47,60 +42,21 @@ CITATION = '''@inproceedings{chen2022dearkd,
 }'''
 
 
-def model_card(run: Run, model: Any, repo: str, license: Optional[str] = None) -> ModelCard:
-    """A model card made from what the folder of a run says.
-
-    Args:
-        run: The run.
-        model: Its model.
-        repo: ORG/NAME that it is for.
-        license: Licence of the weights, by the Hub's name for it; None takes the one in `config.json`, if any.
-    """
-    args, best = run.args, run.best()
-    data = run.info.get('data', {})
-    source = _without_folders(args.get('dataset') or '') or _last_part(
-        args.get('data_dir') or args.get('data') or 'images')
-    is_dearkd = any(isinstance(module, ConvAttention) for module in model.modules()) or 'train_stage' in run.columns
-    results = [EvalResult(
-        task_type='image-classification', dataset_type='imagefolder', dataset_name=f'{source}, validation split',
-        metric_type='accuracy', metric_name='top-1', metric_value=round(best[1] / 100, 4),
-    )] if best and run.metric == 'eval_top1' else []
-    metadata = ModelCardData(
-        license=license or model.pretrained_cfg.get('license'), library_name='timm',
-        pipeline_tag='image-classification', metrics=['accuracy'],
-        tags=['image-classification', 'timm', *(['dearkd', 'knowledge-distillation'] if is_dearkd else [])],
-        model_name=repo.split('/')[-1], eval_results=results or None)
-    rate = f'lr {args["lr"]}' if args.get('lr') is not None else f'lr-base {args.get("lr_base")}'
-    facts = [
-        ('Model', _architecture(str(args.get('model'))) or model.pretrained_cfg.get('architecture')),
-        ('Parameters', f'{sum(p.numel() for p in model.parameters()):,}'),
-        ('Data', source), ('Training images', data.get('train_images')), ('Classes', model.num_classes),
-        ('Image size', ' x '.join(map(str, model.pretrained_cfg['input_size']))),
-        ('Teacher', _teacher(run)),
-        ('Epochs', len(run.rows) if run.state == 'finished' else f'{run.state}, not finished'), *_stages(run),
-        ('Optimizer', f'{args.get("opt")}, {rate}, weight decay {args.get("weight_decay")}, batch size'
-         f' {args.get("batch_size")}')]
-    lines = [f'- **{key}:** {value}' for key, value in facts if value not in (None, '')]
-    figure = f'Best {run.metric.replace("_", " ")}: {best[1]:.2f}, after epoch {best[0]}.' if best else ''
-    commands = '\n'.join(_public_command(session['command']) for session in run.info.get('sessions', ()))
-    trained = f'\n## How it was trained\n\n```sh\n{commands}\n```\n' if commands else ''
-    cited = f'\n## Citation\n\n```bibtex\n{CITATION}\n```\n' if is_dearkd else ''
-    return ModelCard(f"""---
-{metadata.to_yaml()}
+CARD = """---
+{metadata}
 ---
 
-# {repo.split('/')[-1]}
+# {title}
 
-{'A DearKD' if is_dearkd else 'An'} image classifier for [timm](https://github.com/huggingface/pytorch-image-models),
-trained with timm-dearkd.
+{kind} image classifier for [timm](https://github.com/huggingface/pytorch-image-models), trained with timm-dearkd.
 
-{chr(10).join(lines)}
+{facts}
 
 ## Results
 
-{figure}
+{best}
 
-![Accuracy and losses over the epochs](curves.png)
+![Accuracy and losses by epoch](curves.png)
 
 ## How to use it
 
@@ -116,26 +72,88 @@ from PIL import Image
 
 model = timm.create_model('hf-hub:{repo}', pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-image = Image.open('photo.jpg').convert('{'L' if model.pretrained_cfg['input_size'][0] == 1 else 'RGB'}')
+image = Image.open('photo.jpg').convert('{mode}')
 probabilities = model(transform(image).unsqueeze(0)).softmax(dim=-1)
 ```
-{trained}{cited}""")
+{commands}{citation}"""
+
+
+def model_card(run: Run, model: Any, repo: str, license: Optional[str] = None) -> ModelCard:
+    """Build the model card of a run.
+
+    Args:
+        run: The run.
+        model: The trained model.
+        repo: Name of the repository, ORG/NAME.
+        license: Licence of the weights, by the Hub's name; None takes the one in `config.json`, if any.
+    """
+    title, best = repo.split('/')[-1], run.best()
+    is_dearkd = any(isinstance(module, ConvAttention) for module in model.modules()) or 'train_stage' in run.columns
+    metadata = ModelCardData(
+        license=license or model.pretrained_cfg.get('license'), library_name='timm',
+        pipeline_tag='image-classification', metrics=['accuracy'],
+        tags=['image-classification', 'timm', *(['dearkd', 'knowledge-distillation'] if is_dearkd else [])],
+        model_name=title, eval_results=_results(run))
+    commands = '\n'.join(_public_command(session['command']) for session in run.info.get('sessions', ()))
+    return ModelCard(CARD.format(
+        metadata=metadata.to_yaml(), title=title, kind='A DearKD' if is_dearkd else 'An', repo=repo,
+        facts='\n'.join(f'- **{key}:** {value}' for key, value in _facts(run, model) if value not in (None, '')),
+        best=f'Best {run.metric.replace("_", " ")}: {best[1]:.2f}, after epoch {best[0]}.' if best else '',
+        mode='L' if model.pretrained_cfg['input_size'][0] == 1 else 'RGB',
+        commands=f'\n## Training\n\n```sh\n{commands}\n```\n' if commands else '',
+        citation=f'\n## Citation\n\n```bibtex\n{CITATION}\n```\n' if is_dearkd else ''))
+
+
+def _data_name(run: Run) -> str:
+    """Return the name of the data set, without directories."""
+    args = run.args
+    return _without_folders(args.get('dataset') or '') or _last_part(
+        args.get('data_dir') or args.get('data') or 'images')
+
+
+def _results(run: Run) -> Optional[List[EvalResult]]:
+    """Return the best top-1 for the metadata; None if the run does not have it."""
+    best = run.best()
+    if not best or run.metric != 'eval_top1':
+        return None
+    return [EvalResult(
+        task_type='image-classification', dataset_type='imagefolder',
+        dataset_name=f'{_data_name(run)}, validation split', metric_type='accuracy', metric_name='top-1',
+        metric_value=round(best[1] / 100, 4))]
+
+
+def _facts(run: Run, model: Any) -> List[Tuple[str, Any]]:
+    """Return keys and values about the model, the data and the training."""
+    args, cfg = run.args, model.pretrained_cfg
+    rate = f'lr {args["lr"]}' if args.get('lr') is not None else f'lr-base {args.get("lr_base")}'
+    return [
+        ('Model', _architecture(str(args.get('model'))) or cfg.get('architecture')),
+        ('Parameters', f'{sum(p.numel() for p in model.parameters()):,}'),
+        ('Data', _data_name(run)),
+        ('Training images', run.info.get('data', {}).get('train_images')),
+        ('Classes', model.num_classes),
+        ('Image size', ' x '.join(map(str, cfg['input_size']))),
+        ('Teacher', _teacher(run)),
+        ('Epochs', len(run.rows) if run.state == 'finished' else f'{run.state}, not finished'),
+        *_stages(run),
+        ('Optimizer', f'{args.get("opt")}, {rate}, weight decay {args.get("weight_decay")}, batch size'
+         f' {args.get("batch_size")}')]
 
 
 def _last_part(path: str) -> str:
-    """Return the last part of a path, with the separators of POSIX or Windows."""
+    """Return the last part of a POSIX or Windows path."""
     return PureWindowsPath(path).name
 
 
 def _without_folders(word: str) -> str:
-    """Strip directories from a path that a word shows by itself: absolute, or from `~`, `.`, `..` or a drive."""
+    """Strip directories from a word with a path from `/`, `~`, `.` or a drive."""
     start = r'(?:~|\.{1,2}|[A-Za-z]:)?[/\\]'
     return re.sub(
         rf'(^|=|:|[a-z]+/)({start}.*)$', lambda match: match[1] + _last_part(match[2]), word, flags=re.DOTALL)
 
 
 class _Values(argparse.Namespace):
-    """Parsed options with every value of those that are given several times."""
+    """Parsed options, with all values of options that are repeated."""
 
     def __init__(self) -> None:
         vars(self)['values'] = []
@@ -157,7 +175,7 @@ def _given_paths(words: Sequence[str]) -> List[str]:
 
 
 def _public_command(command: str) -> str:
-    """Strip directories from a command of train.py, so that a model card does not show private paths."""
+    """Strip directories from a train.py command, so that cards show no private paths."""
     words = shlex.split(command)
     start = next((place for place, word in enumerate(words, 1) if word in ('train.py', 'timm_dearkd.train')), 0)
     try:
@@ -175,7 +193,7 @@ def _public_command(command: str) -> str:
 
 
 def _teacher(run: Run) -> str:
-    """Describe the teacher by its architecture and accuracy, but not by its path."""
+    """Describe the teacher by architecture and accuracy, without its path."""
     name = str(run.args.get('kd_model_name') or '')
     if not name:
         return 'none'
@@ -186,7 +204,7 @@ def _teacher(run: Run) -> str:
 
 
 def _architecture(name: str) -> Optional[str]:
-    """Return the timm or Hub name of a model that may be given as a folder or a checkpoint; None if unknown."""
+    """Return the timm or Hub name of a model, folder or checkpoint; None if unknown."""
     if name.startswith(('hf-hub:', 'hf_hub:')) or timm.is_model(name.split('.')[0]):
         return name
     path = Path(name.removeprefix('local-dir:'))
@@ -196,8 +214,8 @@ def _architecture(name: str) -> Optional[str]:
     return next((args['arch'] for args in map(training_args, map(str, checkpoints)) if 'arch' in args), None)
 
 
-def _stages(run: Run) -> List[Any]:
-    """How long the teacher taught, and what came then."""
+def _stages(run: Run) -> List[Tuple[str, str]]:
+    """Return keys and values about the length of the stages."""
     if not run.args.get('kd_model_name') or 'train_stage' not in run.columns:
         return []
     start = run.stage2_start
@@ -208,27 +226,27 @@ def _stages(run: Run) -> List[Any]:
 
 
 def prepare_folder(run_folder: str, folder: Path, repo: str, license: Optional[str] = None) -> None:
-    """Write what is pushed: weights as safetensors, timm's `config.json` with the class names, the card, the curves.
+    """Write the folder that is pushed: weights, `config.json`, model card and curves.
 
     Args:
         run_folder: Output folder of train.py.
-        folder: Where to; replaced as a whole.
-        repo: ORG/NAME that it is for.
+        folder: Folder to write, which is replaced.
+        repo: Name of the repository, ORG/NAME.
         license: Licence of the weights, see `model_card`.
 
     Raises:
-        FileNotFoundError: No such run.
-        ValueError: A run that has no model yet, or no name of a repository.
+        FileNotFoundError: If the run does not exist.
+        ValueError: If the run has no model yet, or `repo` is not ORG/NAME.
     """
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', repo):
-        raise ValueError(f'{repo!r} is not the name of a Hub repository. Expected ORG/NAME.')
+        raise ValueError(f'--repo {repo!r} is not the name of a Hub repository. Expected ORG/NAME.')
     run = open_run(run_folder)
     if not (run.folder / 'config.json').exists():
         raise ValueError(f'{run_folder!r} has no model: {why_no_model(run.folder)}.')
     try:
         model: Any = timm.create_model(f'local-dir:{run.folder}', pretrained=True)
     except (KeyError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as e:
-        raise ValueError(f'The model in {run_folder!r} can not be loaded: {" ".join(str(e).split())}') from e
+        raise ValueError(f'The model in {run_folder!r} cannot be loaded: {" ".join(str(e).split())}') from e
     if license:
         model.pretrained_cfg['license'] = license
     temporary = folder.with_name(f'.{folder.name}.tmp')
@@ -245,19 +263,19 @@ def prepare_folder(run_folder: str, folder: Path, repo: str, license: Optional[s
 
 
 def push(run_folder: str, repo: str, private: bool = False, license: Optional[str] = None) -> str:
-    """Push a run to the Hub, in one commit. A repository that is not there is made.
+    """Push a run to the Hub in one commit. Creates the repository if necessary.
 
     Args:
         run_folder: Output folder of train.py.
-        repo: ORG/NAME.
-        private: Make it private; refuse to push to one that is public.
+        repo: Name of the repository, ORG/NAME.
+        private: Create a private repository, and do not push to a public one.
         license: Licence of the weights, see `model_card`.
 
     Returns:
-        Its address.
+        URL of the repository.
 
     Raises:
-        HubError: The Hub refuses, or can't be reached.
+        HubError: If the Hub refuses the push or cannot be reached.
         ValueError: See `prepare_folder`.
     """
     folder = Path(run_folder) / 'hub'
@@ -267,28 +285,29 @@ def push(run_folder: str, repo: str, private: bool = False, license: Optional[st
         url = api.create_repo(repo, private=private, exist_ok=True)
         if private and not api.model_info(repo).private:
             raise HubError(
-                f'{repo!r} is there already, and public. Make it private on its page, or push without --private.')
+                f'{repo!r} exists and is public. Make it private on its page, or push without --private.')
         api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=f'Add {Path(run_folder).name}')
     return str(url)
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the command."""
     parser = argparse.ArgumentParser(
         prog='python -m timm_dearkd.hub', description='Share models on the Hugging Face Hub')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
     add = commands.add_parser('push', help='push a run').add_argument
     add('run', metavar='RUN', help='output folder of train.py')
-    add('--repo', required=True, metavar='ORG/NAME')
-    add('--private', action='store_true', help='make it private; refuse one that is public')
-    add('--license', metavar='NAME', help="licence of the weights, by the Hub's name (the one in config.json, if any)")
-    add('--dry-run', action='store_true', help='write the folder that would be pushed, RUN/hub, and push nothing')
+    add('--repo', required=True, metavar='ORG/NAME', help='repository, created if necessary')
+    add('--private', action='store_true', help='create a private repository; do not push to a public one')
+    add('--license', metavar='NAME', help="Hub's name of the weights' licence (default: from config.json)")
+    add('--dry-run', action='store_true', help='only write the folder to push, RUN/hub')
     return parser
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
-    hub_logging.set_verbosity_error()  # it logs every try
+    hub_logging.set_verbosity_error()  # it logs every attempt
     logging.getLogger('timm').setLevel(logging.WARNING)
     if args.dry_run:
         folder = Path(args.run) / 'hub'

@@ -1,8 +1,7 @@
-"""Pretrained weights from the Hugging Face Hub, whose hash is checked."""
+"""Pretrained weights from the Hugging Face Hub, with a check of their hash."""
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import os
 from pathlib import Path
 from typing import Iterator, List, Optional, Tuple, Union
@@ -16,24 +15,25 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from timm.models import PretrainedCfg, list_models
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, hf_split
 
 __all__ = ['HubError', 'download_weights', 'hub_errors', 'locate_weights']
 
 NAMESPACE_VARIABLE = 'TIMM_DEARKD_HUB'
-# Errors before a connection is made, by the names that the HTTP libraries of huggingface_hub give them
+# Errors before a connection exists, by their names in the HTTP libraries of huggingface_hub
 _UNREACHABLE = {
     'ConnectError', 'ConnectTimeout', 'ProxyError', 'NewConnectionError', 'NameResolutionError', 'gaierror',
     'ConnectionRefusedError', 'OfflineModeIsEnabled'}
 
 
 class HubError(OSError):
-    """An error of the Hub in one line, with its remedy."""
+    """Error of the Hub in one line, with a remedy."""
 
 
 def _split(repo: str) -> Tuple[str, Optional[str]]:
-    """Return the name and the revision of ORG/NAME@REVISION."""
+    """Split ORG/NAME@REVISION into name and revision."""
     if repo.count('@') > 1:
         raise HubError(f'{repo!r} is not the name of a Hub repository. Expected ORG/NAME, or ORG/NAME@REVISION.')
     return hf_split(repo)
@@ -51,7 +51,7 @@ def hub_errors(repo: str) -> Iterator[None]:
         while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
             chain.append(cause)
         if isinstance(e, OSError) and e.errno in (errno.EACCES, errno.ENOSPC, errno.ENOTDIR, errno.EROFS, errno.EDQUOT):
-            raise HubError(f'{e}. Make room for the cache of the Hub, or set HF_HOME to another folder.') from e
+            raise HubError(f'{e}. Free disk space, or set HF_HOME to another folder.') from e
         modules = {cls.__module__.partition('.')[0] for error in chain for cls in type(error).__mro__}
         if not isinstance(e, OSError) and not modules & {'huggingface_hub', 'httpx', 'httpx2', 'httpcore', 'requests'}:
             raise
@@ -63,56 +63,56 @@ def hub_errors(repo: str) -> Iterator[None]:
 
 
 def _explain(error: Exception, status: Optional[int], is_offline: bool) -> str:
-    """Say in one line what went wrong, and what to do."""
+    """Return the cause of an error and its remedy in one line."""
     reason = ' '.join(str(error).split())
     if isinstance(error, HFValidationError):
-        return 'that is not the name of a Hub repository. Expected ORG/NAME.'
+        return 'this is not the name of a Hub repository. Expected ORG/NAME.'
     if isinstance(error, GatedRepoError):
-        return 'it asks for permission. Ask for it on its page, and log in with `hf auth login`.'
+        return 'it is gated. Request access on its page, and log in with `hf auth login`.'
     if isinstance(error, RevisionNotFoundError):
-        return 'it has no such revision. Check what is behind the @.'
+        return 'it does not have this revision. Check the part after @.'
     if isinstance(error, RepositoryNotFoundError) or status == 401:
         return (
             'it does not exist, or is private, or you are not logged in. Check the name, and log in with'
-            ' `hf auth login` or by HF_TOKEN.')
+            ' `hf auth login` or HF_TOKEN.')
     if status == 403:
-        return 'the token has no right to do that (403). Make one with write access.'
+        return 'the token has no permission for this (403). Create one with write access.'
     if status is not None and status >= 500:
-        return f'the Hub answers with an error of its own ({status}). Try again later.'
+        return f'the Hub has an internal error ({status}). Try again later.'
     if isinstance(error, LocalEntryNotFoundError):
-        return 'it can not be reached, and is not in the cache. Check the connection, or unset HF_HUB_OFFLINE.'
+        return 'it cannot be reached and is not in the cache. Check the connection, or unset HF_HUB_OFFLINE.'
     if isinstance(error, EntryNotFoundError):
-        return f'it is no timm model, for a file is missing. {reason}'
+        return f'it is not a timm model, because a file is missing. {reason}'
     if status is not None:
-        return f'the Hub refuses ({status}). {reason}'
+        return f'the Hub refused the request ({status}). {reason}'
     if is_offline:
         return (
             f'the Hub cannot be reached ({reason}). Check the network connection and HF_ENDPOINT, and unset'
             ' HF_HUB_OFFLINE.')
     return (
-        f'the transfer was cut off or took too long ({type(error).__name__}: {reason}). Try again;'
-        f' HF_HUB_DOWNLOAD_TIMEOUT sets how many seconds to wait ({constants.HF_HUB_DOWNLOAD_TIMEOUT}).')
+        f'the transfer was interrupted or timed out ({type(error).__name__}: {reason}). Try again;'
+        f' HF_HUB_DOWNLOAD_TIMEOUT sets the timeout, now {constants.HF_HUB_DOWNLOAD_TIMEOUT} seconds.')
 
 
 def _verify(path: Path) -> None:
-    """Check a file of the Hub's cache against its name, the SHA-256 of a large file or the git hash of others.
+    """Check a file of the Hub's cache against its hash, the name of its blob.
+
+    The hash is SHA-256 for large files (LFS), and git's SHA-1 for others.
 
     Raises:
-        HubError: If the hash is another. The file is removed.
+        HubError: If the hash differs. The file is removed.
     """
     blob = path.resolve()
     if len(blob.name) not in (40, 64):
         return
-    digest = hashlib.sha256() if len(blob.name) == 64 else hashlib.sha1(b'blob %d\0' % blob.stat().st_size)
     with open(blob, 'rb') as f:
-        while chunk := f.read(2 ** 22):
-            digest.update(chunk)
-    if digest.hexdigest() != blob.name:
+        digest = sha_fileobj(f).hex() if len(blob.name) == 64 else git_hash(f.read())
+    if digest != blob.name:
         path.unlink()
         blob.unlink(missing_ok=True)
         raise HubError(
-            f'{path.name} arrived with another hash ({digest.hexdigest()[:12]}…) than the Hub names'
-            f' ({blob.name[:12]}…). It was removed from the cache. Try again.')
+            f'{path.name} has the hash {digest[:12]}…, expected {blob.name[:12]}… as on the Hub. It was'
+            ' removed from the cache. Try again.')
 
 
 def download_weights(
@@ -120,7 +120,7 @@ def download_weights(
         filename: str = HF_SAFE_WEIGHTS_NAME,
         cache_dir: Optional[Union[str, Path]] = None,
 ) -> Path:
-    """Download a file of a Hub repository, and check its hash if it is new in the cache.
+    """Download a file of a Hub repository, and check the hash of a new file.
 
     Args:
         repo: ORG/NAME, or ORG/NAME@REVISION.
@@ -128,7 +128,7 @@ def download_weights(
         cache_dir: The Hub's cache; None is the user's.
 
     Raises:
-        HubError: If the file is not available, or not what was pushed. No broken file stays in the cache.
+        HubError: If the file is not available or damaged. A damaged file does not stay in the cache.
     """
     name, revision = _split(repo)
     with hub_errors(repo):
@@ -140,14 +140,14 @@ def download_weights(
 
 
 def locate_weights(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]] = None) -> PretrainedCfg:
-    """Return a pretrained configuration that says where the weights of one of our models are.
+    """Return a pretrained configuration with the file of a DearKD model's weights.
 
-    Weights of the recipes (`in1k_300e` and the like) come from the Hub namespace in the environment variable
-    TIMM_DEARKD_HUB, because none are published yet.
+    Weights of the recipes (tags such as `in1k_300e`) are not published yet. They come from the Hub namespace in the
+    environment variable TIMM_DEARKD_HUB.
 
     Args:
-        cfg: The model's.
-        cache_dir: The Hub's cache.
+        cfg: Pretrained configuration of the model.
+        cache_dir: The Hub's cache; None is the user's.
 
     Raises:
         HubError: See `download_weights`.
@@ -167,13 +167,13 @@ def locate_weights(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]] = N
     except HubError as e:
         cause, offline = e.__cause__, LocalEntryNotFoundError
         if isinstance(cause, EntryNotFoundError) and not isinstance(cause, offline) and not cfg.hf_hub_filename:
-            return cfg  # it may have weights of another kind, which timm looks for
+            return cfg  # timm also looks for other file names
         raise
     return dataclasses.replace(cfg, file=str(path), source='')
 
 
 def _recipe_tag(cfg: PretrainedCfg) -> str:
-    """The tag of the recipe whose weights are meant; '' for a model that has no recipe."""
+    """Return the recipe tag of a model, or '' if it has no recipe."""
     if cfg.tag and cfg.tag != 'untrained':
         return cfg.tag
     tags = [name.partition('.')[2] for name in list_models(f'{cfg.architecture}.*', include_tags=True)]

@@ -109,8 +109,8 @@ def test_a_copy_that_computes_something_else_is_not_kept(kind, tmp_path, monkeyp
 
 @pytest.mark.parametrize('args, message', [
     (['nothing'], "Unknown model 'nothing'"),
-    (['test_dearkd', '--checkpoint', 'CHECKPOINT', '--img-size', '0'], '--img-size 0, expected 1 or more'),
-    (['test_dearkd', '--checkpoint', 'CHECKPOINT', '--img-size', '33'], 'no images of 33x33'),
+    (['test_dearkd', '--checkpoint', 'CHECKPOINT', '--img-size', '0'], "--img-size: '0', expected a whole number of 1"),
+    (['test_dearkd', '--checkpoint', 'CHECKPOINT', '--img-size', '33'], 'does not take images of --img-size 33'),
     (['test_dearkd', '--checkpoint', 'CHECKPOINT', '--output', 'FOLDER'], 'a folder with other files'),
 ])
 def test_errors_are_one_line_and_status_2(args, message, checkpoint, tmp_path, capsys):

@@ -78,7 +78,7 @@ def test_push_pull_and_offline(run_folder, hub, user):
 
     hub.repos['someone/public'] = dict(private=False, files={})
     result = user(*push[:-1], 'someone/public', '--private')
-    assert result.returncode == 2 and 'is there already, and public' in result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 2 and 'exists and is public' in result.stderr.strip().splitlines()[-1]
     assert not hub.repos['someone/public']['files']
     result = user(*push, '--private')
     assert result.returncode == 0 and result.stdout.strip() == f'{hub.address}/someone/dearkd_test', result.stderr
@@ -257,13 +257,13 @@ def test_the_card_of_a_cnn_that_is_not_finished(cnn, tmp_path):
     assert '@inproceedings' not in card.text
 
 
-# what goes wrong, and what is said of it
+# faults of the Hub, and parts of the messages
 FAULTS = [
-    ({'model.safetensors': 'corrupt'}, 'model.safetensors arrived with another hash'),
-    ({'model.safetensors': 'cut'}, 'was cut off or took too long'),
-    ({'model.safetensors': 'slow'}, 'HF_HUB_DOWNLOAD_TIMEOUT sets how many seconds to wait (1)'),
+    ({'model.safetensors': 'corrupt'}, 'model.safetensors has the hash '),
+    ({'model.safetensors': 'cut'}, 'was interrupted or timed out'),
+    ({'model.safetensors': 'slow'}, 'HF_HUB_DOWNLOAD_TIMEOUT sets the timeout, now 1 seconds'),
     ({'model.safetensors': 404}, 'it does not exist, or is private'),
-    ({'model.safetensors': 500}, 'an error of its own (500)'),
+    ({'model.safetensors': 500}, 'an internal error (500)'),
 ]
 
 # Each line on standard input is a JSON list of faults, cache and command; what became of it goes to standard output
@@ -303,8 +303,8 @@ def test_faults_are_said_and_leave_no_broken_file(run_folder, hub, user, tmp_pat
 
 @pytest.mark.parametrize('faults, message', [
     ({'create': 401}, 'you are not logged in'),
-    ({'preupload': 403}, 'no right to do that (403)'),
-    ({'/commit/': 500}, 'an error of its own (500)'),
+    ({'preupload': 403}, 'no permission for this (403)'),
+    ({'/commit/': 500}, 'an internal error (500)'),
 ])
 def test_a_push_that_is_refused(faults, message, run_folder, hub, user, tmp_path):
     hub.faults = faults
@@ -320,7 +320,7 @@ def test_a_push_that_is_refused(faults, message, run_folder, hub, user, tmp_path
 @pytest.mark.parametrize('offline, address', [
     (True, 'https://huggingface.co'), (False, 'http://127.0.0.1:9'), (False, 'http://no-such-host.invalid')])
 def test_a_hub_that_cannot_be_reached(offline, address, monkeypatch):
-    """No connection is told apart from a slow transfer. The resolver knows addresses alone."""
+    """A missing connection and a slow transfer have different messages. The resolver only resolves addresses."""
     from timm_dearkd.weights import HubError, hub_errors
     resolve = socket.getaddrinfo
 
@@ -340,8 +340,8 @@ def test_a_hub_that_cannot_be_reached(offline, address, monkeypatch):
 @pytest.mark.parametrize('args, message', [
     (['push', 'NOWHERE', '--repo', 'a/b'], 'No folder'),
     (['push', 'EMPTY', '--repo', 'a/b'], 'the run has not finished an epoch'),
-    (['push', 'TIMM', '--repo', 'a/b'], "of timm's own script"),
-    (['push', 'CUT', '--repo', 'a/b', '--dry-run'], 'can not be loaded'),
+    (['push', 'TIMM', '--repo', 'a/b'], "from timm's own script"),
+    (['push', 'CUT', '--repo', 'a/b', '--dry-run'], 'cannot be loaded'),
     (['push', 'RUN', '--repo', 'a b/c', '--dry-run'], 'Expected ORG/NAME'),
 ])
 def test_errors_are_one_line_and_status_2(args, message, run_folder, tmp_path, capsys):

@@ -1,4 +1,7 @@
-"""The command `python -m timm_dearkd.analysis TOOL ...`. Each tool is a module with `add_arguments` and `run`."""
+"""Command line of the tools: `python -m timm_dearkd.analysis TOOL ...`.
+
+Each tool is a module with `add_arguments` and `run`.
+"""
 import argparse
 import logging
 from typing import Optional, Sequence
@@ -16,7 +19,7 @@ TOOLS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Parser of the command, with a subcommand for each tool."""
+    """Build the parser of the command, with a subcommand for each tool."""
     parser = argparse.ArgumentParser(prog='python -m timm_dearkd.analysis', description='Measure data sets and models')
     subparsers = parser.add_subparsers(dest='tool', metavar='TOOL', required=True)
     for name, tool in TOOLS.items():

@@ -1,33 +1,34 @@
-"""The command that measures how far the heads of models look (figure 4), and its pictures."""
+"""Mean attention distance of each layer and head (figure 4), as CSV and plot."""
 import argparse
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 
+from timm_dearkd.commands import positive_int
 from timm_dearkd.distances import LOG_NAME, DistanceHistory, attention_distances, attention_layers, read_log, stride
 from timm_dearkd.files import write_bytes, write_table
 
-from .figures import new_figure, plain, plot_series, render, shade_stage2
-from .inputs import add_model_arguments, check_counts, load_images, load_model, output_files
+from .figures import escape_label, new_figure, plot_series, render, shade_stage2
+from .inputs import add_model_arguments, load_images, load_model, output_files
 from .runs import open_run
 
 __all__ = ['plot_distances', 'plot_over_epochs']
 
 
 def plot_distances(distances: Dict[str, torch.Tensor], patch_sizes: Sequence[int]) -> Any:
-    """A figure: every head as a point over its layer, and a line through the means, for each model.
+    """Plot each head as a point over its layer, and the mean of each layer as a line.
 
     Args:
-        distances: (layers, heads) by name, in patches.
-        patch_sizes: Of the models. If they are all the same, a second axis has the pixels.
+        distances: (layers, heads) in patches, by model name.
+        patch_sizes: Patch size of each model in pixels. If they are equal, a second axis shows pixels.
     """
     figure, ((axes,),) = new_figure()
     for i, (name, values) in enumerate(distances.items()):
         layers = range(1, len(values) + 1)
         for layer, heads in zip(layers, values.tolist()):
             axes.scatter([layer] * len(heads), heads, s=8, alpha=0.4, color=f'C{i}')
-        axes.plot(layers, values.mean(dim=1).tolist(), marker='o', color=f'C{i}', label=plain(name))
+        axes.plot(layers, values.mean(dim=1).tolist(), marker='o', color=f'C{i}', label=escape_label(name))
     axes.set(xlabel='layer', ylabel='mean attention distance, patches', ylim=(0, None))
     if len(set(patch_sizes)) == 1:
         _add_pixels(axes, patch_sizes[0])
@@ -37,11 +38,11 @@ def plot_distances(distances: Dict[str, torch.Tensor], patch_sizes: Sequence[int
 
 
 def plot_over_epochs(history: DistanceHistory, stage2_start: Optional[int] = None) -> Any:
-    """A figure: the mean over the heads of every layer over the epochs, stage II shaded.
+    """Plot each layer's mean over its heads by epoch, with stage II shaded.
 
     Args:
         history: See `read_log`.
-        stage2_start: First epoch of stage II, if there was one.
+        stage2_start: First epoch of stage II; None if the run did not reach it.
     """
     from matplotlib import colormaps
 
@@ -67,17 +68,17 @@ def _add_pixels(axes: Any, patch_size: float) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+    """Add the options of the tool."""
     add = parser.add_argument
     add('images', metavar='FOLDER',
-        help='image folder, one folder per class; or the folder of a run that was trained with'
-        ' --track-attention-distance, for a plot over its epochs')
+        help='image folder; without --model, folder of a run with --track-attention-distance')
     add_model_arguments(parser, 'attention_distance', required=False)
-    add('--num-images', type=int, default=64)
+    add('--num-images', type=positive_int, default=64, metavar='N',
+        help='images to average over (default: %(default)s)')
 
 
 def _rows(distances: Dict[str, torch.Tensor], patch_sizes: Sequence[int]) -> List[Sequence[Any]]:
-    """Model, layer, head, distance in patches and in pixels."""
+    """Return the CSV rows: model, layer, head, distance in patches and in pixels."""
     return [('model', 'layer', 'head', 'patches', 'pixels')] + [
         (name, layer, head, f'{value:.4f}', f'{value * patch_size:.2f}')
         for (name, values), patch_size in zip(distances.items(), patch_sizes)
@@ -85,14 +86,13 @@ def _rows(distances: Dict[str, torch.Tensor], patch_sizes: Sequence[int]) -> Lis
 
 
 def run(args: argparse.Namespace) -> None:
-    """The command: a CSV, a picture, and the means by layer."""
-    check_counts(args, 'num_images')
-    new_figure()  # without matplotlib, no long work
+    """Write a CSV and a plot; print the means by layer."""
+    new_figure()  # fails before the long work if matplotlib is missing
     if not args.model:
         _run_over_epochs(args)
         return
     if len(set(args.model)) < len(args.model):
-        raise ValueError('--model names a model twice.')
+        raise ValueError('--model has the same name twice. Name each model once.')
     table, picture = output_files(args, 'attention_distance', args.model[0], '.csv', '.png')
     distances: Dict[str, torch.Tensor] = {}
     patch_sizes = []
@@ -115,8 +115,8 @@ def _run_over_epochs(args: argparse.Namespace) -> None:
     log = read_log(args.images)
     if not log:
         raise ValueError(
-            f'{args.images!r} has no {LOG_NAME}, which train.py --track-attention-distance writes. For an image folder,'
-            ' add --model NAME.')
+            f'{args.images!r} has no {LOG_NAME}, which train.py --track-attention-distance writes. To measure on an'
+            ' image folder, add --model NAME.')
     picture, = output_files(args, 'attention_distance', args.images, '.png')
     figure = plot_over_epochs(log, open_run(args.images).stage2_start)
     write_bytes(picture, render(figure))

@@ -1,4 +1,4 @@
-"""What each head looks at: content, position and their sum on an image, and every head's alpha and delta."""
+"""Attention maps of each head on an image: content, position and their sum."""
 import argparse
 import json
 import math
@@ -13,17 +13,18 @@ from torchvision.transforms.functional import to_pil_image
 
 from distill_hooks.teacher import input_normalisation
 from timm_dearkd.attention import ConvAttention
+from timm_dearkd.commands import positive_int
 from timm_dearkd.distances import attention_layers, attention_weights
 from timm_dearkd.files import write_bytes
 
 from .figures import new_figure, render
-from .inputs import add_model_arguments, check_counts, image_transform, load_model, open_image, output_files
+from .inputs import add_model_arguments, image_transform, load_model, open_image, output_files
 
 __all__ = ['attention_maps', 'head_positions', 'plot_heads', 'plot_maps']
 
 
 def _parts(attention: Attention, x: torch.Tensor) -> Dict[str, torch.Tensor]:
-    """Attention (heads, T, T) of an image's tokens (1, T, dim), by what it comes from."""
+    """Return the attention (heads, T, T) of tokens (1, T, dim), by kind of score."""
     if not isinstance(attention, ConvAttention):
         return {'content': attention_weights(attention, x)[0]}
     content, position, total = attention.attention_scores(x)
@@ -38,27 +39,27 @@ def attention_maps(
         layer: int,
         patch: Tuple[int, int],
 ) -> Dict[str, torch.Tensor]:
-    """Where the heads of a layer look from a patch.
+    """Return the attention of a layer's heads from a query patch to all patches.
 
     Args:
         model: A timm `VisionTransformer`, DearKD's or any other.
-        image: Normalised (C, H, W).
-        layer: Counted from 1.
+        image: Normalised image (C, H, W).
+        layer: Layer, counted from 1.
         patch: Row and column of the query patch, counted from 0.
 
     Returns:
-        'content', and for MHCA 'position' and 'sum' (Eq. 3): the softmax of those scores, (heads, rows, columns).
-        Prefix tokens such as [CLS] take part in it and are left out.
+        Softmax (heads, rows, columns) of the scores 'content', and for MHCA 'position' and 'sum' (Eq. 3). The softmax
+        includes prefix tokens such as [CLS]; the result does not.
 
     Raises:
-        ValueError: A model without such attention, a layer or a patch that it does not have.
+        ValueError: If the model has no such attention, layer or patch.
     """
     layers = attention_layers(model)
     if not 1 <= layer <= len(layers):
-        raise ValueError(f'Layer {layer}, expected 1 to {len(layers)}.')
+        raise ValueError(f'--layer {layer}, expected 1 to {len(layers)}.')
     rows, columns = model.patch_embed.dynamic_feat_size(tuple(image.shape[-2:]))  # type: ignore[union-attr, operator]
     if not (0 <= patch[0] < rows and 0 <= patch[1] < columns):
-        raise ValueError(f'Patch {patch[0]} {patch[1]}, expected a row from 0 to {rows - 1} and a column from 0 to'
+        raise ValueError(f'--patch {patch[0]} {patch[1]}, expected a row from 0 to {rows - 1} and a column from 0 to'
                          f' {columns - 1}.')
     found: Dict[str, torch.Tensor] = {}
     handle = layers[layer - 1].register_forward_pre_hook(lambda module, args: found.update(_parts(module, args[0])))
@@ -68,12 +69,15 @@ def attention_maps(
     finally:
         model.train(training)
         handle.remove()
-    query = patch[0] * columns + patch[1] - rows * columns  # counted from the end, where the patches are
+    query = patch[0] * columns + patch[1] - rows * columns  # counted from the end; patches follow the prefix tokens
     return {name: maps[:, query, -rows * columns:].unflatten(-1, (rows, columns)) for name, maps in found.items()}
 
 
 def head_positions(model: nn.Module) -> Dict[int, Tuple[List[float], List[List[float]]]]:
-    """Alpha (heads,) and delta (heads, 2) in patches, row and column, of each MHCA block, counted from 1."""
+    """Return alpha (heads,) and delta (heads, 2) by MHCA block, counted from 1.
+
+    Delta is in patches, row and column.
+    """
     return {
         number: (block.attn.rpe.alpha.tolist(), block.attn.rpe.delta.tolist())
         for number, block in enumerate(getattr(model, 'blocks', ()), start=1)
@@ -82,7 +86,13 @@ def head_positions(model: nn.Module) -> Dict[int, Tuple[List[float], List[List[f
 
 
 def plot_maps(image: Image.Image, maps: Dict[str, torch.Tensor], patch: Tuple[int, int]) -> Any:
-    """A figure of the maps over the image: a row for each part, a column for each head. The patch has a frame."""
+    """Plot the maps over the image: a row per kind of score, a column per head.
+
+    Args:
+        image: The image that the model sees, see `seen_image`.
+        maps: See `attention_maps`.
+        patch: Row and column of the query patch, which gets a frame.
+    """
     from matplotlib.patches import Rectangle
 
     heads, rows, columns = next(iter(maps.values())).shape
@@ -101,11 +111,10 @@ def plot_maps(image: Image.Image, maps: Dict[str, torch.Tensor], patch: Tuple[in
 
 
 def plot_heads(positions: Dict[int, Tuple[List[float], List[List[float]]]]) -> Any:
-    r"""A figure of what MHCA has learned, a panel for each block.
+    r"""Plot the offset and the width of each MHCA head, with a panel for each block.
 
-    A head is a disc round the offset :math:`\Delta` that it looks at, whose radius is the deviation
-    :math:`1 / \sqrt{2 \alpha}` of its positional term, in patches. A head with alpha <= 0, which looks everywhere or
-    away, is a cross.
+    A head is a disc at its offset :math:`\Delta`. The radius is the deviation :math:`1 / \sqrt{2 \alpha}` of its
+    positional term, in patches. A head with alpha <= 0 has no deviation and is a cross.
 
     Args:
         positions: See `head_positions`; not empty.
@@ -143,23 +152,23 @@ def _radius(alpha: float) -> float:
 
 
 def seen_image(model: nn.Module, tensor: torch.Tensor) -> Image.Image:
-    """The picture that a model's input (C, H, W) was made from, as it was resized and cropped."""
+    """Return a model's normalised input (C, H, W) as an image."""
     mean, std = (values.float().view(-1, 1, 1) for values in input_normalisation(model, len(tensor)))
     return to_pil_image((tensor.cpu() * std + mean).clamp(0, 1))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+    """Add the options of the tool."""
     add = parser.add_argument
-    add('image', metavar='IMAGE')
+    add('image', metavar='IMAGE', help='image file')
     add_model_arguments(parser, 'attention_map')
-    add('--layer', type=int, default=1, help='counted from 1')
-    add('--patch', type=int, nargs=2, metavar=('ROW', 'COLUMN'), help='that looks, counted from 0 (the middle)')
+    add('--layer', type=positive_int, default=1, metavar='N', help='layer, counted from 1 (default: %(default)s)')
+    add('--patch', type=int, nargs=2, metavar=('ROW', 'COLUMN'),
+        help='query patch, counted from 0 (default: the middle)')
 
 
 def run(args: argparse.Namespace) -> None:
-    """The command: the maps on the image, the heads on the grid, and the numbers of both."""
-    check_counts(args, 'layer')
+    """Write plots of the maps and of the heads, and the numbers of both as JSON."""
     if len(args.model) > 1:
         raise ValueError(f'--model has {len(args.model)} names, expected one.')
     new_figure()
@@ -181,5 +190,5 @@ def run(args: argparse.Namespace) -> None:
     if positions:
         write_bytes(files[2], render(plot_heads(positions)))
     else:
-        print(f'{args.model[0]} has no MHCA, so its attention is all content, and no heads are drawn on the grid.')
+        print(f'{args.model[0]} has no MHCA. Its attention is content only, and there is no plot of the heads.')
     print(', '.join(str(path) for path in files[:3 if positions else 2]))

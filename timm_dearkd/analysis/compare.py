@@ -1,10 +1,10 @@
-"""Runs side by side: a table, and accuracy and losses over the epochs."""
+"""Table of several runs, and plots of their accuracy and losses by epoch."""
 import argparse
 from typing import Any, List, Sequence
 
 from timm_dearkd.files import write_bytes, write_table
 
-from .figures import new_figure, plain, plot_series, render, shade_stage2
+from .figures import escape_label, new_figure, plot_series, render, shade_stage2
 from .inputs import add_output_arguments, output_files
 from .runs import Run, distinct_names, open_run, readable
 
@@ -14,7 +14,7 @@ COLUMNS = ('run', 'model', 'teacher', 'state', 'metric', 'best', 'at epoch', 'la
 
 
 def compare_table(runs: Sequence[Run]) -> List[List[str]]:
-    """A row for each run; empty where a run has no such figure yet."""
+    """Return a row for each run; values that it does not have yet are empty."""
     rows = []
     for name, run in zip(distinct_names(runs), runs):
         best, last = run.best(), run.last()
@@ -25,40 +25,40 @@ def compare_table(runs: Sequence[Run]) -> List[List[str]]:
 
 
 def drawn_columns(runs: Sequence[Run], columns: Sequence[str] = ()) -> List[str]:
-    """Columns of summary.csv to draw: those asked for, else accuracy and losses.
+    """Return the columns of summary.csv to draw: `columns`, else accuracy and losses.
 
     Raises:
-        ValueError: A column that no run has.
+        ValueError: If no run has one of `columns`.
     """
     found = list(dict.fromkeys(column for run in runs for column in run.columns))
     for column in columns:
         if column not in found:
-            raise ValueError(f'No run has a column {column}. There are: {", ".join(found)}.')
+            raise ValueError(f'--columns: no run has {column!r}. Available: {", ".join(found)}.')
     return list(columns) or [c for c in ('eval_top1', 'eval_loss') if c in found] + [
         c for c in found if c.startswith('train_') and c.endswith('loss')]
 
 
 def plot_column(axes: Any, runs: Sequence[Run], column: str) -> None:
-    """A line for each run that has the column; of a single run, stage II is shaded."""
+    """Draw a line for each run that has the column. Shade stage II of a single run."""
     for i, (name, run) in enumerate(zip(distinct_names(runs), runs)):
         epochs, values = run.series(column)
         if epochs:
-            plot_series(axes, epochs, values, color=f'C{i % 10}', label=plain(name) if len(runs) > 1 else None)
+            plot_series(axes, epochs, values, color=f'C{i % 10}', label=escape_label(name) if len(runs) > 1 else None)
     if len(runs) == 1:
         shade_stage2(axes, runs[0].stage2_start, int(runs[0].rows[-1]['epoch']))
-    axes.set(title=plain(readable(column)), xlabel='epoch')
+    axes.set(title=escape_label(readable(column)), xlabel='epoch')
     axes.grid(alpha=0.3)
 
 
 def plot_runs(runs: Sequence[Run], columns: Sequence[str] = ()) -> Any:
-    """A figure with a panel for each column of summary.csv, by default accuracy and losses, and a line for each run.
+    """Plot columns of summary.csv: a panel for each column, a line for each run.
 
     Raises:
-        ValueError: A column that no run has, or no run has an epoch yet.
+        ValueError: If no run has one of `columns`, or no run has an epoch yet.
     """
     wanted = drawn_columns(runs, columns)
     if not wanted:
-        raise ValueError('There is nothing to draw: the runs have no epoch yet.')
+        raise ValueError('Nothing to draw: the runs have no epoch yet.')
     width = min(3, len(wanted))
     height = -(-len(wanted) // width)
     figure, axes = new_figure(height, width, (4 * width, 3 * height))
@@ -74,15 +74,16 @@ def plot_runs(runs: Sequence[Run], columns: Sequence[str] = ()) -> Any:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+    """Add the options of the tool."""
     add = parser.add_argument
     add('runs', nargs='+', metavar='RUN', help='output folders of train.py')
-    add('--columns', nargs='+', default=[], metavar='NAME', help='columns of summary.csv to draw (accuracy and losses)')
+    add('--columns', nargs='+', default=[], metavar='NAME',
+        help='columns of summary.csv to draw (default: accuracy, losses)')
     add_output_arguments(parser, 'compare')
 
 
 def run(args: argparse.Namespace) -> None:
-    """The command: a table, the figures of all epochs, both as CSV, and a picture."""
+    """Print and write a table of the runs; write all epochs as CSV, and a plot."""
     new_figure()
     runs = [open_run(folder) for folder in args.runs]
     files = output_files(args, 'compare', args.runs[0], '.csv', '_epochs.csv', '.png')
@@ -100,4 +101,4 @@ def run(args: argparse.Namespace) -> None:
     if wanted:
         write_bytes(files[2], render(plot_runs(runs, args.columns)))
     written = ', '.join(map(str, files[:3 if wanted else 2]))
-    print(f'\n{written}' + ('' if wanted else '; nothing to draw, because no run has an epoch yet'))
+    print(f'\n{written}' + ('' if wanted else '. Nothing to draw: no run has an epoch yet.'))

@@ -1,11 +1,11 @@
-"""How far apart the images of a class are: mean LPIPS over random pairs (table 6)."""
+"""Diversity of the images of a class: mean LPIPS over random pairs (table 6)."""
 import argparse
 import json
 import logging
 import math
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, Sequence, Set, Tuple, Union
 
 import numpy as np
 import torch
@@ -15,32 +15,32 @@ from PIL import Image
 from timm.data import resolve_model_data_config
 from tqdm import tqdm
 
-from distill_hooks import FeatureCapture, create_teacher
-from distill_hooks.teacher import input_normalisation
+from distill_hooks import Teacher, load_model
+from timm_dearkd.commands import add_device, natural_int, positive_int
 from timm_dearkd.engine.device import find_device
 from timm_dearkd.engine.image_folder import index_by_name, scan_folder
 from timm_dearkd.files import write_bytes
 
-from .inputs import check_counts, check_overwrite, open_image
+from .inputs import check_overwrite, open_image
 
 _logger = logging.getLogger(__name__)
 
 __all__ = ['FeatureDistance', 'LPIPSDistance', 'class_pairs', 'measure_diversity']
 
-# of two image batches (B, C, H, W) with values from 0 to 1: (B,)
+# Takes two image batches (B, C, H, W) with values from 0 to 1, and returns distances (B,)
 Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class LPIPSDistance:
-    """LPIPS (Zhang et al., 2018), higher for images that look less alike.
+    """LPIPS (Zhang et al., 2018); higher values mean less similar images.
 
     Args:
-        backbone: 'alex' (ours, for the paper names none), 'vgg' or 'squeeze', whose ImageNet weights torchvision has
-            to download.
-        device: Where it runs.
+        backbone: 'alex' (our choice; the paper names none), 'vgg' or 'squeeze'. torchvision downloads its ImageNet
+            weights.
+        device: Device of the network.
 
     Raises:
-        ValueError: The `lpips` package or the weights can not be had.
+        ValueError: If the `lpips` package or the weights are not available.
     """
 
     in_chans = 3
@@ -49,14 +49,14 @@ class LPIPSDistance:
     def __init__(self, backbone: str = 'alex', device: Union[str, torch.device] = 'cpu') -> None:
         try:
             import lpips
-            with warnings.catch_warnings():  # it calls torchvision in a way that is going to change
+            with warnings.catch_warnings():  # it uses deprecated arguments of torchvision
                 warnings.simplefilter('ignore')
                 self.model = lpips.LPIPS(net=backbone, verbose=False).eval().to(device)
         except (ImportError, OSError, RuntimeError) as e:
-            what = 'pip install lpips' if isinstance(e, ImportError) else f'{type(e).__name__}: {e}'
+            reason = 'pip install lpips' if isinstance(e, ImportError) else f'{type(e).__name__}: {e}'
             raise ValueError(
-                f'LPIPS needs the lpips package and the weights of {backbone} ({what}). Without them, measure with the'
-                ' features of a CNN that you have: --model NAME --checkpoint FILE.') from e
+                f'LPIPS needs the lpips package and the weights of {backbone} ({reason}). To compare the features of a'
+                ' CNN instead, set --model NAME --checkpoint FILE.') from e
         self.name = f'LPIPS ({backbone})'
         self.device = device
 
@@ -66,48 +66,45 @@ class LPIPSDistance:
 
 
 class FeatureDistance:
-    """The statistic of LPIPS on the features of any timm CNN, without LPIPS's learned weights (our choice).
+    """Distance like LPIPS on the features of any timm CNN (our choice).
 
-    At each of the CNN's levels the features are scaled to unit length over the channels; the squared differences are
-    summed over channels, averaged over positions, and added up over the levels. Only figures of one CNN compare.
+    The features of each level are normalised to unit length over the channels. Their squared differences are summed
+    over channels and levels, and averaged over positions. LPIPS also has learned weights. Distances of different CNNs
+    cannot be compared.
 
     Args:
         model: The CNN.
-        name: What to call it.
+        name: Name of the CNN in tables and errors.
 
     Raises:
-        ValueError: A model that does not say where its feature levels are, or has other channels than 1 or 3.
+        ValueError: If the model does not list its feature levels, or does not take 1 or 3 channels.
     """
 
     def __init__(self, model: nn.Module, name: str) -> None:
         modules = {module for module, _ in model.named_modules() if module}
         levels = [level['module'] for level in getattr(model, 'feature_info', None) or ()]
-        levels = [level for level in levels if level in modules]  # timm's lists also name what a model may lack
+        levels = [level for level in levels if level in modules]  # timm's lists can name modules that a model lacks
         if not levels:
-            raise ValueError(f'{name} does not say where its feature maps are. Choose a timm CNN, such as resnet50.')
+            raise ValueError(f'--model {name} does not list its feature maps. Choose a timm CNN, such as resnet50.')
         config = resolve_model_data_config(model)
         self.in_chans: int = getattr(model, 'in_chans', len(config['mean']))
         if self.in_chans not in (1, 3):
-            raise ValueError(f'{name} takes {self.in_chans} channels, expected 1 or 3. Choose another CNN.')
-        self.model = model.eval()
-        self.capture = FeatureCapture(model, levels)
-        self._channels = -1 if getattr(model, 'output_fmt', 'NCHW') == 'NHWC' else 1
+            raise ValueError(f'--model {name} takes {self.in_chans} channels, expected 1 or 3. Choose another CNN.')
         self.img_size: int = config['input_size'][-1]
         self.name = f'squared distance of {name} features (not LPIPS)'
         self.device = next(model.parameters()).device
-        self.mean, self.std = (
-            values.float().view(1, -1, 1, 1).to(self.device) for values in input_normalisation(model, self.in_chans))
+        unit = [0.] * self.in_chans, [1.] * self.in_chans  # images are from 0 to 1; the Teacher normalises them
+        self.teacher = Teacher(model, levels, self.in_chans, *unit).to(self.device)
 
     @torch.inference_mode()
     def __call__(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        images = torch.cat([first, second]).to(self.device)
-        self.model((images - self.mean) / self.std)
+        _, maps = self.teacher(torch.cat([first, second]).to(self.device))
         total = torch.zeros(len(first), device=self.device)
-        for features in self.capture.take():
+        for features in maps:
             if not isinstance(features, torch.Tensor) or features.ndim != 4:
-                raise ValueError(f'{self.name}: not feature maps. Choose another CNN, such as resnet50.')
-            a, b = F.normalize(features.float(), dim=self._channels, eps=1e-10).chunk(2)
-            total += (a - b).square().sum(dim=self._channels).mean(dim=(1, 2))
+                raise ValueError(f'{self.name}: not feature maps. Choose another --model, such as resnet50.')
+            a, b = F.normalize(features.float(), dim=1, eps=1e-10).chunk(2)
+            total += (a - b).square().sum(dim=1).mean(dim=(1, 2))
         return total.cpu()
 
 
@@ -116,12 +113,15 @@ def class_pairs(
         pairs_per_class: int,
         seed: int = 0,
 ) -> Dict[int, List[Tuple[int, int]]]:
-    """Random pairs of different images of each class that has two, without repeats.
+    """Draw pairs of different images of each class, without repeats.
 
     Args:
         labels: Class of each image.
-        pairs_per_class: All pairs, where there are fewer.
-        seed: Of the choice.
+        pairs_per_class: Number of pairs; a class with fewer pairs gives all of them.
+        seed: Random seed.
+
+    Returns:
+        Indices of the images of each pair, by class. Classes with one image are missing.
     """
     by_label: Dict[int, List[int]] = {}
     for i, label in enumerate(labels):
@@ -134,7 +134,7 @@ def class_pairs(
         chosen = np.random.default_rng((seed, label)).choice(count, min(count, pairs_per_class), replace=False)
         pairs = []
         for number in sorted(chosen.tolist()):
-            # the pairs (0, 1), (0, 2), (1, 2), (0, 3), ... by number
+            # pair `number` of the sequence (0, 1), (0, 2), (1, 2), (0, 3), ...
             second = (1 + math.isqrt(1 + 8 * number)) // 2
             pairs.append((members[number - second * (second - 1) // 2], members[second]))
         result[label] = pairs
@@ -142,13 +142,35 @@ def class_pairs(
 
 
 def _load(path: str, size: int, in_chans: int) -> torch.Tensor:
-    """An image (C, size, size) from 0 to 1: the shorter side resized, the centre cut out."""
+    """Load an image (C, size, size) from 0 to 1: resize its shorter side, crop."""
     image = open_image(path, 'L' if in_chans == 1 else 'RGB')
     scale = size / min(image.size)
     image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
     left, top = ((side - size) // 2 for side in image.size)
     pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
     return torch.from_numpy(pixels).reshape(size, size, in_chans).permute(2, 0, 1)
+
+
+def _load_pairs(
+        pairs: Iterable[Tuple[int, int, int]],
+        paths: Sequence[str],
+        img_size: int,
+        in_chans: int,
+        unreadable: Set[str],
+) -> List[Tuple[int, torch.Tensor, torch.Tensor]]:
+    """Load pairs (class, first, second) of images; skip those that cannot be read.
+
+    Errors are added to `unreadable`, so that each one is logged once.
+    """
+    loaded = []
+    for label, first, second in pairs:
+        try:
+            loaded.append((label, _load(paths[first], img_size, in_chans), _load(paths[second], img_size, in_chans)))
+        except ValueError as e:
+            if str(e) not in unreadable:
+                _logger.warning(f'{e} Skipping its pairs.')
+            unreadable.add(str(e))
+    return loaded
 
 
 def measure_diversity(
@@ -160,86 +182,83 @@ def measure_diversity(
         batch_size: int = 32,
         seed: int = 0,
 ) -> Dict[str, Any]:
-    """Mean distance between images of one class, averaged over the classes.
+    """Return the mean distance between images of a class, averaged over classes.
+
+    Images that cannot be read are skipped with a warning.
 
     Args:
-        folder: One folder per class; or what `timm_dearkd.data_free` wrote, whose `train` is measured.
-        distance: Of image pairs, see `LPIPSDistance` and `FeatureDistance`.
-        img_size: Side length in pixels that images are brought to.
-        in_chans: Their channels, 1 or 3.
-        pairs_per_class: Random pairs of each class (the number is ours; the paper has 4000 in all).
-        batch_size: Pairs at a time.
-        seed: Of the pairs.
+        folder: Folder with a subfolder per class, or the output of `timm_dearkd.data_free`, whose `train` is measured.
+        distance: Distance of image pairs, see `LPIPSDistance` and `FeatureDistance`.
+        img_size: Side length in pixels that images are resized to.
+        in_chans: Channels that images are converted to, 1 or 3.
+        pairs_per_class: Random pairs of each class (our choice; the paper has 4000 in all).
+        batch_size: Pairs per batch.
+        seed: Random seed of the pairs.
 
     Returns:
         'mean', 'stderr' (over classes), 'classes' (mean by class), 'pairs' and 'images'.
 
     Raises:
-        FileNotFoundError: No such folder.
-        ValueError: No class with two images, or none that can be read. Others that can not are named, and left out.
+        FileNotFoundError: If the folder does not exist.
+        ValueError: If no class has two images, or no image can be read.
     """
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f'No folder {folder!r}. Give one that has a folder of images for each class.')
     root = root / 'train' if (root / 'train').is_dir() else root
     scan = scan_folder(str(root))
-    samples, numbers = scan.images, index_by_name(scan.names)
-    pairs = class_pairs([numbers[name] for _, name in samples], pairs_per_class, seed)
+    numbers = index_by_name(scan.names)
+    pairs = class_pairs([numbers[name] for _, name in scan.images], pairs_per_class, seed)
     if not pairs:
         raise ValueError(
-            f'{str(root)!r} has {len(samples)} images and no class with two of them. Expected a folder for each class.')
+            f'{str(root)!r} has {len(scan.images)} images and no class with two. Expected a folder for each class.')
     todo = [(label, *pair) for label, of_class in pairs.items() for pair in of_class]
+    paths = [path for path, _ in scan.images]
     unreadable: Set[str] = set()
     values: Dict[int, List[float]] = {}
     batches = range(0, len(todo), batch_size)
     for start in tqdm(batches, desc=root.as_posix(), unit='batch', leave=False, mininterval=1, disable=None):
-        loaded = []
-        for label, *pair in todo[start:start + batch_size]:
-            try:
-                loaded.append((label, *(_load(samples[i][0], img_size, in_chans) for i in pair)))
-            except ValueError as e:
-                if str(e) not in unreadable:
-                    _logger.warning(f'{e} Its pairs are left out.')
-                unreadable.add(str(e))
+        loaded = _load_pairs(todo[start:start + batch_size], paths, img_size, in_chans, unreadable)
         if loaded:
             labels, first, second = zip(*loaded)
             for label, value in zip(labels, distance(torch.stack(first), torch.stack(second)).tolist()):
                 values.setdefault(label, []).append(value)
     if not values:
         raise ValueError(f'None of the images in {str(root)!r} can be read.')
-    names = {index: name for name, index in numbers.items()}
-    by_class = {names[label]: float(np.mean(of_class)) for label, of_class in values.items()}
+    by_class = {name: float(np.mean(values[label])) for name, label in numbers.items() if label in values}
     means = np.array(list(by_class.values()))
     return dict(
         mean=float(means.mean()),
         stderr=float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None,
-        classes=by_class, pairs=sum(map(len, values.values())), images=len(samples))
+        classes=by_class, pairs=sum(map(len, values.values())), images=len(scan.images))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+    """Add the options of the tool."""
     add = parser.add_argument
-    add('folders', nargs='+', metavar='FOLDER', help='image folders: one folder per class, or what data_free wrote')
-    add('--model', metavar='NAME', help='a timm CNN whose features are compared instead of LPIPS')
-    add('--checkpoint', metavar='FILE', help='its weights (its pretrained ones)')
-    add('--lpips-net', default='alex', choices=('alex', 'vgg', 'squeeze'))
-    add('--pairs-per-class', type=int, default=100)
-    add('--img-size', type=int, help='size that images are brought to (that of the CNN; 224 for LPIPS)')
-    add('--batch-size', type=int, default=32, help='pairs at a time')
-    add('--seed', type=int, default=0, help='of the choice of pairs')
-    add('--device', help='cuda, cpu, ... (the accelerator there is, else the CPU)')
-    add('--output', metavar='FILE', help='write the figures as JSON (writes no file)')
+    add('folders', nargs='+', metavar='FOLDER', help='image folders with a folder per class, or outputs of data_free')
+    add('--model', metavar='NAME', help='timm CNN whose features are compared (default: use LPIPS)')
+    add('--checkpoint', metavar='FILE', help='weights of --model (default: its pretrained ones)')
+    add('--lpips-net', default='alex', choices=('alex', 'vgg', 'squeeze'),
+        help='network of LPIPS (default: %(default)s)')
+    add('--pairs-per-class', type=positive_int, default=100, metavar='N',
+        help='random pairs of each class (default: %(default)s)')
+    add('--img-size', type=positive_int, metavar='N',
+        help="side length in pixels that images are resized to (default: the CNN's; 224 for LPIPS)")
+    add('--batch-size', type=positive_int, default=32, metavar='N', help='pairs per batch (default: %(default)s)')
+    add('--seed', type=natural_int, default=0, help='random seed of the pairs (default: %(default)s)')
+    add_device(parser)
+    add('--output', metavar='FILE', help='JSON file to write the distances to (default: none)')
     add('--overwrite', action='store_true', help='replace the file if it exists')
 
 
 def run(args: argparse.Namespace) -> None:
-    """The command: a table with a row for each folder."""
-    check_counts(args, 'pairs_per_class', 'batch_size', 'img_size')
+    """Print a table with a row for each folder."""
     check_overwrite([Path(args.output)] if args.output else [], args.overwrite)
     device = find_device(args.device)
-    distance: Any
+    distance: Union[FeatureDistance, LPIPSDistance]
     if args.model:
-        distance = FeatureDistance(create_teacher(args.model, args.checkpoint, device=device), args.model)
+        distance = FeatureDistance(load_model(args.model, args.checkpoint, device=device), args.model)
     else:
         distance = LPIPSDistance(args.lpips_net, device)
     results = {

@@ -1,4 +1,4 @@
-"""Drawing that the tools share: matplotlib figures as PNG, or as SVG in the colours of the page around it."""
+"""Helpers for matplotlib figures, and their conversion to PNG or SVG."""
 import functools
 import io
 import logging
@@ -6,34 +6,40 @@ import re
 import warnings
 from typing import Any, List, Optional, Sequence, Tuple
 
-__all__ = ['new_figure', 'plain', 'plot_series', 'render', 'shade_stage2']
+__all__ = ['escape_label', 'new_figure', 'plot_series', 'render', 'shade_stage2']
 
 logging.getLogger('matplotlib.font_manager').setLevel(logging.ERROR)
 
 
 def new_figure(rows: int = 1, columns: int = 1, size: Tuple[float, float] = (7, 4), **kwargs: Any) -> Tuple[Any, Any]:
-    """A figure and its axes, (rows, columns).
+    """Return a new figure and its axes (rows, columns).
 
     Raises:
-        ValueError: Without matplotlib.
+        ValueError: If matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
         raise ValueError(
-            "Pictures need matplotlib: pip install -e '.[analysis]' in the clone, or pip install matplotlib.") from e
+            "Plots need matplotlib: pip install -e '.[analysis]' in the clone, or pip install matplotlib.") from e
     figure = Figure(figsize=size, layout='constrained')
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
 
-def plain(text: Any) -> str:
-    """Text of somebody else as a label: no formulas between dollars, and not hidden for a leading underscore."""
+def escape_label(text: Any) -> str:
+    """Escape text for matplotlib: `$` starts math mode, a leading `_` hides a label."""
     text = str(text).replace('$', r'\$')
     return f' {text}' if text.startswith('_') else text
 
 
 def render(figure: Any, kind: str = 'png', dpi: int = 110) -> bytes:
-    """A figure as the bytes of a PNG, or of an SVG to put into a page, whose text and lines take the page's colour."""
+    """Return a figure as the bytes of a PNG file or of an SVG element.
+
+    Args:
+        figure: The figure.
+        kind: 'png', or 'svg' for an element of an HTML page, which takes the text colour of the page.
+        dpi: Pixels per inch of a PNG.
+    """
     import matplotlib
 
     buffer = io.BytesIO()
@@ -51,13 +57,13 @@ def render(figure: Any, kind: str = 'png', dpi: int = 110) -> bytes:
     svg = buffer.getvalue().decode()
     svg = svg[svg.index('<svg'):].replace('#000000', 'currentColor')
     svg = re.sub(r'<metadata>.*?</metadata>', '', svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*"', '<g', svg)  # several of them share a page
+    svg = re.sub(r'<g id="[^"]*"', '<g', svg)  # ids of several figures would clash on a page
     return re.sub(r'^<svg ', '<svg fill="currentColor" ', svg).encode()
 
 
 @functools.lru_cache(maxsize=None)
 def _fonts() -> List[str]:
-    """matplotlib's own font, and behind it those that are here for scripts that it lacks."""
+    """Return matplotlib's font, and the installed fonts for scripts that it lacks."""
     from matplotlib.font_manager import get_font_names
 
     wanted = ('Noto Sans', 'Source Han Sans', 'WenQuanYi', 'PingFang', 'Hiragino Sans', 'Microsoft YaHei')
@@ -65,12 +71,19 @@ def _fonts() -> List[str]:
 
 
 def plot_series(axes: Any, epochs: Sequence[int], values: Sequence[float], **kwargs: Any) -> None:
-    """A line over the epochs; with points where there are few."""
+    """Draw values by epoch as a line, with points for up to 30 epochs."""
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.plot(epochs, values, marker='.' if len(epochs) <= 30 else None, **kwargs)
 
 
 def shade_stage2(axes: Any, first: Optional[int], last: int, label: str = 'stage II') -> None:
-    """Shade the epochs of stage II, from `first` on; None has none, and neither has a figure that ends before."""
+    """Shade the epochs of stage II.
+
+    Args:
+        axes: Axes with epochs on x.
+        first: First epoch of stage II; None draws nothing.
+        last: Last epoch of the plot.
+        label: Label in the legend.
+    """
     if first is not None and first <= last:
         axes.axvspan(first - 0.5, last + 0.5, color='tab:orange', alpha=0.15, lw=0, label=label)

@@ -1,4 +1,4 @@
-"""Models and images that the tools take."""
+"""Models, images and output files of the tools."""
 import argparse
 import logging
 import os
@@ -11,60 +11,49 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 from timm.models import is_model
 
-from distill_hooks import create_teacher
+import distill_hooks
+from timm_dearkd.commands import add_device
 from timm_dearkd.engine.data import spread
 from timm_dearkd.engine.device import find_device
 from timm_dearkd.engine.image_folder import check_mode, class_order, index_by_name, normal_name, scan_folder
+from timm_dearkd.engine.teacher_check import label_names as saved_names
 
 __all__ = [
-    'ImageFiles', 'add_model_arguments', 'add_output_arguments', 'check_counts', 'check_overwrite', 'class_names',
-    'find_images', 'image_transform', 'label_names', 'load_images', 'load_model', 'open_image', 'output_files',
+    'ImageFiles', 'add_model_arguments', 'add_output_arguments', 'check_overwrite', 'class_names', 'find_images',
+    'image_transform', 'label_names', 'load_images', 'load_model', 'open_image', 'output_files',
 ]
 
 _logger = logging.getLogger(__name__)
 
-_MODES = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'CMYK'}  # by channels
+_MODES = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'CMYK'}  # by number of channels
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, output: str, required: bool = True) -> None:
-    """Options of every tool that looks into a model."""
+    """Add the options of tools that load models. `output` is their default prefix."""
     add = parser.add_argument
-    add('--model', required=required, nargs='+', metavar='NAME', help='timm name, local-dir: or the folder of a run')
-    add('--checkpoint', metavar='FILE', help='weights of the first (its pretrained ones)')
-    add('--device', help='cuda, cpu, ... (the accelerator there is, else the CPU)')
+    add('--model', required=required, nargs='+', metavar='NAME', help='timm name, hf-hub:, local-dir: or run folder')
+    add('--checkpoint', metavar='FILE', help='weights of the first model (default: its pretrained ones)')
+    add_device(parser)
     add_output_arguments(parser, output)
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, name: str) -> None:
-    """Add the options of every tool that writes files, see `output_files`."""
+    """Add the options of tools that write files, see `output_files`."""
     add = parser.add_argument
     add('--output', metavar='PREFIX',
-        help=f'start of the file names (RUN/analysis/{name} for a run folder, else {name} in the current folder)')
+        help=f'start of the file names (default: RUN/analysis/{name} for a run folder, else {name})')
     add('--overwrite', action='store_true', help='replace files that exist')
 
 
-def check_counts(args: argparse.Namespace, *names: str) -> None:
-    """Refuse numbers below 1.
-
-    Raises:
-        ValueError: One that is.
-    """
-    for name in names:
-        values = getattr(args, name)
-        for value in values if isinstance(values, list) else [values]:
-            if value is not None and not value >= 1:
-                raise ValueError(f'--{name.replace("_", "-")} {value}, expected 1 or more.')
-
-
 def output_files(args: argparse.Namespace, name: str, source: str, *endings: str) -> List[Path]:
-    """Return the files that a tool is going to write: PREFIX and each ending.
+    """Return the files that a tool writes: PREFIX and each ending.
 
     Args:
         args: Options, see `add_output_arguments`.
         name: Last part of the default prefix.
         source: First model or run. If it is a folder, the default prefix is in its subfolder `analysis`, else in the
             current folder.
-        *endings: What follows the prefix, which may have dots.
+        *endings: Endings of the file names, such as '.csv'.
 
     Raises:
         ValueError: See `check_overwrite`.
@@ -81,7 +70,7 @@ def check_overwrite(files: Sequence[Path], overwrite: bool) -> None:
     """Check that files can be written, before any work.
 
     Raises:
-        ValueError: If a file exists and is not to be replaced, or if its folder does not let us write.
+        ValueError: If a file exists and `overwrite` is false, or its folder is not writable.
     """
     for file in files:
         if file.exists() and not overwrite:
@@ -92,44 +81,49 @@ def check_overwrite(files: Sequence[Path], overwrite: bool) -> None:
 
 
 def load_model(name: str, checkpoint: Optional[str] = None, device: Optional[str] = None) -> Any:
-    """A trained timm model in eval mode, see `distill_hooks.create_teacher`.
+    """Load a trained timm model in eval mode, see `distill_hooks.load_model`.
 
     Raises:
-        FileNotFoundError: No such checkpoint.
-        ValueError: An unknown name or device, or no weights to be had.
+        FileNotFoundError: If the checkpoint does not exist.
+        ValueError: If the name or the device is unknown, or no weights are available.
     """
-    return create_teacher(name, checkpoint, device=find_device(device)).eval()
+    return distill_hooks.load_model(name, checkpoint, device=find_device(device)).eval()
 
 
 def image_transform(model: nn.Module) -> Tuple[Callable[[Image.Image], torch.Tensor], str]:
-    """A model's own preprocessing of validation images, and the image mode that it starts from.
+    """Return a model's preprocessing of validation images, and their Pillow mode.
 
     Raises:
-        ValueError: More channels than images have.
+        ValueError: If the model takes more than 4 channels.
     """
     config = resolve_model_data_config(model)
     in_chans = config['input_size'][0]
     if in_chans not in _MODES:
-        raise ValueError(f'The model takes {in_chans} channels, and images have 1 to 4.')
+        raise ValueError(f'--model takes {in_chans} channels, expected 1 to 4, as images have.')
     return create_transform(**config), _MODES[in_chans]
 
 
 def label_names(model: Any) -> Optional[List[str]]:
-    """Names of a model's classes: those it was saved with, or ImageNet's (as its folders are called)."""
-    names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
-    if names and len(names) == model.num_classes:
-        return [str(name) for name in names]
+    """Return the class names that label a model's images; None if unknown.
+
+    They are the names that the model was saved with, or ImageNet's synsets, after which its class folders are named.
+    """
+    names, info = saved_names(model), _imagenet_info(model)
+    if len(names) == model.num_classes:
+        return names
+    return info.label_names() if info else None
+
+
+def _imagenet_info(model: Any) -> Optional[ImageNetInfo]:
     subset = infer_imagenet_subset(model)
-    return list(ImageNetInfo(subset).label_names()) if subset else None
+    return ImageNetInfo(subset) if subset else None
 
 
 def class_names(model: Any) -> List[str]:
-    """What to call a model's classes: by their names, ImageNet's by what they are, and unknown ones by number."""
-    names = label_names(model)
+    """Return a readable name for each class: description (ImageNet), name or index."""
+    names, info = label_names(model), _imagenet_info(model)
     if names is None:
         return [str(index) for index in range(model.num_classes)]
-    subset = infer_imagenet_subset(model)
-    info = ImageNetInfo(subset) if subset else None
     if info is None or names != info.label_names():
         return names
     return [info.label_name_to_description(name) for name in names]
@@ -139,8 +133,8 @@ def open_image(path: str, mode: str = 'RGB') -> Image.Image:
     """Read an image file.
 
     Raises:
-        FileNotFoundError: There is none.
-        ValueError: It can not be read, or is too deep for the mode.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file cannot be read, or has more bits per channel than the mode.
     """
     try:
         with Image.open(path) as file:
@@ -148,17 +142,17 @@ def open_image(path: str, mode: str = 'RGB') -> Image.Image:
     except FileNotFoundError:
         raise FileNotFoundError(f'No image at {path!r}.') from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:  # Pillow's for broken files
-        raise ValueError(f'{path!r} can not be read as an image ({" ".join(str(e).split())}).') from e
+        raise ValueError(f'{path!r} cannot be read as an image ({" ".join(str(e).split())}).') from e
     check_mode(path, found, mode)
     return image
 
 
 class ImageFiles(Sequence):
-    """Image files and their labels, opened one by one.
+    """Images and labels of files, which are opened when they are indexed.
 
     Args:
-        samples: Path and label of each; None is unknown.
-        mode: Image mode to convert to.
+        samples: Path and label of each image; None is an unknown label.
+        mode: Pillow mode to convert to.
     """
 
     def __init__(self, samples: List[Tuple[str, Optional[int]]], mode: str = 'RGB') -> None:
@@ -167,7 +161,7 @@ class ImageFiles(Sequence):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         path, label = self.samples[index]
         return open_image(path, self.mode), label
 
@@ -178,20 +172,20 @@ def find_images(
         num_classes: int = 0,
         mode: str = 'RGB',
 ) -> ImageFiles:
-    """Images of files and folders. In a folder of class folders, their names label the images.
+    """Find the images in files and folders. Class folders label their images.
 
     Args:
         paths: Files and folders.
-        names: The model's class names. Folders with other names have no labels, and a warning says so.
-        num_classes: How many classes it has. Without names, as many folders are labelled in their order.
-        mode: Image mode to convert to.
+        names: Class names of the model. Images in folders with other names have no label; a warning lists the folders.
+        num_classes: Number of classes of the model. Without `names`, this many class folders are numbered in order.
+        mode: Pillow mode to convert to.
 
     Raises:
-        FileNotFoundError: No such file or folder.
-        ValueError: A folder without images.
+        FileNotFoundError: If a path does not exist.
+        ValueError: If a folder has no images.
     """
     if mode == 'CMYK':
-        _logger.warning('The images are read as CMYK. Of a model that was trained on RGBA, the results are wrong.')
+        _logger.warning('Reads the images as CMYK. The results are wrong if the model was trained on RGBA.')
     samples: List[Tuple[str, Optional[int]]] = []
     for path in paths:
         if not Path(path).exists():
@@ -201,27 +195,35 @@ def find_images(
             continue
         scan = scan_folder(path)
         if not scan.images:
-            raise ValueError(f'{path!r} holds no images.')
+            raise ValueError(f'{path!r} has no images.')
         in_order = names is None and len(scan.names) == num_classes
         labels = index_by_name(scan.names) if in_order else {normal_name(name): i for i, name in enumerate(names or ())}
         unknown = class_order(scan.names - set(labels))
         if unknown and len(scan.names) > 1 and (names or num_classes):
             _logger.warning(
-                f'{len(unknown)} of {len(scan.names)} folders in {path!r} are no class of the model, so their images'
+                f'{len(unknown)} of {len(scan.names)} folders in {path!r} are not classes of the model. Their images'
                 f' have no label: {", ".join(unknown[:5])}.')
         samples += [(file, labels.get(name)) for file, name in scan.images]
     return ImageFiles(samples, mode)
 
 
 def load_images(model: nn.Module, folder: str, count: int) -> torch.Tensor:
-    """Images (count, C, H, W) of an image folder, spread over its classes, as a model takes them in validation.
+    """Load images of an image folder with a model's validation preprocessing.
+
+    Args:
+        model: The model.
+        folder: Image folder.
+        count: Number of images, spread evenly over the folder.
+
+    Returns:
+        Images (count, C, H, W), or fewer if some cannot be read.
 
     Raises:
-        FileNotFoundError: No such folder.
-        ValueError: A folder without images.
+        FileNotFoundError: If the folder does not exist.
+        ValueError: If no image can be read.
     """
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f'No folder {folder!r}. Give one with images.')
+        raise FileNotFoundError(f'No folder {folder!r}. Give a folder of images.')
     transform, mode = image_transform(model)
     files = find_images([folder], mode=mode)
     images = []
@@ -229,7 +231,7 @@ def load_images(model: nn.Module, folder: str, count: int) -> torch.Tensor:
         try:
             images.append(transform(files[place][0]))
         except ValueError as e:
-            _logger.warning(f'{e} It is left out.')
+            _logger.warning(f'{e} Skipping it.')
     if not images:
         raise ValueError(f'None of the images in {folder!r} can be read.')
     return torch.stack(images)

@@ -1,4 +1,4 @@
-"""What a model says of images: the likeliest classes, and a grid of pictures, mistakes first."""
+"""Predictions of a model as a CSV, and a picture with the mistakes first."""
 import argparse
 import logging
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
@@ -9,13 +9,13 @@ import torch.nn as nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from timm_dearkd.commands import natural_int, positive_int
 from timm_dearkd.engine.device import default_workers
 from timm_dearkd.files import write_bytes, write_table
 
-from .figures import new_figure, plain, render
+from .figures import escape_label, new_figure, render
 from .inputs import (
     add_model_arguments,
-    check_counts,
     class_names,
     find_images,
     image_transform,
@@ -30,9 +30,13 @@ _logger = logging.getLogger(__name__)
 
 
 class Prediction(NamedTuple):
-    """Classes and probabilities of an image, best first.
+    """Prediction for an image.
 
-    `place` is its number in the data set; `label` is None where it is not known.
+    Args:
+        place: Index of the image in the data set.
+        label: Class index of the label; None if unknown.
+        classes: Class indices, most probable first.
+        probs: Probabilities of `classes`.
     """
     place: int
     label: Optional[int]
@@ -41,11 +45,12 @@ class Prediction(NamedTuple):
 
     @property
     def is_mistake(self) -> bool:
+        """Whether the label is known and not the most probable class."""
         return self.label is not None and self.label != self.classes[0]
 
 
 class _Inputs(Dataset):
-    """Model inputs of some places of a data set; None in place of an image that can not be read."""
+    """Model inputs (place, label, image); the image is None if it cannot be read."""
 
     def __init__(self, dataset: Any, places: Sequence[int], transform: Callable[..., torch.Tensor]) -> None:
         self.dataset, self.places, self.transform = dataset, places, transform
@@ -53,13 +58,13 @@ class _Inputs(Dataset):
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, i: int):
+    def __getitem__(self, i: int) -> Tuple[int, Optional[int], Optional[torch.Tensor]]:
         place = self.places[i]
         try:
             image, label = self.dataset[place]
             return place, label, self.transform(image)
         except (OSError, ValueError) as e:
-            _logger.warning(f'{" ".join(str(e).split())} It is left out.')
+            _logger.warning(f'{" ".join(str(e).split())} Skipping it.')
             return place, None, None
 
 
@@ -71,18 +76,18 @@ def predict(
         batch_size: int = 64,
         workers: int = 0,
 ) -> List[Prediction]:
-    """The likeliest classes of images.
+    """Predict the most probable classes of images.
 
     Args:
-        model: A timm model. Images are prepared as its `pretrained_cfg` says.
-        dataset: Gives a Pillow image and its label (or None) for a number.
-        places: The numbers; None means all.
-        topk: Classes to name.
-        batch_size: Images at a time.
-        workers: Processes that load images; at most one per full batch is started.
+        model: A timm model, whose validation preprocessing is used.
+        dataset: Returns a Pillow image and its label (or None) for an index.
+        places: Indices of the images; None means all.
+        topk: Number of classes per image.
+        batch_size: Images per batch.
+        workers: Data loading processes; at most one per full batch is started.
 
     Returns:
-        One for each image that can be read.
+        A prediction for each image that can be read.
     """
     places = range(len(dataset)) if places is None else places
     device = next(model.parameters()).device
@@ -106,12 +111,12 @@ def predict(
 
 
 def mistakes_first(predictions: Sequence[Prediction]) -> List[Prediction]:
-    """Mistakes in front, the surest one first; then the others, the least sure first."""
+    """Sort: mistakes by falling probability, then the others by rising probability."""
     return sorted(predictions, key=lambda p: (not p.is_mistake, -p.probs[0] if p.is_mistake else p.probs[0]))
 
 
 def plot_predictions(dataset: Any, predictions: Sequence[Prediction], names: Sequence[str], columns: int = 6) -> Any:
-    """A figure of images with what the model takes them for; mistakes in red, with the label below."""
+    """Plot images with their predicted class; mistakes are red and have a label."""
     count = max(1, len(predictions))
     columns = min(columns, count)
     rows = -(-count // columns)
@@ -125,13 +130,13 @@ def plot_predictions(dataset: Any, predictions: Sequence[Prediction], names: Seq
         ax.imshow(np.asarray(image if is_grey else image.convert('RGB')), cmap='gray' if is_grey else None)
         title = f'{names[prediction.classes[0]][:22]} {100 * prediction.probs[0]:.0f} %'
         if prediction.is_mistake:
-            title += f'\nis {names[prediction.label][:22]}'  # type: ignore[index]
-        ax.set_title(plain(title), fontsize=8, color='tab:red' if prediction.is_mistake else 'black')
+            title += f'\nlabel: {names[prediction.label][:22]}'  # type: ignore[index]
+        ax.set_title(escape_label(title), fontsize=8, color='tab:red' if prediction.is_mistake else 'black')
     return figure
 
 
 def accuracy(predictions: Sequence[Prediction]) -> Optional[Tuple[float, int]]:
-    """Top-1 in percent, and of how many images; None without labels."""
+    """Return top-1 in percent and the number of labelled images; None without labels."""
     labelled = [p for p in predictions if p.label is not None]
     if not labelled:
         return None
@@ -139,22 +144,22 @@ def accuracy(predictions: Sequence[Prediction]) -> Optional[Tuple[float, int]]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+    """Add the options of the tool."""
     add = parser.add_argument
-    add('images', nargs='+', metavar='PATH', help='images, or folders of them; folders by class give the labels')
+    add('images', nargs='+', metavar='PATH', help='images or folders; class folders label their images')
     add_model_arguments(parser, 'predictions')
-    add('--topk', type=int, default=5)
-    add('--num-pictures', type=int, default=24, help='images in the picture')
-    add('-b', '--batch-size', type=int, default=64)
-    add('-j', '--workers', type=int, help='data loading processes (4, or fewer on fewer cores)')
+    add('--topk', type=positive_int, default=5, metavar='N', help='classes per image in the CSV (default: %(default)s)')
+    add('--num-pictures', type=positive_int, default=24, metavar='N',
+        help='images in the picture (default: %(default)s)')
+    add('-b', '--batch-size', type=positive_int, default=64, metavar='N',
+        help='images per batch (default: %(default)s)')
+    add('-j', '--workers', type=natural_int, metavar='N',
+        help='data loading processes (default: 4, or the number of CPU cores if less)')
 
 
 def run(args: argparse.Namespace) -> None:
-    """The command: a CSV, a picture, and the predictions of a few images."""
-    check_counts(args, 'topk', 'num_pictures', 'batch_size')
+    """Write predictions as CSV and as a picture; print those of ten images."""
     workers = default_workers() if args.workers is None else args.workers
-    if workers < 0:
-        raise ValueError(f'--workers {workers}, expected 0 or more.')
     if len(args.model) > 1:
         raise ValueError(f'--model has {len(args.model)} names, expected one.')
     new_figure()
@@ -176,7 +181,7 @@ def run(args: argparse.Namespace) -> None:
     write_bytes(picture, render(plot_predictions(files, shown, names)))
     for p in shown[:10]:
         best = ', '.join(f'{names[index]} {100 * prob:.1f} %' for index, prob in zip(p.classes, p.probs))
-        print(f'{files.samples[p.place][0]}: {best}' + (f' (is {names[p.label]})' if p.is_mistake else ''))  # type: ignore[index]
+        print(f'{files.samples[p.place][0]}: {best}' + (f' (label: {names[p.label]})' if p.is_mistake else ''))  # type: ignore[index]
     result = accuracy(predictions)
-    print(f'{len(predictions)} images' + (f', top-1 {result[0]:.2f} % of {result[1]} with a label' if result else ''))
+    print(f'{len(predictions)} images' + (f', top-1 {result[0]:.2f} % of {result[1]} with labels' if result else ''))
     print(f'{table}, {picture}')

@@ -1,4 +1,4 @@
-"""One page about a run: figures, curves, what was learned, predictions and mistakes, and how it was made."""
+"""HTML report of a run: results, curves, attention, predictions and options."""
 import argparse
 import base64
 import io
@@ -13,6 +13,7 @@ from timm.data import resolve_model_data_config
 from torch.utils.data import IterableDataset
 
 from timm_dearkd._version import __version__
+from timm_dearkd.commands import add_device, positive_int
 from timm_dearkd.distances import read_log
 from timm_dearkd.engine.data import open_dataset, set_image_mode, spread
 from timm_dearkd.files import write_bytes
@@ -21,7 +22,7 @@ from .attention_distance import plot_over_epochs
 from .attention_map import head_positions, plot_heads
 from .compare import drawn_columns, plot_column, plot_runs
 from .figures import new_figure, render
-from .inputs import ImageFiles, check_counts, check_overwrite, class_names, image_transform, load_model
+from .inputs import ImageFiles, check_overwrite, class_names, image_transform, load_model
 from .predict import Prediction, accuracy, mistakes_first, predict
 from .runs import Run, open_run, readable, why_no_model
 
@@ -30,11 +31,15 @@ __all__ = ['check_available', 'write_report']
 _logger = logging.getLogger(__name__)
 
 NUM_PICTURES = 18
-PICTURES = ('curves', 'distances', 'heads')  # plots that can be written as PNG files
+PICTURES = ('curves', 'distances', 'heads')  # plots that --pictures writes
 
 
 def check_available() -> None:
-    """Raises a ValueError where a package that reports need is missing."""
+    """Check that the packages that reports need are installed.
+
+    Raises:
+        ValueError: If matplotlib or jinja2 is missing.
+    """
     new_figure()
     try:
         import jinja2  # noqa: F401
@@ -50,43 +55,34 @@ def write_report(
         device: Optional[str] = None,
         pictures: Optional[str] = None,
 ) -> Path:
-    """Write the page of a run, finished or not. What the run does not have is said in its place.
+    """Write the HTML report of a run, finished or not.
 
     Args:
         folder: Output folder of train.py.
-        output: The file; None is `report.html` in the folder.
-        num_images: Validation images that are predicted.
-        device: Where the model runs.
-        pictures: Folder for the plots as PNG files too.
+        output: HTML file; None means `report.html` in the folder.
+        num_images: Validation images to predict.
+        device: Device of the model.
+        pictures: Folder for PNG files of the plots; None writes none.
 
     Returns:
-        The file.
+        The HTML file.
 
     Raises:
-        FileNotFoundError: No such folder.
-        ValueError: Not the folder of a run, or a missing package.
+        FileNotFoundError: If the folder does not exist.
+        ValueError: If train.py did not write the folder, or a package is missing.
     """
     check_available()
     import jinja2
 
     run = open_run(folder)
     model, problem = _load(run, device)
-    figures: Dict[str, Any] = {}
     columns = drawn_columns([run])
-    if columns and pictures:
-        figures['curves'] = plot_runs([run])
-    log = read_log(run.folder)
-    if log:
-        figures['distances'] = plot_over_epochs(log, run.stage2_start)
-    positions = head_positions(model) if model is not None else {}
-    if positions:
-        figures['heads'] = plot_heads(positions)
-    for name, figure in figures.items() if pictures else ():
-        write_bytes(Path(pictures or '') / f'{name}.png', render(figure))
-    predictions = None
-    if model is not None:
-        predictions, problem = _predictions(run, model, num_images)
-
+    figures = _figures(run, model)
+    if pictures:
+        curves = {'curves': plot_runs([run])} if columns else {}
+        for name, figure in {**curves, **figures}.items():
+            write_bytes(Path(pictures) / f'{name}.png', render(figure))
+    predictions, no_predictions = (None, problem) if model is None else _predictions(run, model, num_images)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
         undefined=jinja2.StrictUndefined)
@@ -95,13 +91,25 @@ def write_report(
         curves=[_curve(run, column) for column in columns],
         **{name: _svg(figures[name]) if name in figures else '' for name in ('distances', 'heads')},
         no_heads='The model has no MHCA.' if model is not None else problem,
-        predictions=predictions, no_predictions=problem,
+        predictions=predictions, no_predictions=no_predictions,
         small_images=model is not None and resolve_model_data_config(model)['input_size'][-1] <= 64,
         commands=[session['command'] for session in run.info.get('sessions', ())],
         facts=_facts(run), options=sorted(run.args.items()))
     path = Path(output) if output else run.folder / 'report.html'
     write_bytes(path, page.encode())
     return path
+
+
+def _figures(run: Run, model: Any) -> Dict[str, Any]:
+    """Plot the attention distances and the heads, if the run has them."""
+    figures = {}
+    log = read_log(run.folder)
+    if log:
+        figures['distances'] = plot_over_epochs(log, run.stage2_start)
+    positions = head_positions(model) if model is not None else {}
+    if positions:
+        figures['heads'] = plot_heads(positions)
+    return figures
 
 
 def _svg(figure: Any) -> str:
@@ -117,9 +125,9 @@ def _curve(run: Run, column: str) -> str:
 
 
 def _load(run: Run, device: Optional[str]) -> Tuple[Any, str]:
-    """The best model so far, or why there is none."""
+    """Return the best model so far; or None, and the reason."""
     if not (run.folder / 'config.json').exists():
-        return None, f'There is no model: {why_no_model(run.folder)}.'
+        return None, f'No model: {why_no_model(run.folder)}.'
     try:
         return load_model(str(run.folder), device=device), ''
     except (OSError, ValueError) as e:
@@ -127,7 +135,7 @@ def _load(run: Run, device: Optional[str]) -> Tuple[Any, str]:
 
 
 def _summary(run: Run) -> str:
-    """What was trained on what, in a sentence or two."""
+    """Describe the model, the data and the teacher in one or two sentences."""
     data = run.info.get('data', {})
     images = f'{data["train_images"]:,} images' if data.get('train_images') else 'images'
     classes = f' of {data["classes"]} classes' if data.get('classes') else ''
@@ -144,6 +152,7 @@ def _summary(run: Run) -> str:
 
 
 def _tiles(run: Run, model: Any) -> List[Tuple[str, str]]:
+    """Return the values and labels at the top of the page."""
     unit = ' %' if run.metric.endswith(('top1', 'top5')) else ''
     label = readable(run.metric).replace(', %', '')
     tiles = []
@@ -162,25 +171,31 @@ def _tiles(run: Run, model: Any) -> List[Tuple[str, str]]:
 
 
 def _facts(run: Run) -> List[Tuple[str, Any]]:
+    """Return keys and values about the data, the environment and the sessions."""
     data, environment = run.info.get('data', {}), run.info.get('environment', {})
     facts = [(key.replace('_', ' '), value) for part in (data, environment) for key, value in part.items()]
     sessions = run.info.get('sessions', ())
     facts += [('started', session['started']) for session in sessions[:1]]
-    facts += [('went on', f'{session["started"]}, from epoch {session["epoch"]}') for session in sessions[1:]]
+    facts += [('resumed', f'{session["started"]}, from epoch {session["epoch"]}') for session in sessions[1:]]
     return facts or [('environment', 'not recorded')]
 
 
 def validation_set(run: Run, names: Sequence[str], mode: str) -> Any:
-    """The validation images of a run, as Pillow images with the labels of its model.
+    """Open the validation images of a run, with the class indices of its model.
+
+    Args:
+        run: The run.
+        names: Class names of the model, see `class_names`.
+        mode: Pillow mode of the images, if the run does not set one.
 
     Raises:
-        FileNotFoundError: The data are not there any more.
-        ValueError: They can't be opened, or the run had none.
+        FileNotFoundError: If the data set does not exist any more.
+        ValueError: If it cannot be opened, or the run has no validation images.
     """
     args = run.args
     split, root = args.get('val_split') or '', args.get('data_dir') or args.get('data')
     if not split:
-        raise ValueError('the run had no validation images.')
+        raise ValueError('the run has no validation images.')
     options: Dict[str, Any] = dict(is_training=False, input_img_mode=args.get('input_img_mode') or mode)
     if not args.get('dataset'):
         options['class_map'] = {name: index for index, name in enumerate(names)}
@@ -188,14 +203,14 @@ def validation_set(run: Run, names: Sequence[str], mode: str) -> Any:
         if args.get(key):
             options[key] = args[key]
     dataset = open_dataset(args.get('dataset') or '', root, split, **options)
-    if not args.get('dataset'):  # timm's data set would give the next image for one that can't be read
+    if not args.get('dataset'):  # timm's data set replaces an unreadable image by the next one
         return ImageFiles(dataset.reader.samples, options['input_img_mode'])
     set_image_mode(dataset, options['input_img_mode'])
     return dataset
 
 
 def _predictions(run: Run, model: Any, num_images: int) -> Tuple[Optional[Dict[str, Any]], str]:
-    """The part of the page about predictions, or why there is none."""
+    """Return the data of the predictions section; or None, and the reason."""
     names, mode = class_names(model), image_transform(model)[1]
     try:
         dataset = validation_set(run, names, mode)
@@ -214,7 +229,7 @@ def _predictions(run: Run, model: Any, num_images: int) -> Tuple[Optional[Dict[s
         top1=f'{top1[0]:.1f} %',
         count=f'{top1[1]:,} validation images' + (
             f', spread over all {len(dataset):,}' if len(places) < len(dataset) else '') + (
-            f'; {len(places) - len(found)} can not be read' if len(found) < len(places) else ''),
+            f'; {len(places) - len(found)} cannot be read' if len(found) < len(places) else ''),
         samples=[_picture(dataset, found[i], names) for i in spread(len(found), NUM_PICTURES)],
         mistakes=[_picture(dataset, p, names) for p in mistakes[:NUM_PICTURES]],
         confused=[(label, says, count) for (label, says), count in pairs.most_common(10)],
@@ -222,7 +237,7 @@ def _predictions(run: Run, model: Any, num_images: int) -> Tuple[Optional[Dict[s
 
 
 def _picture(dataset: Any, prediction: Prediction, names: Sequence[str], size: int = 160) -> Dict[str, Any]:
-    """An image as the page shows it, within the page itself."""
+    """Return an image as a data URL, and the texts of its prediction."""
     image: Image.Image = dataset[prediction.place][0]
     image.thumbnail((size, size))
     small = max(image.size) <= 64
@@ -238,19 +253,19 @@ def _picture(dataset: Any, prediction: Prediction, names: Sequence[str], size: i
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+    """Add the options of the tool."""
     add = parser.add_argument
     add('run', metavar='RUN', help='output folder of train.py')
-    add('--output', metavar='FILE', help='the page (RUN/report.html)')
-    add('--num-images', type=int, default=512, help='validation images that are predicted')
-    add('--pictures', metavar='DIR', help='write the plots as PNG files too')
-    add('--overwrite', action='store_true', help='replace files that exist; RUN/report.html always is')
-    add('--device', help='cuda, cpu, ... (the accelerator there is, else the CPU)')
+    add('--output', metavar='FILE', help='HTML file (default: RUN/report.html)')
+    add('--num-images', type=positive_int, default=512, metavar='N',
+        help='validation images to predict (default: %(default)s)')
+    add('--pictures', metavar='DIR', help='folder for PNG files of the plots (default: none)')
+    add('--overwrite', action='store_true', help='replace existing files; RUN/report.html is always replaced')
+    add_device(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """The command."""
-    check_counts(args, 'num_images')
+    """Write the report; print the path of the file."""
     default = Path(args.run, 'report.html')
     files = [Path(args.output or default), *(Path(args.pictures, f'{name}.png') for name in PICTURES if args.pictures)]
     check_overwrite([file for file in files if file.absolute() != default.absolute()], args.overwrite)

@@ -1,4 +1,4 @@
-"""What train.py left in the folder of a run, finished or not."""
+"""Folder of a run of train.py, finished or not: options, epochs and results."""
 import csv
 import math
 from dataclasses import dataclass, field
@@ -14,13 +14,13 @@ __all__ = ['Run', 'distinct_names', 'open_run', 'readable', 'why_no_model']
 
 @dataclass
 class Run:
-    """A run.
+    """A run of train.py.
 
     Args:
-        folder: Its output folder.
-        args: The options of train.py.
-        rows: Numbers of summary.csv by column, an epoch each. Columns that are empty in an epoch are missing there.
-        info: What `run.json` says: commands, data and environment; empty for a run of timm's own script.
+        folder: Output folder.
+        args: Options of train.py.
+        rows: Rows of summary.csv, one per epoch: number by column, without empty cells.
+        info: Contents of `run.json`: commands, data and environment. Empty for a run of timm's own script.
     """
     folder: Path
     args: Dict[str, Any]
@@ -29,43 +29,47 @@ class Run:
 
     @property
     def name(self) -> str:
+        """Name of the folder."""
         return self.folder.resolve().name
 
     @property
     def metric(self) -> str:
-        """Column that the best epoch is chosen by."""
+        """Column of summary.csv that selects the best epoch."""
         name = str(self.args.get('eval_metric') or 'top1')
         return next((column for column in (f'eval_{name}', f'train_{name}') if self.series(column)[0]), 'train_loss')
 
     @property
     def num_epochs(self) -> int:
-        """How many epochs it is to have."""
+        """Planned number of epochs."""
         planned = self.info.get('epochs') or int(self.args.get('epochs') or 0)
         return int(self.args.get('stop_epoch') or planned)
 
     @property
     def state(self) -> str:
-        """'finished', or how far it has got."""
+        """'finished', or the number of finished epochs as '3 of 10 epochs'."""
         done = int(self.rows[-1]['epoch']) + 1 if self.rows else 0
         return 'finished' if done >= self.num_epochs else f'{done} of {self.num_epochs} epochs'
 
     @property
     def stage2_start(self) -> Optional[int]:
-        """First epoch of stage II, counted from 0; None if the run has not come there, or has no stages."""
+        """First epoch of stage II, counted from 0; None if there is none yet."""
         return next((int(row['epoch']) for row in self.rows if row.get('train_stage') == 2), None)
 
     @property
     def columns(self) -> List[str]:
-        """Columns of summary.csv that have a number in any epoch."""
+        """Columns of summary.csv that have a number in at least one epoch."""
         return list(dict.fromkeys(column for row in self.rows for column in row))
 
     def series(self, column: str) -> Tuple[List[int], List[float]]:
-        """Epochs, counted from 0, and values of a column; both are empty where there is no such column."""
+        """Return epochs, counted from 0, and values of a column; empty if missing."""
         points = [(int(row['epoch']), row[column]) for row in self.rows if column in row]
         return [epoch for epoch, _ in points], [value for _, value in points]
 
     def best(self) -> Optional[Tuple[int, float]]:
-        """Epoch and value of the best metric; of the training losses, among those with the weights of the last."""
+        """Return the epoch and the value of the best metric; None without an epoch.
+
+        Training losses are compared only among epochs with the loss weights of the last one.
+        """
         rows = [row for row in self.rows if self.metric in row]
         if self.metric.startswith('train_'):
             rows = [row for row in rows if all(
@@ -75,12 +79,13 @@ class Run:
         return choose(points, key=lambda point: point[1]) if points else None
 
     def last(self) -> Optional[Tuple[int, float]]:
+        """Return the last epoch that has the metric, and its value; None without one."""
         points = list(zip(*self.series(self.metric)))
         return points[-1] if points else None
 
 
 def readable(column: str) -> str:
-    """A column of summary.csv in words."""
+    """Return a column of summary.csv in words, as a title."""
     part, _, name = column.partition('_')
     names = {'eval': 'validation', 'train': 'training'}
     name = {'top1': 'top-1, %', 'top5': 'top-5, %'}.get(name, name.replace('_', ' '))
@@ -99,8 +104,8 @@ def open_run(folder: str) -> Run:
     """Read the folder of a run.
 
     Raises:
-        FileNotFoundError: No such folder.
-        ValueError: A folder that train.py did not write.
+        FileNotFoundError: If the folder does not exist.
+        ValueError: If train.py did not write the folder.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -109,15 +114,15 @@ def open_run(folder: str) -> Run:
         args = yaml.safe_load((path / 'args.yaml').read_text())
     except (OSError, ValueError, yaml.YAMLError) as e:
         raise ValueError(
-            f'{folder!r} is not the folder of a run: its args.yaml can not be read ({type(e).__name__}). Give one that'
-            ' train.py wrote.') from e
+            f'{folder!r} is not the folder of a run: its args.yaml cannot be read ({type(e).__name__}). Give an output'
+            ' folder of train.py.') from e
     if not isinstance(args, dict):
-        raise ValueError(f'{folder!r} is not the folder of a run: its args.yaml holds no options.')
+        raise ValueError(f'{folder!r} is not the folder of a run: its args.yaml has no options.')
     rows = []
     if (path / 'summary.csv').exists():
         with open(path / 'summary.csv', newline='') as f:
             for row in csv.DictReader(f):
-                if None in row or None in row.values():  # half written
+                if None in row or None in row.values():  # train.py is writing the row
                     continue
                 values = {key: _number(text) for key, text in row.items()}
                 if values.get('epoch') is not None:
@@ -126,16 +131,16 @@ def open_run(folder: str) -> Run:
 
 
 def why_no_model(folder: Path) -> str:
-    """Return why the folder of a run has no config.json, from which a model could be loaded."""
+    """Return why a run has no config.json, which is needed to load its model."""
     if (folder / EXPORT_NAME).exists():
-        return f'timm cannot create it by name, so there is no config.json, and {EXPORT_NAME} has the weights alone'
+        return f'timm cannot create it by name, so there is no config.json, only the weights in {EXPORT_NAME}'
     if any(folder.glob('*.pth.tar')) and not (folder / 'run.json').exists():
-        return "its checkpoints are of timm's own script, which writes no config.json"
+        return "its checkpoints are from timm's own script, which writes no config.json"
     return 'the run has not finished an epoch'
 
 
 def distinct_names(runs: Sequence[Run]) -> List[str]:
-    """Names of runs; those of the same name with as many folders above as tell them apart."""
+    """Return a name for each run, with parent folders if runs have the same name."""
     names = [run.name for run in runs]
     for depth in range(2, max(len(run.folder.resolve().parts) for run in runs) + 1):
         if len(set(names)) == len(names):

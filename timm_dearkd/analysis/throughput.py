@@ -1,4 +1,4 @@
-"""Speed and cost of models side by side: images/s, latency, memory, parameters and multiply-adds (table 3)."""
+"""Speed and cost of models: images/s, latency, memory, multiply-adds (table 3)."""
 import argparse
 import contextlib
 import copy
@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from dataclasses import dataclass, field
-from typing import Any, Callable, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import timm
 import torch
@@ -16,11 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from timm_dearkd.commands import add_device, positive_int
 from timm_dearkd.engine.device import check_backend, find_device
 from timm_dearkd.files import write_bytes, write_table
 
-from .figures import new_figure, plain, render
-from .inputs import add_output_arguments, check_counts, output_files
+from .figures import escape_label, new_figure, render
+from .inputs import add_output_arguments, output_files
 
 __all__ = ['Measurement', 'count_macs', 'measure_throughput', 'plot_throughput']
 
@@ -29,16 +30,16 @@ MIB = 2 ** 20
 
 @dataclass
 class Measurement:
-    """A model at a batch size. Speeds are None where the device has too little memory.
+    """Speed and cost of a model at a batch size; no speed if it ran out of memory.
 
     Args:
-        name: Of the model.
-        batch_size: Images at a time.
+        name: Name of the model.
+        batch_size: Images per batch.
         params: Number of parameters.
-        macs: Multiply-adds for an image.
-        peak_memory: Bytes of the weights and of what a forward allocates; None on other devices than CUDA.
-        seconds: Of a forward, for each round.
-        ratios: Speed relative to the first model at this batch size, for each round.
+        macs: Multiply-adds per image.
+        peak_memory: Bytes of the weights and of the allocations of a forward; None on devices other than CUDA.
+        seconds: Seconds per batch, in each round.
+        ratios: Speed relative to the first model, in each round.
     """
     name: str
     batch_size: int
@@ -50,23 +51,27 @@ class Measurement:
 
     @property
     def latency(self) -> Optional[float]:
-        """Median seconds of a batch."""
+        """Median seconds per batch."""
         return statistics.median(self.seconds) if self.seconds else None
 
     @property
     def images_per_second(self) -> Optional[float]:
+        """Images per second at the median latency."""
         return self.batch_size / self.latency if self.latency else None
 
     @property
     def ratio(self) -> Optional[float]:
-        """Median over the rounds of the speed relative to the first model's in the same round."""
+        """Median over the rounds of the speed relative to the first model."""
         return statistics.median(self.ratios) if self.ratios else None
 
 
 def count_macs(model: nn.Module, image: torch.Tensor) -> int:
-    """Multiply-adds of the matrix products and convolutions for one image (1, C, H, W), attention included."""
+    """Return the multiply-adds of a forward of one image (1, C, H, W).
+
+    They are those of convolutions and matrix products, attention included.
+    """
     counter = FlopCounterMode(display=False)
-    # its module tracker trips over parameters that are inputs of modules
+    # the counter's module tracker fails on parameters that are inputs of modules and need gradients
     model = copy.deepcopy(model).requires_grad_(False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(image)
@@ -74,7 +79,7 @@ def count_macs(model: nn.Module, image: torch.Tensor) -> int:
 
 
 def _peak_memory(forward: Callable[[], Any], device: torch.device) -> Optional[int]:
-    """Return the bytes that a forward allocates at its peak on a CUDA device; None on another."""
+    """Return the peak bytes that a forward allocates on CUDA; None on other devices."""
     if device.type != 'cuda':
         return None
     torch.cuda.synchronize(device)
@@ -96,24 +101,26 @@ def measure_throughput(
         compile_backend: Optional[str] = None,
         channels_last: bool = False,
 ) -> List[Measurement]:
-    """Time the forward of models in turns, round by round, so that what slows the machine slows them alike.
+    """Time the forward of models.
+
+    The models take turns in each round, so that other load on the machine affects them alike.
 
     Args:
-        names: timm names. Weights are random, for speed does not depend on them.
-        batch_size: Images at a time.
-        device: Where they run.
+        names: timm names. Weights are random, because speed does not depend on them.
+        batch_size: Images per batch.
+        device: Device of the models.
         img_size: Side length in pixels; None is each model's own.
         rounds: Turns of each model.
-        seconds: Length of a turn, about.
-        dtype: Of weights and images.
-        compile_backend: For `torch.compile`; None runs eagerly.
-        channels_last: Memory format of the images.
+        seconds: Approximate seconds per turn.
+        dtype: Type of weights and images.
+        compile_backend: Backend of `torch.compile`; None runs eagerly.
+        channels_last: Use the channels_last memory format.
 
     Returns:
-        One for each model.
+        A measurement for each model.
 
     Raises:
-        ValueError: An unknown model, a size that it does not take, or one that can't be compiled.
+        ValueError: If a model is unknown, does not take the size, or cannot run.
     """
     with _compiles_each(compile_backend):
         forwards, results = [], []
@@ -135,29 +142,41 @@ def measure_throughput(
 
 @contextlib.contextmanager
 def _compiles_each(backend: Optional[str]) -> Iterator[None]:
-    """Compile every model for its own batch size, however many there are and whatever was compiled before."""
+    """Make `torch.compile` compile each model and batch size with static shapes."""
     if backend is None:
         yield
         return
     from torch._dynamo import config  # slow to import
-    torch.compiler.reset()  # else the sizes of an earlier call turn into dynamic shapes
+    torch.compiler.reset()  # else sizes of earlier calls become dynamic shapes
     with config.patch(recompile_limit=1000, accumulated_recompile_limit=1000):
         yield
 
 
-def _prepare(name, batch_size, device, img_size, dtype, compile_backend, memory_format):
-    """A model's forward, run once, and its measurement without the times; no forward where the memory is too small."""
+def _prepare(
+        name: str,
+        batch_size: int,
+        device: torch.device,
+        img_size: Optional[int],
+        dtype: torch.dtype,
+        compile_backend: Optional[str],
+        memory_format: torch.memory_format,
+) -> Tuple[Optional[Callable[[], Any]], Measurement]:
+    """Create a model and run it once; return its forward and a measurement.
+
+    The forward is None if the device has too little memory. See `measure_throughput`.
+    """
     try:
         try:
-            model: Any = timm.create_model(name, **({} if img_size is None else {'img_size': img_size})).eval()
-        except TypeError:  # CNNs know no img_size
+            kwargs: Dict[str, Any] = {} if img_size is None else {'img_size': img_size}
+            model: Any = timm.create_model(name, **kwargs).eval()
+        except TypeError:  # CNNs have no argument img_size
             model = timm.create_model(name).eval()
         chans, *size = resolve_model_data_config(model)['input_size']
         size = [img_size or side for side in size]
         macs = count_macs(model, torch.zeros(1, chans, *size))
     except (AssertionError, RuntimeError, ValueError) as e:
-        what = f' does not take images of {img_size}x{img_size}' if img_size else ' can not be made'
-        raise ValueError(f'{name!r}{what}: {" ".join(str(e).split())}') from e
+        problem = f'does not take images of {img_size}x{img_size}' if img_size else 'cannot be created'
+        raise ValueError(f'{name!r} {problem}: {" ".join(str(e).split())}') from e
     result = Measurement(name, batch_size, sum(p.numel() for p in model.parameters()), macs)
     try:
         model = model.to(device=device, dtype=dtype, memory_format=memory_format)
@@ -173,16 +192,16 @@ def _prepare(name, batch_size, device, img_size, dtype, compile_backend, memory_
     except torch.OutOfMemoryError:
         return None, result
     except RuntimeError as e:
-        if "can't allocate memory" in str(e):  # what a CPU says
+        if "can't allocate memory" in str(e):  # out of memory on a CPU
             return None, result
-        raise ValueError(f'{name!r} can not run: {" ".join(str(e).split())[:300]}') from e
+        raise ValueError(f'{name!r} cannot run: {" ".join(str(e).split())[:300]}') from e
     weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     result.peak_memory = None if peak is None else peak + weights
     return forward, result
 
 
 def _time(forward: Callable[[], Any], count: int, device: torch.device) -> float:
-    """Seconds of a forward, the mean of a few."""
+    """Return the mean seconds of `count` forwards."""
     if device.type != 'cpu':
         torch.accelerator.synchronize(device)
     start = time.perf_counter()
@@ -194,12 +213,13 @@ def _time(forward: Callable[[], Any], count: int, device: torch.device) -> float
 
 
 def plot_throughput(results: List[Measurement]) -> Any:
-    """A figure: images/s over the batch size, or a bar for each model where there is one batch size."""
+    """Plot images/s by batch size; for a single batch size, a bar for each model."""
     figure, ((axes,),) = new_figure(size=(7, 3.6))
     sizes = sorted({result.batch_size for result in results})
     names = list(dict.fromkeys(result.name for result in results))
     if len(sizes) == 1:
-        axes.barh([plain(name) for name in names], [result.images_per_second or 0. for result in results], color='C0')
+        speeds = [result.images_per_second or 0. for result in results]
+        axes.barh([escape_label(name) for name in names], speeds, color='C0')
         axes.invert_yaxis()
         axes.set(xlabel=f'images/s, batch size {sizes[0]}')
         axes.grid(alpha=0.3, axis='x')
@@ -207,7 +227,7 @@ def plot_throughput(results: List[Measurement]) -> Any:
     for name in names:
         points = [(r.batch_size, r.images_per_second) for r in results if r.name == name and r.seconds]
         if points:
-            axes.plot(*zip(*points), marker='o', label=plain(name))
+            axes.plot(*zip(*points), marker='o', label=escape_label(name))
     axes.set(xlabel='batch size', ylabel='images/s', ylim=(0, None), xscale='log', xticks=sizes, xticklabels=sizes)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
@@ -216,17 +236,20 @@ def plot_throughput(results: List[Measurement]) -> Any:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+    """Add the options of the tool."""
     add = parser.add_argument
-    add('models', nargs='+', metavar='NAME', help='timm names; ratios are to the first')
-    add('-b', '--batch-size', type=int, nargs='+', default=[32], metavar='N')
-    add('--img-size', type=int, metavar='N', help="side length of the images (each model's own)")
-    add('--rounds', type=int, default=5, help='turns of each model')
-    add('--seconds', type=float, default=1., help='length of a turn')
-    add('--dtype', default='float32', choices=('float32', 'float16', 'bfloat16'))
-    add('--channels-last', action='store_true')
-    add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the models')
-    add('--device', help='cuda, cpu, ... (the accelerator there is, else the CPU)')
+    add('models', nargs='+', metavar='NAME', help='timm names; speed ratios are relative to the first')
+    add('-b', '--batch-size', type=positive_int, nargs='+', default=[32], metavar='N',
+        help='images per batch (default: 32)')
+    add('--img-size', type=positive_int, metavar='N', help="side length of the images in pixels (default: the model's)")
+    add('--rounds', type=positive_int, default=5, metavar='N', help='turns of each model (default: %(default)s)')
+    add('--seconds', type=float, default=1., metavar='S', help='approximate seconds per turn (default: %(default)s)')
+    add('--dtype', default='float32', choices=('float32', 'float16', 'bfloat16'),
+        help='type of weights and images (default: %(default)s)')
+    add('--channels-last', action='store_true', help='use the channels_last memory format')
+    add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND',
+        help='compile the models (BACKEND: inductor; default: off)')
+    add_device(parser)
     add_output_arguments(parser, 'throughput')
 
 
@@ -245,13 +268,12 @@ def _cells(result: Measurement) -> List[str]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """The command: a table, the same as CSV, and a picture, written anew after each batch size."""
-    check_counts(args, 'batch_size', 'img_size', 'rounds')
+    """Print a table; write it as CSV and a plot after each batch size."""
     if not 0 < args.seconds < math.inf:
         raise ValueError(f'--seconds {args.seconds}, expected more than 0.')
     unknown = [name for name in args.models if ':' not in name and not timm.is_model(name)]
     if unknown:
-        raise ValueError(f'timm knows no {unknown[0]!r}. timm.list_models("*NAME*") lists what there is.')
+        raise ValueError(f'Unknown model {unknown[0]!r}. timm.list_models("*NAME*") lists the names.')
     check_backend(args.torchcompile)
     new_figure()
     table, picture = output_files(args, 'throughput', args.models[0], '.csv', '.png')

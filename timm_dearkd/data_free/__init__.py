@@ -1,1 +1,1 @@
-"""DF-DearKD: training images made out of a trained CNN (section 4)."""
+"""DF-DearKD: training images made from a trained CNN (section 4)."""

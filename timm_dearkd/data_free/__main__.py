@@ -1,4 +1,4 @@
-"""Make training images out of a CNN: `python -m timm_dearkd.data_free OUT --model NAME --checkpoint FILE`."""
+"""Command line of DF-DearKD: `python -m timm_dearkd.data_free OUT --model NAME`."""
 import argparse
 import logging
 import math
@@ -10,37 +10,34 @@ import numpy as np
 import timm
 import torch
 import torch.distributed as dist
-from PIL import Image
 from timm.data import resolve_model_data_config
 from timm.utils import setup_default_logging
+from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 import timm_dearkd
-from distill_hooks import create_teacher
-from distill_hooks.errors import first_line
+from distill_hooks import load_model
 from distill_hooks.teacher import input_normalisation, weights_fingerprint
-from timm_dearkd.analysis.inputs import label_names
-from timm_dearkd.commands import run_command
+from timm_dearkd.commands import add_device, natural_int, positive_int, run_command
 from timm_dearkd.engine.device import Precision, Ranks, check_backend, compile_errors, select_device
 from timm_dearkd.files import write_bytes
 
-from .dataset import FORMATS, SyntheticSet, folder_name
-from .inversion import DIVERSITIES, Inverter, LossWeights, Resolution, batch_targets, spectator
+from .classes import match_classes, parse_classes, read_class_names
+from .dataset import FORMATS, SyntheticSet
+from .inversion import (
+    DIVERSITIES,
+    Augmentation,
+    Competitor,
+    Execution,
+    Inverter,
+    LossWeights,
+    Resolution,
+    batch_targets,
+)
+from .judge import Judge
 from .look import contact_sheet, loss_curves
 
 _logger = logging.getLogger(__name__)
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f'{text!r} is not 0, 1, 2, ...')
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not _natural(text):
-        raise argparse.ArgumentTypeError(f'{text!r}, expected 1 or more')
-    return int(text)
 
 
 def _beta(text: str) -> float:
@@ -52,223 +49,108 @@ def _beta(text: str) -> float:
 def _resolution(text: str) -> Resolution:
     try:
         size, steps, lr = text.split(':')
-        return Resolution(_count(size), _count(steps), float(lr))
+        return Resolution(positive_int(size), positive_int(steps), float(lr))
     except (ValueError, argparse.ArgumentTypeError):
         raise argparse.ArgumentTypeError(f'{text!r} is not SIZE:STEPS:LR, such as 112:2000:0.5') from None
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Parser of the command."""
-    defaults = LossWeights()
+    """Build the parser of the command."""
     parser = argparse.ArgumentParser(
-        prog='python -m timm_dearkd.data_free', description='Make training images out of a CNN (DF-DearKD)')
+        prog='python -m timm_dearkd.data_free', description='Make training images from a CNN (DF-DearKD)')
+    _add_image_arguments(parser)
+    _add_loss_arguments(parser)
     add = parser.add_argument
-    add('output', metavar='OUT', help='folder of the new data set')
-    add('--model', required=True, metavar='NAME', help='the CNN: a timm name, hf-hub:, local-dir: or a run folder')
-    add('--checkpoint', metavar='FILE', help='its weights (its pretrained ones)')
-    add('--num-images', type=_count, required=True, metavar='N', help='images to make, rounded up to whole batches')
-    add('--classes', nargs='+', metavar='INDEX', help='classes, or ranges such as 0-9 (all)')
-    add('--class-names', metavar='FILE', help="names of all the CNN's classes, one per line (those it knows)")
-    add('--classes-per-batch', type=_count, default=6)
-    add('--images-per-class', type=_count, default=7, help='images of each class in a batch')
-    add('--resolutions', nargs='+', type=_resolution, metavar='SIZE:STEPS:LR',
-        help='phases (half the size of the CNN: 2000 steps at 0.5, then all of it: 2000 at 0.01)')
-    add('--img-size', type=_count, help="size of the images (the CNN's), where --resolutions does not say")
-    add('--diversity', default='intra', choices=DIVERSITIES,
-        help='none (DeepInversion), adi (competition with --student), intra (the intra-divergence loss)')
-    add('--student', metavar='NAME', help='competitor of adi')
-    add('--student-checkpoint', metavar='FILE')
-    add('--verifier', metavar='NAME', help='keep an image only if this CNN gives its class --min-prob')
-    add('--verifier-checkpoint', metavar='FILE')
-    add('--min-prob', type=float, default=0.1)
-    for name, text in (
-        ('tv', 'total variation'), ('l2', 'l2 norm'), ('bn', 'BatchNorm statistics'),
-        ('first-bn', 'first BatchNorm layer among them'), ('ep', 'easiest positive'), ('triplet', 'triplet loss'),
-        ('adi', 'competition'),
-    ):
-        add(f'--{name}-weight', type=float, default=getattr(defaults, name.replace('-', '_')), help=f'weight: {text}')
-    add('--margin', type=float, default=defaults.margin, help='of the triplet loss')
-    add('--adi-temperature', type=float, default=defaults.adi_temperature)
-    add('--bn-norm', default='absolute', choices=('absolute', 'relative'),
-        help="relative divides the differences by the layer's running deviation and variance")
-    add('--betas', type=_beta, nargs=2, default=(0.5, 0.9), help="Adam's")
-    add('--jitter', type=_natural, help='largest shift in pixels, at full size (size / 8)')
-    add('--no-flip', action='store_true')
-    add('--seed', type=_natural, default=0)
-    add('--format', default='folder', choices=FORMATS, help='image folder, or WebDataset shards')
-    add('--resume', action='store_true', help='go on with the images in OUT')
-    add('--device', help='cuda, cpu, ... (the accelerator there is, else the CPU)')
-    add('--amp', action='store_true', help="bfloat16 (float16 would lose the BatchNorm statistics' gradients)")
-    add('--channels-last', action=argparse.BooleanOptionalAction, default=True)
-    add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND')
+    add('--betas', type=_beta, nargs=2, default=(0.5, 0.9), help="Adam's betas (default: 0.5 0.9)")
+    add('--jitter', type=natural_int, metavar='N', help='largest shift in pixels, at full size (default: size / 8)')
+    add('--no-flip', action='store_true', help='do not mirror the images at random')
+    add('--seed', type=natural_int, default=0, help='random seed (default: %(default)s)')
+    add('--format', default='folder', choices=FORMATS,
+        help='image folder or WebDataset shards (default: %(default)s)')
+    add('--resume', action='store_true', help='continue with the images in OUT')
+    add_device(parser)
+    add('--amp', action='store_true', help='run the CNN in bfloat16 (float16 would underflow)')
+    add('--channels-last', action=argparse.BooleanOptionalAction, default=True,
+        help='use the channels_last memory format (default: yes)')
+    add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND',
+        help='compile the CNN and the losses (BACKEND: inductor; default: off)')
     return parser
 
 
-def parse_classes(texts: Optional[Sequence[str]], num_classes: int) -> List[int]:
-    """Class indices out of indices and ranges.
-
-    Raises:
-        ValueError: No index, or one that the CNN has not.
-    """
-    classes: List[int] = []
-    for text in texts or [f'0-{num_classes - 1}']:
-        first, _, last = text.partition('-')
-        if not first.isdecimal() or not (last or first).isdecimal():
-            raise ValueError(f'--classes has {text!r}, expected an index such as 3 or a range such as 0-9.')
-        if int(last or first) < int(first):
-            raise ValueError(f'--classes has {text!r}, whose end is before its beginning.')
-        classes += range(int(first), int(last or first) + 1)
-    outside = [index for index in classes if index >= num_classes]
-    if outside:
-        raise ValueError(f'--classes names class {outside[0]}, but the CNN has classes 0 to {num_classes - 1}.')
-    return sorted(set(classes))
-
-
-def read_class_names(path: Optional[str], model: torch.nn.Module) -> List[str]:
-    """Names of all the CNN's classes: from a file, from what it was trained on, else their numbers.
-
-    Raises:
-        ValueError: A file with more or fewer names than the CNN has classes.
-    """
-    count: int = model.num_classes  # type: ignore[assignment]
-    names = label_names(model) or []
-    if path:
-        with open(path, encoding='utf-8') as f:
-            names = [line.strip() for line in f if line.strip()]
-        if len(names) != count:
-            raise ValueError(f'--class-names {path} has {len(names)} names, the CNN {count} classes.')
-    if len(names) != count:
-        names = [f'{index:0{len(str(count - 1))}d}' for index in range(count)]
-    names = [folder_name(name, index) for index, name in enumerate(names)]
-    if len(set(names)) < len(names):
-        names = [f'{name} {index}' if names.count(name) > 1 else name for index, name in enumerate(names)]
-    return names
+def _add_image_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add('output', metavar='OUT', help='folder of the new data set')
+    add('--model', required=True, metavar='NAME', help='the CNN: timm name, hf-hub:, local-dir: or run folder')
+    add('--checkpoint', metavar='FILE', help='weights of the CNN (default: its pretrained ones)')
+    add('--num-images', type=positive_int, required=True, metavar='N',
+        help='images to make, rounded up to whole batches')
+    add('--classes', nargs='+', metavar='INDEX', help='class indices, or ranges such as 0-9 (default: all)')
+    add('--class-names', metavar='FILE', help="names of the CNN's classes, one per line (default: those it knows)")
+    add('--classes-per-batch', type=positive_int, default=6, metavar='N',
+        help='different classes in a batch (default: %(default)s)')
+    add('--images-per-class', type=positive_int, default=7, metavar='N',
+        help='images of each class in a batch (default: %(default)s)')
+    add('--resolutions', nargs='+', type=_resolution, metavar='SIZE:STEPS:LR',
+        help='phases (default: SIZE/2:2000:0.5 SIZE:2000:0.01, where SIZE is --img-size)')
+    add('--img-size', type=positive_int, metavar='N',
+        help="side length of the images in pixels, without --resolutions (default: the CNN's)")
 
 
-def match_classes(model: Any, names: Sequence[str], role: str) -> List[int]:
-    """The CNN's class for each class of another network: by name, where it has names of the CNN's, else by number.
+def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
+    defaults = LossWeights()
+    add = parser.add_argument
+    add('--diversity', default='intra', choices=DIVERSITIES,
+        help='none (DeepInversion), adi (competes with --student) or intra (the paper) (default: %(default)s)')
+    add('--student', metavar='NAME', help='competitor of --diversity adi')
+    add('--student-checkpoint', metavar='FILE', help='weights of --student (default: its pretrained ones)')
+    add('--verifier', metavar='NAME', help='keep only images to whose class this network gives --min-prob')
+    add('--verifier-checkpoint', metavar='FILE', help='weights of --verifier (default: its pretrained ones)')
+    add('--min-prob', type=float, default=0.1, metavar='P',
+        help='least probability by --verifier of an image to keep (default: %(default)s)')
+    for name, text in (
+        ('tv', 'total variation'), ('l2', 'l2 norm'), ('bn', 'BatchNorm statistics'),
+        ('first-bn', 'first BatchNorm layer (the others have 1)'), ('ep', 'easiest-positive loss'),
+        ('triplet', 'triplet loss'), ('adi', 'competition with --student'),
+    ):
+        add(f'--{name}-weight', type=float, default=getattr(defaults, name.replace('-', '_')), metavar='W',
+            help=f'weight of the {text} (default: %(default)s)')
+    add('--margin', type=float, default=defaults.margin, help='margin of the triplet loss (default: %(default)s)')
+    add('--adi-temperature', type=float, default=defaults.adi_temperature, metavar='T',
+        help='softmax temperature of --diversity adi (default: %(default)s)')
+    add('--bn-norm', default='absolute', choices=('absolute', 'relative'),
+        help="relative divides differences by the layer's own deviation and variance (default: %(default)s)")
+
+
+def build_inverter(args: argparse.Namespace, model: Any, names: Sequence[str], precision: Precision) -> Inverter:
+    """Build the optimiser of the images from the options of the command.
 
     Args:
-        model: The other network.
-        names: Of the CNN's classes.
-        role: What to call it.
-
-    Raises:
-        ValueError: A network of other classes.
+        args: Options.
+        model: The CNN.
+        names: Class names of the CNN.
+        precision: Device and autocast type.
     """
-    own = [folder_name(name, i) for i, name in enumerate((model.pretrained_cfg or {}).get('label_names') or ())]
-    if own and set(own) <= set(names):
-        return [names.index(name) for name in own]
-    if model.num_classes != len(names):
-        raise ValueError(
-            f'The {role} knows {model.num_classes} classes, the CNN {len(names)}, and their names do not say which'
-            f' is which. Take a {role} that was trained on the same classes.')
-    return list(range(len(names)))
-
-
-def make_inverter(args, model, config: Dict[str, Any], names: Sequence[str], precision: Precision) -> Inverter:
-    """The optimiser with the settings of the command."""
-    size = args.img_size or config['input_size'][-1]
+    size = args.img_size or resolve_model_data_config(model)['input_size'][-1]
     resolutions = args.resolutions or [Resolution(size // 2, 2000, 0.5), Resolution(size, 2000, 0.01)]
-    student, student_classes = None, None
+    competitor = None
     if args.student:
-        student = create_teacher(args.student, args.student_checkpoint, device=precision.device)
-        student_classes = match_classes(student, names, 'student')
+        student = load_model(args.student, args.student_checkpoint, device=precision.device)
+        competitor = Competitor(student, match_classes(student, names, 'student'))
+    mean, std = _normalisation(model)
+    jitter = max(r.size for r in resolutions) // 8 if args.jitter is None else args.jitter
     return Inverter(
-        model,
-        config['mean'],
-        config['std'],
-        resolutions,
+        model, mean, std, resolutions,
         LossWeights(
             args.tv_weight, args.l2_weight, args.bn_weight, args.first_bn_weight, args.ep_weight, args.triplet_weight,
-            args.margin, args.adi_weight, args.adi_temperature),
-        bn_relative=args.bn_norm == 'relative',
-        diversity=args.diversity,
-        student=student,
-        student_classes=student_classes,
-        jitter=max(r.size for r in resolutions) // 8 if args.jitter is None else args.jitter,
-        flip=not args.no_flip,
-        betas=tuple(args.betas),
-        autocast=precision.autocast,
-        channels_last=args.channels_last,
-        compile=args.torchcompile,
-    )
+            args.margin, args.adi_weight, args.adi_temperature, bn_relative=args.bn_norm == 'relative'),
+        args.diversity, competitor, Augmentation(jitter, flip=not args.no_flip), tuple(args.betas),
+        Execution(precision.autocast, args.channels_last, args.torchcompile))
 
 
-class Judge:
-    """Probabilities that CNNs give the targets of finished images, as they are stored.
-
-    Args:
-        model: The CNN that the images are made of.
-        verifier: An independent one, which may have its classes in another order.
-        names: Of the classes of `model`.
-        config: timm's data configuration of `model`.
-        min_prob: What the verifier has to give.
-
-    Raises:
-        ValueError: A verifier of other classes.
-    """
-
-    def __init__(
-            self,
-            model: torch.nn.Module,
-            verifier: Optional[torch.nn.Module],
-            names: Sequence[str],
-            config: Dict[str, Any],
-            min_prob: float,
-    ) -> None:
-        self.mean, self.std = (torch.tensor(config[key]).view(1, -1, 1, 1) for key in ('mean', 'std'))
-        self.model = model
-        self.verifier = None
-        if verifier is not None:
-            classes = match_classes(verifier, names, 'verifier')
-            if len(classes) < len(names):
-                raise ValueError(
-                    f'The verifier knows {len(classes)} of the {len(names)} classes. Take one that was trained on all.')
-            self.verifier = spectator(verifier, config['mean'], config['std'])
-            self.verifier_classes = torch.tensor(classes).argsort()  # the verifier's for each of the CNN's
-        self.min_prob = min_prob
-
-    def check_size(self, size: int) -> None:
-        """Show an image of that many pixels a side to the verifier, if there is one.
-
-        Raises:
-            ValueError: It does not take it.
-        """
-        if self.verifier is None:
-            return
-        pixels = torch.zeros(1, size, size, self.mean.shape[1], dtype=torch.uint8)
-        try:
-            self.records(pixels, torch.zeros(1, dtype=torch.long))
-        except (RuntimeError, AssertionError) as e:
-            raise ValueError(
-                f'The verifier does not take images of {size} pixels ({first_line(e)}). Take another one.'
-            ) from e
-
-    def to_uint8(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised images (B, C, H, W) as pixels (B, H, W, C)."""
-        pixels = (images.cpu() * self.std + self.mean) * 255
-        return pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-
-    @torch.no_grad()
-    def records(self, pixels: torch.Tensor, targets: torch.Tensor) -> List[Dict[str, Any]]:
-        """What the manifest says of each image."""
-        device = next(self.model.parameters()).device
-        images = ((pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std).to(device)
-
-        def probabilities(logits: torch.Tensor, classes: torch.Tensor) -> List[float]:
-            return logits.float().softmax(1).gather(1, classes.to(device)[:, None])[:, 0].tolist()
-
-        teacher = probabilities(self.model(images), targets)
-        verifier: List[Optional[float]] = [None] * len(targets)
-        if self.verifier is not None:
-            logits, _ = self.verifier(images, with_features=False)
-            verifier = list(probabilities(logits, self.verifier_classes[targets]))
-        return [
-            dict(target=target, teacher_prob=round(p, 4), verifier_prob=None if v is None else round(v, 4),
-                 kept=v is None or v >= self.min_prob)
-            for target, p, v in zip(targets.tolist(), teacher, verifier)
-        ]
+def _normalisation(model: Any) -> Tuple[List[float], List[float]]:
+    """Return the mean and the deviation per channel of a model's normalisation."""
+    mean, std = input_normalisation(model, model.in_chans)
+    return mean.tolist(), std.tolist()
 
 
 def make_batch(
@@ -277,8 +159,19 @@ def make_batch(
         inverter: Inverter,
         seed: int,
         on_check: Callable[[int], None],
-) -> Tuple[Any, List[Dict[str, float]]]:
-    """The images of a batch and its losses by step. One that is lost is tried once more; then there are no images."""
+) -> Tuple[Optional[torch.Tensor], List[Dict[str, float]]]:
+    """Make a batch of images, with a second seed if the loss is not finite.
+
+    Args:
+        batch: Number of the batch.
+        targets: Classes (B,).
+        inverter: Makes the images.
+        seed: Random seed of the data set.
+        on_check: Called with the number of steps so far.
+
+    Returns:
+        Normalised images, or None if both attempts failed; and the losses at the checked steps.
+    """
     losses: List[Dict[str, float]] = []
 
     def check(step: int, values: Dict[str, float]) -> None:
@@ -291,64 +184,70 @@ def make_batch(
         images = inverter.run(targets, int(seeds[0]), check)
         if images is not None:
             return images, losses
-        _logger.warning(f'Batch {batch}: the loss is not finite at step {losses[-1]["step"]}'
-                        f' ({"trying another seed" if attempt == 0 else "it is left out"}).')
+        _logger.warning(f'Batch {batch}: the loss is not finite at step {losses[-1]["step"]}.'
+                        f' {"Trying another seed." if attempt == 0 else "Skipping the batch."}')
     return None, losses
 
 
-def to_image(pixels: torch.Tensor) -> Image.Image:
-    array = pixels.numpy()
-    return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
-
-
-def run(args) -> None:
-    """Make the images."""
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
     check_backend(args.torchcompile)
     device, ranks = select_device(args.device)
     precision = Precision(device, torch.bfloat16 if args.amp else None)
-    model: Any = create_teacher(args.model, args.checkpoint, device=device)
-    config = resolve_model_data_config(model)
-    config['mean'], config['std'] = (values.tolist() for values in input_normalisation(model, model.in_chans))
+    model: Any = load_model(args.model, args.checkpoint, device=device)
     indices = parse_classes(args.classes, model.num_classes)
     names = read_class_names(args.class_names, model)
     if not 1 <= model.in_chans <= 4:
-        raise ValueError(f'The CNN takes {model.in_chans} channels. Images can be made of 1 (grey) to 4 of them.')
-    inverter = make_inverter(args, model, config, names, precision)
+        raise ValueError(f'--model takes {model.in_chans} channels, expected 1 (grey) to 4. Choose another CNN.')
+    inverter = build_inverter(args, model, names, precision)
     inverter.check_sizes()
     verifier = None
     if args.verifier:
-        verifier = create_teacher(args.verifier, args.verifier_checkpoint, device=device)
-    judge = Judge(model, verifier, names, config, args.min_prob)
+        verifier = load_model(args.verifier, args.verifier_checkpoint, device=device)
+    judge = Judge(model, verifier, names, *_normalisation(model), args.min_prob)
     judge.check_size(inverter.size)
-    skipped = ('output', 'resume', 'device', 'format', 'classes', 'class_names', 'num_images')
-    settings = {
-        **{key: value for key, value in vars(args).items() if key not in skipped},
-        'resolutions': [list(resolution) for resolution in inverter.resolutions],
-        'betas': list(args.betas),
-        'num_images': args.num_images,
-        'weights': [weights_fingerprint(m) for m in (model, inverter.student, verifier) if m is not None],
-        'versions': dict(timm_dearkd=timm_dearkd.__version__, torch=torch.__version__, timm=timm.__version__),
-    }
+    networks = [m for m in (model, inverter.student, verifier) if m is not None]
     dataset = SyntheticSet(
-        args.output, {index: names[index] for index in indices}, settings, args.format, args.resume)
-    size = min(args.classes_per_batch, len(indices)) * args.images_per_class
-    if args.num_images % size and ranks.is_primary:
-        _logger.info(
-            f'--num-images {args.num_images} is rounded up to {math.ceil(args.num_images / size) * size}, a multiple of'
-            f' the batch: {size // args.images_per_class} classes with {args.images_per_class} images each. Set'
-            ' --classes-per-batch or --images-per-class lower for a smaller one.')
-    targets = batch_targets(
-        math.ceil(args.num_images / size), indices, args.classes_per_batch, args.images_per_class, args.seed)
-    todo = [batch for batch in range(len(targets)) if not dataset.is_done(batch)]
+        args.output, {index: names[index] for index in indices}, _settings(args, inverter, networks), args.format,
+        args.resume)
+    num_batches = _count_batches(args, len(indices), ranks)
+    targets = batch_targets(num_batches, indices, args.classes_per_batch, args.images_per_class, args.seed)
+    todo = [batch for batch in range(num_batches) if not dataset.is_done(batch)]
     if ranks.distributed:
-        dist.barrier()  # all have looked before one writes
+        dist.barrier()  # all processes read the folder before one writes
     if ranks.is_primary:
         dataset.start()
     make_images(dataset, targets, todo[ranks.rank::ranks.world_size], inverter, judge, args.seed, ranks)
     if ranks.is_primary:
         while not all(dataset.is_done(batch) for batch in todo):  # the other processes may take hours longer
             time.sleep(0.2)
-        report(args, dataset, model)
+        report(args, dataset, inverter)
+
+
+def _settings(args: argparse.Namespace, inverter: Inverter, networks: Sequence[torch.nn.Module]) -> Dict[str, Any]:
+    """Return what the images depend on, for `settings.json` and the manifest."""
+    skipped = ('output', 'resume', 'device', 'format', 'classes', 'class_names', 'num_images')
+    return {
+        **{key: value for key, value in vars(args).items() if key not in skipped},
+        'resolutions': [list(resolution) for resolution in inverter.resolutions],
+        'betas': list(args.betas),
+        'num_images': args.num_images,
+        'weights': [weights_fingerprint(network) for network in networks],
+        'versions': dict(timm_dearkd=timm_dearkd.__version__, torch=torch.__version__, timm=timm.__version__),
+    }
+
+
+def _count_batches(args: argparse.Namespace, num_classes: int, ranks: Ranks) -> int:
+    """Return the number of batches with at least --num-images images."""
+    classes = min(args.classes_per_batch, num_classes)
+    size = classes * args.images_per_class
+    count = math.ceil(args.num_images / size)
+    if args.num_images % size and ranks.is_primary:
+        _logger.info(
+            f'--num-images {args.num_images} is rounded up to {count * size}: {count} batches of {classes} classes with'
+            f' {args.images_per_class} images each. For smaller batches, lower --classes-per-batch or'
+            ' --images-per-class.')
+    return count
 
 
 def make_images(
@@ -360,10 +259,20 @@ def make_images(
         seed: int,
         ranks: Ranks,
 ) -> None:
-    """Make the batches `todo` of all `targets`."""
+    """Make batches of images and write them.
+
+    Args:
+        dataset: Where to write them.
+        targets: Classes (B,) of every batch.
+        todo: Numbers of the batches to make.
+        inverter: Makes the images.
+        judge: Decides which images are kept.
+        seed: Random seed of the data set.
+        ranks: This process among all.
+    """
     steps = sum(resolution.steps for resolution in inverter.resolutions)
     made = kept = 0
-    disable = None if ranks.is_primary else True  # None shows it on a terminal alone
+    disable = None if ranks.is_primary else True  # None shows the bar on a terminal only
     with tqdm(total=len(todo) * steps, disable=disable, unit='step', dynamic_ncols=True) as bar:
         start = time.perf_counter()
         for number, batch in enumerate(todo):
@@ -379,7 +288,7 @@ def make_images(
             pixels = judge.to_uint8(images)
             records = judge.records(pixels, targets[batch])
             seconds = round(time.perf_counter() - began, 2)
-            dataset.write(batch, [to_image(p) for p in pixels], records, losses=losses, seconds=seconds)
+            dataset.write(batch, [to_pil_image(p.numpy()) for p in pixels], records, losses=losses, seconds=seconds)
             made, kept = made + len(records), kept + sum(record['kept'] for record in records)
             bar.set_postfix_str(
                 f'{made * ranks.world_size / (time.perf_counter() - start):.2f} img/s, {100 * kept / made:.0f} % kept')
@@ -387,30 +296,31 @@ def make_images(
                 write_bytes(dataset.root / 'samples.png', contact_sheet(dataset.samples()))
 
 
-def advice(args, losses: Sequence[Dict[str, Any]]) -> str:
-    """Which loss kept the images from their classes, and what can be done.
+def advise(weights: LossWeights, diversity: str, losses: Sequence[Dict[str, Any]]) -> str:
+    """Name the largest loss besides the cross-entropy, and the flag that lowers it.
 
     Args:
-        args: The options.
-        losses: Rows of the batches' losses, unweighted but for the diversity.
+        weights: Weights of the losses.
+        diversity: Kind of the diversity loss, see `Inverter`.
+        losses: Rows of the batches' losses; all but the diversity of 'intra' are unweighted.
     """
     last_step = max(row['step'] for row in losses)
     last = [row for row in losses if row['step'] == last_step]
     mean = {name: sum(row[name] for row in last) / len(last) for name in last[0] if name not in ('batch', 'step')}
-    scale = dict(bn=args.bn_weight, tv=args.tv_weight, l2=args.l2_weight,
-                 diversity=args.adi_weight if args.diversity == 'adi' else 1.)
+    is_adi = diversity == 'adi'
+    scale = dict(bn=weights.bn, tv=weights.tv, l2=weights.l2, diversity=weights.adi if is_adi else 1.)
     terms = {name: abs(mean[name]) * weight for name, weight in scale.items() if name in mean}
     flags = dict(bn='--bn-weight (or try --bn-norm relative)', tv='--tv-weight', l2='--l2-weight',
-                 diversity='--adi-weight' if args.diversity == 'adi' else '--ep-weight and --triplet-weight')
-    largest = max(terms, key=terms.__getitem__)
+                 diversity='--adi-weight' if is_adi else '--ep-weight and --triplet-weight')
     listed = ', '.join(f'{name} {value:.3g}' for name, value in terms.items())
     return (
-        f'Most images are not of their class to the CNN: in the end the cross-entropy is {mean["ce"]:.2g} beside'
-        f' {listed} (weighted). The weights are the network\'s own: lower {flags[largest]}, or take more steps.')
+        f'The CNN does not recognise most images. The final cross-entropy is {mean["ce"]:.2g}, the other weighted'
+        f' losses are: {listed}. Good weights differ between CNNs. Lower {flags[max(terms, key=terms.__getitem__)]},'
+        ' or take more steps.')
 
 
-def report(args, dataset: SyntheticSet, model: Any) -> None:
-    """What has been made, and how to train on it."""
+def report(args: argparse.Namespace, dataset: SyntheticSet, inverter: Inverter) -> None:
+    """Finish the data set; print the result and the command that trains on it."""
     counts, class_map = dataset.finish()
     write_bytes(dataset.root / 'samples.png', contact_sheet(dataset.samples()))
     losses = [row for batch in dataset.batches() for row in batch.get('losses', ())]
@@ -418,30 +328,41 @@ def report(args, dataset: SyntheticSet, model: Any) -> None:
         try:
             write_bytes(dataset.root / 'losses.png', loss_curves(losses))
         except ImportError:
-            _logger.info('The curves of losses.csv are drawn when matplotlib is installed (pip install matplotlib).')
+            _logger.info('losses.png was not drawn: it needs matplotlib (pip install matplotlib).')
     failed = f', {counts["failed"]} batches failed' if counts['failed'] else ''
-    asked = f' ({args.num_images} asked for, in whole batches)' if counts['made'] > args.num_images else ''
+    asked = f' ({args.num_images} requested, in whole batches)' if counts['made'] > args.num_images else ''
     print(f'{counts["kept"]} of {counts["made"]} images kept{asked}{failed}: {dataset.root}/train, manifest.json,'
           ' samples.png')
     if counts['made']:
         sure = f'{100 * counts["sure"] / counts["made"]:.0f} %'
-        print(f'{args.model} gives {sure} of them more than half of its probability for their class.')
+        print(f'{args.model} gives {sure} of the images a probability above 0.5 for their class.')
     if losses and counts['sure'] < counts['made'] / 2:
-        _logger.warning(advice(args, losses))
+        _logger.warning(advise(inverter.weights, inverter.diversity, losses))
     if not counts['kept']:
         return
     missing = len(dataset.classes) - len(class_map)
     if missing:
         _logger.warning(f'{missing} of {len(dataset.classes)} classes have no image that was kept.')
-    root = shlex.quote(str(dataset.root))
+    print(f'Train on them: {train_command(args, str(dataset.root), class_map, inverter.model)}')
+
+
+def train_command(args: argparse.Namespace, folder: str, class_map: Sequence[int], model: Any) -> str:
+    """Return the train.py command that trains on the images, without student options.
+
+    Args:
+        args: Options of this command.
+        folder: Folder of the data set.
+        class_map: The CNN's class for each class of the data set.
+        model: The CNN.
+    """
+    root = shlex.quote(folder)
     data = f'{root} --val-split ""' if args.format == 'folder' else (
         f'{root} --dataset wds/ --train-split train --val-split "" --num-classes {len(class_map)}')
     map_flag = '' if class_map == list(range(model.num_classes)) else f' --kd-class-map {root}/kd_class_map.txt'
     checkpoint = f' --kd-teacher-checkpoint {shlex.quote(args.checkpoint)}' if args.checkpoint else ''
     channels = {1: ' --in-chans 1', 2: ' --in-chans 2 --input-img-mode LA', 3: '',
                 4: ' --in-chans 4 --input-img-mode RGBA'}[model.in_chans]
-    print(f'Train on them: python train.py {data}{channels} --kd-model-name {shlex.quote(args.model)}{checkpoint}'
-          f'{map_flag} ...')
+    return f'python train.py {data}{channels} --kd-model-name {shlex.quote(args.model)}{checkpoint}{map_flag} ...'
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -457,4 +378,4 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 
 if __name__ == '__main__':
-    run_command(build_parser().prog, main, hint='With --resume the same command goes on.')
+    run_command(build_parser().prog, main, hint='Add --resume to the same command to continue.')

@@ -1,8 +1,7 @@
-"""What DF-DearKD writes: an image folder or WebDataset shards that train.py reads, and what is known of every image.
+"""Data set of synthetic images: folder or WebDataset shards, and a manifest.
 
-A batch counts once `batches/NUMBER.json` is there, which is written last; a run that was killed does that batch again.
+`batches/NUMBER.json` is written after all other files of a batch. Without it, a resumed run makes the batch again.
 """
-import csv
 import io
 import json
 import re
@@ -13,31 +12,27 @@ from typing import Any, Dict, Iterator, List, Sequence, Set, Tuple
 from PIL import Image
 
 from timm_dearkd.engine.image_folder import class_order, normal_name
-from timm_dearkd.files import write_bytes
+from timm_dearkd.files import write_bytes, write_table
+
+from .look import encode_png
 
 __all__ = ['FORMATS', 'SyntheticSet', 'folder_name']
 
 FORMATS = ('folder', 'wds')
 
 
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, 'PNG')
-    return buffer.getvalue()
-
-
 class SyntheticSet:
-    """A data set of synthetic images under way.
+    """Data set of synthetic images that grows batch by batch.
 
     Args:
-        root: Its folder.
+        root: Folder of the data set.
         classes: Class names by the CNN's class index.
-        settings: What the images depend on, and what they were made with.
+        settings: Options and versions that the images are made with.
         data_format: 'folder' (train/CLASS/IMAGE.png) or 'wds' (train/train-NUMBER.tar).
-        resume: Go on with the images that are there.
+        resume: Continue with the images in the folder.
 
     Raises:
-        ValueError: A folder with other settings, or with images that `resume` does not ask for.
+        ValueError: If the folder has other settings, images without `resume`, or other files.
     """
 
     def __init__(
@@ -53,7 +48,7 @@ class SyntheticSet:
         self.settings = {**settings, 'classes': {str(index): name for index, name in classes.items()},
                          'format': data_format}
         self.data_format = data_format
-        self.names = class_order(classes.values())  # in which train.py numbers the folders
+        self.names = class_order(classes.values())  # as train.py numbers the folders
         self._samples: Dict[int, List[Image.Image]] = {}
         self._sampled: Set[Path] = set()
         self._check(resume)
@@ -61,17 +56,17 @@ class SyntheticSet:
     def _check(self, resume: bool) -> None:
         path = self.root / 'settings.json'
         if path.exists():
-            there = json.loads(path.read_text())
-            keys = {*there, *self.settings} - {'versions', 'num_images'}
-            differing = sorted(key for key in keys if there.get(key) != self.settings.get(key))
+            saved = json.loads(path.read_text())
+            keys = {*saved, *self.settings} - {'versions', 'num_images'}
+            differing = sorted(key for key in keys if saved.get(key) != self.settings.get(key))
             if differing:
                 raise ValueError(
-                    f'{str(self.root)!r} holds images made with another {", ".join(differing)}.'
-                    ' Choose another folder, or the settings that its settings.json lists.')
+                    f'{str(self.root)!r} has images made with another {", ".join(differing)}.'
+                    ' Choose another OUT, or use the settings in its settings.json.')
             if not resume:
-                raise ValueError(f'{str(self.root)!r} holds images already. Add --resume to go on with them.')
+                raise ValueError(f'{str(self.root)!r} has images. Add --resume to continue, or choose another OUT.')
         elif self.root.exists() and any(self.root.iterdir()):
-            raise ValueError(f'{str(self.root)!r} is not empty, and no data set of this tool. Choose another folder.')
+            raise ValueError(f'{str(self.root)!r} is not empty and not a data set of this command. Choose another OUT.')
 
     def start(self) -> None:
         """Write the settings."""
@@ -81,15 +76,16 @@ class SyntheticSet:
         return self.root / 'batches' / f'{batch:06d}.json'
 
     def is_done(self, batch: int) -> bool:
+        """Return whether a batch is written completely."""
         return self._batch_path(batch).exists()
 
     def write(self, batch: int, images: Sequence[Image.Image], records: Sequence[Dict[str, Any]], **info: Any) -> None:
         """Write a batch.
 
         Args:
-            batch: Its number.
-            images: One per record.
-            records: 'target' (the CNN's class), 'kept', and what else is to be in the manifest.
+            batch: Number of the batch.
+            images: Images, also those that are not kept.
+            records: Entry of each image in the manifest: 'target' (the CNN's class), 'kept' and others.
             **info: Further entries of the batch.
         """
         entries, files = [], {}
@@ -99,11 +95,11 @@ class SyntheticSet:
             class_name = self.classes[record['target']]
             if record['kept']:
                 files[name] = (image, class_name)
-            elif self.data_format == 'folder':  # a batch that was killed may have judged otherwise
+            elif self.data_format == 'folder':  # an interrupted attempt may have kept it
                 (self.root / 'train' / class_name / f'{name}.png').unlink(missing_ok=True)
         if self.data_format == 'folder':
             for name, (image, class_name) in files.items():
-                write_bytes(self.root / 'train' / class_name / f'{name}.png', _png(image))
+                write_bytes(self.root / 'train' / class_name / f'{name}.png', encode_png(image))
         elif files:
             write_bytes(self.root / 'train' / f'train-{batch:06d}.tar', self._tar(files))
         write_bytes(self._batch_path(batch), json.dumps(dict(batch=batch, images=entries, **info)).encode())
@@ -112,19 +108,25 @@ class SyntheticSet:
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode='w') as tar:
             for name, (image, class_name) in files.items():
-                for extension, content in (('png', _png(image)), ('cls', str(self.names.index(class_name)).encode())):
+                label = str(self.names.index(class_name)).encode()
+                for extension, content in (('png', encode_png(image)), ('cls', label)):
                     info = tarfile.TarInfo(f'{name}.{extension}')
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
         return buffer.getvalue()
 
     def batches(self) -> Iterator[Dict[str, Any]]:
-        """What is known of the batches that are done."""
+        """Yield the entries of all finished batches."""
         for path in sorted((self.root / 'batches').glob('[0-9]*.json')):
             yield json.loads(path.read_text())
 
     def finish(self) -> Tuple[Dict[str, int], List[int]]:
-        """Write the manifest, the class map for a teacher, and what readers need. Returns image counts and the map."""
+        """Write the manifest, the class map, `losses.csv`, and `_info.json` for shards.
+
+        Returns:
+            Numbers of images 'made', 'kept' and 'sure' (probability above 0.5) and of 'failed' batches; and the class
+            map.
+        """
         batches = list(self.batches())
         images = [{**image, 'class': self.classes[image['target']]} for b in batches for image in b['images']]
         failed = [b['batch'] for b in batches if b.get('failed')]
@@ -136,30 +138,38 @@ class SyntheticSet:
             images=images,
         )
         write_bytes(self.root / 'manifest.json', json.dumps(manifest, indent=1).encode())
-        kept = [image for image in images if image['kept'] and self._is_there(image)]
+        kept = [image for image in images if image['kept'] and self._exists(image)]
         lines = [f'{index} {self.classes[index]}\n' for index in self.class_map(kept)]
         write_bytes(self.root / 'kd_class_map.txt', ''.join(lines).encode())
-        self._write_losses(batches)
+        rows = [dict(batch=b['batch'], **row) for b in batches for row in b.get('losses', ())]
+        if rows:
+            write_table(self.root / 'losses.csv', [list(rows[0]), *([row[name] for name in rows[0]] for row in rows)])
         if self.data_format == 'wds':
             self._write_info(kept)
         sure = sum(image['teacher_prob'] > 0.5 for image in images)
         return dict(made=len(images), kept=len(kept), sure=sure, failed=len(failed)), self.class_map(kept)
 
     def class_map(self, kept: Sequence[Dict[str, Any]]) -> List[int]:
-        """The CNN's class for each class that a student of these images has: of image folders, those with images."""
+        """Return the CNN's class for each class of a student of these images.
+
+        An image folder has no classes without images; shards have all classes.
+        """
         index = {name: index for index, name in self.classes.items()}
         present = {image['class'] for image in kept} if self.data_format == 'folder' else set(self.names)
         return [index[name] for name in self.names if name in present]
 
     def samples(self, rows: int = 20, columns: int = 8) -> Dict[str, List[Image.Image]]:
-        """The first kept images of the first classes, read back; of batches that were not there at the last call."""
+        """Read the first kept images of the first classes, by class name.
+
+        Each call reads the batches that are new since the last one.
+        """
         for path in sorted(set((self.root / 'batches').glob('[0-9]*.json')) - self._sampled):
             self._sampled.add(path)
             for record in json.loads(path.read_text())['images']:
                 target = record['target']
                 wanted = len(self._samples) < rows or target <= max(self._samples)
                 full = len(self._samples.get(target, ())) >= columns
-                if wanted and not full and record['kept'] and self._is_there(record):
+                if wanted and not full and record['kept'] and self._exists(record):
                     self._samples.setdefault(target, []).append(self._read(record))
                     if len(self._samples) > rows:
                         del self._samples[max(self._samples)]
@@ -168,8 +178,8 @@ class SyntheticSet:
     def _image_path(self, record: Dict[str, Any]) -> Path:
         return self.root / 'train' / self.classes[record['target']] / f'{record["name"]}.png'
 
-    def _is_there(self, record: Dict[str, Any]) -> bool:
-        """Whether nobody has taken out an image that was kept."""
+    def _exists(self, record: Dict[str, Any]) -> bool:
+        """Return whether a kept image still exists, because users may delete files."""
         return self.data_format != 'folder' or self._image_path(record).exists()
 
     def _read(self, record: Dict[str, Any]) -> Image.Image:
@@ -181,17 +191,8 @@ class SyntheticSet:
                 content = tar.extractfile(name).read()  # type: ignore[union-attr]
         return Image.open(io.BytesIO(content))
 
-    def _write_losses(self, batches: Sequence[Dict[str, Any]]) -> None:
-        rows = [dict(batch=b['batch'], **row) for b in batches for row in b.get('losses', ())]
-        if rows:
-            text = io.StringIO(newline='')
-            writer = csv.DictWriter(text, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-            write_bytes(self.root / 'losses.csv', text.getvalue().encode())
-
     def _write_info(self, kept: Sequence[Dict[str, Any]]) -> None:
-        """timm's description of WebDataset shards."""
+        """Write `_info.json`, in which timm looks up the shards and their lengths."""
         counts: Dict[str, int] = {}
         for image in kept:
             shard = f'train-{image["name"].partition("-")[0]}.tar'
@@ -203,5 +204,5 @@ class SyntheticSet:
 
 
 def folder_name(name: str, index: int) -> str:
-    """Return a class name as the name of a folder."""
+    """Return a class name as a valid folder name, or the index if nothing is left."""
     return re.sub(r'[^\w\-. ]+', '_', normal_name(name)).strip('. ') or f'{index:04d}'

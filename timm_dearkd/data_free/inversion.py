@@ -1,4 +1,4 @@
-"""The optimiser that makes images out of a CNN (section 4, Eq. 8, after DeepInversion)."""
+"""Optimisation of images for a CNN (section 4, Eq. 8, based on DeepInversion)."""
 import contextlib
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
@@ -13,23 +13,27 @@ from distill_hooks.errors import first_line
 
 from .losses import BatchNormStats, competition_loss, intra_divergence_loss, l2_prior, total_variation
 
-__all__ = ['DIVERSITIES', 'Inverter', 'LossWeights', 'Resolution', 'batch_targets', 'spectator']
+__all__ = [
+    'DIVERSITIES', 'Augmentation', 'Competitor', 'Execution', 'Inverter', 'LossWeights', 'Resolution', 'batch_targets',
+    'spectator',
+]
 
 DIVERSITIES = ('none', 'adi', 'intra')
 
 
 class Resolution(NamedTuple):
-    """A phase of the optimisation: the side length at which the CNN sees the images, the steps, and Adam's rate."""
+    """Phase of the optimisation: side length in pixels, steps and learning rate."""
     size: int
     steps: int
     lr: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class LossWeights:
-    """Weights of the losses: the paper's, but for `first_bn`, `margin`, `adi` and `adi_temperature`, which are ours.
+    """Weights and settings of the losses.
 
-    For small images: the 224 pixels of ImageNet take 0.2 for `adi` (DeepInversion's code).
+    They are the paper's, except `first_bn`, `margin`, `adi`, `adi_temperature` and `bn_relative`, which are ours.
+    `adi` is for small images; DeepInversion's code takes 0.2 for ImageNet's 224 pixels.
     """
     tv: float = 1e-4
     l2: float = 1e-5
@@ -40,6 +44,45 @@ class LossWeights:
     margin: float = 1.
     adi: float = 10.
     adi_temperature: float = 3.
+    bn_relative: bool = False
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """Network that the CNN competes with ('adi').
+
+    Args:
+        model: The network. A ViT sees the images at its own size.
+        classes: The CNN's class for each class of the network; None if they are the same.
+    """
+    model: nn.Module
+    classes: Optional[Sequence[int]] = None
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of the images in each step.
+
+    Args:
+        jitter: Largest shift in pixels, at the full size.
+        flip: Mirror the batch in half of the steps.
+    """
+    jitter: int = 30
+    flip: bool = True
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the CNN runs.
+
+    Args:
+        autocast: Returns the context of its forward.
+        channels_last: Memory format of the CNN and the images.
+        backend: Backend of `torch.compile` for the forward and the losses; None runs them eagerly.
+    """
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    channels_last: bool = False
+    backend: Optional[str] = None
 
 
 def batch_targets(
@@ -49,20 +92,20 @@ def batch_targets(
         images_per_class: int = 7,
         seed: int = 0,
 ) -> List[torch.Tensor]:
-    """Targets of batches: some different classes, and as many images of each.
+    """Draw the classes of the images in each batch.
 
-    The classes go round in a new order each time, so that all come equally often (our choice; the paper draws them).
-    The first batches do not depend on how many follow.
+    The classes are shuffled again each time all have been used, so that they come equally often (our choice; the paper
+    draws them independently). The first batches do not depend on the number of batches.
 
     Args:
-        num_batches: How many.
+        num_batches: Number of batches.
         classes: Class indices to choose from.
-        classes_per_batch: How many of them (all, if there are fewer).
-        images_per_class: Images of each.
-        seed: Of the orders.
+        classes_per_batch: Different classes in a batch; all classes if there are fewer.
+        images_per_class: Images of each class in a batch.
+        seed: Random seed of the order.
 
     Returns:
-        Tensors (classes_per_batch * images_per_class,).
+        Targets (classes_per_batch * images_per_class,) of each batch.
     """
     count = min(classes_per_batch, len(classes))
     generator = torch.Generator().manual_seed(seed)
@@ -81,37 +124,35 @@ def batch_targets(
 
 
 def spectator(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Teacher:
-    """Another network, to look at images of a CNN's normalisation; a ViT sees them at its own size."""
+    """Wrap a network so that it takes images with a CNN's normalisation.
+
+    A ViT sees the images at its own size.
+    """
     size = get_model_input_config(model)['input_size'][1:] if hasattr(model, 'patch_embed') else None
     device = next(model.parameters()).device
     return Teacher(model, in_chans=len(mean), mean=mean, std=std, img_size=size).to(device)
 
 
 class Inverter:
-    """Makes images of given classes out of a classifier with BatchNorm.
+    """Makes images of given classes from a classifier with BatchNorm.
 
-    What the paper does not say is DeepInversion's: shifts, mirror images, Adam's betas, pixels clipped to their range.
+    The paper does not name the shifts, the flips, Adam's betas and the range of the pixels. They are DeepInversion's.
 
     Args:
-        model: The CNN; it is frozen, in place, and takes normalised images.
-        mean: Its normalisation, which says what range the pixels are clipped to.
+        model: The CNN, which takes normalised images. It is frozen in place.
+        mean: Normalisation of the CNN. Pixels are clipped to the range that it maps 0 to 1 to.
         std: See `mean`.
-        resolutions: The phases. The images have the size of the largest one, and are average-pooled for the others.
-        weights: Of the losses.
-        bn_relative: See `BatchNormStats`.
-        diversity: 'none' (DeepInversion), 'adi' (its competition with a student) or 'intra' (the paper's).
-        student: Competitor for 'adi'. A ViT sees the images at its own size.
-        student_classes: The CNN's class for each of the student's; None if they are the same.
-        jitter: Pixels that the images are shifted by at the most in each step, at the full size.
-        flip: Mirror the batch in every other step, at random.
-        betas: Adam's.
-        autocast: Makes the context in which the CNN runs.
-        channels_last: Memory format of the CNN and the images.
-        compile: Compile the forward and the losses with this backend of `torch.compile`.
-        check_interval: Steps between looks at the loss, which stop a batch that is lost, and at the rates.
+        resolutions: Phases. The images have the largest size, and are average-pooled for the others.
+        weights: Weights and settings of the losses.
+        diversity: 'none' (DeepInversion), 'adi' (its competition with a student) or 'intra' (the paper's loss).
+        competitor: The student of 'adi'.
+        augmentation: Random changes in each step.
+        betas: Adam's betas.
+        execution: Precision, memory format and compilation.
+        check_interval: Steps between checks of the loss. A loss that is not finite stops the batch.
 
     Raises:
-        ValueError: A network without BatchNorm, or settings that do not fit.
+        ValueError: If the network has no BatchNorm, or 'adi' and `competitor` do not come together.
     """
 
     def __init__(
@@ -121,55 +162,49 @@ class Inverter:
             std: Sequence[float],
             resolutions: Sequence[Resolution],
             weights: Optional[LossWeights] = None,
-            bn_relative: bool = False,
             diversity: str = 'intra',
-            student: Optional[nn.Module] = None,
-            student_classes: Optional[Sequence[int]] = None,
-            jitter: int = 30,
-            flip: bool = True,
+            competitor: Optional[Competitor] = None,
+            augmentation: Optional[Augmentation] = None,
             betas: Tuple[float, float] = (0.5, 0.9),
-            autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-            channels_last: bool = False,
-            compile: Optional[str] = None,
+            execution: Optional[Execution] = None,
             check_interval: int = 50,
     ) -> None:
         if diversity not in DIVERSITIES:
             raise ValueError(f'Unknown diversity {diversity!r}, expected one of {", ".join(DIVERSITIES)}.')
-        if (diversity == 'adi') != (student is not None):
-            raise ValueError("Diversity 'adi' needs a student to compete with, and the others have none.")
-        device = next(model.parameters()).device
-        self.model = model.eval().requires_grad_(False)
-        self.student = None if student is None else spectator(student, mean, std)
+        if (diversity == 'adi') != (competitor is not None):
+            raise ValueError("Diversity 'adi' needs a student (--student NAME). The others take none.")
+        execution = execution or Execution()
+        self.device = next(model.parameters()).device
         self.resolutions = list(resolutions)
         self.size = max(resolution.size for resolution in resolutions)
         self.weights = weights or LossWeights()
         self.diversity = diversity
-        self.jitter = jitter
-        self.flip = flip
+        self.augmentation = augmentation or Augmentation()
         self.betas = betas
-        self.autocast = autocast
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.autocast = execution.autocast
+        self.memory_format = torch.channels_last if execution.channels_last else torch.contiguous_format
         self.check_interval = check_interval
-        self.device = device
-        self.student_classes = None
-        if student_classes is not None:
-            self.student_classes = torch.tensor(student_classes, device=device)
         self.in_chans = len(mean)
         low, high = ((value - torch.tensor(mean)) / torch.tensor(std) for value in (0., 1.))
         self.low, self.high = (bound.float().view(1, -1, 1, 1).to(self.device) for bound in (low, high))
-        self.model.to(memory_format=self.memory_format)
-        self._stats = BatchNormStats(self.model, relative=bn_relative, first_weight=self.weights.first_bn)
+        self.model = model.eval().requires_grad_(False).to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.student = None if competitor is None else spectator(competitor.model, mean, std)
+        self.student_classes = None
+        if competitor is not None and competitor.classes is not None:
+            self.student_classes = torch.tensor(competitor.classes, device=self.device)
+        self._stats = BatchNormStats(self.model, self.weights.bn_relative, self.weights.first_bn)
         self._features: List[torch.Tensor] = []
         self._handles = []
         if diversity == 'intra':
             classifier: Any = model.get_classifier()  # type: ignore[operator]
             classifier = classifier[0] if isinstance(classifier, tuple) else classifier  # of a distilled CNN
             self._handles.append(classifier.register_forward_pre_hook(self._keep_features))
-        # one graph per size, so that a batch does not depend on those before
-        self._losses = torch.compile(self.losses, backend=compile, dynamic=False) if compile else self.losses
+        self._losses = self.losses
+        if execution.backend:  # a graph per size, so that a batch does not depend on those before
+            self._losses = torch.compile(self.losses, backend=execution.backend, dynamic=False)
 
     def close(self) -> None:
-        """Take the hooks off the CNN."""
+        """Remove the hooks from the CNN."""
         self._stats.close()
         for handle in self._handles:
             handle.remove()
@@ -177,7 +212,7 @@ class Inverter:
     def __enter__(self) -> 'Inverter':
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     def _keep_features(self, module: nn.Module, args: Tuple[torch.Tensor, ...]) -> None:
@@ -185,10 +220,10 @@ class Inverter:
             self._features.append(args[0].flatten(1))
 
     def check_sizes(self) -> None:
-        """Try every resolution.
+        """Run the CNN once at every resolution.
 
         Raises:
-            ValueError: One that the CNN does not take; or the CNN keeps its features to itself.
+            ValueError: If the CNN does not take a size, or does not call its classifier.
         """
         for resolution in self.resolutions:
             images = torch.zeros(1, self.in_chans, resolution.size, resolution.size, device=self.device)
@@ -196,17 +231,22 @@ class Inverter:
                 self.model(images.to(memory_format=self.memory_format))
             except (RuntimeError, AssertionError) as e:
                 raise ValueError(
-                    f'The CNN does not take images of {resolution.size} pixels ({first_line(e)}). Choose other'
-                    ' sizes with --resolutions SIZE:STEPS:LR.') from e
+                    f'The CNN does not take images of {resolution.size} pixels ({first_line(e)}). Set other sizes with'
+                    ' --resolutions SIZE:STEPS:LR.') from e
             if self._handles and not self._features:
                 raise ValueError(
-                    f'{type(self.model).__name__} does not call the classifier that it names, whose input the'
+                    f'{type(self.model).__name__} does not call its classifier (get_classifier()), whose input the'
                     ' intra-divergence loss compares. Choose another CNN, or --diversity none.')
             self._features.clear()
             self._stats.clear()
 
     def losses(self, images: torch.Tensor, targets: torch.Tensor) -> Dict[str, torch.Tensor]:
-        """Eq. 8 and its terms, unweighted, for images (B, C, H, W) as the CNN sees them and targets (B,)."""
+        """Return the loss of Eq. 8 and its unweighted terms.
+
+        Args:
+            images: Normalised images (B, C, H, W).
+            targets: Classes (B,).
+        """
         weights = self.weights
         with self.autocast():
             logits = self.model(images)
@@ -230,7 +270,7 @@ class Inverter:
         return dict(loss=loss, **terms)
 
     def _compete(self, images: torch.Tensor) -> Optional[torch.Tensor]:
-        """The student's logits, with gradients, for images normalised for the CNN."""
+        """Return the student's logits, with gradients, for images normalised for the CNN."""
         return self.student.model(self.student.prepare_input(images)) if self.student is not None else None
 
     def run(
@@ -243,11 +283,11 @@ class Inverter:
 
         Args:
             targets: Classes (B,).
-            seed: Of the noise that the images start from, the shifts and the flips. The same gives the same images.
-            on_check: Called with the number of the step and the losses at every check and at the end.
+            seed: Random seed of the initial noise, the shifts and the flips. Equal seeds give equal images.
+            on_check: Called at every check and after every phase, with the number of steps so far and the losses.
 
         Returns:
-            Normalised images (B, C, size, size); None if the loss was not finite.
+            Normalised images (B, C, size, size), or None if the loss was not finite.
         """
         generator = torch.Generator().manual_seed(seed)
         shape = (len(targets), self.in_chans, self.size, self.size)
@@ -275,13 +315,13 @@ class Inverter:
         return images.detach()
 
     def _view(self, images: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
-        """The images as the CNN sees them in a step: pooled, shifted, mirrored."""
+        """Pool, shift and mirror the images for a step."""
         if size != self.size:
             images = F.interpolate(images, size=(size, size), mode='area')
-        limit = self.jitter * size // self.size
+        limit = self.augmentation.jitter * size // self.size
         dy, dx, mirrored = (
             *torch.randint(-limit, limit + 1, (2,), generator=generator).tolist(),
             torch.rand((), generator=generator).item() < 0.5,
         )
         images = torch.roll(images, shifts=(dy, dx), dims=(2, 3))
-        return images.flip(3) if self.flip and mirrored else images
+        return images.flip(3) if self.augmentation.flip and mirrored else images

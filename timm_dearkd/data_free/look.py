@@ -1,19 +1,26 @@
-"""Pictures of synthetic images and of their losses."""
+"""Contact sheets of synthetic images, and plots of their losses."""
 import io
 from typing import Any, Dict, List, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ['contact_sheet', 'loss_curves']
+__all__ = ['contact_sheet', 'encode_png', 'loss_curves']
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """Return an image as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, 'PNG')
+    return buffer.getvalue()
 
 
 def contact_sheet(rows: Dict[str, List[Image.Image]], gap: int = 2, margin: int = 90) -> bytes:
-    """A PNG with a row for each class.
+    """Draw a PNG with a row of images for each class.
 
     Args:
-        rows: Images of each class.
-        gap: Pixels between images.
-        margin: Pixels for the names at the left.
+        rows: Images by class name.
+        gap: Space between images in pixels.
+        margin: Space for the names at the left in pixels.
     """
     side = max((min(128, max(32, image.size[1])) for images in rows.values() for image in images), default=32)
     columns = max((len(images) for images in rows.values()), default=0)
@@ -24,13 +31,11 @@ def contact_sheet(rows: Dict[str, List[Image.Image]], gap: int = 2, margin: int 
         for x, image in enumerate(images):
             image = image.convert('RGB').resize((side, side), Image.Resampling.BICUBIC)
             sheet.paste(image, (margin + x * (side + gap), y * (side + gap)))
-    buffer = io.BytesIO()
-    sheet.save(buffer, 'PNG')
-    return buffer.getvalue()
+    return encode_png(sheet)
 
 
 def _font() -> Any:
-    """matplotlib's own, where it is installed: Pillow's has the letters of English alone."""
+    """Return matplotlib's font if installed; Pillow's own has only ASCII letters."""
     try:
         import matplotlib
         return ImageFont.truetype(f'{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf', 10)
@@ -39,13 +44,13 @@ def _font() -> Any:
 
 
 def loss_curves(losses: Sequence[Dict[str, Any]]) -> bytes:
-    """A PNG with a panel for each loss over the steps: its mean over the batches, and their range.
+    """Plot each loss in a panel of a PNG: mean and range over the batches, by step.
 
     Args:
-        losses: 'step' and the losses of a batch at that step, unweighted.
+        losses: Rows with 'step' and the unweighted losses of a batch.
 
     Raises:
-        ImportError: Without matplotlib.
+        ImportError: If matplotlib is not installed.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""What images are optimised for: priors, BatchNorm statistics, diversity (Eq. 8 and 10 to 16)."""
+"""Losses of synthetic images: priors, BatchNorm, diversity (Eq. 10-16)."""
 import math
 from typing import Any, Dict, Tuple
 
@@ -13,7 +13,11 @@ __all__ = [
 
 
 def total_variation(images: torch.Tensor) -> torch.Tensor:
-    """R_TV of Eq. 15 for images (B, C, H, W): l2 norms of the differences to four neighbours, over the whole batch."""
+    """Return R_TV of Eq. 15: l2 norms of the differences to four neighbours.
+
+    Args:
+        images: (B, C, H, W). Each norm is over the whole batch.
+    """
     differences = (
         images[..., :, 1:] - images[..., :, :-1],
         images[..., 1:, :] - images[..., :-1, :],
@@ -24,27 +28,27 @@ def total_variation(images: torch.Tensor) -> torch.Tensor:
 
 
 def l2_prior(images: torch.Tensor) -> torch.Tensor:
-    """The l2 term of Eq. 15 for images (B, C, H, W): the mean of their norms."""
+    """Return the l2 term of Eq. 15: the mean l2 norm of images (B, C, H, W)."""
     return torch.linalg.vector_norm(images.flatten(1), dim=1).mean()
 
 
 class _Moments(torch.autograd.Function):
-    """The input (B, C, ...) itself, and its mean and biased variance per channel (C,), in one pass.
+    """Returns the input (B, C, ...), and its mean and biased variance (C,).
 
-    The backward adds their gradients to the input's: one kernel on CUDA, in place elsewhere, where the gradient that a
-    BatchNorm layer returns has no other user.
+    One pass over the input. The backward adds the gradients of both statistics to the input's gradient, with one kernel
+    on CUDA and in place elsewhere. In place is safe, because nothing else uses the gradient that BatchNorm returns.
     """
 
     @staticmethod
     def forward(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if torch.compiler.is_compiling():  # the compiler fuses this, and has no kernel for the other
+        if torch.compiler.is_compiling():  # the compiler fuses this; it has no kernel for the other
             var, mean = torch.var_mean(x.float(), dim=(0, *range(2, x.ndim)), correction=0)
         else:
             mean, var = torch.batch_norm_update_stats(x, None, None, 0.)
         return x.view_as(x), mean.float(), var.float()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: Tuple[torch.Tensor, ...], output: Tuple[torch.Tensor, ...]) -> None:
         ctx.save_for_backward(inputs[0], output[1])
 
     @staticmethod
@@ -53,7 +57,7 @@ class _Moments(torch.autograd.Function):
         x, mean = ctx.saved_tensors
         count = x.numel() // x.shape[1]
         if x.is_cuda and not torch.compiler.is_compiling():
-            # of BatchNorm's backward: grad - sum_dy / count - (x - mean) * invstd^2 * sum_dy_xmu / count, with invstd 1
+            # this computes grad - sum_dy / count - (x - mean) * invstd^2 * sum_dy_xmu / count; invstd is 1 here
             counts = torch.full((1,), count, dtype=torch.int32, device=x.device)
             return torch.batch_norm_backward_elemt(
                 grad, x, mean, torch.ones_like(mean), None, -grad_mean, -2. * grad_var, counts)
@@ -64,19 +68,19 @@ class _Moments(torch.autograd.Function):
 
 
 class BatchNormStats:
-    """R_BN of Eq. 16: how far the statistics of a batch are from those that a CNN's BatchNorm layers have kept.
+    """R_BN of Eq. 16: distance between batch and running statistics of BatchNorm.
 
-    Forward pre-hooks on all BatchNorm layers, in eval mode, until `close` or the end of a `with`. A forward without
-    gradients is not measured.
+    Measures with forward pre-hooks on all BatchNorm layers, until `close()` or the end of a `with` block. Ignores
+    forwards without gradients.
 
     Args:
-        model: The CNN.
+        model: The CNN, in eval mode.
         relative: Divide the differences of means by the layer's running deviation, and those of variances by its
             running variance (our option, `--bn-norm relative`).
-        first_weight: Weight of the first layer; the others have 1.
+        first_weight: Weight of the first layer. The other layers have 1.
 
     Raises:
-        ValueError: A model without BatchNorm.
+        ValueError: If the model has no BatchNorm layers.
 
     Examples:
 
@@ -92,8 +96,8 @@ class BatchNormStats:
         layers = [m for m in layers if m.running_mean is not None]
         if not layers:
             raise ValueError(
-                f'{type(model).__name__} has no BatchNorm layers, whose statistics the images are made to match.'
-                ' Choose a CNN with BatchNorm, such as a ResNet, a RegNet or an EfficientNet.')
+                f'{type(model).__name__} has no BatchNorm layers, whose statistics the images are to match.'
+                ' Choose a CNN with BatchNorm, such as a ResNet, RegNet or EfficientNet.')
         self.layers = layers
         means = torch.cat([m.running_mean.detach().float() for m in layers])  # type: ignore[union-attr]
         variances = torch.cat([m.running_var.detach().float() for m in layers])  # type: ignore[union-attr]
@@ -111,23 +115,23 @@ class BatchNormStats:
         if not torch.is_grad_enabled():
             return args
         x, mean, var = _Moments.apply(args[0])
-        self._moments[module] = (mean, var)  # layers may run in another order than they are listed in
+        self._moments[module] = (mean, var)  # layers may run in another order than `modules()`
         return (x, *args[1:])
 
     def clear(self) -> None:
-        """Forget the latest forward."""
+        """Discard the statistics of the latest forward."""
         self._moments.clear()
 
     def loss(self) -> torch.Tensor:
-        """R_BN of the latest forward, which it forgets."""
+        """Return R_BN of the latest forward, and discard its statistics."""
         if len(self._moments) != len(self.layers):
-            raise RuntimeError(f'{len(self._moments)} of {len(self.layers)} BatchNorm layers have seen the batch.')
+            raise RuntimeError(f'{len(self._moments)} of {len(self.layers)} BatchNorm layers have run.')
         moments = torch.stack([torch.cat(values) for values in zip(*(self._moments[m] for m in self.layers))])
         self._moments.clear()
         squares = ((moments - self._targets) / self._scales).square()
-        # `index_add` is not deterministic on CUDA; `unsafe` skips a check that waits for the device
+        # `index_add` is not deterministic on CUDA; `unsafe` skips a check that would synchronise the device
         sums = torch.segment_reduce(squares.T.contiguous(), 'sum', lengths=self._sizes, axis=0, unsafe=True)
-        return (sums.clamp(min=1e-24).sqrt() * self._weights.unsqueeze(1)).sum()  # a root has no slope at 0
+        return (sums.clamp(min=1e-24).sqrt() * self._weights.unsqueeze(1)).sum()  # sqrt has no gradient at 0
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -139,28 +143,31 @@ class BatchNormStats:
     def __enter__(self) -> 'BatchNormStats':
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
 
 def _distances(features: torch.Tensor, targets: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Euclidean distances (B, B), and which pairs are of one class, but not one image, and of two."""
+    """Return Euclidean distances (B, B), and masks of positive and negative pairs.
+
+    A positive pair is two images of one class, a negative pair has two classes.
+    """
     distances = torch.cdist(features.float(), features.float(), compute_mode='donot_use_mm_for_euclid_dist')
     same = targets[:, None] == targets[None, :]
     return distances, same & ~torch.eye(len(targets), dtype=torch.bool, device=targets.device), ~same
 
 
 def _mean_over(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Mean of the values (B,) that are valid; 0 if none is."""
+    """Return the mean of the valid values (B,), or 0 if none is valid."""
     return torch.where(valid, values, 0.).sum() / valid.sum().clamp(min=1)
 
 
 def easiest_positive_loss(features: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """L_ep (Eq. 11): minus the distance of each image to the nearest one of its class, on average.
+    """Return L_ep (Eq. 11): minus the mean distance to the nearest of the class.
 
     Args:
         features: (B, D).
-        targets: Classes (B,). An image that is alone in its class does not count.
+        targets: Classes (B,). The only image of a class is ignored.
     """
     distances, positive, _ = _distances(features, targets)
     nearest = distances.masked_fill(~positive, float('inf')).min(dim=1).values
@@ -168,12 +175,12 @@ def easiest_positive_loss(features: torch.Tensor, targets: torch.Tensor) -> torc
 
 
 def triplet_loss(features: torch.Tensor, targets: torch.Tensor, margin: float = 1.) -> torch.Tensor:
-    """L_triplet (Eq. 12): the farthest of the same class against the nearest of another, on average.
+    """Return L_triplet (Eq. 12), with the farthest positive and the nearest negative.
 
     Args:
         features: (B, D).
-        targets: Classes (B,). An image without a positive or a negative does not count.
-        margin: By how much the negative has to be farther (our choice: 1).
+        targets: Classes (B,). An image without a positive or a negative is ignored.
+        margin: Least difference of the two distances (our choice: 1).
     """
     distances, positive, negative = _distances(features, targets)
     farthest = distances.masked_fill(~positive, -float('inf')).max(dim=1).values
@@ -189,7 +196,7 @@ def intra_divergence_loss(
         triplet_weight: float = 0.5,
         margin: float = 1.,
 ) -> torch.Tensor:
-    """Eq. 13: what keeps the images of a class apart, and the classes farther.
+    """Return the intra-divergence loss (Eq. 13): weighted sum of L_ep and L_triplet.
 
     Args:
         features: Pooled penultimate features (B, D).
@@ -207,12 +214,12 @@ def competition_loss(
         student_logits: torch.Tensor,
         temperature: float = 3.,
 ) -> torch.Tensor:
-    """ADI's term: 1 - the Jensen-Shannon divergence (in nats) of teacher and student, on average.
+    """Return ADI's loss: 1 minus the mean Jensen-Shannon divergence of the networks.
 
     Args:
         teacher_logits: (B, classes).
         student_logits: (B, classes).
-        temperature: Of both softmaxes, as in DeepInversion's code.
+        temperature: Temperature of both softmaxes, as in DeepInversion's code. The divergence is in nats.
     """
     teacher = (teacher_logits.float() / temperature).log_softmax(dim=1)
     student = (student_logits.float() / temperature).log_softmax(dim=1)

@@ -26,9 +26,9 @@ def test_command(tmp_path, image_folder):
 
 ERRORS = {
     'folder': (['MISSING', '--model', 'test_dearkd', '--checkpoint', 'WEIGHTS'], 'No folder'),
-    'empty': (['EMPTY', '--model', 'test_dearkd', '--checkpoint', 'WEIGHTS'], 'holds no images'),
+    'empty': (['EMPTY', '--model', 'test_dearkd', '--checkpoint', 'WEIGHTS'], 'has no images'),
     'no attention': (['FOLDER', '--model', 'test_resnet', '--checkpoint', 'CNN'], 'no blocks with timm'),
-    'count': (['FOLDER', '--model', 'test_dearkd', '--num-images', '0'], 'expected 1 or more'),
+    'count': (['FOLDER', '--model', 'test_dearkd', '--num-images', '0'], 'expected a whole number of 1 or more'),
 }
 
 

@@ -76,8 +76,8 @@ def test_command(name, tmp_path, capsys):
 
 ERRORS = {
     'missing': (['nowhere.png'], 'No image at'),
-    'broken': (['BROKEN'], 'can not be read as an image'),
-    'layer': (['IMAGE', '--layer', '7'], 'Layer 7, expected 1 to 6'),
+    'broken': (['BROKEN'], 'cannot be read as an image'),
+    'layer': (['IMAGE', '--layer', '7'], '--layer 7, expected 1 to 6'),
     'patch': (['IMAGE', '--patch', '0', '10'], 'a column from 0 to 9'),
     'two models': (['IMAGE', '--model', 'test_vit', 'test_dearkd'], 'expected one'),
 }

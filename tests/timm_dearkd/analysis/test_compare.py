@@ -99,8 +99,8 @@ def test_a_damaged_run_json_is_left_out(text, make_run, caplog):
 
 
 @pytest.mark.parametrize('folders, message', [
-    (['nowhere'], 'No folder'), (['bare'], 'args.yaml can not be read'), (['list'], 'holds no options'),
-    (['whole', '--columns', 'eval_top9'], 'No run has a column eval_top9. There are: epoch, train_stage'),
+    (['nowhere'], 'No folder'), (['bare'], 'args.yaml cannot be read'), (['list'], 'has no options'),
+    (['whole', '--columns', 'eval_top9'], "no run has 'eval_top9'. Available: epoch, train_stage"),
 ])
 def test_errors_are_one_line_and_status_2(folders, message, make_run, tmp_path, capsys):
     make_run('whole')

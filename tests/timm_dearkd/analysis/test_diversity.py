@@ -91,11 +91,11 @@ def test_an_image_that_can_not_be_read_is_named_once(folder, caplog):
     (folder / 'apart' / 'broken.png').write_bytes(b'nothing')
     result = measure()
     assert result['classes'] == expected['classes'] and result['pairs'] == expected['pairs']
-    assert caplog.text.count("broken.png' can not be read") == 1
+    assert caplog.text.count("broken.png' cannot be read") == 1
 
 
 def test_lpips(folder, capsys, monkeypatch):
-    """LPIPS itself with random backbone weights, which need no download; and a line when there are none to be had."""
+    """LPIPS itself with random backbone weights, which need no download; without weights, an error of one line."""
     lpips = pytest.importorskip('lpips')
     original = lpips.LPIPS
     monkeypatch.setattr(lpips, 'LPIPS', lambda **kwargs: original(**kwargs, pnet_rand=True))
@@ -116,7 +116,7 @@ ERRORS = {
     'folder': (['missing'], 'No folder'),
     'empty': (['EMPTY'], 'no class with two'),
     'broken': (['BROKEN'], 'None of the images'),
-    'pairs': (['FOLDER', '--pairs-per-class', '0'], 'expected 1 or more'),
+    'pairs': (['FOLDER', '--pairs-per-class', '0'], 'expected a whole number of 1 or more'),
     'lists': (['FOLDER', '--model', 'hrnet_w18_small', '--checkpoint', 'HRNET'], 'not feature maps'),
     'channels': (['FOLDER', '--model', 'test_resnet', '--checkpoint', 'TWO'], 'takes 2 channels, expected 1 or 3'),
     'no maps': (['FOLDER', '--model', 'test_vit', '--checkpoint', 'VIT'], 'not feature maps'),

@@ -65,7 +65,7 @@ def test_mistakes_come_first_and_the_surest_before_the_others():
     assert [p.place for p in mistakes_first(predictions)] == [3, 1, 2, 4, 0]
 
 
-def test_images_that_can_not_be_read_are_named_and_left_out(model, tmp_path, caplog, monkeypatch):
+def test_images_that_cannot_be_read_are_logged_and_skipped(model, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 50_000)
     Image.new('L', (400, 400)).save(tmp_path / 'huge.png')
     Image.new('RGBA', (13, 27)).save(tmp_path / 'fine.png')
@@ -114,10 +114,10 @@ def test_workers_that_are_asked_for_are_started(flags, expected, image_folder, t
 
 @pytest.mark.parametrize('args, message', [
     (['MISSING'], 'No file or folder'),
-    (['EMPTY'], 'holds no images'),
+    (['EMPTY'], 'has no images'),
     (['BROKEN'], 'None of the 1 images can be read'),
-    (['BROKEN', '--topk', '0'], '--topk 0, expected 1 or more'),
-    (['BROKEN', '--workers', '-1'], '--workers -1, expected 0 or more'),
+    (['BROKEN', '--topk', '0'], "--topk: '0', expected a whole number of 1 or more"),
+    (['BROKEN', '--workers', '-1'], "--workers: '-1', expected a whole number of 0 or more"),
 ])
 def test_errors_are_one_line_and_status_2(args, message, tmp_path, capsys):
     pytest.importorskip('matplotlib')
@@ -135,4 +135,4 @@ def test_folders_of_any_type_and_images_too_deep(model, tmp_path, caplog):
     Image.fromarray(np.full((8, 8), 30_000, np.uint16)).save(tmp_path / 'deep.png')
     files = find_images([str(tmp_path)])
     assert len(files) == 6 and len(predict(model, files)) == 5
-    assert "deep.png' has 16 bits per channel" in caplog.text and 'It is left out' in caplog.text
+    assert "deep.png' has 16 bits per channel" in caplog.text and 'Skipping it.' in caplog.text

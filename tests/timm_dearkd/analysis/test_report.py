@@ -141,15 +141,15 @@ def test_a_run_that_still_goes_on(dearkd_run, tmp_path):
     (folder / 'attention_distance.csv').write_text('\n'.join([
         'epoch,layer,head,patches,pixels', '0,1,1,0.5,8', '0,1,2,0.6,9.6', '1,1,1,0.5,8', '1,1,2,0.']))
     words = read_report(folder)
-    assert 'Not finished: 1 of 3 epochs so far.' in words and '1 / 3 epochs' in words and 'layer 1' in words
+    assert 'Not finished: 1 of 3 epochs.' in words and '1 / 3 epochs' in words and 'layer 1' in words
     assert list(read_log(folder).epochs) == [0]
 
 
 def test_a_run_without_an_epoch(dearkd_run, tmp_path):
     missing = ('config.json', 'model_best.safetensors', 'summary.csv', 'attention_distance.csv')
     words = read_report(copy_run(dearkd_run, tmp_path / 'run', *missing))
-    assert 'No epoch is finished yet.' in words
-    assert words.count('There is no model: the run has not finished an epoch') == 2
+    assert 'No finished epoch yet.' in words
+    assert words.count('No model: the run has not finished an epoch') == 2
     assert 'Not recorded.' in words and '0 / 3 epochs' in words
 
 
@@ -177,7 +177,7 @@ def test_mistakes_are_shown_with_what_they_are(dearkd_run, data, tmp_path):
     top1 = float(page.words.split('Top-1 is ')[1].split(' %')[0])
     mistakes = round(12 * (1 - top1 / 100))
     assert mistakes >= 6 and len(page.pictures()) == 12 + mistakes
-    table = page.words.split('taken for times ')[1].split(' How it was made')[0]
+    table = page.words.split('label prediction images ')[1].split(' Commands and environment')[0]
     counts = [int(word) for word in table.split() if word.isdecimal()]
     assert sum(counts) == mistakes
 
@@ -190,7 +190,7 @@ def test_broken_weights_and_broken_images(dearkd_run, data, tmp_path):
         path.write_bytes(b'')
     args = yaml.safe_load((folder / 'args.yaml').read_text())
     (folder / 'args.yaml').write_text(yaml.safe_dump({**args, 'data': str(images)}))
-    assert 'on 6 validation images; 6 can not be read.' in read_report(folder)
+    assert 'on 6 validation images; 6 cannot be read.' in read_report(folder)
     (folder / 'model_best.safetensors').write_bytes(b'cut short')
     assert 'The model could not be loaded' in read_report(folder)
 
@@ -209,8 +209,8 @@ def test_command(dearkd_run, tmp_path, capsys):
 
 @pytest.mark.parametrize('args, message', [
     (['report', 'NOWHERE'], 'No folder'),
-    (['report', 'DATA'], 'args.yaml can not be read'),
-    (['report', 'RUN', '--num-images', '0'], '--num-images 0, expected 1 or more'),
+    (['report', 'DATA'], 'args.yaml cannot be read'),
+    (['report', 'RUN', '--num-images', '0'], "--num-images: '0', expected a whole number of 1 or more"),
     (['attention-distance', 'CNN'], 'has no attention_distance.csv'),
 ])
 def test_errors_are_one_line_and_status_2(args, message, dearkd_run, cnn, data, tmp_path, capsys):

@@ -70,8 +70,8 @@ def test_command(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('args, message', [
-    (['no_such_vit'], "timm knows no 'no_such_vit'"),
-    (['test_vit', '--batch-size', '0'], '--batch-size 0, expected 1 or more'),
+    (['no_such_vit'], "Unknown model 'no_such_vit'"),
+    (['test_vit', '--batch-size', '0'], "--batch-size: '0', expected a whole number of 1"),
     (['test_vit', '--seconds', '0'], 'expected more than 0'),
     (['test_vit', '--seconds', 'nan'], 'expected more than 0'),
     (['test_vit', '--torchcompile', 'nonsense'], "--torchcompile is 'nonsense'"),

@@ -4,7 +4,15 @@ import torch
 import torch.nn.functional as F
 
 import timm_dearkd  # noqa: F401
-from timm_dearkd.data_free.inversion import Inverter, LossWeights, Resolution, batch_targets
+from timm_dearkd.data_free.inversion import (
+    Augmentation,
+    Competitor,
+    Execution,
+    Inverter,
+    LossWeights,
+    Resolution,
+    batch_targets,
+)
 from timm_dearkd.data_free.losses import intra_divergence_loss, l2_prior, total_variation
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -15,8 +23,8 @@ def make(seed=0, **kwargs):
     model = timm.create_model('test_resnet', num_classes=4)
     for _ in range(2):
         model.train()(torch.randn(8, 3, 32, 32))  # statistics of its own
-    kwargs = {'resolutions': [Resolution(16, 8, 0.2), Resolution(32, 8, 0.1)], 'jitter': 4, **kwargs}
-    return Inverter(model, MEAN, STD, **kwargs)
+    resolutions = [Resolution(16, 8, 0.2), Resolution(32, 8, 0.1)]
+    return Inverter(model, MEAN, STD, **{'resolutions': resolutions, 'augmentation': Augmentation(jitter=4), **kwargs})
 
 
 TARGETS = torch.tensor([0, 0, 1, 1, 2, 2])
@@ -50,10 +58,10 @@ def test_the_sum_is_equation_8():
     torch.testing.assert_close(losses['loss'] - losses['diversity'], plain['loss'], rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize('kwargs', [{}, dict(channels_last=True), dict(compile='aot_eager')], ids=str)
-def test_images_are_valid_and_come_closer(kwargs):
+@pytest.mark.parametrize('execution', [Execution(), Execution(channels_last=True), Execution(backend='aot_eager')])
+def test_images_are_valid_and_come_closer(execution):
     resolutions = [Resolution(16, 4, 0.2), Resolution(32, 28, 0.1)]
-    with make(diversity='none', resolutions=resolutions, check_interval=8, **kwargs) as inverter:
+    with make(diversity='none', resolutions=resolutions, check_interval=8, execution=execution) as inverter:
         checks = []
         images = inverter.run(TARGETS, 0, lambda step, losses: checks.append((step, losses)))
         again = inverter.run(TARGETS, 0)
@@ -76,7 +84,7 @@ def test_no_gradient_of_weights_and_no_statistics_moved():
 def test_a_competitor_of_another_normalisation_and_size():
     """The student's logits are those for its own normalisation and size, and pass gradients on."""
     student = timm.create_model('test_dearkd', num_classes=4, img_size=64)
-    inverter = make(diversity='adi', student=student)
+    inverter = make(diversity='adi', competitor=Competitor(student))
     images = torch.randn(6, 3, 32, 32).requires_grad_()
     pixels = images * torch.tensor(STD).view(1, 3, 1, 1) + torch.tensor(MEAN).view(1, 3, 1, 1)
     cfg = student.pretrained_cfg
@@ -85,14 +93,14 @@ def test_a_competitor_of_another_normalisation_and_size():
     torch.testing.assert_close(inverter._compete(images), expected, atol=1e-4, rtol=1e-4)
     gradient, = torch.autograd.grad(inverter.losses(images, TARGETS)['diversity'], images)
     assert gradient.abs().sum() > 0
-    wide = make(diversity='adi', student=timm.create_model('test_vit', num_classes=4, img_size=(32, 48)))
+    wide = make(diversity='adi', competitor=Competitor(timm.create_model('test_vit', num_classes=4, img_size=(32, 48))))
     assert wide._compete(images).shape == (6, 4)
 
 
 def test_a_competitor_that_knows_some_of_the_classes():
     """Both distributions are over the student's classes, in the student's order."""
     student = timm.create_model('test_dearkd', num_classes=2, img_size=32)
-    inverter = make(diversity='adi', student=student, student_classes=[3, 1])
+    inverter = make(diversity='adi', competitor=Competitor(student, [3, 1]))
     images = torch.randn(6, 3, 32, 32)
     with torch.no_grad():
         logits, own = inverter.model(images)[:, [3, 1]], inverter._compete(images)
@@ -116,7 +124,7 @@ def test_looking_at_the_sizes_leads_to_no_further_graph():
     for looks in (False, True):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        with make(compile='eager') as inverter:
+        with make(execution=Execution(backend='eager')) as inverter:
             if looks:
                 inverter.check_sizes()
             inverter.run(TARGETS, 0)
@@ -125,7 +133,7 @@ def test_looking_at_the_sizes_leads_to_no_further_graph():
 
 
 def test_cnns_with_two_classifiers_or_none():
-    """Where the CNN's features are not to be had, only the loss that needs them is refused."""
+    """Without the CNN's features, only the loss that needs them is refused."""
     resolutions = [Resolution(32, 1, 0.1)]
     two = timm.create_model('swiftformer_xs', num_classes=4)
     assert isinstance(two.get_classifier(), tuple)
