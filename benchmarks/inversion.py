@@ -18,7 +18,7 @@ from timing import medians
 
 from timm_dearkd.data_free.inversion import Execution, Inverter, Resolution
 from timm_dearkd.data_free.losses import l2_prior, total_variation
-from timm_dearkd.engine.device import Precision, select_device
+from timm_dearkd.engine.process import Precision, select_device
 
 NORM = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 

@@ -22,8 +22,8 @@ from timm.task import ClassificationTask, TokenDistillationTask, TrainingTask
 
 import timm_dearkd  # noqa: F401
 from distill_hooks import DearKDTask, Teacher, TwoStageSchedule
-from timm_dearkd.engine.device import Precision, select_device
 from timm_dearkd.engine.loop import Stepper, Trainer
+from timm_dearkd.engine.process import Precision, select_device
 
 
 def make_trainer(

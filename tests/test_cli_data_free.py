@@ -16,8 +16,8 @@ from timm_dearkd.commands import run_command
 from timm_dearkd.data_free.__main__ import main
 from timm_dearkd.data_free.classes import match_classes
 from timm_dearkd.distances import read_log
-from timm_dearkd.engine.build_data import build_distance_images, build_eval_loader
-from timm_dearkd.engine.device import SINGLE
+from timm_dearkd.engine.loader import build_distance_images, build_eval_loader
+from timm_dearkd.engine.process import SINGLE
 from timm_dearkd.train import _parse_args
 
 QUICK = (

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import SMALL
 
-from timm_dearkd.engine.device import use_deterministic_kernels
+from timm_dearkd.engine.process import use_deterministic_kernels
 
 ERRORS = {
     'image mode': (['--input-img-mode', 'L'], 'another number of channels than the model takes, 3'),

@@ -23,7 +23,7 @@ def positive_int(text: str) -> int:
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """Add `--device`, see `timm_dearkd.engine.device.find_device`."""
+    """Add `--device`, see `timm_dearkd.engine.process.find_device`."""
     parser.add_argument('--device', help='cuda, cpu, cuda:1, ... (default: the accelerator, else the CPU)')
 
 

@@ -21,7 +21,7 @@ import timm_dearkd  # noqa: F401  registers the architectures
 from distill_hooks import load_model
 from timm_dearkd.attention import ConvAttention
 from timm_dearkd.commands import positive_int, run_command
-from timm_dearkd.engine.output import save_folder
+from timm_dearkd.engine.run_folder import save_folder
 
 __all__ = ['FORMATS', 'export']
 

@@ -28,7 +28,7 @@ from timm_dearkd.attention import ConvAttention
 from timm_dearkd.commands import run_command
 from timm_dearkd.engine.options import build_config_parser
 from timm_dearkd.engine.options import build_parser as build_train_parser
-from timm_dearkd.engine.output import save_folder
+from timm_dearkd.engine.run_folder import save_folder
 from timm_dearkd.files import write_bytes
 from timm_dearkd.weights import HubError, hub_errors
 

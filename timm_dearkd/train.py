@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from timm.layers import set_fast_norm
 from timm.models import create_model
-from timm.task import ClassificationTask
+from timm.task import ClassificationTask, TrainingTask
 from timm.utils import distribute_bn, random_seed, setup_default_logging
 
 import timm_dearkd  # noqa: F401  registers the architectures
@@ -31,32 +31,35 @@ from distill_hooks.errors import first_line
 from distill_hooks.task import keep_constants_local
 from timm_dearkd.analysis.report import check_available as check_report
 from timm_dearkd.analysis.report import write_report
-from timm_dearkd.engine import build, build_data, build_run
-from timm_dearkd.engine.data import UNKNOWN_CLASSES, class_names, classes_of
-from timm_dearkd.engine.device import (
+from timm_dearkd.engine.checkpoints import Position, find_checkpoint, read_classes, resume_run
+from timm_dearkd.engine.data import UNKNOWN_CLASSES, build_datasets, class_names, classes_of
+from timm_dearkd.engine.distillation import build_schedule, build_task, check_teacher, log_changed_stages
+from timm_dearkd.engine.loader import (
+    TrainLoader,
+    build_distance_images,
+    build_eval_loader,
+    build_mixup,
+    build_train_loader,
+    images_per_update,
+)
+from timm_dearkd.engine.loop import Stepper, Trainer, Validator, mean_lr
+from timm_dearkd.engine.optimizer import build_optimizer, build_scheduler, warn_of_short_run
+from timm_dearkd.engine.options import build_config_parser, build_parser, parse_args, replace_args, resolve_args
+from timm_dearkd.engine.process import (
     CompileError,
+    Interrupted,
     Precision,
     Ranks,
+    StopRequest,
+    TrainingError,
     compile_errors,
     select_device,
     use_deterministic_kernels,
 )
-from timm_dearkd.engine.interrupt import Interrupted, StopRequest, TrainingError
-from timm_dearkd.engine.loop import Trainer, Validator, mean_lr
-from timm_dearkd.engine.options import build_config_parser, build_parser, parse_args, replace_args, resolve_args
-from timm_dearkd.engine.output import (
-    EXPORT_NAME,
-    Position,
-    complete_export,
-    export_model,
-    find_checkpoint,
-    read_classes,
-    resume_run,
-)
-from timm_dearkd.engine.recorder import Recorder, print_results
-from timm_dearkd.engine.run_folder import RunFolder, on_primary
+from timm_dearkd.engine.recorder import Recorder, build_recorder, describe_run, output_parent, print_results
+from timm_dearkd.engine.run_folder import EXPORT_NAME, RunFolder, complete_export, export_model, on_primary
 from timm_dearkd.engine.seeding import set_rng_state
-from timm_dearkd.engine.teacher_check import check_teacher
+from timm_dearkd.engine.student import build_evaluation, build_student
 
 _logger = logging.getLogger('train')
 
@@ -112,7 +115,7 @@ def command_line(argv: Optional[Sequence[str]], ranks: Ranks) -> str:
 
 def prepare_training(args, args_text: str, command: str, precision: Precision, ranks: Ranks) -> Callable[[], None]:
     """Prepare a run whose folder is locked until the run, or its preparation, ends."""
-    run_folder = RunFolder(build_run.output_parent(args), args.experiment)
+    run_folder = RunFolder(output_parent(args), args.experiment)
     try:
         train = build_run_in(run_folder, args, args_text, command, precision, ranks)
     except BaseException:
@@ -137,20 +140,20 @@ def build_run_in(
     """Build the data, the task, the schedules and the recorder of a run."""
     device, is_auto = precision.device, args.resume == 'auto'
     args = replace_args(args, resume=on_primary(ranks, partial(run_folder.find_start, args.resume)))
-    train_set, eval_set = build_data.build_datasets(args, read_classes(args.resume))
+    train_set, eval_set = build_datasets(args, read_classes(args.resume))
     if eval_set is None:
         args = replace_args(args, eval_metric='loss')
-    model, data_config = build.build_student(args, train_set, device, create_model)
-    mixup = build_data.build_mixup(args, model.num_classes)
-    loader_train = build_data.build_train_loader(args, train_set, data_config, mixup, device, ranks)
-    loader_eval = build_data.build_eval_loader(args, eval_set, data_config, device, ranks)
-    distance_images = build_data.build_distance_images(args, eval_set, data_config, model, device)
+    model, data_config = build_student(args, train_set, device, create_model)
+    mixup = build_mixup(args, model.num_classes)
+    loader_train = build_train_loader(args, train_set, data_config, mixup, device, ranks)
+    loader_eval = build_eval_loader(args, eval_set, data_config, device, ranks)
+    distance_images = build_distance_images(args, eval_set, data_config, model, device)
 
-    task = build.build_task(
+    task = build_task(
         args, model, data_config, device, soft_targets=mixup is not None, label_names=class_names(train_set))
-    optimizer = build.build_optimizer(args, task, device, ranks)
-    trainer = build_run.build_trainer(args, task, loader_train, optimizer, precision, ranks)
-    validator = build_run.build_validator(args, task, loader_eval, precision, ranks)
+    optimizer = build_optimizer(args, task, device, ranks)
+    trainer = build_trainer(args, task, loader_train, optimizer, precision, ranks)
+    validator = build_validator(args, task, loader_eval, precision, ranks)
     start, epochs = schedule_run(args, trainer)
     export = partial(
         export_model, model, data_config=data_config, label_names=class_names(train_set))
@@ -171,12 +174,49 @@ def build_run_in(
             device_ids=[device] if device.type != 'cpu' else None,
             gradient_as_bucket_view=True,  # no copy of the gradients
             **(dict(broadcast_buffers=False) if args.no_ddp_bb else {}))
-    run_info = build_run.describe_run(args, train_set, eval_set, model, precision, ranks)
+    run_info = describe_run(args, train_set, eval_set, model, precision, ranks)
     run_info.update(command=command, epochs=epochs.stop)
-    recorder = build_run.build_recorder(
+    recorder = build_recorder(
         args, args_text, run_folder, trainer, model, data_config, export, start, run_info,
         classes_of(train_set) if ranks.is_primary else UNKNOWN_CLASSES, distance_images)
     return partial(fit, args, trainer, validator, recorder, start, epochs, class_names(train_set) or ())
+
+
+def build_trainer(
+        args,
+        task: TrainingTask,
+        loader: TrainLoader,
+        optimizer: torch.optim.Optimizer,
+        precision: Precision,
+        ranks: Ranks,
+) -> Trainer:
+    """What runs the epochs."""
+    power = dict(none=0., sqrt=0.5, linear=1.)[args.variable_batch_loss_scale]
+    return Trainer(
+        task,
+        loader,
+        Stepper(task, optimizer, precision.scaler, args.clip_grad, args.clip_mode),
+        precision,
+        ranks,
+        grad_accum_steps=args.grad_accum_steps,
+        channels_last=args.channels_last,
+        log_interval=args.log_interval,
+        skip_nan_steps=args.skip_nan_steps,
+        loss_scale=(lambda batch_size: (batch_size / args.batch_size) ** power) if power else None,
+        synchronize=args.synchronize_step,
+    )
+
+
+def build_validator(args, task: TrainingTask, loader, precision: Precision, ranks: Ranks) -> Optional[Validator]:
+    """What evaluates; None without a validation set."""
+    if loader is None:
+        return None
+    return Validator(
+        task, loader, precision, ranks,
+        channels_last=args.channels_last,
+        tta=args.tta,
+        log_interval=args.log_interval,
+    )
 
 
 def complete_run(args, folder: str, export: Callable[..., Any], use_ema: bool, device: torch.device) -> None:
@@ -194,7 +234,7 @@ def schedule_run(args, trainer: Trainer) -> Tuple[Position, range]:
     if args.resume:
         start = resume_run(
             args.resume, task, vars(args), None if args.no_resume_opt else optimizer, trainer.precision,
-            build_data.images_per_update(args, trainer.ranks))
+            images_per_update(args, trainer.ranks))
     for group, options in zip(optimizer.param_groups, given):  # which need not be those of the checkpoint
         rate = options.pop('lr')
         group.update(options)
@@ -204,11 +244,11 @@ def schedule_run(args, trainer: Trainer) -> Tuple[Position, range]:
     if args.start_epoch is not None:
         start = Position(args.start_epoch)
     trainer.num_skipped = start.num_skipped
-    trainer.lr_scheduler, num_epochs = build.build_scheduler(args, optimizer, trainer.num_updates, start)
+    trainer.lr_scheduler, num_epochs = build_scheduler(args, optimizer, trainer.num_updates, start)
     if isinstance(task, DearKDTask):
-        task.schedule = build.build_schedule(args, num_epochs)
-        build_run.log_changed_stages(args, task.schedule.stage1_epochs, resumed, start.epoch)
-    build_run.warn_of_short_run(args, num_epochs, trainer.num_updates)
+        task.schedule = build_schedule(args, num_epochs)
+        log_changed_stages(args, task.schedule.stage1_epochs, resumed, start.epoch)
+    warn_of_short_run(args, num_epochs, trainer.num_updates)
     stop_epoch = num_epochs if args.stop_epoch is None else args.stop_epoch
     for name, epoch in (('stop-epoch', stop_epoch), *(('save-epochs', epoch) for epoch in args.save_epochs)):
         if not 1 <= epoch <= num_epochs:
@@ -368,20 +408,20 @@ def prepare_evaluation(args, precision: Precision, ranks: Ranks) -> Callable[[],
     """Prepare `--eval-only`: metrics of a model on the validation split, as JSON on standard output."""
     resume = args.resume
     if resume == 'auto':
-        folder = os.path.join(build_run.output_parent(args), args.experiment)
+        folder = os.path.join(output_parent(args), args.experiment)
         resume = find_checkpoint(folder)
         if not resume:
             raise ValueError(f'--resume auto: there is no run in {folder!r}. Set its --output and --experiment.')
     checkpoint = args.initial_checkpoint or args.pretrained_path or resume
     args = replace_args(args, initial_checkpoint=checkpoint, pretrained_path=None, pretrained=not checkpoint)
-    model, data_config, eval_set = build.build_evaluation(args, precision.device, create_model)
-    loader = build_data.build_eval_loader(args, eval_set, data_config, precision.device, ranks)
+    model, data_config, eval_set = build_evaluation(args, precision.device, create_model)
+    loader = build_eval_loader(args, eval_set, data_config, precision.device, ranks)
     task = ClassificationTask(model, device=precision.device)
     if args.channels_last:
         task.to(memory_format=torch.channels_last)
     if args.torchcompile:
         task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
-    validator: Any = build_run.build_validator(args, task, loader, precision, ranks)
+    validator: Any = build_validator(args, task, loader, precision, ranks)
 
     def evaluate() -> None:
         metrics = validator(task.get_eval_model())

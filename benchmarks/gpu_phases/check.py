@@ -14,7 +14,7 @@ from typing import Any, Dict, Iterator, Optional
 
 import torch
 
-from timm_dearkd.engine.device import Precision, find_device
+from timm_dearkd.engine.process import Precision, find_device
 
 __all__ = ['Check', 'Mark', 'at_least', 'at_most', 'die_with_parent', 'milliseconds', 'relative_error', 'write_line']
 

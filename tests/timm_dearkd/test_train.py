@@ -14,10 +14,9 @@ from timm.utils import unwrap_model
 from torch.utils.data import ChainDataset
 
 from timm_dearkd import train
-from timm_dearkd.engine.device import SINGLE, Ranks
-from timm_dearkd.engine.interrupt import Interrupted
+from timm_dearkd.engine.checkpoints import Position
 from timm_dearkd.engine.loop import Validator
-from timm_dearkd.engine.output import Position
+from timm_dearkd.engine.process import SINGLE, Interrupted, Ranks
 
 
 @pytest.mark.parametrize('world_size,dataset,asks', [

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from distill_hooks import Teacher, load_model
 from timm_dearkd.commands import add_device, natural_int, positive_int
-from timm_dearkd.engine.device import find_device
 from timm_dearkd.engine.image_folder import index_by_name, scan_folder
+from timm_dearkd.engine.process import find_device
 from timm_dearkd.files import write_bytes
 
 from .inputs import check_overwrite, open_image

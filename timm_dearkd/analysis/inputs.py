@@ -14,9 +14,9 @@ from timm.models import is_model
 import distill_hooks
 from timm_dearkd.commands import add_device
 from timm_dearkd.engine.data import spread
-from timm_dearkd.engine.device import find_device
+from timm_dearkd.engine.distillation import label_names as saved_names
 from timm_dearkd.engine.image_folder import check_mode, class_order, index_by_name, normal_name, scan_folder
-from timm_dearkd.engine.teacher_check import label_names as saved_names
+from timm_dearkd.engine.process import find_device
 
 __all__ = [
     'ImageFiles', 'add_model_arguments', 'add_output_arguments', 'check_overwrite', 'class_names', 'find_images',

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from timm_dearkd.commands import natural_int, positive_int
-from timm_dearkd.engine.device import default_workers
+from timm_dearkd.engine.process import default_workers
 from timm_dearkd.files import write_bytes, write_table
 
 from .figures import escape_label, new_figure, render

@@ -15,7 +15,8 @@ from torch.utils.data import IterableDataset
 from timm_dearkd._version import __version__
 from timm_dearkd.commands import add_device, positive_int
 from timm_dearkd.distances import read_log
-from timm_dearkd.engine.data import open_dataset, set_image_mode, spread
+from timm_dearkd.engine.data import open_dataset, spread
+from timm_dearkd.engine.wrappers import set_image_mode
 from timm_dearkd.files import write_bytes
 
 from .attention_distance import plot_over_epochs

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from timm_dearkd.commands import add_device, positive_int
-from timm_dearkd.engine.device import check_backend, find_device
+from timm_dearkd.engine.process import check_backend, find_device
 from timm_dearkd.files import write_bytes, write_table
 
 from .figures import escape_label, new_figure, render

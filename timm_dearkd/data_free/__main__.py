@@ -19,7 +19,7 @@ import timm_dearkd
 from distill_hooks import load_model
 from distill_hooks.teacher import input_normalisation, weights_fingerprint
 from timm_dearkd.commands import add_device, natural_int, positive_int, run_command
-from timm_dearkd.engine.device import Precision, Ranks, check_backend, compile_errors, select_device
+from timm_dearkd.engine.process import Precision, Ranks, check_backend, compile_errors, select_device
 from timm_dearkd.files import write_bytes
 
 from .classes import match_classes, parse_classes, read_class_names

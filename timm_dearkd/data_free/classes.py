@@ -2,7 +2,7 @@
 from typing import Any, List, Optional, Sequence
 
 from timm_dearkd.analysis.inputs import label_names
-from timm_dearkd.engine.teacher_check import label_names as saved_names
+from timm_dearkd.engine.distillation import label_names as saved_names
 
 from .dataset import folder_name
 

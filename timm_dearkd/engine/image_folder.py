@@ -21,8 +21,8 @@ from timm.utils.misc import natural_key
 
 __all__ = [
     'FolderScan', 'ImageFolderReader', 'bit_depth_message', 'check_bit_depth', 'check_mode', 'class_order',
-    'exceeds_8_bits', 'find_splits', 'index_by_name', 'is_image_file', 'normal_label', 'normal_name', 'normal_names',
-    'open_folder', 'read_class_map', 'resolve_class_map', 'scan_folder', 'split_folder',
+    'exceeds_8_bits', 'find_splits', 'index_by_name', 'is_image_file', 'normal_label', 'normal_name',
+    'normal_names', 'open_folder', 'read_class_map', 'resolve_class_map', 'scan_folder', 'split_folder',
 ]
 
 _logger = logging.getLogger(__name__)

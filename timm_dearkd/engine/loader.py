@@ -5,19 +5,30 @@ from itertools import islice
 from typing import Any, Dict, List, Optional, Sequence
 
 import torch
+import torch.nn as nn
 from PIL import Image
-from timm.data import AugMixDataset, Mixup, create_loader
+from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.loader import PrefetchLoader
 from timm.data.scheduled_sampler import ScheduledBatchSampler
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, Subset, default_collate
 from torchvision.transforms import Compose
 
-from .device import SINGLE, Ranks
-from .interrupt import init_worker
+from ..distances import attention_layers
+from .data import (
+    _image_mode,
+    open_validation_set,
+    spread,
+)
+from .process import SINGLE, Ranks, init_worker
 from .seeding import EpochBatchSampler, SeededCollate, SeededDataset, SeededErasing
+from .wrappers import set_image_mode
 
-__all__ = ['DeviceLoader', 'TrainLoader', 'create_eval_loader', 'create_train_loader']
+__all__ = [
+    'DeviceLoader', 'NUM_DISTANCE_IMAGES', 'TrainLoader', 'build_distance_images', 'build_eval_loader',
+    'build_mixup', 'build_train_loader', 'create_eval_loader', 'create_train_loader', 'images_per_update',
+    'model_dtype',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -302,3 +313,123 @@ class DeviceLoader:
                 images.to(self.device, self.img_dtype, non_blocking=True),
                 target.to(self.device, non_blocking=True),
             )
+
+
+NUM_DISTANCE_IMAGES = 32
+
+
+def build_mixup(args, num_classes: int) -> Optional[Mixup]:
+    """timm's Mixup/CutMix, as the prefetcher's collate function or for whole batches; None when off."""
+    if not (args.mixup > 0. or args.cutmix > 0. or args.cutmix_minmax):
+        return None
+    return (Mixup if args.no_prefetcher else FastCollateMixup)(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def model_dtype(args) -> torch.dtype:
+    return getattr(torch, args.model_dtype or 'float32')
+
+
+def images_per_update(args, ranks: Ranks) -> int:
+    """Images that all processes together take an optimizer step with."""
+    return args.batch_size * args.grad_accum_steps * ranks.world_size
+
+
+def _loader_kwargs(args, device: torch.device, ranks: Ranks) -> Dict[str, Any]:
+    return dict(
+        device=device,
+        ranks=ranks,
+        num_workers=args.workers,
+        pin_memory=device.type == 'cuda' if args.pin_mem is None else args.pin_mem,
+        use_prefetcher=not args.no_prefetcher,
+        img_dtype=model_dtype(args),
+    )
+
+
+def build_train_loader(
+        args,
+        dataset,
+        data_config: Dict[str, Any],
+        mixup: Optional[Mixup],
+        device: torch.device,
+        ranks: Ranks,
+) -> TrainLoader:
+    """The training loader, with the input sizes and batch sizes that are asked for."""
+    set_image_mode(dataset, _image_mode(args, data_config))
+    sizes = args.train_img_sizes or (args.train_batches_per_epoch and [data_config['input_size'][-2:]]) or None
+    return create_train_loader(
+        dataset,
+        data_config,
+        args.batch_size,
+        seed=args.seed,
+        mixup=mixup,
+        mixup_off_epoch=args.mixup_off_epoch,
+        num_aug_splits=args.aug_splits,
+        num_aug_repeats=args.aug_repeats,
+        no_aug=args.no_aug,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        re_split=args.resplit,
+        train_crop_mode=args.train_crop_mode,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        color_jitter_prob=args.color_jitter_prob,
+        grayscale_prob=args.grayscale_prob or 0.,
+        gaussian_blur_prob=args.gaussian_blur_prob or 0.,
+        auto_augment=args.aa,
+        interpolation=(not args.no_aug and args.train_interpolation) or data_config['interpolation'],
+        use_multi_epochs_loader=args.use_multi_epochs_loader and not sizes,  # ours keeps its workers anyway
+        worker_seeding=args.worker_seeding,
+        input_size_choices=sizes,
+        batch_size_choices=args.train_batch_sizes if sizes else None,
+        batch_choice_weights=args.train_size_probs,
+        batch_choice_schedule=args.train_size_schedule,
+        batch_schedule_epochs=args.epochs,
+        batch_schedule_spread=args.train_size_schedule_spread,
+        batch_schedule_random_mix=args.train_size_random_mix,
+        num_batches=args.train_batches_per_epoch,
+        **_loader_kwargs(args, device, ranks),
+    )
+
+
+def build_eval_loader(args, dataset, data_config: Dict[str, Any], device: torch.device, ranks: Ranks):
+    """The validation loader; None without a validation set."""
+    if dataset is None:
+        return None
+    set_image_mode(dataset, _image_mode(args, data_config))
+    return create_eval_loader(
+        dataset, data_config, args.validation_batch_size or args.batch_size, **_loader_kwargs(args, device, ranks))
+
+
+def build_distance_images(args, eval_set, data_config: Dict[str, Any], model: nn.Module, device: torch.device):
+    """The validation images (B, C, H, W) that --track-attention-distance looks at; None without it.
+
+    They are spread over the validation set; of a stream they are the first.
+
+    Raises:
+        ValueError: There are none, or the model's attention can't be seen.
+    """
+    if not args.track_attention_distance:
+        return None
+    if eval_set is None:
+        raise ValueError('--track-attention-distance looks at validation images. Set --val-split.')
+    attention_layers(model)
+    if isinstance(eval_set, IterableDataset):
+        eval_set = open_validation_set(args)  # the other's reader would remember that it has begun, in its workers too
+        set_image_mode(eval_set, _image_mode(args, data_config))
+    else:
+        eval_set = Subset(eval_set, spread(len(eval_set), NUM_DISTANCE_IMAGES))
+    kwargs = dict(_loader_kwargs(args, device, SINGLE), num_workers=0)
+    return next(iter(create_eval_loader(eval_set, data_config, NUM_DISTANCE_IMAGES, **kwargs)))[0]

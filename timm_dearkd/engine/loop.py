@@ -15,8 +15,7 @@ from torch.utils.data import IterableDataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from .device import SINGLE, Precision, Ranks
-from .interrupt import TrainingError
+from .process import SINGLE, Precision, Ranks, TrainingError
 from .tracking import TeacherTimer
 
 __all__ = ['LossMeter', 'Stepper', 'Trainer', 'Validator', 'mean_lr']

@@ -15,10 +15,12 @@ from timm.utils import ParseKwargs
 
 from distill_hooks.checkpoint import nearest_names
 
-from .device import check_backend, default_workers
+from .process import check_backend, default_workers
 from .tracking import check_available
 
-__all__ = ['build_config_parser', 'build_parser', 'check_distillation', 'parse_args', 'replace_args', 'resolve_args']
+__all__ = [
+    'build_config_parser', 'build_parser', 'check_distillation', 'parse_args', 'replace_args', 'resolve_args',
+]
 
 _logger = logging.getLogger(__name__)
 

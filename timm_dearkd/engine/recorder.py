@@ -4,28 +4,32 @@ import json
 import logging
 import math
 import os
+import platform
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, cast
 
+import timm
 import torch
 import torch.distributed as dist
+import torch.nn as nn
+from timm.models import safe_model_name
 from timm.task import ClassificationEvaluator
 
-from ..distances import DistanceLog
-from ..files import append_row
-from .interrupt import Interrupted, StopRequest
+from .._version import __version__
+from ..distances import LOG_NAME, DistanceLog
+from ..files import append_row, write_text
+from .checkpoints import AtomicCheckpointSaver, Position, remove_recovery
+from .data import Classes
+from .loader import images_per_update, model_dtype
 from .loop import Trainer, mean_lr
-from .output import (
-    AtomicCheckpointSaver,
-    read_run_info,
-    record_results,
-    remove_recovery,
-    save_images,
-)
+from .process import Interrupted, Precision, Ranks, StopRequest
+from .run_folder import RunFolder, on_primary, read_run_info, record_results, save_images, trim_table, write_run_info
 from .seeding import get_rng_state
 from .tracking import Tracker, mhca_stats, scalars
 
-__all__ = ['Recorder', 'print_results']
+__all__ = ['Recorder', 'build_recorder', 'describe_run', 'output_parent', 'print_results', 'summary_row']
 
 _logger = logging.getLogger(__name__)
 
@@ -242,3 +246,100 @@ def print_results(results: List[Dict[str, Any]], eval_metric: str) -> None:
 
     best = sorted((result for result in results if kind in result), key=rank)
     print(f'--result\n{json.dumps(best[-10:], indent=4)}')
+
+
+def output_parent(args) -> str:
+    """Folder that the output folders are made in."""
+    return args.output or os.path.join('.', 'output', 'train')
+
+
+def build_recorder(
+        args,
+        args_text: str,
+        run_folder: RunFolder,
+        trainer: Trainer,
+        model: nn.Module,
+        data_config: Dict[str, Any],
+        export: Callable[..., None],
+        start: Position,
+        run_info: Dict[str, Any],
+        classes: Classes,
+        distance_images: Optional[torch.Tensor] = None,
+) -> Recorder:
+    """The output folder with `args.yaml` and `run.json`, and what writes into it."""
+    default_name = '-'.join([
+        datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(data_config['input_size'][-1])])
+    folder = on_primary(trainer.ranks, partial(run_folder.create, default_name, args.resume))
+    saver, is_primary = None, trainer.ranks.is_primary
+    if is_primary:
+        write_text(folder, 'args.yaml', args_text)
+        write_run_info(folder, position=start, **run_info)
+        saver = _build_saver(args, folder, model, trainer, classes)
+        for table in ('summary.csv', LOG_NAME):
+            trim_table(os.path.join(folder, table), start.epoch)
+    wandb = dict(
+        project=args.wandb_project,
+        name=args.experiment or None,
+        config=vars(args),
+        tags=args.wandb_tags,
+        resume='must' if args.wandb_resume_id else None,
+        id=args.wandb_resume_id or None,
+    )
+    tracker = Tracker(
+        folder,
+        tensorboard=args.log_tensorboard and is_primary,
+        wandb=wandb if args.log_wandb and is_primary else None,
+        first_step=start.epoch * trainer.num_updates + start.update + 1,
+    )
+    return Recorder(
+        trainer, folder, saver, tracker,
+        export,
+        images_per_update=images_per_update(args, trainer.ranks),
+        recovery_interval=args.recovery_interval,
+        export_ema=trainer.task.has_ema() and not args.model_ema_force_cpu,
+        saves_images=args.save_images,
+        distance_log=DistanceLog(
+            folder, cast(nn.Module, trainer.task.get_eval_model()), distance_images, trainer.precision.autocast,
+        ) if distance_images is not None and is_primary else None,
+    )
+
+
+def describe_run(args, train_set, eval_set, model: nn.Module, precision: Precision, ranks: Ranks) -> Dict[str, Any]:
+    """Data and environment, for `run.json`."""
+    def count(dataset) -> Optional[int]:
+        try:
+            return len(dataset)
+        except TypeError:  # a stream, or no data set
+            return None
+
+    device = precision.device
+    data = dict(train_images=count(train_set), validation_images=count(eval_set), classes=model.num_classes)
+    environment = dict(
+        device=torch.cuda.get_device_name(device) if device.type == 'cuda' else
+        f'{device} ({platform.machine()}, {torch.get_num_threads()} threads)',
+        processes=ranks.world_size,
+        precision=str(precision.amp_dtype or model_dtype(args)).replace('torch.', ''),
+        **{'timm-dearkd': __version__}, timm=timm.__version__, torch=torch.__version__,
+        python=platform.python_version(), system=platform.platform())
+    return dict(data={key: value for key, value in data.items() if value is not None}, environment=environment)
+
+
+def _build_saver(
+        args, folder: str, model: nn.Module, trainer: Trainer, classes: Classes) -> AtomicCheckpointSaver:
+    saver = AtomicCheckpointSaver(
+        model=model,
+        task=trainer.task,
+        optimizer=trainer.step.optimizer,
+        args=args,
+        amp_scaler=trainer.precision.scaler,
+        checkpoint_dir=folder,
+        recovery_dir=folder,
+        decreasing='loss' in args.eval_metric,
+        max_history=args.checkpoint_hist,
+        classes=classes,
+    )
+    if args.resume and os.path.dirname(os.path.abspath(args.resume)) == os.path.abspath(folder):
+        saver.load_state_dict_from_checkpoint(args.resume)
+    else:
+        remove_recovery(folder)  # of a run that has no other checkpoint
+    return saver

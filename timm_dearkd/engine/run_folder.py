@@ -1,20 +1,36 @@
-"""The output folder of a run: created exclusively, and locked while a process writes into it."""
+"""The output folder of a run: its lock, run.json, tables and the exported student."""
 import contextlib
+import csv
+import json
 import logging
 import os
 import shutil
 import socket
+from datetime import datetime
 from itertools import count
 from pathlib import Path
-from typing import Any, Callable, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Sequence, Union, cast
 
+import safetensors.torch
+import torch
 import torch.distributed as dist
+import torch.nn as nn
+import torchvision
 from filelock import FileLock, Timeout
+from timm.models import clean_state_dict, is_model, load_state_dict, save_for_hf
+from timm.models._hub import save_config_for_hf
+from timm.models._input import get_model_args
+from timm.utils import unwrap_model
 
-from .device import Ranks
-from .output import find_checkpoint, refuse_to_overwrite
+from ..files import write_table, write_text
+from .checkpoints import Position, find_checkpoint, refuse_to_overwrite
+from .process import Ranks, TrainingError
 
-__all__ = ['LOCK_NAME', 'RunFolder', 'on_primary']
+__all__ = [
+    'EXPORT_NAME', 'LOCK_NAME', 'RunFolder', 'WAIT_SECONDS', 'complete_export', 'export_model', 'on_primary',
+    'read_run_info', 'record_results', 'save_config', 'save_folder', 'save_images', 'trim_table', 'why_no_config',
+    'write_run_info',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -173,3 +189,156 @@ def on_primary(ranks: Ranks, function: Callable[[], Any]) -> Any:
             dist.barrier()  # the primary must not leave before the others have the message
         raise ValueError(outcome[1])
     return outcome[0]
+
+
+EXPORT_NAME = 'model_best.safetensors'
+
+
+def read_run_info(folder: Union[str, Path]) -> Dict[str, Any]:
+    """What `write_run_info` wrote; empty where there is nothing to be read."""
+    path = Path(folder) / 'run.json'
+    try:
+        info = json.loads(path.read_text())
+        if isinstance(info, dict):
+            return info
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError):
+        pass
+    _logger.warning(f'{path} can not be read, and is left out.')
+    return {}
+
+
+def write_run_info(folder: str, command: str, position: Position, **info: Any) -> None:
+    """Write `run.json`: what a report says of a run that its options do not.
+
+    Args:
+        folder: Output folder of the run.
+        command: What it was started with. If it goes on, this one is added to those before.
+        position: Where it starts.
+        **info: Anything that JSON holds.
+    """
+    goes_on = position.epoch or position.update
+    before = read_run_info(folder) if goes_on else {}
+    sessions = before.get('sessions', [])
+    started = datetime.now().astimezone().isoformat(' ', 'seconds')
+    sessions.append(dict(command=command, epoch=position.epoch, started=started))
+    info.update(sessions=sessions, results=before.get('results', {}))
+    write_text(folder, 'run.json', json.dumps(info, indent=1))
+
+
+def record_results(folder: str, **results: float) -> None:
+    """Add figures to the `results` of `run.json`."""
+    info = read_run_info(folder)
+    info['results'] = {**info.get('results', {}), **results}
+    write_text(folder, 'run.json', json.dumps(info, indent=1))
+
+
+def save_config(model: nn.Module, path: Path, label_names: Optional[Sequence[str]] = None, **kwargs: Any) -> None:
+    """Write timm's `config.json`, such that 🤗 transformers' TimmWrapper reads it too.
+
+    Args:
+        model: A timm model.
+        path: The file.
+        label_names: Class names in the order of the classifier.
+        **kwargs: Further arguments of timm's `save_config_for_hf`.
+    """
+    names = {'label_names': list(label_names)} if label_names else {}
+    save_config_for_hf(model, str(path), model_config=names, **kwargs)
+    config = json.loads(path.read_text())
+    config.get('model_args', {}).pop('num_classes', None)  # it stands at the top, and TimmWrapper passes it from there
+    path.write_text(json.dumps(config, indent=2))
+
+
+def save_folder(model: nn.Module, folder: Path, **kwargs: Any) -> None:
+    """Write a model as a folder for the Hub or `local-dir:`: `model.safetensors`, and what `save_config` writes."""
+    save_for_hf(model, str(folder), safe_serialization=True)
+    names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
+    save_config(model, folder / 'config.json', names, **kwargs)
+
+
+def export_model(
+        model: nn.Module,
+        folder: str,
+        state_dict: Optional[Dict[str, torch.Tensor]] = None,
+        *,
+        data_config: Dict[str, Any],
+        label_names: Optional[List[str]] = None,
+) -> None:
+    """Write a model so that ``timm.create_model('local-dir:FOLDER', pretrained=True)`` loads it.
+
+    The weights go to `model_best.safetensors`, the architecture, its arguments, the input and the class names to
+    `config.json`. Of a model that timm cannot create by name, only the weights are written.
+
+    Args:
+        model: A timm model; wrappers are taken off.
+        folder: Output folder of the run.
+        state_dict: Other weights of the model, such as an EMA's.
+        data_config: timm's preprocessing configuration that the model was trained with.
+        label_names: Class names in the order of the classifier.
+    """
+    model = unwrap_model(model)
+    weights = clean_state_dict(state_dict if state_dict is not None else model.state_dict())
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()
+        if '.aux_bn.' not in name}  # --split-bn: of augmented copies, in training alone
+    has_config = not why_no_config(model)
+    if label_names and has_config:  # with --num-classes, the model may know more
+        others = range(len(label_names), cast(Any, model).num_classes)
+        label_names = [*label_names, *(f'(no folder, class {index})' for index in others)]
+    weights_file, config_file = (Path(folder) / f'.{name}.tmp' for name in (EXPORT_NAME, 'config.json'))
+    try:
+        weights_file.write_bytes(safetensors.torch.save(tensors, metadata={'format': 'pt'}))
+        if has_config:
+            save_config(model, config_file, label_names, data_config=data_config)
+            os.replace(config_file, Path(folder) / 'config.json')
+        os.replace(weights_file, Path(folder) / EXPORT_NAME)  # last, because `complete_export` looks at it
+    except OSError as e:
+        weights_file.unlink(missing_ok=True)
+        config_file.unlink(missing_ok=True)
+        raise TrainingError(
+            f'Could not write the student to {folder}: {e}. Its checkpoint is there. Make room, and run the same'
+            ' command with --resume auto.') from e
+
+
+def why_no_config(model: nn.Module) -> str:
+    """Return why timm cannot create a model from a `config.json`; '' if it can."""
+    model = unwrap_model(model)
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    if not is_model(str(cfg.get('architecture') or '')):
+        return 'it has no name in timm (pretrained_cfg architecture)'
+    for key, value in get_model_args(model).items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            return f'its argument {key} is no JSON value'
+    return ''
+
+
+def complete_export(folder: str, export: Callable[[str, Dict[str, torch.Tensor]], Any], use_ema: bool) -> None:
+    """Export the best checkpoint if the run ended between the two.
+
+    Args:
+        folder: Output folder of the run.
+        export: Takes the folder and the state dict.
+        use_ema: Take the average of weights.
+    """
+    best, exported = Path(folder) / 'model_best.pth.tar', Path(folder) / EXPORT_NAME
+    if best.exists() and (not exported.exists() or exported.stat().st_mtime < best.stat().st_mtime):
+        export(folder, load_state_dict(str(best), use_ema=use_ema))
+
+
+def trim_table(path: str, start_epoch: int) -> None:
+    """Drop the rows of a table by epoch, such as summary.csv, from an epoch on, and what a kill left by halves."""
+    if not os.path.exists(path):
+        return
+    with open(path, newline='') as f:
+        header, *rows = list(csv.reader(f)) or [[]]
+    kept = [row for row in rows if len(row) == len(header) and row[0].isdecimal() and int(row[0]) < start_epoch]
+    write_table(Path(path), [header, *kept] if kept else [])
+
+
+def save_images(output_dir: str, update: int, images: torch.Tensor) -> None:
+    """Write a batch (B, C, H, W) as one picture."""
+    path = os.path.join(output_dir, f'train-batch-{update}.jpg')
+    torchvision.utils.save_image(images, path, padding=0, normalize=True)

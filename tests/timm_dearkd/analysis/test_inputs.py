@@ -8,7 +8,7 @@ import timm
 import timm_dearkd  # noqa: F401
 from timm_dearkd.analysis.__main__ import main
 from timm_dearkd.commands import run_command
-from timm_dearkd.engine.output import save_folder
+from timm_dearkd.engine.run_folder import save_folder
 
 pytest.importorskip('matplotlib')
 

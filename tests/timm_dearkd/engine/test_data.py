@@ -11,17 +11,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import FakeData
 
-from timm_dearkd.engine.build import build_student
-from timm_dearkd.engine.data import (
-    ClassFraction,
-    SkipUnreadable,
-    check_img_size,
-    check_labels,
-    class_names,
-    open_dataset,
-    open_eval_dataset,
-    set_image_mode,
-)
+from timm_dearkd.engine.data import check_img_size, check_labels, class_names, open_dataset, open_eval_dataset
+from timm_dearkd.engine.student import build_student
+from timm_dearkd.engine.wrappers import ClassFraction, SkipUnreadable, set_image_mode
 from timm_dearkd.train import _parse_args
 
 

@@ -16,20 +16,19 @@ import torch
 from conftest import start_python
 from PIL import Image
 
+from timm_dearkd.engine.checkpoints import read_classes
 from timm_dearkd.engine.data import (
     Classes,
-    ClassFraction,
     class_indices,
     class_names,
     classes_of,
     open_dataset,
     open_eval_dataset,
     open_with_classes,
-    set_image_mode,
 )
 from timm_dearkd.engine.image_folder import class_order, read_class_map
 from timm_dearkd.engine.loader import create_train_loader
-from timm_dearkd.engine.output import read_classes
+from timm_dearkd.engine.wrappers import ClassFraction, set_image_mode
 
 TWINS = ['01', '1', '007', 'A', 'a', 'b10', 'c']
 
@@ -50,17 +49,16 @@ from timm.data import create_dataset
 from timm_dearkd import train
 from timm_dearkd.analysis.inputs import find_images
 from timm_dearkd.data_free.__main__ import main as data_free
-from timm_dearkd.engine import build_data
 from timm_dearkd.engine.data import class_names, open_dataset
 root, tar, out = sys.argv[1:]
-rank, build_datasets, trained = os.environ['RANK'], build_data.build_datasets, []
+rank, build_datasets, trained = os.environ['RANK'], train.build_datasets, []
 
 def watch(*args):
     datasets = build_datasets(*args)
     trained.extend((label, image.getpixel((0, 0))[0]) for image, label in datasets[0])
     return datasets
 
-build_data.build_datasets = watch
+train.build_datasets = watch
 train.run_script([
     root, '--val-split', '', '--model', 'test_resnet', '--img-size', '32', '--no-aug', '-b', '2', '-j', '0', '--device',
     'cpu', '--epochs', '1', '--output', out, '--experiment', 'run'])

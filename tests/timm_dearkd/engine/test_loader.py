@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 from torchvision.datasets import FakeData
 
-from timm_dearkd.engine.data import ClassFraction, class_names, open_dataset, set_image_mode
-from timm_dearkd.engine.device import Ranks
+from timm_dearkd.engine.data import class_names, open_dataset
 from timm_dearkd.engine.loader import create_eval_loader, create_train_loader
+from timm_dearkd.engine.process import Ranks
+from timm_dearkd.engine.wrappers import ClassFraction, set_image_mode
 
 CPU = torch.device('cpu')
 

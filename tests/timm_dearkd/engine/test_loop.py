@@ -8,9 +8,8 @@ from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 from timm.utils import NativeScaler
 
-from timm_dearkd.engine.device import Precision
-from timm_dearkd.engine.interrupt import TrainingError
 from timm_dearkd.engine.loop import LossMeter, Stepper, Trainer, Validator
+from timm_dearkd.engine.process import Precision, TrainingError
 
 CPU = torch.device('cpu')
 

@@ -7,8 +7,8 @@ import pytest
 import yaml
 from timm.utils import ParseKwargs
 
-from timm_dearkd.engine.device import TIMM_WORKERS
 from timm_dearkd.engine.options import build_config_parser, build_parser, parse_args
+from timm_dearkd.engine.process import TIMM_WORKERS
 
 
 def parse(*argv):

@@ -7,10 +7,11 @@ import torch
 from timm.task import ClassificationTask
 from timm.utils import update_summary
 
-from timm_dearkd.engine.device import Precision
+from timm_dearkd.engine.checkpoints import AtomicCheckpointSaver
 from timm_dearkd.engine.loop import Stepper, Trainer
-from timm_dearkd.engine.output import AtomicCheckpointSaver, trim_table
+from timm_dearkd.engine.process import Precision
 from timm_dearkd.engine.recorder import Recorder, print_results
+from timm_dearkd.engine.run_folder import trim_table
 from timm_dearkd.engine.tracking import Tracker
 
 

@@ -13,7 +13,7 @@ from conftest import SMALL
 from filelock import FileLock
 
 from timm_dearkd.engine import run_folder
-from timm_dearkd.engine.device import Ranks
+from timm_dearkd.engine.process import Ranks
 from timm_dearkd.engine.run_folder import RunFolder, on_primary
 
 

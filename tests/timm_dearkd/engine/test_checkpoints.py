@@ -9,17 +9,10 @@ import timm
 import torch
 from timm.task import ClassificationTask
 
-from timm_dearkd.engine.device import Precision
-from timm_dearkd.engine.interrupt import TrainingError
+from timm_dearkd.engine.checkpoints import AtomicCheckpointSaver, find_checkpoint, refuse_to_overwrite, resume_run
 from timm_dearkd.engine.loop import LossMeter
-from timm_dearkd.engine.output import (
-    AtomicCheckpointSaver,
-    complete_export,
-    export_model,
-    find_checkpoint,
-    refuse_to_overwrite,
-    resume_run,
-)
+from timm_dearkd.engine.process import Precision, TrainingError
+from timm_dearkd.engine.run_folder import complete_export, export_model
 
 
 def make_saver(folder, **kwargs):

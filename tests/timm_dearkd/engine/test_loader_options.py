@@ -4,9 +4,10 @@ import os
 import pytest
 import torch
 
-from timm_dearkd.engine.build_data import _loader_kwargs, build_datasets
-from timm_dearkd.engine.device import SINGLE
+from timm_dearkd.engine.data import build_datasets
+from timm_dearkd.engine.loader import _loader_kwargs
 from timm_dearkd.engine.options import resolve_args
+from timm_dearkd.engine.process import SINGLE
 from timm_dearkd.train import _parse_args
 
 

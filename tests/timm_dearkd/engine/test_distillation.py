@@ -11,9 +11,9 @@ from distill_hooks import (
     TwoStageSchedule,
     load_class_map,
 )
-from timm_dearkd.engine.device import Precision
+from timm_dearkd.engine.distillation import check_teacher
 from timm_dearkd.engine.loop import Validator
-from timm_dearkd.engine.teacher_check import check_teacher
+from timm_dearkd.engine.process import Precision
 
 LABELS = torch.arange(24) % 3
 IMAGES = LABELS.view(-1, 1, 1, 1).expand(-1, 3, 32, 32).float()  # which show their label

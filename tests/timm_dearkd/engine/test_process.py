@@ -8,7 +8,7 @@ import time
 import pytest
 from conftest import run_python, start_python
 
-from timm_dearkd.engine.interrupt import init_worker
+from timm_dearkd.engine.process import init_worker
 
 METHODS = multiprocessing.get_all_start_methods()
 
@@ -48,7 +48,7 @@ def test_workers_end_when_their_process_is_killed(method, tmp_path):
     script = tmp_path / 'script.py'
     script.write_text(f"""
 import multiprocessing, time
-from timm_dearkd.engine.interrupt import init_worker
+from timm_dearkd.engine.process import init_worker
 
 def work(connection):
     init_worker(None, 0)

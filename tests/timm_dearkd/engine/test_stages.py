@@ -1,8 +1,8 @@
 import pytest
 
 from distill_hooks import TwoStageSchedule
-from timm_dearkd.engine.build_run import log_changed_stages
-from timm_dearkd.engine.output import Position
+from timm_dearkd.engine.checkpoints import Position
+from timm_dearkd.engine.distillation import log_changed_stages
 from timm_dearkd.train import _parse_args
 
 

@@ -1,0 +1,337 @@
+"""The task that trains the student, its teacher, and what the teacher knows of the images."""
+import logging
+import os
+import shlex
+from functools import partial
+from typing import Any, Dict, List, Optional, Sequence, Tuple, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm
+from timm.models import get_model_input_config
+from timm.task import ClassificationTask, TrainingTask
+from timm.utils import set_jit_fuser
+
+from distill_hooks import (
+    DearKDTask,
+    FeatureTask,
+    LogitTask,
+    Teacher,
+    TimmTeacher,
+    TokenTask,
+    TwoStageSchedule,
+    create_teacher,
+    has_content_tokens,
+    load_class_map,
+)
+from distill_hooks.answers import MAX_CLASSES, ClassOrder, count_answers, find_order
+from distill_hooks.checkpoint import training_args
+from distill_hooks.errors import one_line
+
+from ..attention import ConvAttention
+from ..files import write_text
+from .checkpoints import Position
+from .image_folder import normal_name
+from .loader import model_dtype
+from .loop import Validator
+from .options import check_distillation
+
+__all__ = ['build_schedule', 'build_task', 'check_teacher', 'label_names', 'log_changed_stages']
+
+_logger = logging.getLogger(__name__)
+
+
+def build_schedule(args, num_epochs: int) -> TwoStageSchedule:
+    """DearKD's stages over a run of `num_epochs`; what the learning-rate schedule appends belongs to stage II."""
+    epochs = min(args.epochs, num_epochs)
+    return TwoStageSchedule(
+        epochs,
+        args.dearkd_stage1_epochs,
+        stage2=args.dearkd_stage2,
+        alpha=args.dearkd_alpha,
+        beta=args.dearkd_beta,
+        cooldown_epochs=num_epochs - epochs,
+    )
+
+
+def build_task(
+        args,
+        model: nn.Module,
+        data_config: Dict[str, Any],
+        device: torch.device,
+        soft_targets: bool,
+        label_names: Optional[Sequence[str]] = None,
+) -> TrainingTask:
+    """timm's classification or distillation task, or DearKD's, with the average of weights that is asked for.
+
+    Args:
+        args: The options.
+        model: The student.
+        data_config: timm's preprocessing configuration.
+        device: Where it trains.
+        soft_targets: The loader gives soft labels.
+        label_names: What the classes are called, by which those of a teacher are found.
+
+    Raises:
+        ValueError: Options that no such task can be made with.
+    """
+    bce = dict(
+        bce_target_thresh=args.bce_target_thresh, bce_sum=args.bce_sum, pos_weight=args.bce_pos_weight)
+    common: Dict[str, Any] = dict(
+        criterion_kwargs=dict(
+            loss_type='jsd' if args.jsd_loss else 'bce' if args.bce_loss else 'ce',
+            smoothing=args.smoothing,
+            soft_targets=soft_targets,
+            jsd_splits=args.aug_splits,
+            **(bce if args.bce_loss else {}),
+        ),
+        device=device,
+        dtype=model_dtype(args),
+    )
+    distill_type = args.kd_distill_type or ('dearkd' if has_content_tokens(model) else 'logit')
+    is_dearkd = bool(args.kd_model_name) and distill_type == 'dearkd'
+    if args.kd_model_name:
+        check_distillation(args, distill_type)
+    model = _convert_norms(args, model, is_dearkd)
+    task: Any
+    if not args.kd_model_name:
+        task = ClassificationTask(model, **common)
+    else:
+        task = _build_distillation(args, distill_type, model, data_config, label_names, common)
+    if args.channels_last:
+        task.to(memory_format=torch.channels_last)
+    if args.model_ema:
+        task.setup_ema(
+            decay=args.model_ema_decay,
+            use_warmup=args.model_ema_warmup,
+            device=torch.device('cpu') if args.model_ema_force_cpu else None,
+        )
+    return task
+
+
+def _convert_norms(args, model: nn.Module, is_dearkd: bool) -> nn.Module:
+    """The model with the BatchNorm, or in the TorchScript, that is asked for."""
+    if args.split_bn:
+        model = convert_splitbn_model(model, max(args.aug_splits, 2))
+    if args.sync_bn and torch.distributed.is_initialized():
+        model = convert_sync_batchnorm(model)
+    if args.torchscript:
+        if is_dearkd:
+            raise ValueError(
+                '--torchscript does not go with DearKD, which reads tokens from the middle of the model.'
+                ' Use --torchcompile.')
+        if any(isinstance(module, ConvAttention) for module in model.modules()):
+            raise ValueError(
+                '--torchscript trains CNNs and plain ViTs, not models with MHCA blocks, which TorchScript only runs.'
+                ' Use --torchcompile.')
+        if args.fuser:
+            set_jit_fuser(args.fuser)
+        cfg = getattr(model, 'pretrained_cfg', None)
+        try:
+            model = torch.jit.script(model)
+        except Exception as e:  # the compiler raises what it likes
+            raise ValueError(f'--torchscript can not compile {args.model}: {one_line(e)}. Use --torchcompile.') from e
+        cast(Any, model).pretrained_cfg = cfg  # timm's distillation tasks look for it
+    return model
+
+
+def _match_classes(teacher: Any, names: Optional[Sequence[str]], num_classes: int) -> Optional[List[int]]:
+    """Return the teacher's class for each of the student's, by name; None if they are the same or have no names.
+
+    Warns if the names differ: they may be other names of the same classes.
+    """
+    known = label_names(teacher)
+    names = [normal_name(name) for name in names or ()]
+    if len(names) != num_classes or len(known) != teacher.num_classes or known == names:
+        return None
+    unknown = [name for name in names if name not in known]
+    if not unknown:
+        _logger.info("The teacher's classes are in another order, or more: those of the images are found by name.")
+        return [known.index(name) for name in names]
+    if len(known) == num_classes:
+        index = names.index(unknown[0])
+        _logger.warning(
+            f'The teacher knows no class {unknown[0]!r}. Its classes are taken in its order, where {unknown[0]!r} is'
+            f' {known[index]!r}. If these differ, set --kd-class-map FILE.')
+    return None
+
+
+def _build_distillation(
+        args,
+        distill_type: str,
+        model: nn.Module,
+        data_config: Dict[str, Any],
+        label_names: Optional[Sequence[str]],
+        common: Dict[str, Any],
+) -> TrainingTask:
+    """DearKD's task or one of timm's distillation tasks, all with the same `Teacher`.
+
+    Raises:
+        ValueError: If the teacher, the student and the options do not fit together.
+    """
+    loaded = create_teacher(args.kd_model_name, args.kd_teacher_checkpoint)
+    class_map = load_class_map(args.kd_class_map) if args.kd_class_map else None
+    if class_map is None and distill_type != 'feature':
+        class_map = _match_classes(loaded, label_names, cast(Any, model).num_classes)
+    teacher = Teacher.for_student(
+        model,
+        loaded,
+        img_size=args.kd_teacher_img_size,
+        class_map=class_map,
+        mean=data_config['mean'],
+        std=data_config['std'],
+        input_size=data_config['input_size'],
+    )
+    task: TrainingTask
+    if distill_type == 'dearkd':
+        task = DearKDTask(
+            model,
+            teacher,
+            build_schedule(args, args.epochs),
+            hooks=args.dearkd_hooks,
+            normalize_features=args.dearkd_normalize_features,
+            **common,
+        )
+    else:
+        try:
+            task = _build_timm_task(args, distill_type, model, teacher, common)
+        except (AssertionError, KeyError, RuntimeError, TypeError) as e:
+            raise ValueError(f'--kd-distill-type {distill_type} with {args.kd_model_name}: {one_line(e)}') from e
+    if args.kd_teacher_img_size is None:
+        for size in args.train_img_sizes or ():
+            teacher.probe((data_config['input_size'][0], size, size))
+    _log_teacher_size(args, loaded, data_config['input_size'])
+    if args.amp:
+        teacher.store_weights(getattr(torch, args.amp_dtype))
+    return task
+
+
+def _build_timm_task(args, distill_type: str, model: nn.Module, teacher: nn.Module, common: Dict[str, Any]):
+    common = dict(
+        common,
+        distill_loss_weight=args.distill_loss_weight,
+        task_loss_weight=args.task_loss_weight,
+    )
+    if distill_type == 'logit':
+        return LogitTask(
+            model, teacher, loss_type=args.kd_loss_type, temperature=args.kd_temperature, **common)
+    if distill_type == 'feature':
+        return FeatureTask(
+            model,
+            teacher,
+            student_feature_dim=args.kd_student_feature_dim,
+            teacher_feature_dim=args.kd_teacher_feature_dim,
+            **common,
+        )
+    return TokenTask(
+        model, teacher, distill_type=args.kd_token_distill_type, temperature=args.kd_temperature, **common)
+
+
+def _log_teacher_size(args, teacher: nn.Module, input_size: Tuple[int, int, int]) -> None:
+    """Tell at what size the teacher was trained, where it sees another and the files say so."""
+    checkpoint, name, given = args.kd_teacher_checkpoint, args.kd_model_name, args.kd_teacher_img_size
+    if checkpoint and not training_args(checkpoint) and not os.path.isdir(name) and ':' not in name:
+        return  # weights alone: the architecture's usual size need not be theirs
+    trained = tuple(get_model_input_config(teacher)['input_size'][1:])
+    seen = tuple(input_size[1:]) if given is None else (given, given)
+    if trained == seen:
+        return
+    ratio = max(max(a / b, b / a) for a, b in zip(trained, seen))
+    remedy = f' --kd-teacher-img-size {trained[-1]} resizes its images.' if given is None else ''
+    # CNNs do well at somewhat larger sizes: timm evaluates at up to 1.4 times the size of training
+    level = logging.WARNING if given is None and ratio > 1.5 else logging.INFO
+    _logger.log(
+        level,
+        f'The teacher was trained at {trained[0]}x{trained[1]} pixels and sees {seen[0]}x{seen[1]}, where its answers'
+        f' may be worse.{remedy}')
+
+
+def log_changed_stages(args, stage1_epochs: int, resumed: Position, first_epoch: int) -> None:
+    """Warn if a resumed run goes back from stage II to stage I, and log any other change of the stages.
+
+    Args:
+        args: The options.
+        stage1_epochs: Epochs of stage I.
+        resumed: Position of the checkpoint.
+        first_epoch: First epoch that is trained now, counted from 0.
+    """
+    before = resumed.options or {}
+    if not before.get('kd_model_name') or 'dearkd_stage1_epochs' not in before:
+        return
+    old_epochs = TwoStageSchedule(before['epochs'], before['dearkd_stage1_epochs']).stage1_epochs
+    if old_epochs == stage1_epochs:
+        return
+    flag = 'epochs' if args.dearkd_stage1_epochs is None else 'dearkd-stage1-epochs'
+    change = f'With --{flag} {getattr(args, flag.replace("-", "_"))}, stage I lasts {stage1_epochs} epochs'
+    keep = f' To keep the stages, set --dearkd-stage1-epochs {old_epochs}.' if old_epochs <= args.epochs else ''
+    last_epoch = resumed.epoch if resumed.update else resumed.epoch - 1
+    if old_epochs <= last_epoch and first_epoch < stage1_epochs:
+        _logger.warning(
+            f'The run was in stage II at epoch {last_epoch}. {change} (was {old_epochs}), so epochs {first_epoch} to'
+            f' {stage1_epochs - 1} are in stage I again.{keep}')
+    else:
+        _logger.info(f'{change} (was {old_epochs}).{keep}')
+
+
+def label_names(model: Any) -> List[str]:
+    """Return the class names of a model in the order of its classifier, see `normal_name`; [] if it has none."""
+    names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
+    return [normal_name(str(name)) for name in names] if isinstance(names, (list, tuple)) else []
+
+
+def check_teacher(
+        task: Any,
+        validator: Validator,
+        folder: str,
+        names: Sequence[str] = (),
+) -> Optional[float]:
+    """Evaluate the teacher on the validation images, as the student's task feeds it. All processes call this together.
+
+    Warns if the teacher's classes seem to be in another order, and writes that order to `kd_class_map.txt`.
+
+    Args:
+        task: A task with a teacher.
+        validator: Evaluates it.
+        folder: Output folder of the run.
+        names: Names of the student's classes, if they are known.
+
+    Returns:
+        Top-1 in percent, or None if the teacher's classes are not the student's, as they need not be for features.
+    """
+    model = task.teacher if isinstance(task.teacher, TimmTeacher) else TimmTeacher(task.teacher)
+    teacher = model.teacher
+    num_classes = task.get_eval_model().num_classes
+    uses_classes = getattr(task, 'uses_classes', True)
+    known = label_names(teacher.model)
+    if teacher.num_classes not in (None, num_classes) or not (uses_classes or known in ([], list(names)) or not names):
+        return None
+    counts = None
+    if 2 <= num_classes <= MAX_CLASSES:
+        shape = 2, num_classes, num_classes
+        counts = torch.zeros(shape, dtype=torch.long, device=validator.precision.device)
+    top1 = validator(model, 'Teacher', None if counts is None else partial(count_answers, counts))['top1']
+    if counts is None:
+        return top1
+    if validator.ranks.distributed:
+        dist.all_reduce(counts)
+    order = find_order(counts.cpu().numpy())
+    if order is not None and uses_classes and validator.ranks.is_primary:
+        _warn_of_order(teacher, order, folder, names)
+    return top1 if order is None or uses_classes else None
+
+
+def _warn_of_order(teacher: Teacher, order: ClassOrder, folder: str, names: Sequence[str]) -> None:
+    """Write the probable order into a class map, and name some of its classes."""
+    classes = order.answers if teacher.class_map is None else teacher.class_map[order.answers].tolist()
+    names = list(names) or [''] * len(classes)
+    path = os.path.join(folder, 'kd_class_map.txt')
+    lines = [f'{index} {name}'.rstrip() for index, name in zip(classes, names)]
+    write_text(folder, os.path.basename(path), '\n'.join(lines) + '\n')
+    examples = ', '.join(
+        f'class {names[label] or label!r} looks like its class {classes[label]}' for label in order.moved[:3])
+    _logger.warning(
+        f"The teacher's classes seem to be in another order: {examples}{', …' if len(order.moved) > 3 else ''}."
+        f' In that order it finds the label of {100 * order.agreement:.1f} % of the validation images, now of'
+        f' {100 * order.agreement_now:.1f} %. Check {path}, which has the order that fits best, and train again with'
+        f' --kd-class-map {shlex.quote(path)}.')

@@ -1,0 +1,95 @@
+"""The optimizer and the learning-rate schedule, from the options."""
+import logging
+from typing import Any, Dict, cast
+
+import torch
+import torch.nn as nn
+from timm.optim import create_optimizer_v2, get_optimizer_class, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.task import TrainingTask
+
+from distill_hooks.errors import one_line
+
+from .checkpoints import Position
+from .loader import images_per_update
+from .process import Ranks
+
+__all__ = ['build_optimizer', 'build_scheduler', 'warn_of_short_run']
+
+_logger = logging.getLogger(__name__)
+
+
+def build_optimizer(args, task: TrainingTask, device: torch.device, ranks: Ranks) -> torch.optim.Optimizer:
+    """timm's optimizer over all that the task trains, at the learning rate given or scaled by the batch size."""
+    kwargs = optimizer_kwargs(cfg=args)
+    if args.lr is None:
+        ratio = images_per_update(args, ranks) / args.lr_base_size
+        scale = args.lr_base_scale or ('sqrt' if any(o in args.opt.lower() for o in ('ada', 'lamb')) else 'linear')
+        kwargs['lr'] = args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
+        _logger.info(f'Learning rate {kwargs["lr"]:.4g}, from lr-base {args.lr_base:g} ({scale} in the batch size).')
+    if device.type == 'cuda' and _takes_fused(args) and not any(
+            args.opt_kwargs.get(other) for other in ('foreach', 'differentiable')):
+        kwargs['fused'] = True  # skips a step on the device, and is faster
+    try:
+        optimizer = create_optimizer_v2(cast(nn.Module, task.get_trainable_module()), **{**kwargs, **args.opt_kwargs})
+    except (AssertionError, RuntimeError, TypeError, ValueError) as e:
+        raise ValueError(f'Could not create --opt {args.opt}: {one_line(e)}') from e
+    base: Any = getattr(optimizer, '_base_optimizer', optimizer)  # Lookahead is no whole optimizer, and loads by this
+    if 'fused' in base.defaults and hasattr(base, 'register_load_state_dict_pre_hook'):
+        base.register_load_state_dict_pre_hook(_keep_fused)
+    return optimizer
+
+
+def _keep_fused(optimizer: torch.optim.Optimizer, state_dict: Dict[str, Any]) -> Dict[str, Any]:
+    """A checkpoint's state for this optimizer's kind of step, whichever the checkpoint was written with."""
+    groups = [{**group, 'fused': optimizer.defaults['fused']} for group in state_dict['param_groups']]
+    return {**state_dict, 'param_groups': groups}
+
+
+def _takes_fused(args) -> bool:
+    """Return whether the optimizer has a fused step on CUDA that is safe to use."""
+    try:
+        optimizer_class: Any = get_optimizer_class(args.opt, bind_defaults=False)
+    except ValueError:
+        return False
+    if optimizer_class is torch.optim.SGD:
+        # A loss scale that overflows in the first step leaves the momentum of PyTorch's fused SGD uninitialised
+        return not (args.momentum and args.amp and args.amp_dtype == 'float16')
+    return optimizer_class in (torch.optim.Adam, torch.optim.AdamW)  # Adagrad's is for the CPU alone in older versions
+
+
+def build_scheduler(args, optimizer: torch.optim.Optimizer, num_updates: int, start: Position):
+    """timm's learning-rate schedule, brought to where the run begins, and the length of the run in epochs.
+
+    Args:
+        args: The options.
+        optimizer: What it schedules.
+        num_updates: Updates per epoch.
+        start: Where the run begins.
+    """
+    rates = [group['lr'] for group in optimizer.param_groups]
+    lr_scheduler, num_epochs = create_scheduler_v2(
+        optimizer, **scheduler_kwargs(args), updates_per_epoch=num_updates)
+    if lr_scheduler is not None and start.epoch + start.update > 0:
+        if args.sched_on_updates:
+            lr_scheduler.step_update(start.epoch * num_updates + start.update)
+        else:
+            lr_scheduler.step(start.epoch)
+    if start.scheduler is not None and hasattr(lr_scheduler, 'lr_scheduler'):
+        lr_scheduler.lr_scheduler.load_state_dict(start.scheduler)
+        for group, rate in zip(optimizer.param_groups, rates):  # no function of the epoch
+            group['lr'] = rate
+    return lr_scheduler, num_epochs
+
+
+def warn_of_short_run(args, num_epochs: int, num_updates: int) -> None:
+    """Say so where defaults that are meant for long runs would spoil this one."""
+    if args.sched != 'none' and args.warmup_epochs >= num_epochs:
+        _logger.warning(
+            f'All of the {num_epochs} epochs are warm-up, from a learning rate of {args.warmup_lr:g}. Set fewer'
+            ' --warmup-epochs.')
+    left = args.model_ema_decay ** (num_epochs * num_updates)
+    if args.model_ema and not args.model_ema_warmup and left > 0.05:
+        _logger.warning(
+            f'{100 * left:.0f} % of the average of weights will still be those that the run starts with. Set'
+            ' --model-ema-warmup, or a lower --model-ema-decay.')

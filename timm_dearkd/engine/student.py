@@ -1,0 +1,209 @@
+"""The student, and the model to evaluate, from the options."""
+import contextlib
+import logging
+from typing import Any, Callable, Dict, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from timm.data.model_config import resolve_input_data_config
+from timm.models import parse_model_name, resolve_model_input_args, safe_model_name
+
+from distill_hooks.checkpoint import training_args
+from distill_hooks.errors import one_line
+
+from .checkpoints import read_classes
+from .data import (
+    check_img_size,
+    check_label_gaps,
+    check_labels,
+    class_indices,
+    count_classes,
+    dataset_kwargs,
+    open_dataset,
+    open_eval_dataset,
+    open_validation_set,
+)
+from .image_folder import class_order, normal_name
+from .loader import model_dtype
+from .options import replace_args
+from .run_folder import EXPORT_NAME, why_no_config
+
+__all__ = ['build_evaluation', 'build_student']
+
+_logger = logging.getLogger(__name__)
+
+
+def build_student(
+        args,
+        dataset,
+        device: torch.device,
+        create_model: Callable[..., Any],
+) -> Tuple[Any, Dict[str, Any]]:
+    """The model to train or to evaluate, and timm's data configuration for it.
+
+    Args:
+        args: The options.
+        dataset: Whose class count the model gets where none is given.
+        device: Where it goes.
+        create_model: timm's, or one of the user's own.
+
+    Raises:
+        ValueError: Options that no such model can be made with.
+    """
+    num_classes = args.num_classes
+    if num_classes is None and not args.eval_only:
+        check_label_gaps(dataset, args.class_map)
+        num_classes = count_classes(dataset)
+    if num_classes != args.num_classes:
+        _logger.info(f'--num-classes not given: {num_classes}, as the data set has.')
+    overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else {}
+    overlay.update(args.pretrained_cfg_overlay)
+    overrides = dict(
+        num_classes=num_classes,
+        drop_rate=args.drop,
+        drop_path_rate=args.drop_path if args.drop_path is not None else args.drop_connect,
+        drop_block_rate=args.drop_block,
+        global_pool=args.gp,
+        bn_momentum=args.bn_momentum,
+        bn_eps=args.bn_eps,
+        rpe_drop_rate=args.dearkd_rpe_drop,
+        rpe_drop_mode=args.dearkd_rpe_drop_mode,
+        pretrained_cfg_overlay=overlay or None,
+    )
+    try:
+        kwargs = resolve_model_input_args(args.model, vars(args), **{**overrides, **args.model_kwargs})
+        for flag in ('rpe_drop', 'rpe_drop_mode'):
+            if getattr(args, f'dearkd_{flag}') is not None and 'dearkd' not in kwargs['model_name']:
+                raise ValueError(f'--dearkd-{flag.replace("_", "-")} needs MHCA blocks. Use a dearkd_* model.')
+        model: Any = create_model(
+            kwargs.pop('model_name'),
+            pretrained=args.pretrained or bool(args.pretrained_path),
+            checkpoint_path=args.initial_checkpoint,
+            **kwargs,
+        )
+        _adapt_student(args, model)
+    except (AssertionError, FileNotFoundError, KeyError, RuntimeError, TypeError, ValueError) as e:
+        remedy = ''
+        if args.initial_checkpoint and 'size mismatch' in str(e):
+            remedy = (
+                ' The file is of other classes than the images, or of another --img-size.' if args.eval_only else
+                ' Weights of other classes or another image size go in by --pretrained-path, with a new head.')
+        raise ValueError(f'Could not create --model {args.model}: {one_line(e)}{remedy}') from e
+    _complete_attributes(model, num_classes)
+    if num_classes is None and not args.eval_only:
+        _logger.warning(
+            f'The data set does not tell its classes, so the model has {model.num_classes}. Set --num-classes.')
+    has_weights = parse_model_name(args.model)[0] is not None  # local-dir:, hf-hub:
+    if not ((has_weights and args.pretrained) or 'license' in overlay):
+        # the licence of a registered architecture is for its code or its published weights, not for this run's
+        model.pretrained_cfg = {**model.pretrained_cfg, 'license': None}
+    if has_weights and not (args.eval_only or args.pretrained or overlay or args.initial_checkpoint or args.resume):
+        _logger.warning(
+            f'{args.model} gives only the architecture. The weights are new. To load its weights, add --pretrained.')
+    if not args.eval_only:  # where the labels are yet to be those of the model
+        check_labels(dataset, model.num_classes)
+        reason = why_no_config(model)
+        if reason:
+            _logger.warning(
+                f'timm cannot create this {type(model).__name__} by name: {reason}. So the run writes no config.json:'
+                f' {EXPORT_NAME} has the weights alone.')
+    check_img_size(model, args.train_img_sizes or ())
+    model.to(device=device, dtype=model_dtype(args))
+    data_config = resolve_input_data_config(model, args=vars(args), verbose=True)
+    num_params = sum(p.numel() for p in model.parameters())
+    _logger.info(f'Model {safe_model_name(args.model)}: {num_params:,} parameters, {model.num_classes} classes')
+    return model, data_config
+
+
+def build_evaluation(args, device: torch.device, create_model: Callable[..., Any]):
+    """A model to evaluate, its data configuration, and the validation set with the labels it was trained with."""
+    if not args.val_split:
+        raise ValueError('--eval-only looks at validation images. Set --val-split.')
+    eval_set = open_validation_set(args)
+    trained = {} if args.class_map else read_classes(args.initial_checkpoint).indices
+    if args.initial_checkpoint:
+        args = _take_trained_input(args)
+        if not trained:
+            eval_set = _label_as_training(args, eval_set)
+        num_classes = max(trained.values()) + 1 if trained else count_classes(eval_set)
+        args = replace_args(args, num_classes=args.num_classes or num_classes)
+    model, data_config = build_student(args, eval_set, device, create_model)
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    own = cfg.get('num_classes')
+    if not args.initial_checkpoint and own is not None and args.num_classes not in (None, own):
+        raise ValueError(f'--num-classes is {args.num_classes}, but {args.model} knows {own} classes. Leave it out.')
+    names = () if args.class_map else cfg.get('label_names') or ()
+    known = trained or {name: index for index, name in enumerate(names)}
+    known = {normal_name(str(name)): index for name, index in known.items()}
+    found = {key: normal_name(str(key)) for key in class_indices(eval_set)}
+    unknown = class_order(set(found.values()) - set(known))
+    if known and found and not unknown:
+        eval_set = open_validation_set(args, {key: known[name] for key, name in found.items()})
+    elif known and found and (trained or not args.initial_checkpoint):
+        raise ValueError(
+            f'Split {args.val_split!r} has classes that the model does not know: {", ".join(unknown[:5])}.'
+            ' Move them away, or give --class-map.')
+    elif not args.initial_checkpoint:
+        with contextlib.suppress(ValueError):  # the weights may be of other images, with other classes
+            eval_set = _label_as_training(args, eval_set)
+    check_labels(eval_set, model.num_classes, 'Move away those that it does not know, or give --class-map.')
+    return model, data_config, eval_set
+
+
+def _take_trained_input(args):
+    """Return the options, with those of the checkpoint where none are given."""
+    saved = training_args(args.initial_checkpoint)
+    changes: Dict[str, Any] = {}
+    keys = ['mean', 'std', 'crop_pct', 'interpolation', 'bn_eps', 'gp', 'num_classes']
+    if not args.input_size and saved.get('input_size'):
+        if not args.img_size:
+            changes['input_size'] = [args.in_chans or saved['input_size'][0], *saved['input_size'][1:]]
+        else:
+            changes['in_chans'] = args.in_chans or saved['input_size'][0]
+    elif not args.input_size:
+        keys += ['img_size', 'in_chans']
+    changes.update({key: saved[key] for key in keys if not getattr(args, key) and saved.get(key)})
+    for key in ('model_kwargs', 'pretrained_cfg_overlay'):
+        changes[key] = {**(saved.get(key) or {}), **getattr(args, key)}
+    return replace_args(args, **changes)
+
+
+def _label_as_training(args, eval_set):
+    """The validation set with the labels of the training set, if that is here: a class may have no validation images.
+
+    Raises:
+        ValueError: It has a class that training does not know.
+    """
+    root, kwargs = args.data_dir or args.data, dict(dataset_kwargs(args), is_training=False)
+    try:
+        train_set = open_dataset(args.dataset, root, args.train_split, **kwargs)
+    except (OSError, ValueError):
+        return eval_set
+    return open_eval_dataset(
+        train_set, args.dataset, root, args.val_split, num_samples=args.val_num_samples, **kwargs)
+
+
+def _complete_attributes(model: Any, num_classes: Optional[int]) -> None:
+    """Give a model that is none of timm's the attributes that timm's functions look for."""
+    if not hasattr(model, 'num_classes'):
+        if num_classes is None:
+            raise ValueError(f'{type(model).__name__} has no num_classes. Set --num-classes.')
+        model.num_classes = num_classes
+    if not hasattr(model, 'pretrained_cfg'):
+        model.pretrained_cfg = {}
+
+
+def _adapt_student(args, model: Any) -> None:
+    given = args.head_init_scale is not None or args.head_init_bias is not None
+    heads = model.get_classifier() if given and not args.eval_only else ()
+    for head in heads if isinstance(heads, tuple) else (heads,):  # one, or two of a distilled ViT
+        if not all(isinstance(getattr(head, key, None), torch.Tensor) for key in ('weight', 'bias')):
+            raise ValueError('--head-init-scale and --head-init-bias need a head with a weight and a bias.')
+        with torch.no_grad():
+            if args.head_init_scale is not None:
+                head.weight.mul_(args.head_init_scale)
+                head.bias.mul_(args.head_init_scale)
+            if args.head_init_bias is not None:
+                nn.init.constant_(head.bias, args.head_init_bias)
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing(enable=True)

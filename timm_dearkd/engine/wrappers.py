@@ -1,0 +1,220 @@
+"""Data sets around those of timm: they skip unreadable images, or take a fraction."""
+import logging
+import struct
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import IterableImageDataset
+from torch.utils.data import Dataset
+
+from .image_folder import (
+    bit_depth_message,
+    exceeds_8_bits,
+)
+
+__all__ = ['ClassFraction', 'SkipHighBitDepth', 'SkipUnreadable', 'set_image_mode']
+
+_logger = logging.getLogger(__name__)
+
+# Pillow's errors for broken files and for files that are not images
+_BROKEN = (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+
+
+class _Wrapper(Dataset):
+    """A data set that wraps another one and has its transform and attributes."""
+
+    def __init__(self, dataset) -> None:
+        self.dataset = dataset
+
+    @property
+    def transform(self):
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform) -> None:
+        self.dataset.transform = transform
+
+    def __getattr__(self, name: str):
+        if name.startswith('__') or name == 'dataset':
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+class SkipUnreadable(_Wrapper):
+    """A timm data set that replaces each image it cannot read by the next one.
+
+    Each such file is reported once, also with several workers. Images of 16 bits and more count as unreadable if 8 bits
+    are asked for. Pillow would clip them, and few file types tell how many of the bits are used.
+
+    Args:
+        dataset: timm's `ImageDataset`, or a fraction of one.
+        input_img_mode: Pillow mode to convert the images to; '' takes the mode of the data set.
+        max_skips: Number of unreadable images in a row that raises an error.
+
+    Raises:
+        OSError: If `max_skips` images in a row cannot be read.
+    """
+
+    def __init__(self, dataset, input_img_mode: str = '', max_skips: int = 10) -> None:
+        super().__init__(dataset)
+        source: Any = dataset
+        while isinstance(source, _Wrapper):
+            source = source.dataset
+        self._transform, source.transform = source.transform, None
+        self.input_img_mode = input_img_mode or source.input_img_mode
+        source.input_img_mode = ''  # leaves the conversion to `_read`
+        source._max_retries = 1
+        self.max_skips = max_skips
+        # shared, because a loader may start new workers in each epoch; a fraction may repeat its files
+        self.was_reported = torch.zeros(len(getattr(dataset, 'indices', dataset)), dtype=torch.bool).share_memory_()
+
+    @property
+    def transform(self):
+        return self._transform
+
+    @transform.setter
+    def transform(self, transform) -> None:
+        self._transform = transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int):
+        for _ in range(self.max_skips):
+            try:
+                image, *rest = self._read(index)
+            except ValueError as e:
+                reason = str(e)
+            else:
+                return (image if self.transform is None else self.transform(image), *rest)
+            place = index % len(self.was_reported)
+            if not self.was_reported[place]:
+                self.was_reported[place] = True
+                _logger.warning(f'{reason} Skipped: the next image takes its place.')
+            index = (index + 1) % len(self.dataset)
+        raise OSError(f'{self.max_skips} images in a row cannot be read. The last one: {reason}')
+
+    def _read(self, index: int):
+        """Return the converted image, its label and further items of the data set.
+
+        Raises:
+            ValueError: If the image cannot be read. The message has its path.
+        """
+        try:
+            image, *rest = self.dataset[index]
+        except RuntimeError as e:
+            if not str(e).startswith('Failed to load'):
+                raise
+            raise ValueError(f'{self._name(index)!r} cannot be read as an image.') from e
+        except Image.DecompressionBombError as e:
+            raise ValueError(f'{self._name(index)!r} cannot be read as an image ({e}).') from e
+        if exceeds_8_bits(image.mode, self.input_img_mode):
+            raise ValueError(bit_depth_message(self._name(index), image.mode))
+        try:
+            return image.convert(self.input_img_mode), *rest
+        except _BROKEN as e:
+            raise ValueError(f'{self._name(index)!r} cannot be read as an image ({" ".join(str(e).split())}).') from e
+
+    def _name(self, index: int) -> str:
+        return self.dataset.filename(index, absolute=True) or f'image {index}'
+
+
+class SkipHighBitDepth(IterableImageDataset):
+    """A stream that replaces each image of 16 bits and more by the last one of 8 bits, with one warning.
+
+    The stream keeps its length. A shorter one would lose batches that the loader has announced, and the other
+    processes of a distributed run would wait for them.
+
+    Args:
+        dataset: timm's data set of WebDataset shards, or streamed from Hugging Face.
+
+    Raises:
+        OSError: If the stream ends without an image of 8 bits.
+    """
+
+    def __init__(self, dataset: IterableImageDataset) -> None:
+        super().__init__('', reader=dataset.reader, transform=dataset.transform)
+        self.input_img_mode, self.reader.input_img_mode = self.reader.input_img_mode, ''
+        self.was_reported = torch.zeros(1, dtype=torch.bool).share_memory_()  # by any worker
+
+    def __iter__(self):
+        last: Any = None
+        num_missing = 0  # images that are yet to be yielded
+        for image, target in self.reader:
+            if not exceeds_8_bits(image.mode, self.input_img_mode):
+                last = image.convert(self.input_img_mode), target
+            else:
+                self._report(image.mode)
+            num_missing += 1
+            for _ in range(num_missing if last is not None else 0):
+                yield last[0] if self.transform is None else self.transform(last[0]), last[1]
+                num_missing -= 1
+        if num_missing:
+            raise OSError(
+                f'All {num_missing} images of a stream have 16 bits per channel or more. Convert them to 8 bits.')
+
+    def _report(self, mode: str) -> None:
+        if not self.was_reported[0]:
+            self.was_reported[0] = True
+            _logger.warning(
+                f'The stream has images with 16 bits per channel or more (mode {mode}). Pillow clips such images to'
+                ' white. Skipped: the last image of 8 bits takes their place. Convert them to 8 bits.')
+
+
+class ClassFraction(_Wrapper):
+    """An equal share of the images of every class, for training on little data.
+
+    The images are the first ones of a permutation of each class. A smaller share is a subset of a larger one.
+
+    Args:
+        dataset: A map-style data set that lists its labels.
+        fraction: Share of each class, rounded to whole images, at least one.
+        seed: Seed of the permutations.
+        keep_length: Repeat the images up to the length of `dataset`, so that an epoch has as many steps.
+
+    Raises:
+        ValueError: If the data set does not list its labels.
+    """
+
+    def __init__(self, dataset, fraction: float, seed: int = 0, keep_length: bool = False) -> None:
+        super().__init__(dataset)
+        reader: Any = getattr(dataset, 'reader', None)
+        labels = getattr(reader, 'targets', None) or getattr(dataset, 'targets', None)
+        if labels is None and hasattr(reader, 'samples'):
+            labels = [sample[1] for sample in reader.samples]
+        if labels is None:
+            raise ValueError(
+                '--train-fraction needs a data set that lists its labels: an image folder, or one of torchvision.')
+        labels = np.asarray(labels)
+        kept = []
+        for label in np.unique(labels):
+            members = np.random.default_rng((seed, int(label))).permutation(np.flatnonzero(labels == label))
+            kept.append(members[:max(1, round(fraction * len(members)))])
+        self.indices = np.sort(np.concatenate(kept))
+        self.share = len(self.indices) / len(labels)
+        self.length = len(labels) if keep_length else len(self.indices)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int):
+        if not 0 <= index < self.length:
+            raise IndexError(index)  # ends an iteration
+        return self.dataset[int(self.indices[index % len(self.indices)])]
+
+    def filename(self, index: int, **kwargs: Any) -> str:
+        return self.dataset.filename(int(self.indices[index % len(self.indices)]), **kwargs)
+
+
+def set_image_mode(dataset, mode: str) -> None:
+    """Set the Pillow mode that a timm data set converts its images to."""
+    while isinstance(dataset, _Wrapper) and not isinstance(dataset, SkipUnreadable):
+        dataset = dataset.dataset
+    if isinstance(dataset, (SkipUnreadable, SkipHighBitDepth)):
+        dataset.input_img_mode = mode
+        return
+    for source in (dataset, getattr(dataset, 'reader', dataset)):
+        if hasattr(source, 'input_img_mode'):
+            source.input_img_mode = mode
