@@ -1,6 +1,7 @@
 import argparse
 import ast
 import csv
+import runpy
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,12 @@ def test_every_flag_has_a_line_of_help():
         names = action.option_strings or [action.dest]
         assert action.help and len(action.help) <= 100 and '\n' not in action.help, names
         assert (action.help == argparse.SUPPRESS) == names[0].startswith('--naflex'), names
+
+
+def test_the_page_of_the_options_is_current():
+    docs = Path(__file__).parents[3] / 'docs'
+    page = runpy.run_path(str(docs / 'generate_options.py'))['main']()
+    assert page == (docs / 'options.md').read_text(encoding='utf-8'), 'Run python docs/generate_options.py.'
 
 
 def test_the_command_line_wins_over_the_file(config):
