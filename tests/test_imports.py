@@ -2,6 +2,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Iterator, Tuple
 
@@ -54,6 +55,15 @@ def find_upward_imports() -> Iterator[Tuple[str, str]]:
 
 def test_nothing_imports_upwards():
     assert list(find_upward_imports()) == []
+
+
+def test_no_modules_import_each_other():
+    """Whichever is imported first."""
+    graph = {}
+    for path in (path for package in ('timm_dearkd', 'distill_hooks') for path in (ROOT / package).rglob('*.py')):
+        module = '.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__')
+        graph[module] = {name for name in imported_modules(path) if find_room(name)} - {module}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError
 
 
 def test_an_upward_import_is_found(tmp_path, monkeypatch):

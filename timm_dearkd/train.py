@@ -31,7 +31,7 @@ from distill_hooks.errors import first_line
 from distill_hooks.task import keep_constants_local
 from timm_dearkd.analysis.report import check_available as check_report
 from timm_dearkd.analysis.report import write_report
-from timm_dearkd.engine.checkpoints import Position, find_checkpoint, read_classes, resume_run
+from timm_dearkd.engine.checkpoints import EXPORT_NAME, Position, find_checkpoint, read_classes, resume_run
 from timm_dearkd.engine.data import UNKNOWN_CLASSES, build_datasets, class_names, classes_of
 from timm_dearkd.engine.distillation import build_schedule, build_task, check_teacher, log_changed_stages
 from timm_dearkd.engine.loader import (
@@ -57,7 +57,7 @@ from timm_dearkd.engine.process import (
     use_deterministic_kernels,
 )
 from timm_dearkd.engine.recorder import Recorder, build_recorder, describe_run, output_parent, print_results
-from timm_dearkd.engine.run_folder import EXPORT_NAME, RunFolder, complete_export, export_model, on_primary
+from timm_dearkd.engine.run_folder import RunFolder, complete_export, export_model, on_primary
 from timm_dearkd.engine.seeding import set_rng_state
 from timm_dearkd.engine.student import build_evaluation, build_student
 

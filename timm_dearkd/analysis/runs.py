@@ -7,7 +7,8 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import yaml
 
-from timm_dearkd.engine.run_folder import EXPORT_NAME, read_run_info
+from timm_dearkd.engine.checkpoints import EXPORT_NAME
+from timm_dearkd.engine.run_folder import read_run_info
 
 __all__ = ['Run', 'distinct_names', 'open_run', 'readable', 'why_no_model']
 

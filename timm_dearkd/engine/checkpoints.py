@@ -15,14 +15,15 @@ from distill_hooks.errors import first_line
 
 from .data import UNKNOWN_CLASSES, Classes
 from .process import Precision, TrainingError
-from .run_folder import EXPORT_NAME
 
 __all__ = [
-    'AtomicCheckpointSaver', 'Position', 'changed_options', 'find_checkpoint', 'read_classes',
+    'EXPORT_NAME', 'AtomicCheckpointSaver', 'Position', 'changed_options', 'find_checkpoint', 'read_classes',
     'refuse_to_overwrite', 'remove_recovery', 'resume_run',
 ]
 
 _logger = logging.getLogger(__name__)
+
+EXPORT_NAME = 'model_best.safetensors'
 
 
 class _TaskWithRun:

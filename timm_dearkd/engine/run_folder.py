@@ -23,11 +23,11 @@ from timm.models._input import get_model_args
 from timm.utils import unwrap_model
 
 from ..files import write_table, write_text
-from .checkpoints import Position, find_checkpoint, refuse_to_overwrite
+from .checkpoints import EXPORT_NAME, Position, find_checkpoint, refuse_to_overwrite
 from .process import Ranks, TrainingError
 
 __all__ = [
-    'EXPORT_NAME', 'LOCK_NAME', 'RunFolder', 'WAIT_SECONDS', 'complete_export', 'export_model', 'on_primary',
+    'LOCK_NAME', 'RunFolder', 'WAIT_SECONDS', 'complete_export', 'export_model', 'on_primary',
     'read_run_info', 'record_results', 'save_config', 'save_folder', 'save_images', 'trim_table', 'why_no_config',
     'write_run_info',
 ]
@@ -191,7 +191,6 @@ def on_primary(ranks: Ranks, function: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
-EXPORT_NAME = 'model_best.safetensors'
 
 
 def read_run_info(folder: Union[str, Path]) -> Dict[str, Any]:

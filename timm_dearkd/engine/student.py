@@ -11,7 +11,7 @@ from timm.models import parse_model_name, resolve_model_input_args, safe_model_n
 from distill_hooks.checkpoint import training_args
 from distill_hooks.errors import one_line
 
-from .checkpoints import read_classes
+from .checkpoints import EXPORT_NAME, read_classes
 from .data import (
     check_img_size,
     check_label_gaps,
@@ -26,7 +26,7 @@ from .data import (
 from .image_folder import class_order, normal_name
 from .loader import model_dtype
 from .options import replace_args
-from .run_folder import EXPORT_NAME, why_no_config
+from .run_folder import why_no_config
 
 __all__ = ['build_evaluation', 'build_student']
 
