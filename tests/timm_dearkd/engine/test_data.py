@@ -58,7 +58,7 @@ def test_unreadable_images_are_named_once_and_replaced(image_folder, tmp_path, c
     dataset = open_dataset('', str(root), 'train')
     for _ in range(2):
         assert [label for _, label in dataset] == [0] * 16 + [1] * 16 + [2] * 17  # after a.png comes the next class
-    messages = [r.message for r in caplog.records if r.name == 'timm_dearkd.engine.data']
+    messages = [r.message for r in caplog.records if r.name == 'timm_dearkd.engine.wrappers']
     assert len(messages) == 2 and 'a.png' in ''.join(messages) and '0.png' in ''.join(messages)
     for path in (root / 'train').glob('*/*.png'):
         path.write_bytes(b'nothing')
