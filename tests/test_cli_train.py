@@ -711,7 +711,7 @@ def test_images_of_four_channels(train_cli, image_folder, tmp_path):
     result = run_python(
         '-m', 'timm_dearkd.analysis', 'predict', image_folder / 'validation', '--model', out, '--output',
         tmp_path / 'predictions', '--device', 'cpu')
-    assert result.returncode == 0 and 'read as CMYK' in result.stderr, result.stderr
+    assert result.returncode == 0 and 'Reads the images as CMYK' in result.stderr, result.stderr
     top1 = float(re.search(r'top-1 ([\d.]+) % of 12', result.stdout)[1])
     assert top1 == pytest.approx(json.loads(evaluated.stdout)['top1'], abs=0.01)
 
