@@ -40,15 +40,16 @@ def agreement(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def count_answers(counts: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
     """Count the answers to a batch, without waiting for the device.
 
-    Every other image goes into the second half of the counts, so that `find_order` can find an order in one half and
-    test it on the other.
+    Every other image of a label goes into the second half of the counts, so that `find_order` can find an order in one
+    half and test it on the other.
 
     Args:
         counts: Number of images by half, label and answer (2, classes, classes). Changed in place.
         logits: The teacher's logits (B, classes).
         labels: Class indices (B,).
     """
-    halves = torch.arange(len(labels), device=labels.device) % 2
+    earlier = (labels.unsqueeze(1) == labels).long().tril(-1).sum(dim=1)  # images of the same label in this batch
+    halves = (counts.sum(dim=(0, 2))[labels] + earlier) % 2
     places = (halves * counts.shape[1] + labels) * counts.shape[2] + logits.argmax(dim=1)
     counts.view(-1).index_add_(0, places, torch.ones_like(places))  # bincount would wait for the device
 
@@ -56,7 +57,7 @@ def count_answers(counts: torch.Tensor, logits: torch.Tensor, labels: torch.Tens
 def _best_order(counts: np.ndarray) -> np.ndarray:
     """Assign one answer to each label, so that most images are explained.
 
-    Ties keep the label itself.     All labels have the same weight, except those with very few images, which have less.
+    Ties keep the label itself. All labels have the same weight, except those with very few images, which have less.
     """
     from scipy.optimize import linear_sum_assignment  # the import takes 0.5 s, and one call per run needs it
     shares = counts / (counts.sum(axis=1, keepdims=True) + 2.)

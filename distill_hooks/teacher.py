@@ -235,9 +235,9 @@ class Teacher(nn.Module):
         student = unwrap_model(student)
         cfg: Dict[str, Any] = getattr(student, 'pretrained_cfg', None) or {}
         if mean is None:
-            mean = cfg.get('mean', IMAGENET_DEFAULT_MEAN)
+            mean = cfg.get('mean') or IMAGENET_DEFAULT_MEAN
         if std is None:
-            std = cfg.get('std', IMAGENET_DEFAULT_STD)
+            std = cfg.get('std') or IMAGENET_DEFAULT_STD
         channels, height, width = input_size or get_model_input_config(student)['input_size']
         teacher = cls(model, in_chans=channels, mean=mean, std=std, img_size=img_size, class_map=class_map)
         teacher.input_size = (channels, height, width)

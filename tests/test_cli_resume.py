@@ -186,8 +186,8 @@ def test_a_loss_that_is_not_finite(train_cli, tmp_path):
     ('hooks', 'other hooks'),
     ('untaught', 'is a run with a teacher, this one has none. Add --kd-model-name'),
     ('none', 'trained without DearKD'),
-    ('truncated', 'can not be read, it may be truncated'),
-    ('pickle', 'can not be read'),
+    ('truncated', 'cannot be read. It may be truncated'),
+    ('pickle', 'cannot be read'),
 ])
 def test_checkpoints_that_do_not_fit(change, message, train_cli, exact_cli, cnn, whole, tmp_path):
     path = whole / 'last.pth.tar'

@@ -39,6 +39,7 @@ from timm_dearkd.engine.loader import (
     build_distance_images,
     build_eval_loader,
     build_mixup,
+    build_teacher_loader,
     build_train_loader,
     images_per_update,
 )
@@ -78,7 +79,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 
 def prepare(argv: Optional[Sequence[str]] = None) -> Callable[[], None]:
-    """Everything up to the first step, which is where mistakes in the options show. Returns what is left to do."""
+    """Prepare everything up to the first step, and return a function that does the rest. Bad options end here."""
     setup_default_logging()
     logging.getLogger('timm.data.dataset').setLevel(logging.ERROR)  # our data sets name what they skip
     args, args_text = _parse_args(argv)
@@ -102,7 +103,7 @@ def prepare(argv: Optional[Sequence[str]] = None) -> Callable[[], None]:
 
 
 def command_line(argv: Optional[Sequence[str]], ranks: Ranks) -> str:
-    """The command that started this run, as far as it can be told from within."""
+    """Return the command that started this run, as far as the process knows it."""
     local = os.environ.get('LOCAL_WORLD_SIZE')
     nodes = ranks.world_size // int(local) if local else 1
     launcher = ['python']
@@ -145,18 +146,20 @@ def build_run_in(
         args = replace_args(args, eval_metric='loss')
     model, data_config = build_student(args, train_set, device, create_model)
     mixup = build_mixup(args, model.num_classes)
-    loader_train = build_train_loader(args, train_set, data_config, mixup, device, ranks)
     loader_eval = build_eval_loader(args, eval_set, data_config, device, ranks)
+    loader_teacher = None
+    if args.kd_model_name and loader_eval is None:
+        loader_teacher = build_teacher_loader(args, train_set, data_config, device, ranks)
+    loader_train = build_train_loader(args, train_set, data_config, mixup, device, ranks)
     distance_images = build_distance_images(args, eval_set, data_config, model, device)
 
-    task = build_task(
-        args, model, data_config, device, soft_targets=mixup is not None, label_names=class_names(train_set))
+    names = class_names(train_set) or []
+    task = build_task(args, model, data_config, device, soft_targets=mixup is not None, names=names)
     optimizer = build_optimizer(args, task, device, ranks)
     trainer = build_trainer(args, task, loader_train, optimizer, precision, ranks)
     validator = build_validator(args, task, loader_eval, precision, ranks)
     start, epochs = schedule_run(args, trainer)
-    export = partial(
-        export_model, model, data_config=data_config, label_names=class_names(train_set))
+    export = partial(export_model, model, data_config=data_config, label_names=names)
     if is_auto and start.epoch >= epochs.stop:
         _logger.info(f'{args.experiment} has its {start.epoch} epochs already. It is left as it is.')
         use_ema = task.has_ema() and not args.model_ema_force_cpu
@@ -179,7 +182,10 @@ def build_run_in(
     recorder = build_recorder(
         args, args_text, run_folder, trainer, model, data_config, export, start, run_info,
         classes_of(train_set) if ranks.is_primary else UNKNOWN_CLASSES, distance_images)
-    return partial(fit, args, trainer, validator, recorder, start, epochs, class_names(train_set) or ())
+    check = partial(
+        evaluate_teacher, args, trainer, validator or build_validator(args, task, loader_teacher, precision, ranks),
+        recorder, start, names, validator is not None)
+    return partial(fit, args, trainer, validator, recorder, start, epochs, check)
 
 
 def build_trainer(
@@ -190,7 +196,7 @@ def build_trainer(
         precision: Precision,
         ranks: Ranks,
 ) -> Trainer:
-    """What runs the epochs."""
+    """Build the trainer."""
     power = dict(none=0., sqrt=0.5, linear=1.)[args.variable_batch_loss_scale]
     return Trainer(
         task,
@@ -208,7 +214,7 @@ def build_trainer(
 
 
 def build_validator(args, task: TrainingTask, loader, precision: Precision, ranks: Ranks) -> Optional[Validator]:
-    """What evaluates; None without a validation set."""
+    """Build the validator; None without images."""
     if loader is None:
         return None
     return Validator(
@@ -220,14 +226,14 @@ def build_validator(args, task: TrainingTask, loader, precision: Precision, rank
 
 
 def complete_run(args, folder: str, export: Callable[..., Any], use_ema: bool, device: torch.device) -> None:
-    """What may be missing after the last epoch: the exported student, and the report."""
+    """Write the exported student if it is missing, and the report."""
     complete_export(folder, export, use_ema)
     if args.report:
         report(folder, device)
 
 
 def schedule_run(args, trainer: Trainer) -> Tuple[Position, range]:
-    """Resume, and set up the schedules. Returns where the run begins, and its epochs."""
+    """Resume the run, set up its schedules, and return where it starts and its epochs."""
     task, optimizer = trainer.task, trainer.step.optimizer
     given = [{key: group[key] for key in _GROUP_OPTIONS & group.keys()} for group in optimizer.param_groups]
     start = Position()
@@ -263,13 +269,22 @@ def fit(
         recorder: Recorder,
         start: Position,
         epochs: range,
-        label_names: Sequence[str] = (),
+        before_epochs: Optional[Callable[[StopRequest], None]] = None,
 ) -> None:
     """Train and evaluate the epochs, with a checkpoint after each.
 
+    Args:
+        args: The options.
+        trainer: Trains an epoch.
+        validator: Evaluates an epoch; None without validation images.
+        recorder: Writes results and checkpoints.
+        start: Where the run starts.
+        epochs: The epochs.
+        before_epochs: Called before the first epoch.
+
     Raises:
-        Interrupted: A signal; there is a checkpoint to go on from.
-        TrainingError: The run can't go on.
+        Interrupted: If a signal has come. There is a checkpoint to resume from.
+        TrainingError: If training cannot continue.
     """
     task: Any = trainer.task
     ranks = trainer.ranks
@@ -286,7 +301,8 @@ def fit(
         task.trainable_module_ema._sr_generator.set_state(start.ema_rng_state)
     evaluated = evaluated_epochs(args, epochs)
     with recorder.tracker, StopRequest(ranks) as stop:
-        evaluate_teacher(args, trainer, validator, recorder, start, label_names, stop)
+        if before_epochs is not None:
+            before_epochs(stop)
         trainer.on_log, trainer.on_update = recorder.on_log, partial(recorder.on_update, stop)
         if validator is not None and validator.in_step:  # else the next update asks
             validator.on_batch = partial(recorder.on_eval_batch, stop)
@@ -331,18 +347,33 @@ def evaluate_teacher(
         recorder: Recorder,
         start: Position,
         names: Sequence[str],
+        is_validation: bool,
         stop: StopRequest,
 ) -> None:
-    """Evaluate the teacher before the first epoch of a run, and again if it is resumed with another --kd option.
+    """Evaluate the teacher before the first epoch of a run, and again if it is resumed with another image size.
+
+    Args:
+        args: The options.
+        trainer: Trainer of the run.
+        validator: Evaluates the teacher; None if there are no images.
+        recorder: Records the result.
+        start: Where the run starts.
+        names: Class names.
+        is_validation: Whether the validator has validation images. Otherwise, it has images of the training set.
+        stop: Signals.
 
     Raises:
-        Interrupted: A signal asks for the end.
+        Interrupted: If a signal has come.
     """
-    before = start.options or {}
-    is_same = all(before.get(name) == value for name, value in vars(args).items() if name.startswith('kd_'))
-    if validator is None or getattr(trainer.task, 'teacher', None) is None:
+    if getattr(trainer.task, 'teacher', None) is None:
         return
-    if is_same and on_primary(trainer.ranks, lambda: recorder.teacher_top1) is not None:
+    if validator is None:
+        _logger.info("The order of the teacher's classes is not checked: that needs validation images.")
+        return
+    is_resumed = bool(start.epoch or start.update)
+    has_same_size = (start.options or {}).get('kd_teacher_img_size') == args.kd_teacher_img_size
+    knows = on_primary(trainer.ranks, lambda: recorder.knows_teacher)
+    if is_resumed and has_same_size and (knows or not is_validation):
         return
 
     def check() -> None:
@@ -350,7 +381,7 @@ def evaluate_teacher(
             raise Interrupted(stop.signum)
 
     validator.on_batch = check if validator.in_step else None
-    recorder.on_teacher(check_teacher(trainer.task, validator, recorder.folder, names))
+    recorder.on_teacher(check_teacher(trainer.task, validator, recorder.folder, names), is_validation)
 
 
 def evaluated_epochs(args, epochs: range) -> List[int]:
@@ -381,17 +412,17 @@ def log_expected_end(
 
 
 def report(folder: str, device: torch.device) -> None:
-    """Write the report of a run that is over; whatever is wrong with it, the run is not."""
+    """Write the report of a finished run. Errors only give a warning."""
     try:
         _logger.info(f'*** Report: {write_report(folder, device=str(device))}')
     except Exception as e:
         _logger.warning(
             f'The report could not be written ({type(e).__name__}: {" ".join(str(e).split())}). The run is complete.'
-            f' Once that is mended: python -m timm_dearkd.analysis report {shlex.quote(folder)}')
+            f' Once that is fixed: python -m timm_dearkd.analysis report {shlex.quote(folder)}')
 
 
 def evaluate_epoch(args, trainer: Trainer, validator: Optional[Validator], label: str) -> Dict[str, float]:
-    """Metrics of the weights or, where there is one, of their average; none without a validation set."""
+    """Return the metrics of the weights, or of their average if there is one; {} without a validation set."""
     task: Any = trainer.task
     ranks = trainer.ranks
     metrics: Dict[str, float] = {}
@@ -432,7 +463,7 @@ def prepare_evaluation(args, precision: Precision, ranks: Ranks) -> Callable[[],
 
 
 def run_script(argv: Optional[Sequence[str]] = None) -> None:
-    """`main`, but with one line on standard error and a status other than 0 where it can't go on."""
+    """Run `main`. An error is one line on standard error and a status other than 0."""
     try:
         run = prepare(argv)
     except (ImportError, OSError, ValueError) as e:
@@ -448,7 +479,7 @@ def run_script(argv: Optional[Sequence[str]] = None) -> None:
     except RuntimeError as e:
         if not torch.are_deterministic_algorithms_enabled() or 'determinis' not in str(e):
             raise
-        parser.error(f'--deterministic: {first_line(e)} Leave the flag out.')
+        parser.error(f'--deterministic: {first_line(e)} Remove the flag.')
     except ValueError as e:
         if not str(e).startswith('Expected more than 1 value per channel'):
             raise

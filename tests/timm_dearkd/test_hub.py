@@ -133,7 +133,7 @@ def test_no_licence_is_claimed_that_nobody_gave(run_folder, cnn, image_folder, t
     ('resnet50.a1_in1k', {'teacher_top1': 91.234}, 'resnet50.a1_in1k, top-1 91.23 %'),
     ('hf-hub:org/cnn', None, 'hf-hub:org/cnn'),
     ('CNN', {}, 'test_resnet'), ('local-dir:CNN', {'teacher_top1': None}, 'test_resnet'),
-    ('CNN/last.pth.tar', {'student_top1': 1.}, 'test_resnet'), ('CHECKPOINTS', [], 'test_resnet'),
+    ('CNN/last.pth.tar', {'other': 1.}, 'test_resnet'), ('CHECKPOINTS', [], 'test_resnet'),
     ('/home/bob/secret/cnn', {'teacher_top1': 50}, 'a model whose architecture is not recorded, top-1 50.00 %'),
     ('', {}, 'none'),
 ])

@@ -15,7 +15,8 @@ from torch.utils.data import IterableDataset
 from timm_dearkd._version import __version__
 from timm_dearkd.commands import add_device, positive_int
 from timm_dearkd.distances import read_log
-from timm_dearkd.engine.data import open_dataset, spread
+from timm_dearkd.engine.data import class_indices, is_image_folder, open_dataset, spread
+from timm_dearkd.engine.image_folder import normal_name
 from timm_dearkd.engine.wrappers import set_image_mode
 from timm_dearkd.files import write_bytes
 
@@ -23,7 +24,7 @@ from .attention_distance import plot_over_epochs
 from .attention_map import head_positions, plot_heads
 from .compare import drawn_columns, plot_column, plot_runs
 from .figures import new_figure, render
-from .inputs import ImageFiles, check_overwrite, class_names, image_transform, load_model
+from .inputs import ImageFiles, check_overwrite, class_names, image_transform, label_names, load_model
 from .predict import Prediction, accuracy, mistakes_first, predict
 from .runs import Run, open_run, readable, why_no_model
 
@@ -181,12 +182,12 @@ def _facts(run: Run) -> List[Tuple[str, Any]]:
     return facts or [('environment', 'not recorded')]
 
 
-def validation_set(run: Run, names: Sequence[str], mode: str) -> Any:
+def validation_set(run: Run, names: Optional[Sequence[str]], mode: str) -> Any:
     """Open the validation images of a run, with the class indices of its model.
 
     Args:
         run: The run.
-        names: Class names of the model, see `class_names`.
+        names: Names that label the classes of the model, see `label_names`; None takes the order of the data set.
         mode: Pillow mode of the images, if the run does not set one.
 
     Raises:
@@ -198,13 +199,17 @@ def validation_set(run: Run, names: Sequence[str], mode: str) -> Any:
     if not split:
         raise ValueError('the run has no validation images.')
     options: Dict[str, Any] = dict(is_training=False, input_img_mode=args.get('input_img_mode') or mode)
-    if not args.get('dataset'):
-        options['class_map'] = {name: index for index, name in enumerate(names)}
+    kind, known = args.get('dataset') or '', {name: index for index, name in enumerate(names or ())}
+    if known and is_image_folder(kind):
+        options['class_map'] = known
     for key in ('input_key', 'target_key'):
         if args.get(key):
             options[key] = args[key]
-    dataset = open_dataset(args.get('dataset') or '', root, split, **options)
-    if not args.get('dataset'):  # timm's data set replaces an unreadable image by the next one
+    dataset = open_dataset(kind, root, split, **options)
+    indices = {key: known.get(normal_name(str(key)), -1) for key in class_indices(dataset)}
+    if min(indices.values(), default=-1) >= 0 and indices != class_indices(dataset):
+        dataset = open_dataset(kind, root, split, class_map=indices, **options)
+    if not kind:  # timm's data set replaces an unreadable image by the next one
         return ImageFiles(dataset.reader.samples, options['input_img_mode'])
     set_image_mode(dataset, options['input_img_mode'])
     return dataset
@@ -214,7 +219,7 @@ def _predictions(run: Run, model: Any, num_images: int) -> Tuple[Optional[Dict[s
     """Return the data of the predictions section; or None, and the reason."""
     names, mode = class_names(model), image_transform(model)[1]
     try:
-        dataset = validation_set(run, names, mode)
+        dataset = validation_set(run, label_names(model), mode)
         if isinstance(dataset, IterableDataset):  # a stream
             dataset = list(islice(dataset, num_images))
         places = spread(len(dataset), num_images)

@@ -27,7 +27,7 @@ EXPORT_NAME = 'model_best.safetensors'
 
 
 class _TaskWithRun:
-    """A task whose checkpoints hold the run's state too."""
+    """A task whose checkpoints also have the state of the run."""
 
     def __init__(self, task: TrainingTask, run_state: Dict[str, Any], classes: Classes) -> None:
         self.task = task
@@ -40,17 +40,17 @@ class _TaskWithRun:
 
 
 class AtomicCheckpointSaver(CheckpointSaver):
-    """timm's `CheckpointSaver`, but with a whole file under every name at any moment, power cuts included.
+    """timm's `CheckpointSaver` with a complete file under every name at any moment, also after a power cut.
 
-    timm unlinks `last` and `model_best` before it writes them anew; here they are replaced by a rename.
+    timm removes `last` and `model_best` before it writes them again. Here they are replaced by a rename.
 
     Args:
-        *args: timm's.
+        *args: See `CheckpointSaver`.
         classes: Classes of the training set, for every checkpoint.
-        **kwargs: timm's.
+        **kwargs: See `CheckpointSaver`.
 
     Raises:
-        TrainingError: A file that can't be written, in `save_checkpoint` and the like. Those there are stay.
+        TrainingError: If a method cannot write a file. The files written before stay.
     """
 
     def __init__(self, *args: Any, classes: Classes = UNKNOWN_CLASSES, **kwargs: Any) -> None:
@@ -66,7 +66,7 @@ class AtomicCheckpointSaver(CheckpointSaver):
             Path(save_path).unlink(missing_ok=True)
             raise TrainingError(
                 f'Could not write a checkpoint to {self.checkpoint_dir}: {first_line(e)}. Those that are there'
-                ' are whole. Make room, and go on with --resume FILE, or --resume auto.') from e
+                ' are complete. Make room, and resume with --resume FILE, or --resume auto.') from e
 
     def _replace(self, src: str, dst: str) -> None:
         with open(src, 'r+b') as f:  # Windows syncs what can be written
@@ -120,7 +120,7 @@ class AtomicCheckpointSaver(CheckpointSaver):
 
 
 class Position(NamedTuple):
-    """Where a run goes on: the epoch, the updates of it that are done, and what they left behind."""
+    """Where a run is resumed: the epoch, its updates that are done, and the state of the run."""
     epoch: int = 0
     update: int = 0
     meter: Optional[Dict[str, Any]] = None
@@ -128,7 +128,7 @@ class Position(NamedTuple):
     scheduler: Optional[Dict[str, Any]] = None
     ema_rng_state: Optional[torch.Tensor] = None
     num_skipped: int = 0
-    options: Optional[Dict[str, Any]] = None  # that the run had before
+    options: Optional[Dict[str, Any]] = None  # of the run that is resumed
 
 
 def _recovery_files(folder: str) -> List[Path]:
@@ -136,7 +136,7 @@ def _recovery_files(folder: str) -> List[Path]:
 
 
 def _checkpoints(folder: str) -> List[Path]:
-    """All of a run, but for one that was not written to its end."""
+    """Return the checkpoints of a run, without those that were not written completely."""
     return [path for path in sorted(Path(folder).glob('*.pth.tar')) if not path.name.endswith('tmp.pth.tar')]
 
 
@@ -147,13 +147,13 @@ def remove_recovery(folder: str) -> None:
 
 
 def _place(checkpoint: Dict[str, Any]) -> Tuple[int, int]:
-    """The epoch that goes on from a checkpoint, and how many updates of it are done."""
+    """Return the epoch that follows a checkpoint, and how many of its updates are done."""
     within = checkpoint.get('progress')
     return checkpoint['epoch'] + (within is None), (within or {}).get('update', 0)
 
 
 def _rank(path: str) -> Tuple[Optional[int], Optional[float]]:
-    """Epoch and metric of a checkpoint."""
+    """Return epoch and metric of a checkpoint; None for both if it cannot be read."""
     try:
         checkpoint = load_checkpoint_metadata(path)
         return checkpoint['epoch'], checkpoint.get('metric')
@@ -162,15 +162,15 @@ def _rank(path: str) -> Tuple[Optional[int], Optional[float]]:
 
 
 def find_checkpoint(folder: str) -> str:
-    """The checkpoint of a run that is furthest on, whether of an epoch or within one; '' if there is none.
+    """Return the newest checkpoint of a run, of an epoch or within one; '' if there is none.
 
     Raises:
-        ValueError: There are some, but none can be read.
+        ValueError: If none of the checkpoints can be read.
     """
     tried: List[str] = []
     found: List[Tuple[Tuple[int, int], str]] = []
     names = ('last.', 'recovery-')
-    for is_newest in (True, False):  # the others where those fail
+    for is_newest in (True, False):  # other checkpoints only if these fail
         for path in _checkpoints(folder) if not found else ():
             if path.name.startswith(names) != is_newest:
                 continue
@@ -178,15 +178,15 @@ def find_checkpoint(folder: str) -> str:
             try:
                 found.append((_place(load_checkpoint_metadata(str(path))), str(path)))
             except Exception as e:  # torch's unpickler alone raises half a dozen kinds
-                _logger.warning(f'{path} can not be read ({type(e).__name__}), and is left out.')
+                _logger.warning(f'{path} cannot be read ({type(e).__name__}). Skipped.')
     if tried and not found:
         raise ValueError(
-            f'No checkpoint in {folder!r} can be read: {", ".join(tried)}. Begin anew in another --experiment.')
+            f'No checkpoint in {folder!r} can be read: {", ".join(tried)}. Start another --experiment.')
     return max(found)[1] if found else ''
 
 
 def read_classes(path: str) -> Classes:
-    """Return the classes that a checkpoint was trained with; unknown ones where it has none, or for no path."""
+    """Return the classes that a checkpoint was trained with; `UNKNOWN_CLASSES` if it has none, or for no path."""
     if not path:
         return UNKNOWN_CLASSES
     try:
@@ -215,18 +215,19 @@ def refuse_to_overwrite(folder: str, resume: str) -> None:
                 f'{folder!r} holds a run. Resume it with --resume auto, name another --experiment, or remove the'
                 ' folder.')
         return
-    newest = find_checkpoint(folder)
     try:
-        is_newest = _place(load_checkpoint_metadata(resume)) == _place(load_checkpoint_metadata(newest))
-    except Exception:  # `resume_run` tells what is wrong with the file
+        checkpoint = load_checkpoint_metadata(resume)
+    except Exception:  # `resume_run` reports what is wrong with the file
         return
-    if not is_newest:
+    newest = find_checkpoint(folder)
+    has_place = isinstance(checkpoint, dict) and 'epoch' in checkpoint  # weights alone have none
+    if not has_place or _place(checkpoint) != _place(load_checkpoint_metadata(newest)):
         raise ValueError(
             f'--resume {resume} is not the newest checkpoint of its run, {os.path.basename(newest)} is. Resume it in'
             ' another --experiment, or set --resume auto.')
 
 
-# What a run may go on with otherwise, with nothing to be said about it
+# Options that may differ in a resumed run without a warning
 _FREE_OPTIONS = {
     'resume', 'start_epoch', 'stop_epoch', 'save_epochs', 'output', 'experiment', 'workers', 'pin_mem', 'log_interval',
     'recovery_interval', 'checkpoint_hist', 'device', 'no_ddp_bb', 'report', 'torchcompile', 'torchcompile_mode',
@@ -235,7 +236,7 @@ _FREE_OPTIONS = {
 
 
 def changed_options(before: Dict[str, Any], now: Dict[str, Any]) -> str:
-    """The options of two runs that differ, such as 'lr 0.1 → 0.2'; '' for none."""
+    """Return the options of two runs that differ, such as 'lr 0.1 → 0.2'; '' for none."""
     before, now = ({**options, 'data': options.get('data') or options.get('data_dir'), 'data_dir': None}
                    for options in (before, now))
     names = sorted(name for name in before.keys() & now.keys() - _FREE_OPTIONS if before[name] != now[name])
@@ -250,25 +251,25 @@ def resume_run(
         precision: Precision,
         images_per_update: int,
 ) -> Position:
-    """Continue from a checkpoint.
+    """Resume a run from a checkpoint.
 
     Args:
         path: The checkpoint, of a run or with weights alone.
-        task: Takes the weights, and those of its EMA.
-        options: Of this run; 'model' and 'opt' have to be those of the checkpoint's, a warning names what else differs.
-        optimizer: Takes its state; None leaves that, and the loss scaler's.
+        task: The task, whose weights and EMA are loaded.
+        options: Options of this run. 'model' and 'opt' must be those of the checkpoint. A warning names other changes.
+        optimizer: The optimizer, whose state is loaded; None does not load it, nor that of the loss scaler.
         precision: Has the loss scaler.
-        images_per_update: Of all processes; an epoch that is continued with others starts at the update that
-            comes nearest without leaving out images.
+        images_per_update: Images of all processes per update. If the checkpoint is within an epoch of another number,
+            the epoch is resumed at the last update that skips no image.
 
     Raises:
-        ValueError: A file that is broken, or of another model or task.
+        ValueError: If the file is broken, or is of another model or task.
     """
     try:
         checkpoint = load_checkpoint_metadata(path)
     except Exception as e:  # torch's unpickler alone raises half a dozen kinds
         reason = first_line(e)[:200]
-        raise ValueError(f'--resume {path} can not be read, it may be truncated: {reason}') from e
+        raise ValueError(f'--resume {path} cannot be read. It may be truncated: {reason}') from e
     run = checkpoint if isinstance(checkpoint, dict) else {}
     arch, opt = options['model'], options['opt']
     if run.get('arch', arch) != arch:
@@ -278,8 +279,8 @@ def resume_run(
     trained_with = getattr(run.get('args'), 'opt', opt)
     if optimizer is not None and trained_with != opt:
         raise ValueError(
-            f'--resume {path} is a run with --opt {trained_with}, this one has {opt}. Set it to that, or begin with a'
-            ' fresh one by --no-resume-opt.')
+            f'--resume {path} is a run with --opt {trained_with}, this one has {opt}. Set that one, or start with a'
+            ' new optimizer by --no-resume-opt.')
     taught_by = getattr(run.get('args'), 'kd_model_name', None)
     if optimizer is not None and taught_by and not hasattr(task, 'teacher'):
         raise ValueError(
@@ -288,8 +289,8 @@ def resume_run(
     trained = run.get('args')
     changed = changed_options(vars(trained) if isinstance(trained, Namespace) else {}, options)
     if changed:
-        stays = ' Those in opt_kwargs stay as they were.' if 'opt_kwargs' in changed else ''
-        _logger.warning(f'The run goes on with other options: {changed}.{stays}')
+        stays = ' Those in opt_kwargs keep their old values.' if 'opt_kwargs' in changed else ''
+        _logger.warning(f'The run is resumed with other options: {changed}.{stays}')
     try:
         scaler = precision.scaler if optimizer is not None else None
         epoch = resume_task_checkpoint(task, path, optimizer=optimizer, loss_scaler=scaler)

@@ -31,7 +31,7 @@ from .wrappers import ClassFraction, SkipHighBitDepth, SkipUnreadable
 
 __all__ = [
     'Classes', 'UNKNOWN_CLASSES', 'build_datasets', 'check_img_size', 'check_label_gaps', 'check_labels',
-    'class_indices', 'class_names', 'classes_of', 'count_classes', 'dataset_kwargs', 'folder_of',
+    'class_indices', 'class_names', 'classes_of', 'count_classes', 'dataset_kwargs', 'folder_of', 'image_mode',
     'is_image_folder', 'open_dataset', 'open_eval_dataset', 'open_validation_set', 'open_with_classes', 'relabel',
     'spread',
 ]
@@ -109,7 +109,8 @@ def _read_torch_folder(name: str, root: str, split: str, class_map: Any = '', **
         class_map: See `open_dataset`; '' takes torchvision's class indices.
         **kwargs: See `open_dataset`.
     """
-    folder = _create_dataset(name, split_folder(root, split), split, is_valid_file=is_image_file, **kwargs)
+    folder = _create_dataset(
+        name, split_folder(root, split), split, search_split=False, is_valid_file=is_image_file, **kwargs)
     normal = normal_names(folder.classes, folder.root)
     names = [normal[name] for name in folder.classes]
     class_to_idx = resolve_class_map(class_map, folder.root, names, kwargs.get('is_training', False))
@@ -389,7 +390,7 @@ def dataset_kwargs(args) -> Dict[str, Any]:
 
 
 def open_validation_set(args, class_to_idx: Optional[Dict[str, int]] = None):
-    """The validation split, with its own labels or those that are given."""
+    """Open the validation split with its own class indices, or with given ones."""
     kwargs = dict(dataset_kwargs(args), is_training=False, num_samples=args.val_num_samples)
     place = args.dataset, args.data_dir or args.data, args.val_split
     if class_to_idx is None:
@@ -403,7 +404,7 @@ def build_datasets(args, trained: Classes = UNKNOWN_CLASSES) -> Tuple[Any, Any]:
 
     Args:
         args: The options.
-        trained: Classes of the run that is resumed.
+        trained: Classes of the run to resume.
     """
     common, root = dataset_kwargs(args), args.data_dir or args.data
     train_set = open_with_classes(
@@ -415,7 +416,7 @@ def build_datasets(args, trained: Classes = UNKNOWN_CLASSES) -> Tuple[Any, Any]:
                 ('epoch_repeats', '')):
             if getattr(args, name):
                 _logger.warning(
-                    f'--{name.replace("_", "-")} is for streamed data sets, and does nothing here.{instead}')
+                    f'--{name.replace("_", "-")} is for streamed data sets, and has no effect here.{instead}')
     if args.train_fraction < 1.:
         whole = train_set
         train_set = ClassFraction(
@@ -448,12 +449,17 @@ def _advise_splits(root: str) -> str:
     return f'Make {root}/train and {root}/validation.'
 
 
-def _image_mode(args, data_config: Dict[str, Any]) -> str:
+def image_mode(args, data_config: Dict[str, Any]) -> str:
+    """Return the Pillow mode of the images: --input-img-mode, or the one for the model's channels.
+
+    Raises:
+        ValueError: If the mode is unknown or has another number of channels.
+    """
     in_chans = data_config['input_size'][0]
     mode = args.input_img_mode or {1: 'L', 3: 'RGB'}.get(in_chans)
     if mode is None:  # CMYK and RGBA both have 4
         raise ValueError(
-            f'The model takes {in_chans} channels. Say in which mode the images are read, CMYK or RGBA for 4 channels:'
+            f'The model takes {in_chans} channels. Set the mode of the images, CMYK or RGBA for 4 channels:'
             ' --input-img-mode.')
     try:
         bands = ImageMode.getmode(mode).bands

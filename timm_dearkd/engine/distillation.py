@@ -3,7 +3,7 @@ import logging
 import os
 import shlex
 from functools import partial
-from typing import Any, Dict, List, Optional, Sequence, Tuple, cast
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, cast
 
 import torch
 import torch.distributed as dist
@@ -37,13 +37,13 @@ from .loader import model_dtype
 from .loop import Validator
 from .options import check_distillation
 
-__all__ = ['build_schedule', 'build_task', 'check_teacher', 'label_names', 'log_changed_stages']
+__all__ = ['TeacherCheck', 'build_schedule', 'build_task', 'check_teacher', 'label_names', 'log_changed_stages']
 
 _logger = logging.getLogger(__name__)
 
 
 def build_schedule(args, num_epochs: int) -> TwoStageSchedule:
-    """DearKD's stages over a run of `num_epochs`; what the learning-rate schedule appends belongs to stage II."""
+    """Build DearKD's stages of a run. Epochs that the learning-rate schedule appends belong to stage II."""
     epochs = min(args.epochs, num_epochs)
     return TwoStageSchedule(
         epochs,
@@ -61,20 +61,20 @@ def build_task(
         data_config: Dict[str, Any],
         device: torch.device,
         soft_targets: bool,
-        label_names: Optional[Sequence[str]] = None,
+        names: Sequence[str] = (),
 ) -> TrainingTask:
-    """timm's classification or distillation task, or DearKD's, with the average of weights that is asked for.
+    """Build timm's classification or distillation task, or DearKD's, with the average of weights.
 
     Args:
         args: The options.
         model: The student.
         data_config: timm's preprocessing configuration.
-        device: Where it trains.
-        soft_targets: The loader gives soft labels.
-        label_names: What the classes are called, by which those of a teacher are found.
+        device: Device of the task.
+        soft_targets: Whether the loader yields soft labels.
+        names: Class names, to which those of a teacher are matched.
 
     Raises:
-        ValueError: Options that no such task can be made with.
+        ValueError: If the options do not go together, or the teacher does not fit.
     """
     bce = dict(
         bce_target_thresh=args.bce_target_thresh, bce_sum=args.bce_sum, pos_weight=args.bce_pos_weight)
@@ -98,7 +98,7 @@ def build_task(
     if not args.kd_model_name:
         task = ClassificationTask(model, **common)
     else:
-        task = _build_distillation(args, distill_type, model, data_config, label_names, common)
+        task = _build_distillation(args, distill_type, model, data_config, names, common)
     if args.channels_last:
         task.to(memory_format=torch.channels_last)
     if args.model_ema:
@@ -111,7 +111,7 @@ def build_task(
 
 
 def _convert_norms(args, model: nn.Module, is_dearkd: bool) -> nn.Module:
-    """The model with the BatchNorm, or in the TorchScript, that is asked for."""
+    """Convert the model to --split-bn, --sync-bn and --torchscript."""
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
     if args.sync_bn and torch.distributed.is_initialized():
@@ -131,18 +131,18 @@ def _convert_norms(args, model: nn.Module, is_dearkd: bool) -> nn.Module:
         try:
             model = torch.jit.script(model)
         except Exception as e:  # the compiler raises what it likes
-            raise ValueError(f'--torchscript can not compile {args.model}: {one_line(e)}. Use --torchcompile.') from e
+            raise ValueError(f'--torchscript cannot compile {args.model}: {one_line(e)}. Use --torchcompile.') from e
         cast(Any, model).pretrained_cfg = cfg  # timm's distillation tasks look for it
     return model
 
 
-def _match_classes(teacher: Any, names: Optional[Sequence[str]], num_classes: int) -> Optional[List[int]]:
+def _match_classes(teacher: Any, names: Sequence[str], num_classes: int) -> Optional[List[int]]:
     """Return the teacher's class for each of the student's, by name; None if they are the same or have no names.
 
     Warns if the names differ: they may be other names of the same classes.
     """
     known = label_names(teacher)
-    names = [normal_name(name) for name in names or ()]
+    names = [normal_name(name) for name in names]
     if len(names) != num_classes or len(known) != teacher.num_classes or known == names:
         return None
     unknown = [name for name in names if name not in known]
@@ -162,10 +162,10 @@ def _build_distillation(
         distill_type: str,
         model: nn.Module,
         data_config: Dict[str, Any],
-        label_names: Optional[Sequence[str]],
+        names: Sequence[str],
         common: Dict[str, Any],
 ) -> TrainingTask:
-    """DearKD's task or one of timm's distillation tasks, all with the same `Teacher`.
+    """Build DearKD's task or one of timm's distillation tasks, all with the same `Teacher`.
 
     Raises:
         ValueError: If the teacher, the student and the options do not fit together.
@@ -173,7 +173,7 @@ def _build_distillation(
     loaded = create_teacher(args.kd_model_name, args.kd_teacher_checkpoint)
     class_map = load_class_map(args.kd_class_map) if args.kd_class_map else None
     if class_map is None and distill_type != 'feature':
-        class_map = _match_classes(loaded, label_names, cast(Any, model).num_classes)
+        class_map = _match_classes(loaded, names, cast(Any, model).num_classes)
     teacher = Teacher.for_student(
         model,
         loaded,
@@ -229,7 +229,7 @@ def _build_timm_task(args, distill_type: str, model: nn.Module, teacher: nn.Modu
 
 
 def _log_teacher_size(args, teacher: nn.Module, input_size: Tuple[int, int, int]) -> None:
-    """Tell at what size the teacher was trained, where it sees another and the files say so."""
+    """Log the size at which the teacher was trained, if it is known and differs from the size that it sees."""
     checkpoint, name, given = args.kd_teacher_checkpoint, args.kd_model_name, args.kd_teacher_img_size
     if checkpoint and not training_args(checkpoint) and not os.path.isdir(name) and ':' not in name:
         return  # weights alone: the architecture's usual size need not be theirs
@@ -280,45 +280,55 @@ def label_names(model: Any) -> List[str]:
     return [normal_name(str(name)) for name in names] if isinstance(names, (list, tuple)) else []
 
 
+class TeacherCheck(NamedTuple):
+    """Result of `check_teacher`.
+
+    Args:
+        top1: Top-1 in percent; None if the teacher's classes are not the student's, as features allow.
+        has_other_order: Whether the teacher's classes seem to be in another order.
+    """
+    top1: Optional[float]
+    has_other_order: bool = False
+
+
 def check_teacher(
         task: Any,
         validator: Validator,
         folder: str,
         names: Sequence[str] = (),
-) -> Optional[float]:
-    """Evaluate the teacher on the validation images, as the student's task feeds it. All processes call this together.
+) -> TeacherCheck:
+    """Evaluate the teacher on images as the student's task feeds it. All processes must call this together.
 
     Warns if the teacher's classes seem to be in another order, and writes that order to `kd_class_map.txt`.
 
     Args:
         task: A task with a teacher.
-        validator: Evaluates it.
+        validator: Evaluates the teacher.
         folder: Output folder of the run.
         names: Names of the student's classes, if they are known.
-
-    Returns:
-        Top-1 in percent, or None if the teacher's classes are not the student's, as they need not be for features.
     """
-    model = task.teacher if isinstance(task.teacher, TimmTeacher) else TimmTeacher(task.teacher)
+    model = task.teacher if isinstance(task.teacher, TimmTeacher) else TimmTeacher(task.teacher).eval()
     teacher = model.teacher
     num_classes = task.get_eval_model().num_classes
     uses_classes = getattr(task, 'uses_classes', True)
     known = label_names(teacher.model)
     if teacher.num_classes not in (None, num_classes) or not (uses_classes or known in ([], list(names)) or not names):
-        return None
+        return TeacherCheck(None)
     counts = None
     if 2 <= num_classes <= MAX_CLASSES:
         shape = 2, num_classes, num_classes
         counts = torch.zeros(shape, dtype=torch.long, device=validator.precision.device)
     top1 = validator(model, 'Teacher', None if counts is None else partial(count_answers, counts))['top1']
     if counts is None:
-        return top1
+        if num_classes > MAX_CLASSES:
+            _logger.info(f"The order of the teacher's classes is not checked: there are over {MAX_CLASSES}.")
+        return TeacherCheck(top1)
     if validator.ranks.distributed:
         dist.all_reduce(counts)
     order = find_order(counts.cpu().numpy())
     if order is not None and uses_classes and validator.ranks.is_primary:
         _warn_of_order(teacher, order, folder, names)
-    return top1 if order is None or uses_classes else None
+    return TeacherCheck(top1 if order is None or uses_classes else None, order is not None)
 
 
 def _warn_of_order(teacher: Teacher, order: ClassOrder, folder: str, names: Sequence[str]) -> None:
@@ -332,6 +342,6 @@ def _warn_of_order(teacher: Teacher, order: ClassOrder, folder: str, names: Sequ
         f'class {names[label] or label!r} looks like its class {classes[label]}' for label in order.moved[:3])
     _logger.warning(
         f"The teacher's classes seem to be in another order: {examples}{', …' if len(order.moved) > 3 else ''}."
-        f' In that order it finds the label of {100 * order.agreement:.1f} % of the validation images, now of'
+        f' In that order it finds the label of {100 * order.agreement:.1f} % of the images, now of'
         f' {100 * order.agreement_now:.1f} %. Check {path}, which has the order that fits best, and train again with'
         f' --kd-class-map {shlex.quote(path)}.')

@@ -11,18 +11,18 @@ from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.loader import PrefetchLoader
 from timm.data.scheduled_sampler import ScheduledBatchSampler
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, Subset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, default_collate
 from torchvision.transforms import Compose
 
 from ..distances import attention_layers
 from .data import (
-    _image_mode,
+    image_mode,
     open_validation_set,
     spread,
 )
 from .process import SINGLE, Ranks, init_worker
 from .seeding import EpochBatchSampler, SeededCollate, SeededDataset, SeededErasing
-from .wrappers import set_image_mode
+from .wrappers import Sample, set_image_mode
 
 __all__ = [
     'DeviceLoader', 'NUM_DISTANCE_IMAGES', 'TrainLoader', 'build_distance_images', 'build_eval_loader',
@@ -316,10 +316,11 @@ class DeviceLoader:
 
 
 NUM_DISTANCE_IMAGES = 32
+NUM_TEACHER_IMAGES = 2000
 
 
 def build_mixup(args, num_classes: int) -> Optional[Mixup]:
-    """timm's Mixup/CutMix, as the prefetcher's collate function or for whole batches; None when off."""
+    """Build timm's Mixup and CutMix, for the prefetcher's collate function or for whole batches; None if off."""
     if not (args.mixup > 0. or args.cutmix > 0. or args.cutmix_minmax):
         return None
     return (Mixup if args.no_prefetcher else FastCollateMixup)(
@@ -339,7 +340,7 @@ def model_dtype(args) -> torch.dtype:
 
 
 def images_per_update(args, ranks: Ranks) -> int:
-    """Images that all processes together take an optimizer step with."""
+    """Return the images of all processes per optimizer step."""
     return args.batch_size * args.grad_accum_steps * ranks.world_size
 
 
@@ -362,8 +363,8 @@ def build_train_loader(
         device: torch.device,
         ranks: Ranks,
 ) -> TrainLoader:
-    """The training loader, with the input sizes and batch sizes that are asked for."""
-    set_image_mode(dataset, _image_mode(args, data_config))
+    """Build the training loader, with --train-img-sizes and --train-batch-sizes."""
+    set_image_mode(dataset, image_mode(args, data_config))
     sizes = args.train_img_sizes or (args.train_batches_per_epoch and [data_config['input_size'][-2:]]) or None
     return create_train_loader(
         dataset,
@@ -405,21 +406,32 @@ def build_train_loader(
 
 
 def build_eval_loader(args, dataset, data_config: Dict[str, Any], device: torch.device, ranks: Ranks):
-    """The validation loader; None without a validation set."""
+    """Build the validation loader; None without a validation set."""
     if dataset is None:
         return None
-    set_image_mode(dataset, _image_mode(args, data_config))
+    set_image_mode(dataset, image_mode(args, data_config))
     return create_eval_loader(
         dataset, data_config, args.validation_batch_size or args.batch_size, **_loader_kwargs(args, device, ranks))
 
 
-def build_distance_images(args, eval_set, data_config: Dict[str, Any], model: nn.Module, device: torch.device):
-    """The validation images (B, C, H, W) that --track-attention-distance looks at; None without it.
+def build_teacher_loader(args, train_set, data_config: Dict[str, Any], device: torch.device, ranks: Ranks):
+    """Build a loader of training images without augmentation, to check the teacher; None for a stream.
 
-    They are spread over the validation set; of a stream they are the first.
+    It must be built before the training loader, which sets the transform of a data set that shares its own.
+    """
+    if isinstance(train_set, IterableDataset):
+        return None
+    return build_eval_loader(
+        args, Sample(train_set, spread(len(train_set), NUM_TEACHER_IMAGES)), data_config, device, ranks)
+
+
+def build_distance_images(args, eval_set, data_config: Dict[str, Any], model: nn.Module, device: torch.device):
+    """Return the validation images (B, C, H, W) of --track-attention-distance; None without it.
+
+    They are spread over the validation set. A stream gives its first ones.
 
     Raises:
-        ValueError: There are none, or the model's attention can't be seen.
+        ValueError: If there are no validation images, or the model's attention cannot be computed.
     """
     if not args.track_attention_distance:
         return None
@@ -428,8 +440,8 @@ def build_distance_images(args, eval_set, data_config: Dict[str, Any], model: nn
     attention_layers(model)
     if isinstance(eval_set, IterableDataset):
         eval_set = open_validation_set(args)  # the other's reader would remember that it has begun, in its workers too
-        set_image_mode(eval_set, _image_mode(args, data_config))
+        set_image_mode(eval_set, image_mode(args, data_config))
     else:
-        eval_set = Subset(eval_set, spread(len(eval_set), NUM_DISTANCE_IMAGES))
+        eval_set = Sample(eval_set, spread(len(eval_set), NUM_DISTANCE_IMAGES))
     kwargs = dict(_loader_kwargs(args, device, SINGLE), num_workers=0)
     return next(iter(create_eval_loader(eval_set, data_config, NUM_DISTANCE_IMAGES, **kwargs)))[0]

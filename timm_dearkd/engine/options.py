@@ -153,7 +153,7 @@ def _add_distillation(group) -> None:
     add('--kd-loss-type', default='kl', help='loss of logit distillation')
     add('--distill-loss-weight', type=float, help="weight of the distillation loss (default: timm's)")
     add('--task-loss-weight', type=float, help="weight of the label loss (default: timm's)")
-    add('--kd-temperature', type=float, default=4.0, help='softmax temperature of soft labels')
+    add('--kd-temperature', type=POSITIVE, default=4.0, help='softmax temperature of soft labels')
     add('--kd-student-feature-dim', type=int, help="features of the student (default: found in the model)")
     add('--kd-teacher-feature-dim', type=int, help="features of the teacher (default: found in the model)")
     add('--kd-token-distill-type', default='soft', choices=('soft', 'hard'), help='labels of token distillation')
@@ -237,7 +237,7 @@ def _add_input(group) -> None:
     add('--std', type=float, nargs='+', help="standard deviation per channel (default: the model's)")
     add('--interpolation', default='', help="resizing of validation images (default: the model's)")
     add('-b', '--batch-size', type=POSITIVE_INT, default=128, help='images per batch and process')
-    add('-vb', '--validation-batch-size', type=int, help='images per validation batch (default: --batch-size)')
+    add('-vb', '--validation-batch-size', type=POSITIVE_INT, help='images per validation batch (default: --batch-size)')
 
 
 def _add_device(group) -> None:
@@ -276,9 +276,9 @@ def _add_schedule(group) -> None:
     add = group.add_argument
     add('--sched', default='cosine', help='schedule: cosine, tanh, step, multistep, plateau, poly, constant or none')
     add('--sched-on-updates', action='store_true', help='change the learning rate after every update, not every epoch')
-    add('--lr', type=float, help='learning rate (default: --lr-base scaled by the batch size)')
+    add('--lr', type=NON_NEGATIVE, help='learning rate (default: --lr-base scaled by the batch size)')
     add('--lr-base', type=float, default=0.1, help='learning rate at --lr-base-size images per update')
-    add('--lr-base-size', type=int, default=256, help='images per update of --lr-base')
+    add('--lr-base-size', type=POSITIVE_INT, default=256, help='images per update of --lr-base')
     add('--lr-base-scale', default='', choices=('', 'linear', 'sqrt'),
         help='scaling of --lr-base with the images per update (default: by the optimizer)')
     add('--lr-noise', type=float, nargs='+', help='shares of the epochs between which the learning rate gets noise')
@@ -317,12 +317,12 @@ def _add_augmentation(group) -> None:
     add('--grayscale-prob', type=SHARE, help='probability of a grey image (default: 0)')
     add('--gaussian-blur-prob', type=SHARE, help='probability of a blur (default: 0)')
     add('--aa', metavar='NAME', help='AutoAugment policy, e.g. rand-m9-mstd0.5-inc1 (default: none)')
-    add('--aug-repeats', type=_limit(float, '1 or more; 0 switches them off', lambda value: not 0 != value < 1),
+    add('--aug-repeats', type=_limit(float, '1 or more; 0 switches them off', lambda value: value == 0 or value >= 1),
         default=0, metavar='N', help='augmentations of each image per epoch (default: once)')
     add('--aug-splits', type=int, default=0, metavar='N', help='augment every image N times, the first time lightly')
     add('--reprob', type=SHARE, default=0., help='probability of random erasing (default: 0)')
     add('--remode', default='pixel', choices=('const', 'rand', 'pixel'), help='content of erased areas')
-    add('--recount', type=int, default=1, help='number of erased areas')
+    add('--recount', type=POSITIVE_INT, default=1, help='number of erased areas')
     add('--resplit', action='store_true', help='do not erase in the first of the --aug-splits')
     add('--train-interpolation', default='random', help='resizing of training images')
 
@@ -531,7 +531,8 @@ def _check_files(args: argparse.Namespace) -> None:
 def _check_values(args: argparse.Namespace) -> None:
     for key in ('scale', 'ratio', 'cutmix_minmax'):
         values = getattr(args, key) or (1., 1.)
-        if len(values) != 2 or not 0. <= values[0] <= values[1]:
+        least = 0. if key == 'cutmix_minmax' else 1e-9  # a crop of no area or no width is no image
+        if len(values) != 2 or not least <= values[0] <= values[1]:
             raise ValueError(
                 f'{_flag(key)} is {" ".join(map(str, values))}, expected the least and the greatest value.')
     if args.opt_betas:

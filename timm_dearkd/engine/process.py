@@ -24,7 +24,7 @@ TIMM_WORKERS = 4  # timm's default
 
 
 class Ranks(NamedTuple):
-    """Which process this is, of how many."""
+    """Rank of this process, and the number of processes."""
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
@@ -42,10 +42,10 @@ SINGLE = Ranks()
 
 
 def check_backend(name: Optional[str], mode: Optional[str] = None) -> None:
-    """Refuse a --torchcompile, or its mode, that PyTorch does not know.
+    """Refuse a --torchcompile backend, or a mode, that PyTorch does not know.
 
     Raises:
-        ValueError: It does not.
+        ValueError: If PyTorch does not know it.
     """
     if mode and mode not in (modes := torch._inductor.list_mode_options()):
         raise ValueError(f'--torchcompile-mode is {mode!r}, expected one of {", ".join(modes)}.')
@@ -54,29 +54,29 @@ def check_backend(name: Optional[str], mode: Optional[str] = None) -> None:
 
 
 class CompileError(ValueError):
-    """Why `torch.compile` has no code, in one line."""
+    """An error of `torch.compile` in one line."""
 
 
 @contextlib.contextmanager
 def compile_errors() -> Iterator[None]:
-    """For what runs compiled.
+    """Convert the errors of TorchDynamo.
 
     Raises:
-        CompileError: It could not be compiled.
+        CompileError: If a model cannot be compiled.
     """
     try:
         yield
     except torch._dynamo.exc.TorchDynamoException as e:
         reason = ' '.join(str(e).split())[:300]
         raise CompileError(
-            f'--torchcompile: the model could not be compiled: {reason} Leave the flag out.') from e
+            f'--torchcompile: the model could not be compiled: {reason} Remove the flag.') from e
 
 
 def find_device(name: Optional[str]) -> torch.device:
-    """The device asked for, else the accelerator there is, else the CPU. Makes the backend settings that suit it.
+    """Return the device with this name, by default the accelerator or else the CPU, and set its backend options.
 
     Raises:
-        ValueError: An accelerator that is not here.
+        ValueError: If the device is not available.
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     try:
@@ -87,17 +87,17 @@ def find_device(name: Optional[str]) -> torch.device:
     local_rank = world_info_from_env()[0] if is_distributed_env() else 0
     if device.type != 'cpu' and accelerator and max(device.index or 0, local_rank) >= count:
         what = f'Process {local_rank} of this machine' if local_rank else f'--device {name}'
-        raise ValueError(f'{what} finds no device: there are {count}, counted from 0. Start fewer processes.')
+        raise ValueError(f'{what} finds no device. Available: {count}, counted from 0. Start fewer processes.')
     if device.type not in ('cpu', accelerator.type if accelerator else 'cpu'):
         raise ValueError(
             f'--device {name} is not available here'
-            f' ({accelerator.type if accelerator else "there is no accelerator"}).'
-            f' Use --device {accelerator.type if accelerator else "cpu"}, or leave it out.')
+            f' ({accelerator.type if accelerator else "no accelerator"}).'
+            f' Use --device {accelerator.type if accelerator else "cpu"}, or remove the flag.')
     if device.type == 'cuda':
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     elif device.type == 'cpu':
-        # far patches get denormal attention, which CPUs are many times slower at than at zeros
+        # far patches get denormal attention, which slows CPUs many times
         torch.set_flush_denormal(True)
     return device
 
@@ -109,17 +109,17 @@ def default_workers() -> int:
 
 
 def use_deterministic_kernels() -> None:
-    """Have PyTorch choose deterministic kernels, and raise a RuntimeError where it has none."""
+    """Make PyTorch use deterministic kernels. It raises a RuntimeError if an operation has none."""
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS reads it when it starts
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
 
 
 def select_device(name: Optional[str]) -> Tuple[torch.device, Ranks]:
-    """`find_device`, and under torchrun or Slurm, joins the other processes; each takes the device of its local rank.
+    """Find the device, see `find_device`, and join the other processes under torchrun or Slurm.
 
     Raises:
-        ValueError: An accelerator that is not here.
+        ValueError: If the device is not available.
     """
     device = find_device(name)
     result = init_distributed_device_so(device.type if is_distributed_env() else str(device))
@@ -134,8 +134,8 @@ class Precision:
     """Autocast and loss scaling of a run.
 
     Args:
-        device: Where it runs.
-        amp_dtype: Autocast type; None trains in the model's own.
+        device: Device of the run.
+        amp_dtype: Type of autocast; None trains in the type of the model.
     """
 
     def __init__(self, device: torch.device, amp_dtype: Optional[torch.dtype] = None) -> None:
@@ -148,27 +148,27 @@ class Precision:
 
 
 class TrainingError(RuntimeError):
-    """A run that can not go on, in one line for its user."""
+    """An error that ends a run, in one line for its user."""
 
 
 class Interrupted(Exception):
-    """A run that was stopped by a signal, at a checkpoint.
+    """The end of a run by a signal, at a checkpoint.
 
     Args:
-        signum: The signal.
-        checkpoint: The file; '' in processes that write none.
+        signum: Number of the signal.
+        checkpoint: File to resume from; '' in processes that write none.
     """
 
     def __init__(self, signum: int, checkpoint: str = '') -> None:
-        way_on = f' Go on with --resume {checkpoint}, or --resume auto.' if checkpoint else ''
-        super().__init__(f'Interrupted by {signal.Signals(signum).name}.{way_on}')
+        remedy = f' Resume with --resume {checkpoint}, or --resume auto.' if checkpoint else ''
+        super().__init__(f'Interrupted by {signal.Signals(signum).name}.{remedy}')
         self.signum = signum
 
 
 class StopRequest:
-    """SIGTERM and SIGINT, kept until the training asks for them. A second SIGINT interrupts at once.
+    """A SIGTERM or SIGINT that waits until the training asks for it. A second SIGINT interrupts at once.
 
-    Several processes agree on the step to stop after, by a reduction that runs beside the next step.
+    Several processes agree on the step to stop after. The reduction runs beside the next step.
 
     Args:
         ranks: The processes of the run.
@@ -196,7 +196,7 @@ class StopRequest:
         self.signum = signum
 
     def __bool__(self) -> bool:
-        """Whether to stop now. All processes have to ask alike, and get the same answer."""
+        """Return whether to stop now. All processes must ask together, and get the same answer."""
         if self._group is None:
             return self.signum > 0
         if self._work is not None:
@@ -210,14 +210,14 @@ class StopRequest:
 
 
 def init_worker(worker_init_fn: Optional[Callable], worker_id: int) -> None:
-    """Start of a loader's process. Signals to the whole group are the main process's affair, who wants its batches.
+    """Start a data loading process, which ignores signals to its group: the main process still needs its batches.
 
     Args:
-        worker_init_fn: What to call after that.
-        worker_id: Its argument.
+        worker_init_fn: Function to call next, with `worker_id`.
+        worker_id: Number of the process.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()  # not what forked it, which may be the fork server
+    parent = multiprocessing.parent_process()  # os.getppid() may be the fork server
     if parent is not None and hasattr(signal, 'sigtimedwait'):  # not on every system
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
@@ -226,7 +226,7 @@ def init_worker(worker_init_fn: Optional[Callable], worker_id: int) -> None:
 
 
 def _exit_with(parent: Any) -> None:
-    """End when that process asks for it, or is no more."""
+    """End this process when its parent sends SIGTERM or has ended."""
     while parent.is_alive():
         received = signal.sigtimedwait({signal.SIGTERM}, 5)
         if received is not None and received.si_pid == parent.pid:

@@ -22,6 +22,7 @@ from ..distances import LOG_NAME, DistanceLog
 from ..files import append_row, write_text
 from .checkpoints import AtomicCheckpointSaver, Position, remove_recovery
 from .data import Classes
+from .distillation import TeacherCheck
 from .loader import images_per_update, model_dtype
 from .loop import Trainer, mean_lr
 from .process import Interrupted, Precision, Ranks, StopRequest
@@ -35,18 +36,18 @@ _logger = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Records a run. All processes call it, the primary one writes.
+    """Recorder of a run. All processes call it, the primary one writes.
 
     Args:
-        trainer: What is recorded.
-        folder: The output folder.
-        saver: Writes the checkpoints; None in processes that are not the primary one.
-        tracker: TensorBoard and the like.
-        export: Called with the folder and the state dict of the best student.
-        images_per_update: Of all processes.
+        trainer: Trainer of the run.
+        folder: Output folder of the run.
+        saver: Writes the checkpoints; None in processes other than the primary one.
+        tracker: TensorBoard or Weights & Biases.
+        export: Writes the best student; called with the folder and the state dict.
+        images_per_update: Images of all processes per update.
         recovery_interval: Updates between checkpoints within an epoch; 0 writes none.
-        export_ema: The best student is the average of weights.
-        saves_images: Write the images of the log lines.
+        export_ema: Whether the best student is the average of weights.
+        saves_images: Whether to write the images of the log lines.
         distance_log: Records how far the heads look.
     """
 
@@ -74,10 +75,13 @@ class Recorder:
         self.saves_images = saves_images
         self.distance_log = distance_log
         self.results: List[Dict[str, Any]] = []
-        self.teacher_top1: Optional[float] = read_run_info(folder).get('results', {}).get('teacher_top1')
+        results = read_run_info(folder).get('results', {})
+        self.knows_teacher = 'teacher_top1' in results
+        self.teacher_top1: Optional[float] = results.get('teacher_top1')
+        self.teacher_was_reported = False
 
     def on_log(self, epoch: int, update: int, losses, rates, images: torch.Tensor) -> None:
-        """Take the figures of a log line."""
+        """Record the numbers of a log line."""
         if self.saves_images:
             save_images(self.folder, update, images)
         if not self.tracker.enabled:
@@ -98,7 +102,7 @@ class Recorder:
         """Write the checkpoint that is due after an update.
 
         Raises:
-            Interrupted: A signal asks for the end; there is a checkpoint of this update.
+            Interrupted: If a signal has come. A checkpoint of this update is written.
         """
         stopping = bool(stop)
         if stopping or (self.recovery_interval and (last or update % self.recovery_interval == 0)):
@@ -108,7 +112,7 @@ class Recorder:
             raise Interrupted(stop.signum, self.saver.curr_recovery_file if self.saver is not None else '')
 
     def on_eval_batch(self, stop: StopRequest) -> None:
-        """Leave the evaluation after an epoch if a signal asks for the end; it is done again when the run goes on.
+        """Stop the evaluation after an epoch if a signal has come. A resumed run evaluates again.
 
         Raises:
             Interrupted: See `on_update`.
@@ -135,15 +139,15 @@ class Recorder:
             lr: float,
             milestone: bool = False,
     ) -> None:
-        """Write what there is to keep of an epoch.
+        """Write the results and the checkpoint of an epoch.
 
         Args:
-            epoch: Counted from 0.
+            epoch: The epoch, counted from 0.
             losses: Mean training losses.
-            metrics: Of the validation set; empty where it was not evaluated.
-            metric: What the checkpoints are ranked by; None ranks them by recency.
-            lr: The epoch's learning rate.
-            milestone: Keep its checkpoint for good.
+            metrics: Metrics of the validation set; empty if it was not evaluated.
+            metric: Value that ranks the checkpoints; None ranks them by recency.
+            lr: Learning rate of the epoch.
+            milestone: Whether to keep the checkpoint for good.
         """
         if epoch == 0:
             self._check_agreement(losses)
@@ -162,7 +166,7 @@ class Recorder:
             self.distance_log.record(epoch)
         self.tracker.log({f'eval/{k}': v for k, v in metrics.items()}, (epoch + 1) * self.trainer.num_updates)
         if metric is not None and not math.isfinite(metric):  # would be neither better nor worse than any other
-            _logger.warning(f'What the checkpoints are ranked by is {metric} in epoch {epoch}, which has no rank.')
+            _logger.warning(f'The metric of the checkpoints is {metric} in epoch {epoch}. The epoch gets no rank.')
             metric = None
         _, best_epoch = self.saver.save_checkpoint(epoch, metric=metric)
         if milestone:
@@ -172,29 +176,33 @@ class Recorder:
             state = self.trainer.task.get_checkpoint_state(ema=self.export_ema)
             self.export(self.folder, state['state_dict_ema' if self.export_ema else 'state_dict'])
 
-    def on_teacher(self, top1: Optional[float]) -> None:
-        """Take the teacher's top-1 on the validation images, in percent; None if its classes are others."""
-        self.teacher_top1 = top1
-        if self.saver is not None and top1 is not None:
-            record_results(self.folder, teacher_top1=round(top1, 3))
+    def on_teacher(self, check: TeacherCheck, is_validation: bool) -> None:
+        """Record the evaluation of the teacher.
+
+        Args:
+            check: The result.
+            is_validation: Whether it is of validation images, so that the student's accuracy can be compared with it.
+        """
+        self.teacher_was_reported = check.has_other_order
+        if is_validation:
+            self.teacher_top1 = check.top1
+            if self.saver is not None:
+                record_results(self.folder, teacher_top1=None if check.top1 is None else round(check.top1, 3))
 
     def compare_with_teacher(self) -> None:
-        """Record the top-1 of the best epoch, and log it beside the teacher's."""
-        if self.saver is None or self.saver.best_epoch is None:
+        """Log the top-1 of the best epoch beside the teacher's."""
+        if self.saver is None or self.saver.best_epoch is None or self.teacher_top1 is None:
             return
         with open(os.path.join(self.folder, 'summary.csv'), newline='') as f:
             rows = {int(row['epoch']): row for row in csv.DictReader(f)}
         top1 = rows.get(self.saver.best_epoch, {}).get('eval_top1')
-        if not top1:
-            return
-        record_results(self.folder, student_top1=round(float(top1), 3))
-        if self.teacher_top1 is not None:
+        if top1:
             _logger.info(f'*** Top-1: teacher {self.teacher_top1:.2f} %, student {float(top1):.2f} %')
 
     def _check_agreement(self, losses: Dict[str, float]) -> None:
         """Warn if the teacher does not know the training images better than by guessing."""
         agreement = losses.get('teacher_agreement')
-        if agreement is None or not self.trainer.ranks.is_primary:
+        if agreement is None or self.teacher_was_reported or not self.trainer.ranks.is_primary:
             return
         guessing = 1 / cast(Any, self.trainer.task.get_eval_model()).num_classes
         if agreement < 1.2 * guessing:
@@ -204,7 +212,7 @@ class Recorder:
                 ' --kd-class-map FILE. Or is the normalisation another (--mean, --std) than it was trained with?')
 
     def _collect_state(self, **state: Any) -> None:
-        """Bring together what the next checkpoint holds beside the task and the optimizer."""
+        """Collect the state of the run for the next checkpoint, apart from the task and the optimizer."""
         device, ranks = self.trainer.precision.device, self.trainer.ranks
         rng_states: List[Any] = [get_rng_state(device)]
         if ranks.distributed:
@@ -224,7 +232,7 @@ class Recorder:
 
 
 def summary_row(task, losses: Dict[str, float]) -> Dict[str, Any]:
-    """Training columns of summary.csv: the same in every epoch, empty where a stage has no such loss."""
+    """Return the training columns of summary.csv, the same in every epoch; empty if a stage has no such loss."""
     if not hasattr(task, 'log_names'):
         return dict(losses)
     return dict(
@@ -232,7 +240,7 @@ def summary_row(task, losses: Dict[str, float]) -> Dict[str, Any]:
 
 
 def print_results(results: List[Dict[str, Any]], eval_metric: str) -> None:
-    """The ten best epochs as JSON on standard output, behind the mark that timm's script sets."""
+    """Print the ten best epochs as JSON, after the marker of timm's script."""
     kind = 'validation' if any('validation' in result for result in results) else 'train'
     if kind == 'train':  # losses of other weights are no better or worse
         last = results[-1][kind] if results else {}
@@ -249,7 +257,7 @@ def print_results(results: List[Dict[str, Any]], eval_metric: str) -> None:
 
 
 def output_parent(args) -> str:
-    """Folder that the output folders are made in."""
+    """Return the parent of the output folders."""
     return args.output or os.path.join('.', 'output', 'train')
 
 

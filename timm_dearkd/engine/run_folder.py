@@ -191,10 +191,8 @@ def on_primary(ranks: Ranks, function: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
-
-
 def read_run_info(folder: Union[str, Path]) -> Dict[str, Any]:
-    """What `write_run_info` wrote; empty where there is nothing to be read."""
+    """Return the contents of `run.json`; {} if it does not exist or cannot be read."""
     path = Path(folder) / 'run.json'
     try:
         info = json.loads(path.read_text())
@@ -204,21 +202,21 @@ def read_run_info(folder: Union[str, Path]) -> Dict[str, Any]:
         return {}
     except (OSError, ValueError):
         pass
-    _logger.warning(f'{path} can not be read, and is left out.')
+    _logger.warning(f'{path} cannot be read. Ignored.')
     return {}
 
 
 def write_run_info(folder: str, command: str, position: Position, **info: Any) -> None:
-    """Write `run.json`: what a report says of a run that its options do not.
+    """Write `run.json`: facts about a run that its options do not have.
 
     Args:
         folder: Output folder of the run.
-        command: What it was started with. If it goes on, this one is added to those before.
-        position: Where it starts.
-        **info: Anything that JSON holds.
+        command: Command that started the run, or resumed it. A resumed run keeps the earlier commands.
+        position: Where the run starts.
+        **info: Facts, as JSON values.
     """
-    goes_on = position.epoch or position.update
-    before = read_run_info(folder) if goes_on else {}
+    is_resumed = position.epoch or position.update
+    before = read_run_info(folder) if is_resumed else {}
     sessions = before.get('sessions', [])
     started = datetime.now().astimezone().isoformat(' ', 'seconds')
     sessions.append(dict(command=command, epoch=position.epoch, started=started))
@@ -226,15 +224,15 @@ def write_run_info(folder: str, command: str, position: Position, **info: Any) -
     write_text(folder, 'run.json', json.dumps(info, indent=1))
 
 
-def record_results(folder: str, **results: float) -> None:
-    """Add figures to the `results` of `run.json`."""
+def record_results(folder: str, **results: Optional[float]) -> None:
+    """Add numbers to the `results` of `run.json`."""
     info = read_run_info(folder)
     info['results'] = {**info.get('results', {}), **results}
     write_text(folder, 'run.json', json.dumps(info, indent=1))
 
 
 def save_config(model: nn.Module, path: Path, label_names: Optional[Sequence[str]] = None, **kwargs: Any) -> None:
-    """Write timm's `config.json`, such that 🤗 transformers' TimmWrapper reads it too.
+    """Write timm's `config.json` in a form that 🤗 transformers' TimmWrapper also reads.
 
     Args:
         model: A timm model.
@@ -245,12 +243,12 @@ def save_config(model: nn.Module, path: Path, label_names: Optional[Sequence[str
     names = {'label_names': list(label_names)} if label_names else {}
     save_config_for_hf(model, str(path), model_config=names, **kwargs)
     config = json.loads(path.read_text())
-    config.get('model_args', {}).pop('num_classes', None)  # it stands at the top, and TimmWrapper passes it from there
+    config.get('model_args', {}).pop('num_classes', None)  # TimmWrapper passes the one at the top
     path.write_text(json.dumps(config, indent=2))
 
 
 def save_folder(model: nn.Module, folder: Path, **kwargs: Any) -> None:
-    """Write a model as a folder for the Hub or `local-dir:`: `model.safetensors`, and what `save_config` writes."""
+    """Write a model as a folder for the Hub or `local-dir:`: `model.safetensors` and `config.json`."""
     save_for_hf(model, str(folder), safe_serialization=True)
     names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
     save_config(model, folder / 'config.json', names, **kwargs)
@@ -270,9 +268,9 @@ def export_model(
     `config.json`. Of a model that timm cannot create by name, only the weights are written.
 
     Args:
-        model: A timm model; wrappers are taken off.
+        model: A timm model, or a wrapper of one.
         folder: Output folder of the run.
-        state_dict: Other weights of the model, such as an EMA's.
+        state_dict: Weights to write instead of the model's, such as an EMA's.
         data_config: timm's preprocessing configuration that the model was trained with.
         label_names: Class names in the order of the classifier.
     """
@@ -280,7 +278,7 @@ def export_model(
     weights = clean_state_dict(state_dict if state_dict is not None else model.state_dict())
     tensors = {
         name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()
-        if '.aux_bn.' not in name}  # --split-bn: of augmented copies, in training alone
+        if '.aux_bn.' not in name}  # --split-bn has them for augmented copies, in training only
     has_config = not why_no_config(model)
     if label_names and has_config:  # with --num-classes, the model may know more
         others = range(len(label_names), cast(Any, model).num_classes)
@@ -296,8 +294,8 @@ def export_model(
         weights_file.unlink(missing_ok=True)
         config_file.unlink(missing_ok=True)
         raise TrainingError(
-            f'Could not write the student to {folder}: {e}. Its checkpoint is there. Make room, and run the same'
-            ' command with --resume auto.') from e
+            f'Could not write the student to {folder}: {e}. Its checkpoint is complete. Make room, and run the'
+            ' same command with --resume auto.') from e
 
 
 def why_no_config(model: nn.Module) -> str:
@@ -310,17 +308,17 @@ def why_no_config(model: nn.Module) -> str:
         try:
             json.dumps(value)
         except (TypeError, ValueError):
-            return f'its argument {key} is no JSON value'
+            return f'its argument {key} is not a JSON value'
     return ''
 
 
 def complete_export(folder: str, export: Callable[[str, Dict[str, torch.Tensor]], Any], use_ema: bool) -> None:
-    """Export the best checkpoint if the run ended between the two.
+    """Export the best checkpoint if a run was killed before it could.
 
     Args:
         folder: Output folder of the run.
-        export: Takes the folder and the state dict.
-        use_ema: Take the average of weights.
+        export: Writes the student; called with the folder and the state dict.
+        use_ema: Export the average of weights.
     """
     best, exported = Path(folder) / 'model_best.pth.tar', Path(folder) / EXPORT_NAME
     if best.exists() and (not exported.exists() or exported.stat().st_mtime < best.stat().st_mtime):
@@ -328,7 +326,7 @@ def complete_export(folder: str, export: Callable[[str, Dict[str, torch.Tensor]]
 
 
 def trim_table(path: str, start_epoch: int) -> None:
-    """Drop the rows of a table by epoch, such as summary.csv, from an epoch on, and what a kill left by halves."""
+    """Remove rows of a table by epoch, such as summary.csv: those from an epoch on, and incomplete ones."""
     if not os.path.exists(path):
         return
     with open(path, newline='') as f:
@@ -338,6 +336,6 @@ def trim_table(path: str, start_epoch: int) -> None:
 
 
 def save_images(output_dir: str, update: int, images: torch.Tensor) -> None:
-    """Write a batch (B, C, H, W) as one picture."""
+    """Write a batch of images (B, C, H, W) as one picture."""
     path = os.path.join(output_dir, f'train-batch-{update}.jpg')
     torchvision.utils.save_image(images, path, padding=0, normalize=True)

@@ -39,16 +39,16 @@ def build_student(
         device: torch.device,
         create_model: Callable[..., Any],
 ) -> Tuple[Any, Dict[str, Any]]:
-    """The model to train or to evaluate, and timm's data configuration for it.
+    """Build the model to train or to evaluate, and timm's data configuration for it.
 
     Args:
         args: The options.
-        dataset: Whose class count the model gets where none is given.
-        device: Where it goes.
-        create_model: timm's, or one of the user's own.
+        dataset: Gives the number of classes if --num-classes does not.
+        device: Device of the model.
+        create_model: timm's `create_model`, or the user's own.
 
     Raises:
-        ValueError: Options that no such model can be made with.
+        ValueError: If the options do not fit the model.
     """
     num_classes = args.num_classes
     if num_classes is None and not args.eval_only:
@@ -116,7 +116,7 @@ def build_student(
 
 
 def build_evaluation(args, device: torch.device, create_model: Callable[..., Any]):
-    """A model to evaluate, its data configuration, and the validation set with the labels it was trained with."""
+    """Build a model to evaluate, its data configuration, and the validation set with the class indices of training."""
     if not args.val_split:
         raise ValueError('--eval-only looks at validation images. Set --val-split.')
     eval_set = open_validation_set(args)
@@ -131,14 +131,18 @@ def build_evaluation(args, device: torch.device, create_model: Callable[..., Any
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     own = cfg.get('num_classes')
     if not args.initial_checkpoint and own is not None and args.num_classes not in (None, own):
-        raise ValueError(f'--num-classes is {args.num_classes}, but {args.model} knows {own} classes. Leave it out.')
+        raise ValueError(f'--num-classes is {args.num_classes}, but {args.model} knows {own} classes. Remove the flag.')
     names = () if args.class_map else cfg.get('label_names') or ()
     known = trained or {name: index for index, name in enumerate(names)}
     known = {normal_name(str(name)): index for name, index in known.items()}
     found = {key: normal_name(str(key)) for key in class_indices(eval_set)}
     unknown = class_order(set(found.values()) - set(known))
     if known and found and not unknown:
-        eval_set = open_validation_set(args, {key: known[name] for key, name in found.items()})
+        indices = {key: known[name] for key, name in found.items()}
+        if indices != class_indices(eval_set):
+            eval_set = open_validation_set(args, indices)
+    elif trained and not found:  # shards, which know their classes by a class map alone
+        eval_set = open_validation_set(args, trained)
     elif known and found and (trained or not args.initial_checkpoint):
         raise ValueError(
             f'Split {args.val_split!r} has classes that the model does not know: {", ".join(unknown[:5])}.'
@@ -169,10 +173,12 @@ def _take_trained_input(args):
 
 
 def _label_as_training(args, eval_set):
-    """The validation set with the labels of the training set, if that is here: a class may have no validation images.
+    """Return the validation set with the class indices of the training set, if that exists.
+
+    A class without validation images would shift the indices of the others.
 
     Raises:
-        ValueError: It has a class that training does not know.
+        ValueError: If a validation class is not a training class.
     """
     root, kwargs = args.data_dir or args.data, dict(dataset_kwargs(args), is_training=False)
     try:
@@ -184,7 +190,7 @@ def _label_as_training(args, eval_set):
 
 
 def _complete_attributes(model: Any, num_classes: Optional[int]) -> None:
-    """Give a model that is none of timm's the attributes that timm's functions look for."""
+    """Add the attributes that timm's functions expect to a model that is not from timm."""
     if not hasattr(model, 'num_classes'):
         if num_classes is None:
             raise ValueError(f'{type(model).__name__} has no num_classes. Set --num-classes.')

@@ -1,7 +1,8 @@
 """Data sets around those of timm: they skip unreadable images, or take a fraction."""
+import copy
 import logging
 import struct
-from typing import Any
+from typing import Any, Sequence
 
 import numpy as np
 import torch
@@ -9,12 +10,9 @@ from PIL import Image
 from timm.data import IterableImageDataset
 from torch.utils.data import Dataset
 
-from .image_folder import (
-    bit_depth_message,
-    exceeds_8_bits,
-)
+from .image_folder import bit_depth_message, exceeds_8_bits
 
-__all__ = ['ClassFraction', 'SkipHighBitDepth', 'SkipUnreadable', 'set_image_mode']
+__all__ = ['ClassFraction', 'Sample', 'SkipHighBitDepth', 'SkipUnreadable', 'set_image_mode']
 
 _logger = logging.getLogger(__name__)
 
@@ -131,7 +129,7 @@ class SkipHighBitDepth(IterableImageDataset):
         dataset: timm's data set of WebDataset shards, or streamed from Hugging Face.
 
     Raises:
-        OSError: If the stream ends without an image of 8 bits.
+        OSError: If the shards of a process have no image of 8 bits.
     """
 
     def __init__(self, dataset: IterableImageDataset) -> None:
@@ -153,7 +151,8 @@ class SkipHighBitDepth(IterableImageDataset):
                 num_missing -= 1
         if num_missing:
             raise OSError(
-                f'All {num_missing} images of a stream have 16 bits per channel or more. Convert them to 8 bits.')
+                f'All {num_missing} images in the shards of a process have 16 bits per channel or more. Convert them to'
+                ' 8 bits.')
 
     def _report(self, mode: str) -> None:
         if not self.was_reported[0]:
@@ -161,6 +160,25 @@ class SkipHighBitDepth(IterableImageDataset):
             _logger.warning(
                 f'The stream has images with 16 bits per channel or more (mode {mode}). Pillow clips such images to'
                 ' white. Skipped: the last image of 8 bits takes their place. Convert them to 8 bits.')
+
+
+class Sample(_Wrapper):
+    """Some images of a data set, with a transform of their own.
+
+    Args:
+        dataset: A map-style data set. It keeps its transform.
+        indices: Places of the images.
+    """
+
+    def __init__(self, dataset, indices: Sequence[int]) -> None:
+        super().__init__(copy.copy(dataset))
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int):
+        return self.dataset[self.indices[index]]
 
 
 class ClassFraction(_Wrapper):

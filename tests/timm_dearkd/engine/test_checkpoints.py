@@ -89,6 +89,9 @@ def test_only_the_newest_checkpoint_is_resumed_in_its_folder(tmp_path):
     for name in ('model_best', 'checkpoint-0'):
         with pytest.raises(ValueError, match='is not the newest checkpoint of its run, last.pth.tar is. Resume it in'):
             refuse_to_overwrite(str(tmp_path), str(tmp_path / f'{name}.pth.tar'))
+    torch.save(dict(weight=torch.ones(1)), tmp_path / 'weights.pth.tar')
+    with pytest.raises(ValueError, match='is not the newest'):
+        refuse_to_overwrite(str(tmp_path), str(tmp_path / 'weights.pth.tar'))
     refuse_to_overwrite(str(tmp_path / 'other'), str(tmp_path / 'checkpoint-0.pth.tar'))
     with pytest.raises(ValueError, match='holds a run. Resume it with --resume auto'):
         refuse_to_overwrite(str(tmp_path), '')
@@ -193,7 +196,7 @@ def test_the_checkpoint_furthest_on_is_found(tmp_path, caplog):
     assert not (tmp_path / 'recovery-0-5.pth.tar').exists()
     path = tmp_path / 'recovery-1-10.pth.tar'
     path.write_bytes(path.read_bytes()[:1000])
-    assert found() == 'recovery-1-9.pth.tar' and 'recovery-1-10.pth.tar can not be read' in caplog.text
+    assert found() == 'recovery-1-9.pth.tar' and 'recovery-1-10.pth.tar cannot be read' in caplog.text
     for path in (tmp_path / 'last.pth.tar', *tmp_path.glob('recovery-*')):
         path.unlink()  # it is the same file as that of its epoch
         path.write_bytes(b'')

@@ -282,3 +282,12 @@ def test_sizes_that_are_no_multiple_of_the_patch(caplog):
     changed = images.clone()
     changed[..., 48:, :] = changed[..., 48:] = 9.
     assert model(images).equal(model(changed))  # which the warning is about
+
+
+@pytest.mark.parametrize('name', ['', 'torch/folder'])
+def test_a_class_may_have_the_name_of_a_split(name, tmp_path):
+    for split in ('train', 'validation'):
+        for label in ('boat', 'train'):
+            (tmp_path / split / label).mkdir(parents=True)
+            Image.new('RGB', (8, 8)).save(tmp_path / split / label / '0.png')
+    assert class_names(open_dataset(name, str(tmp_path), 'train')) == ['boat', 'train']

@@ -48,34 +48,40 @@ def make_task(kind, teacher):
         student, teacher, criterion=torch.nn.CrossEntropyLoss(), verbose=False, **kwargs)
 
 
-def check(kind, teacher, folder, names=('cat', 'Dog', 'emu')):
+def check(kind, teacher, folder, names=('cat', 'Dog', 'emu'), batch_size=5):
     task = make_task(kind, teacher)
-    loader = list(zip(IMAGES.split(5), LABELS.split(5)))
+    loader = list(zip(IMAGES.split(batch_size), LABELS.split(batch_size)))
     return check_teacher(task, Validator(task, loader, Precision(torch.device('cpu'))), str(folder), list(names))
 
 
 @pytest.mark.parametrize('kind', ['dearkd', 'logit', 'token'])
 def test_a_teacher_in_another_order_is_told_before_training(tmp_path, caplog, kind):
     """The warning comes with the map that mends it."""
-    assert check(kind, Teacher(Answers([0, 1, 2])), tmp_path) == 100 and not list(tmp_path.iterdir())
+    assert check(kind, Teacher(Answers([0, 1, 2])), tmp_path) == (100, False) and not list(tmp_path.iterdir())
     assert 'another order' not in caplog.text
-    assert check(kind, Teacher(Answers([1, 0, 2])), tmp_path) == pytest.approx(100 / 3)
+    assert check(kind, Teacher(Answers([1, 0, 2])), tmp_path) == (pytest.approx(100 / 3), True)
     (told,) = [r.getMessage() for r in caplog.records if 'in another order' in r.getMessage()]
     assert "class 'cat' looks like its class 1, class 'Dog' looks like its class 0." in told
-    assert 'the label of 100.0 % of the validation images, now of 33.3 %' in told
+    assert 'the label of 100.0 % of the images, now of 33.3 %' in told
     path = tmp_path / 'kd_class_map.txt'
     assert f'--kd-class-map {path}' in told and path.read_text() == '1 cat\n0 Dog\n2 emu\n'
     mended = Teacher(Answers([1, 0, 2]), class_map=load_class_map(str(path)))
     caplog.clear()
-    assert check(kind, mended, tmp_path) == 100 and 'another order' not in caplog.text
+    assert check(kind, mended, tmp_path).top1 == 100 and 'another order' not in caplog.text
+
+
+@pytest.mark.parametrize('batch_size', [1, 2, 24])
+def test_the_batch_size_does_not_matter(batch_size, tmp_path, caplog):
+    assert check('logit', Teacher(Answers([1, 2, 0])), tmp_path, batch_size=batch_size) == (0., True)
+    assert 'in another order' in caplog.text
 
 
 def test_the_map_that_a_teacher_has_is_part_of_the_order(tmp_path):
     """A wrong map gives a map in classes of the teacher."""
     teacher = Teacher(Answers([2, 0, 1]), class_map=[0, 1, 2])
-    assert check('logit', teacher, tmp_path) == 0
+    assert check('logit', teacher, tmp_path).top1 == 0
     teacher = Teacher(Answers([2, 0, 1]), class_map=[1, 2, 0])
-    assert check('logit', teacher, tmp_path) == 0
+    assert check('logit', teacher, tmp_path).top1 == 0
     assert (tmp_path / 'kd_class_map.txt').read_text() == '2 cat\n0 Dog\n1 emu\n'
 
 
@@ -87,5 +93,5 @@ def test_the_map_that_a_teacher_has_is_part_of_the_order(tmp_path):
     ([1, 0, 2], None, None),
 ])
 def test_a_teacher_of_features_is_compared_only_in_the_same_order(given, names, expected, tmp_path, caplog):
-    assert check('feature', Teacher(Answers(given, names)), tmp_path) == expected
+    assert check('feature', Teacher(Answers(given, names)), tmp_path).top1 == expected
     assert not caplog.messages and not list(tmp_path.iterdir())

@@ -344,7 +344,7 @@ def test_an_epoch_with_deep_images_is_as_long_as_its_loader_says(workers, tmp_pa
 
 def test_a_stream_of_deep_images_alone_is_refused(tmp_path):
     dataset = open_dataset('wds/', make_stream(tmp_path, 'ddd'), 'train')
-    with pytest.raises(OSError, match='All 3 images of a stream have 16 bits'):
+    with pytest.raises(OSError, match='All 3 images in the shards of a process have 16 bits'):
         list(dataset)
 
 

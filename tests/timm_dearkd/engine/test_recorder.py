@@ -8,6 +8,7 @@ from timm.task import ClassificationTask
 from timm.utils import update_summary
 
 from timm_dearkd.engine.checkpoints import AtomicCheckpointSaver
+from timm_dearkd.engine.distillation import TeacherCheck
 from timm_dearkd.engine.loop import Stepper, Trainer
 from timm_dearkd.engine.process import Precision
 from timm_dearkd.engine.recorder import Recorder, print_results
@@ -65,7 +66,7 @@ def test_the_table_of_an_older_run_gains_the_new_columns(tmp_path, caplog):
     recorder = Recorder(trainer, str(tmp_path), saver, Tracker(str(tmp_path)), lambda folder, state: None, 4)
     recorder.on_epoch(1, dict(loss=1.5), dict(loss=0.9, top1=50., top5=91.), 50., lr=0.1)
     assert table.read_text().splitlines()[0] == header
-    recorder.on_teacher(80.)
+    recorder.on_teacher(TeacherCheck(80.), is_validation=True)
     recorder.on_epoch(2, dict(loss=1.), dict(loss=0.5, top1=60., top5=92.), 60., lr=0.05)
     trim_table(str(table), 3)
     rows = list(csv.DictReader(table.open(newline='')))
@@ -75,3 +76,16 @@ def test_the_table_of_an_older_run_gains_the_new_columns(tmp_path, caplog):
     caplog.set_level('INFO')
     recorder.compare_with_teacher()
     assert 'teacher 80.00 %, student 60.00 %' in caplog.text
+
+
+def test_a_teacher_in_another_order_is_warned_of_once(tmp_path, caplog):
+    """The warning after the first epoch, of a teacher that guesses, would name a vaguer remedy."""
+    task = ClassificationTask(timm.create_model('test_resnet', num_classes=3))
+    optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
+    trainer = Trainer(task, [None], Stepper(task, optimizer), Precision(torch.device('cpu')))
+    for has_other_order in (True, False):
+        recorder = Recorder(trainer, str(tmp_path), None, Tracker(str(tmp_path)), lambda folder, state: None, 4)
+        recorder.on_teacher(TeacherCheck(0., has_other_order), is_validation=False)
+        assert recorder.teacher_top1 is None
+        recorder.on_epoch(0, dict(loss=1., teacher_agreement=0.), {}, None, lr=0.1)
+        assert ('guessing would find' in caplog.text) == (not has_other_order)

@@ -1,3 +1,4 @@
+import json
 
 import datasets
 import pytest
@@ -70,3 +71,21 @@ def test_numbered_labels_are_matched_to_the_class_names_of_the_model(tmp_path):
         str(tmp_path / 'model')])[0]
     _, _, eval_set = build_evaluation(args, torch.device('cpu'), timm.create_model)
     assert [label for _, label in eval_set] == [1, 1]
+
+
+def test_shards_are_evaluated_with_the_class_map_of_their_training(cnn, tmp_path):
+    """They do not know the names of their labels. The checkpoint knows the map that it was trained with."""
+    webdataset = pytest.importorskip('webdataset')
+    with webdataset.TarWriter(str(tmp_path / 'images.tar')) as shard:
+        for i, label in enumerate((2, 0, 1)):
+            shard.write({'__key__': str(i), 'png': Image.new('RGB', (32, 32)), 'cls': label})
+    split = dict(name='validation', filenames=['images.tar'], shard_lengths=[3], num_samples=3)
+    (tmp_path / '_info.json').write_text(json.dumps(dict(splits=dict(validation=split))))
+    checkpoint = torch.load(cnn / 'model_best.pth.tar', weights_only=False)
+    checkpoint['classes']['indices'] = {0: 1, 1: 2, 2: 0}
+    torch.save(checkpoint, tmp_path / 'mapped.pth.tar')
+    args = _parse_args([
+        str(tmp_path), '--dataset', 'wds/', '--eval-only', '--img-size', '32', '--model', 'test_resnet',
+        '--initial-checkpoint', str(tmp_path / 'mapped.pth.tar')])[0]
+    _, _, eval_set = build_evaluation(args, torch.device('cpu'), timm.create_model)
+    assert [label for _, label in eval_set] == [0, 1, 2]
