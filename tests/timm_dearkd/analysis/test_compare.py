@@ -95,7 +95,7 @@ def test_a_damaged_run_json_is_left_out(text, make_run, caplog):
         f.write(text)
     run = open_run(folder)
     assert run.num_epochs == (7 if '7' in text else 4)
-    assert ('can not be read' in caplog.text) == ('7' not in text)
+    assert ('cannot be read' in caplog.text) == ('7' not in text)
 
 
 @pytest.mark.parametrize('folders, message', [
