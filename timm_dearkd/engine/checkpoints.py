@@ -221,7 +221,7 @@ def refuse_to_overwrite(folder: str, resume: str) -> None:
         return
     newest = find_checkpoint(folder)
     has_place = isinstance(checkpoint, dict) and 'epoch' in checkpoint  # weights alone have none
-    if not has_place or _place(checkpoint) != _place(load_checkpoint_metadata(newest)):
+    if newest and not (has_place and _place(checkpoint) == _place(load_checkpoint_metadata(newest))):
         raise ValueError(
             f'--resume {resume} is not the newest checkpoint of its run, {os.path.basename(newest)} is. Resume it in'
             ' another --experiment, or set --resume auto.')
