@@ -1,6 +1,6 @@
 #!/bin/sh
 # A DearKD student beside a plain ViT, both trained on 125 real images of handwritten digits: 10 % of the training set.
-# The CNN that teaches has seen all of it. Copy the commands for your own images. About 4 minutes on 2 cores.
+# The CNN that teaches has seen all of it. Copy the commands for your own images. 4 to 12 minutes on 2 cores.
 #
 #   sh examples/digits.sh [OUTPUT [SEED]]     seed 0 is the demo's split; the recipe was chosen on that of seed 1
 set -e
