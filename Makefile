@@ -4,7 +4,7 @@ VENV ?= .venv
 INSTALLED = $(VENV)/.installed
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: demo demo-data-free test test-integrations lint bench gpu-check gpu-check-toy gpu-check-wheels
+.PHONY: demo demo-data-free docs test test-slow test-integrations lint bench gpu-check gpu-check-toy gpu-check-wheels
 .PHONY: reproduction-report install clean
 
 demo: $(INSTALLED)
@@ -16,6 +16,9 @@ demo-data-free: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
+test-slow: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m slow
+
 test-integrations: $(INSTALLED)
 	$(VENV)/bin/python -m pip install --quiet transformers
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m integrations
@@ -23,6 +26,10 @@ test-integrations: $(INSTALLED)
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+# The site, in build/site; a broken link fails
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/attention.py
@@ -50,7 +57,7 @@ install: $(INSTALLED)
 
 $(INSTALLED): setup.cfg pyproject.toml
 	$(VENV)/bin/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet -e '.[demo,test]'
+	$(VENV)/bin/python -m pip install --quiet -e '.[demo,docs,test]'
 	touch $@
 
 clean:

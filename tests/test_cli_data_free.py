@@ -283,6 +283,7 @@ def test_a_batch_that_is_lost(make, tmp_path):
     assert '0 of 0 images kept, 1 batches failed' in result.stdout
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_and_an_interruption_are_one_line(make, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setenv('CXX', 'no-such-compiler')

@@ -40,6 +40,7 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
     assert result.returncode == 2 and (tmp_path / 'photo.jpg').read_bytes() == b'precious'
 
 
+@pytest.mark.slow
 def test_report(out):
     """The demo's commands with fewer epochs, then its table and picture."""
     script = (ROOT / 'examples' / 'digits.sh').read_text()

@@ -79,6 +79,7 @@ def test_accumulation_in_two_processes(train_cli, command, tmp_path):
     assert_close(tmp_path / 'two', tmp_path / 'one')
 
 
+@pytest.mark.slow
 def test_resuming_with_another_number_of_processes(train_cli, command, tmp_path):
     """Two processes, stopped within an epoch by SIGTERM; then one; then two again."""
     common = ('--opt', 'sgd', '--lr', '0.005', '--output', tmp_path, '--resume', 'auto', '--experiment')
@@ -130,6 +131,7 @@ def test_a_loss_that_is_not_finite_stops_both(train_cli, tmp_path):
     assert result.returncode != 0 and result.stderr.count('Loss not finite') == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir('/proc/self/task'), reason='lists threads as Linux does')
 def test_no_thread_of_the_group_is_left_in_the_end(image_folder, cnn, tmp_path):
     """One that comes to need the interpreter when that is gone aborts the process of a run that was complete.

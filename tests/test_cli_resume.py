@@ -75,6 +75,7 @@ def test_resuming_an_epoch_is_exact(workers, exact_cli, whole, tmp_path):
     assert_same_run(tmp_path / 'run', whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('workers', ['0', '2'])
 def test_sigkill_at_any_moment(workers, exact_cli, whole, tmp_path):
     """Killed within each epoch, the run goes on from the last recovery checkpoint, exactly."""
@@ -132,6 +133,7 @@ def half_written(folder):
     return found
 
 
+@pytest.mark.slow
 def test_killed_while_writing(exact_cli, whole, tmp_path):
     """Whatever was being written, what is there is whole."""
     command = ('--output', tmp_path, '--experiment', 'run', '--resume', 'auto', '--recovery-interval', '1')
@@ -152,6 +154,7 @@ def test_killed_while_writing(exact_cli, whole, tmp_path):
     assert_same_run(tmp_path / 'run', whole)
 
 
+@pytest.mark.slow
 def test_a_full_disk(exact_cli, whole, tmp_path):
     """A file size limit below that of a checkpoint: one line, and the run goes on when there is room."""
     command = ('--output', tmp_path, '--experiment', 'run', '--resume', 'auto')

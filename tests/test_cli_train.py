@@ -193,7 +193,9 @@ def test_timms_own_distillation(args, train_cli, cnn, tmp_path):
     ['--kd-teacher-img-size', '64', '--dearkd-hooks', '2:1', '4:layer2', '--no-dearkd-normalize-features'],
     ['--dearkd-beta', '0', '--dearkd-stage2', 'ce', '--dearkd-stage1-epochs', '1', '--sched-on-updates'],
     ['--workers', '2', '--aug-splits', '2', '--jsd-loss', '--reprob', '0.5', '--aa', 'rand-m9-mstd0.5-inc1'],
-    ['--model', 'dearkd_from', '--model-kwargs', 'base=test_vit', 'num_mhca_blocks=2', '--torchcompile', 'eager'],
+    pytest.param(
+        ['--model', 'dearkd_from', '--model-kwargs', 'base=test_vit', 'num_mhca_blocks=2', '--torchcompile', 'eager'],
+        marks=pytest.mark.slow),
     ['--model-dtype', 'bfloat16', '--no-prefetcher', '--epochs', '1'],
     ['--model-ema', '--model-ema-force-cpu', '--sched', 'none', '--epochs', '1'],
     ['--recovery-interval', '2', '--save-images', '--val-interval', '2', '--checkpoint-hist', '1'],

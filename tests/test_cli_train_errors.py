@@ -205,6 +205,7 @@ def test_one_image_for_a_batch_norm_is_one_line(image_folder, tmp_path, capsys):
     assert_error(e.value.code, capsys.readouterr().err, 'Set a --batch-size above 1')
 
 
+@pytest.mark.slow
 def test_no_compiler_is_one_line(train_cli, tmp_path, monkeypatch):
     monkeypatch.setenv('CXX', 'no-such-compiler')
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path / 'cache'))

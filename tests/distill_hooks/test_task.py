@@ -249,6 +249,7 @@ def test_no_hidden_loss_takes_any_teacher_and_has_no_aligner(kwargs):
     assert task.log_names == ['loss', 'ce_loss', 'logit_loss', 'teacher_agreement']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('stage2', ['anneal', 'ce'])
 def test_compiled_steps_give_the_same_losses(stage2):
     """torch.compile with no graph break, over the change of stages."""

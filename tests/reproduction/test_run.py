@@ -3,6 +3,7 @@ import json
 import shlex
 import subprocess
 
+import pytest
 from conftest import run_python
 
 from reproduction.cells import ROOT, SCALES
@@ -13,6 +14,7 @@ from reproduction.tables import collect_cells
 from timm_dearkd.engine.options import build_config_parser, build_parser, parse_args
 
 
+@pytest.mark.slow
 def test_a_cell_as_the_user_runs_it(tmp_path):
     """A fresh result of one run, its figure as in summary.csv, found by the report; the second time nothing is done."""
     args = ['figure4', '--scale', 'smoke', '--seeds', '0', '--data', tmp_path / 'data', '--work', tmp_path / 'work',

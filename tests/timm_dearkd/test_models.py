@@ -455,6 +455,7 @@ def test_export(name, grad):
         torch.testing.assert_close(program.module()(x), model(x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', SMALL)
 def test_onnx(name, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime')
@@ -472,6 +473,7 @@ def test_onnx(name, tmp_path):
         torch.testing.assert_close(torch.from_numpy(out), model(x), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('training', [True, False])
 def test_compile(training):
     """No graph break in training and in inference, and the same numbers."""
@@ -486,6 +488,7 @@ def test_compile(training):
             torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_compile_with_dynamic_img_size():
     model = create()
     compiled = torch.compile(model, backend='eager')

@@ -38,6 +38,7 @@ def test_models_take_turns_and_ratios_are_of_the_same_round(monkeypatch):
     assert first.params == sum(p.numel() for p in timm.create_model('test_vit', img_size=32).parameters())
 
 
+@pytest.mark.slow
 def test_every_model_and_batch_size_is_compiled_by_itself(monkeypatch):
     """More graphs than TorchDynamo keeps of a function by default (8), all of fixed shape."""
     graphs = []

@@ -58,7 +58,8 @@ def test_the_sum_is_equation_8():
     torch.testing.assert_close(losses['loss'] - losses['diversity'], plain['loss'], rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize('execution', [Execution(), Execution(channels_last=True), Execution(backend='aot_eager')])
+@pytest.mark.parametrize('execution', [
+    Execution(), Execution(channels_last=True), pytest.param(Execution(backend='aot_eager'), marks=pytest.mark.slow)])
 def test_images_are_valid_and_come_closer(execution):
     resolutions = [Resolution(16, 4, 0.2), Resolution(32, 28, 0.1)]
     with make(diversity='none', resolutions=resolutions, check_interval=8, execution=execution) as inverter:
@@ -119,6 +120,7 @@ def test_a_size_that_the_cnn_does_not_take(size):
     make().check_sizes()
 
 
+@pytest.mark.slow
 def test_looking_at_the_sizes_leads_to_no_further_graph():
     counts = []
     for looks in (False, True):

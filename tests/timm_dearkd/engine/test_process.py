@@ -43,6 +43,7 @@ def test_workers_end_for_their_process(method):
         worker.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', sorted(set(METHODS) - {'fork'}))  # there, PyTorch looks for the parent
 def test_workers_end_when_their_process_is_killed(method, tmp_path):
     script = tmp_path / 'script.py'
@@ -72,6 +73,7 @@ if __name__ == '__main__':
     assert ended and process.communicate()[0] == ''
 
 
+@pytest.mark.slow
 def test_a_run_with_loaders_of_the_fork_server_ends(image_folder, tmp_path):
     code = ("import multiprocessing; multiprocessing.set_start_method('forkserver')\n"
             'from timm_dearkd.train import run_script; run_script()')
