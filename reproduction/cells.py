@@ -1,9 +1,10 @@
 """The cells of the reproduction: which command each figure comes from, at which scale, by which method."""
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Optional, Sequence, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 import yaml
 
@@ -141,11 +142,16 @@ class CellError(Exception):
     """Why a cell has no figures."""
 
 
+@functools.lru_cache(maxsize=None)
+def _parse(recipe: str) -> Any:
+    return yaml.safe_load(recipe)
+
+
 def definition(cell: Cell) -> str:
-    """Of what a cell does: its arguments, what is in its recipe, and the same of the cells that it needs."""
+    """Return a hash of a cell's inputs: arguments, content of the recipe, and dependencies."""
     recipe = ROOT / cell.argv[cell.argv.index('-c') + 1] if '-c' in cell.argv else None
     parts = [
-        cell.program, cell.data, cell.argv, cell.seed, yaml.safe_load(recipe.read_text()) if recipe else None,
+        cell.program, cell.data, cell.argv, cell.seed, _parse(recipe.read_text()) if recipe else None,
         [definition(need) for need in cell.needs]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -122,8 +122,8 @@ def describe_teacher(scale: Scale, found: Results, results: Path) -> str:
     if len(teachers) > 1:
         kept = weights_hash(results / 'teacher')
         text += ' It was trained more than once with the same recipe, and the weights differ: ' + ', '.join(
-            f'{name}{" (kept)" if name == kept else ""} taught {count} students'
-            for name, count in teachers.most_common()) + '.'
+            f'{name}{" (kept)" if name == kept else ""} taught {count}'
+            for name, count in teachers.most_common()) + ' of the students.'
     return text
 
 

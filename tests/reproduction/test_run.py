@@ -29,7 +29,7 @@ def test_a_cell_as_the_user_runs_it(tmp_path):
     again = run_python('-c', code, *args)
     assert again.stdout == '1 cells, 1 of them done\n'
     write_report(SCALES['smoke'], tmp_path / 'results', [0], tmp_path / 'RESULTS.md')
-    assert f'| ViT | {kept["top1"]:.1f} (1 seed) [40.5]' in (tmp_path / 'RESULTS.md').read_text()
+    assert f'| ViT | {kept["top1"]:.1f} [40.5]' in (tmp_path / 'RESULTS.md').read_text()
 
 
 def test_command_line(tmp_path):
@@ -54,7 +54,7 @@ def test_command_line(tmp_path):
             (['table2', '--only', 'stage50_*'], 'named stage50_*'),
             (['table2', '--launcher', 'torchrun --nproc-per-node=2'], '2 processes can not share the 1 accumulation'),
             (['table2', '--launcher', 'torchrun "'], 'No closing quotation'),
-            (['choices', '--scale', 'imagenet'], 'has no choices. It has table2, table1, table7,')):
+            (['choices', '--scale', 'imagenet'], 'has no choices. It has table1, table2, table5,')):
         result = run_python('reproduction/run.py', *args)
         assert result.returncode == 2 and message in result.stderr.strip().splitlines()[-1]
 
