@@ -235,10 +235,10 @@ def write_report(scale: Scale, results: Path, seeds: Sequence[int], output: Path
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--scale', default='small', choices=list(SCALES))
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    parser.add_argument('--results', type=Path)
-    parser.add_argument('--output', type=Path, help='RESULTS.md, or RESULTS-SCALE.md for another scale than small')
+    parser.add_argument('--scale', default='small', choices=list(SCALES), help='default: small')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='seeds to read (default: 0 1 2)')
+    parser.add_argument('--results', type=Path, help='folder of the results (default: reproduction/results/SCALE)')
+    parser.add_argument('--output', type=Path, help='file to write (default: RESULTS.md, or RESULTS-SCALE.md)')
     args = parser.parse_args(argv)
     scale = SCALES[args.scale]
     output = args.output or ROOT / ('RESULTS.md' if scale.name == 'small' else f'RESULTS-{scale.name}.md')

@@ -61,7 +61,8 @@ def test_every_claim_of_the_tables_is_a_row_with_its_verdict(report):
                 row, = (row for row in first if row[0] == claim.text and f'({paper[claim.higher]:.1f}' in row[1]
                         or row[0] == claim.text and f'({paper[claim.higher]:.3f}' in row[1])
                 assert float(row[1].split()[0]) == pytest.approx(paper[claim.higher] - paper[claim.lower], abs=1e-9)
-    assert sum(row[1] == 'grows in stage II' for row in first) == 2 and len(rows['Attention distance over the epochs (figure 4)']) == 6
+    assert sum(row[1] == 'grows in stage II' for row in first) == 2
+    assert len(rows['Attention distance over the epochs (figure 4)']) == 6
     assert len(first) + sum(map(len, rows.values())) == 8 + sum(len(table.claims) for table in found.tables.values())
     counts = dict.fromkeys(('reproduced', 'contradicted', 'inconclusive'), 0)
     for section, group in {'': first, **rows}.items():

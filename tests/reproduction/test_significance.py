@@ -59,8 +59,9 @@ def test_intervals_are_those_of_scipy():
 
 
 def test_the_paper_makes_a_claim_that_its_figures_agree_with():
-    for paper, expected in ((72.5, ('+0.2 (72.5 vs. 72.3)', 'reproduced')), (72., ('-0.3 (72.0 vs. 72.3)', 'confirmed')),
-                            (None, ('', 'confirmed'))):
+    for paper, expected in (
+            (72.5, ('+0.2 (72.5 vs. 72.3)', 'reproduced')), (72., ('-0.3 (72.0 vs. 72.3)', 'confirmed')),
+            (None, ('', 'confirmed'))):
         table = Table('', '', [Entry('a', '', (), paper), Entry('b', '', (), 72.3)], [Claim('x', ('a', ''), ('b', ''))])
         figures = {('a', ''): Figure({0: 5., 1: 6.}, 1), ('b', ''): Figure({0: 1., 1: 2.1}, 1)}
         found, = significance.judge(table, figures)
