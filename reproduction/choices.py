@@ -145,7 +145,15 @@ def recipes(scale: Scale, seeds: Sequence[int]) -> Table:
           for label, (_, names) in RECIPES.items() if 'hard' in names)])
 
 
-def _choices(scale: Scale, title: str, note: str, prefix: str, argv: Tuple[str, ...], options, seeds) -> Table:
+def _choices(
+        scale: Scale,
+        title: str,
+        note: str,
+        prefix: str,
+        argv: Tuple[str, ...],
+        options: Dict[str, Tuple[str, ...]],
+        seeds: Sequence[int],
+) -> Table:
     return Table(title, SET_ASIDE.format(100 * scale.ablation_fraction) + note, [
         Entry(label, 'top-1', students(
             scale, f'{prefix}-{_slug(label)}', argv + change, scale.ablation_fraction, seeds, tuning=True))

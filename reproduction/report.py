@@ -3,7 +3,7 @@ import argparse
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
@@ -69,7 +69,7 @@ def plot_lines(
         lines: Dict[str, Dict[Key, float]],
         size: Tuple[float, float],
         colors: Sequence[Optional[str]],
-        **options,
+        **options: Any,
 ) -> bytes:
     """Plot top-1 with its 95 % confidence interval, one line per label, at the x of each figure."""
     figure, ((axes,),) = new_figure(size=size)
