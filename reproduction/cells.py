@@ -1,9 +1,10 @@
-"""The cells of the reproduction: which command each figure comes from, at which scale, by which method."""
+"""Define the cells of the reproduction: the command behind each figure, by scale and method."""
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Optional, Sequence, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 import yaml
 
@@ -18,29 +19,29 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Scale:
-    """A size at which the experiments are run.
+    """Size of the experiments.
 
     Args:
         name: 'smoke', 'small' or 'imagenet'.
         data: Folder of the images below the driver's data folder, with `train` and `validation`.
-        tuning_data: The same for choices: training images alone. Without it, nothing is chosen at this scale.
+        tuning_data: Folder for tuning, with training images only. If empty, nothing is tuned at this scale.
         num_train: Training images in `data`.
         num_eval: Validation images in `data`.
         recipe: YAML file of all students.
         student: Model of all students.
-        cnn: Arguments that name the architecture of the teacher; empty where timm has its weights.
-        teacher: Further arguments of the run that trains it.
-        epochs: Of all students.
-        fractions: Shares of the training images of table 2.
-        ablation_fraction: The one of everything else.
-        num_synthetic: Images of each data-free set; their student is trained for as many epochs.
+        cnn: Arguments for the architecture of the teacher; empty if timm has its weights.
+        teacher: Further arguments of the run that trains the teacher.
+        epochs: Epochs of all students.
+        fractions: Shares of the training images in table 2.
+        ablation_fraction: Share of the training images in the other tables.
+        num_synthetic: Images of each data-free set.
         hooks: Student block and teacher stage of the hidden loss.
-        diversity: Arguments of the measurement of table 6; LPIPS without `--model`.
+        diversity: Arguments of the measurement in table 6; LPIPS without `--model`.
         inversion: Arguments of data_free.
-        adi: Further ones for ADI.
-        intra: Further ones for intra-divergence.
+        adi: Further arguments of data_free for ADI.
+        intra: Further arguments of data_free for intra-divergence.
         data_free: Further arguments of the students of table 5.
-        teacher_name: timm's name of the teacher, where it is not trained.
+        teacher_name: timm's name of the teacher, if it is not trained.
         untaught: Arguments that turn the recipe's teacher off.
     """
     name: str
@@ -66,17 +67,17 @@ class Scale:
     untaught: Tuple[str, ...] = ()
 
 
-# Of all inversions; as in `hidden_loss` below, what is a default is written out
+# Shared by all inversions. Defaults are written out, as in `hidden_loss` below.
 DEEP_INVERSION = ('--l2-weight', '1e-5', '--first-bn-weight', '1', '--betas', '0.5', '0.9')
 
 
 def adi_weights(weight: str) -> Tuple[str, ...]:
-    """The competition with the student."""
+    """Return the arguments for the competition with the student."""
     return '--adi-weight', weight, '--adi-temperature', '3'
 
 
 def intra_weights(ep: str) -> Tuple[str, ...]:
-    """The intra-divergence loss, with a hundredth of its weight for the triplet, as in the paper."""
+    """Return the arguments for the intra-divergence loss, with the paper's ratio of the two weights."""
     return '--ep-weight', ep, '--triplet-weight', f'{float(ep) / 100:g}', '--margin', '1'
 
 
@@ -94,7 +95,7 @@ SCALES = {scale.name: scale for scale in (
         ('--model', 'resnet18', '--model-kwargs', 'channels=(32,64,128,256)'),
         ('--epochs', '15', '--batch-size', '64', '--warmup-epochs', '1', '--reprob', '0'),
         40, (0.01, 0.025, 0.05, 0.1), 0.025, 1500, ('4:2',),
-        # an ImageNet CNN that comes as a package, and not the one that the images are made out of
+        # an ImageNet CNN from a package, which differs from the CNN that the images are synthesised from
         ('--model', 'efficientnet_lite0', '--checkpoint', '{data}/efficientnet_lite0.pth'),
         ('--resolutions', '32:200:0.2', '--classes-per-batch', '10', '--images-per-class', '6', '--jitter', '2',
          '--bn-norm', 'relative', '--bn-weight', '0.05', '--tv-weight', '0.003', *DEEP_INVERSION),
@@ -116,16 +117,16 @@ SCALES = {scale.name: scale for scale in (
 
 @dataclass(frozen=True)
 class Cell:
-    """One command and its figures.
+    """One command.
 
     Args:
-        name: Of its output folder and of its result.
+        name: Name of its output folder and of its result.
         data: Folder of the images below the driver's data folder; with a '/' in front, below that of the runs.
-        argv: Arguments of the command, without those of the output. '{runs}' and '{data}' are the folders of the
+        argv: Arguments of the command without those of the output. '{runs}' and '{data}' are the folders of the
             driver, '{teacher}' is the teacher.
-        cost: For the estimate of the time: images trained on, in all epochs, of a ViT alone.
-        seed: Of the run.
-        needs: Cells that come first.
+        cost: Estimate of the time, in training images of a plain ViT over all epochs.
+        seed: Seed of the run.
+        needs: Cells to run first.
         program: 'train', 'data_free' or 'diversity'.
     """
     name: str
@@ -138,27 +139,32 @@ class Cell:
 
 
 class CellError(Exception):
-    """Why a cell has no figures."""
+    """Reason why a cell has no result."""
+
+
+@functools.lru_cache(maxsize=None)
+def _parse(recipe: str) -> Any:
+    return yaml.safe_load(recipe)
 
 
 def definition(cell: Cell) -> str:
-    """Of what a cell does: its arguments, what is in its recipe, and the same of the cells that it needs."""
+    """Return a hash of a cell's inputs: arguments, content of the recipe, and dependencies."""
     recipe = ROOT / cell.argv[cell.argv.index('-c') + 1] if '-c' in cell.argv else None
     parts = [
-        cell.program, cell.data, cell.argv, cell.seed, yaml.safe_load(recipe.read_text()) if recipe else None,
+        cell.program, cell.data, cell.argv, cell.seed, _parse(recipe.read_text()) if recipe else None,
         [definition(need) for need in cell.needs]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-# What makes each method, beside the recipe that all share. All is written out: a result must not change its meaning
-# when a default of train.py does.
+# Arguments of each method, besides the shared recipe. Defaults are written out, so that a result keeps its meaning
+# when a default of train.py changes.
 PLAIN = ('--model-kwargs', 'num_mhca_blocks=0')
 TAUGHT = ('--kd-model-name', '{teacher}', '--dearkd-alpha', '0.5')
 NO_HIDDEN = ('--dearkd-beta', '0')
 RPE_DROP = ('--dearkd-rpe-drop', '0.1', '--dearkd-rpe-drop-mode', 'element')  # the paper's dropout, at our rate
-STAGE1 = 5 / 6  # of the epochs, in the paper's recipe of 300
+STAGE1 = 5 / 6  # share of the epochs in the paper's recipe of 300
 METHODS = {'vit': 'ViT', 'hard': 'ViT, hard-label distillation', 'dearkd': 'DearKD'}
-# In the last sixth of the epochs the learning rate is small; the last two leave the teacher while it is not
+# The last two end stage I at half of the epochs, because the learning rate is small in the last sixth
 FIGURE4 = {
     **METHODS, 'mhca': 'MHCA without a teacher', 'mhca_hidden': 'DearKD in one stage',
     'stage50_ce': 'DearKD, stage I of 50 %, then `ce`',
@@ -166,23 +172,23 @@ FIGURE4 = {
 
 
 def hidden_loss(hooks: Sequence[str], beta: str = '10', normalize: bool = True) -> Tuple[str, ...]:
-    """The loss on the CNN's features."""
+    """Return the arguments for the loss on the CNN's features."""
     return ('--dearkd-hooks', *hooks, '--dearkd-beta', beta,
             '--dearkd-normalize-features' if normalize else '--no-dearkd-normalize-features')
 
 
 def stages(scale: Scale, share: float, kind: str = 'anneal') -> Tuple[str, ...]:
-    """The teacher teaches for that share of the epochs."""
+    """Return the arguments for a stage I of this share of the epochs."""
     return ('--dearkd-stage1-epochs', str(round(share * scale.epochs)), '--dearkd-stage2', kind)
 
 
 def two_stages(scale: Scale, share: float, kind: str) -> Tuple[str, ...]:
-    """DearKD with stages of another length or kind."""
+    """Return the arguments for DearKD with another length or kind of the stages."""
     return TAUGHT + hidden_loss(scale.hooks) + stages(scale, share, kind)
 
 
 def methods(scale: Scale) -> Dict[str, Tuple[str, ...]]:
-    """Arguments of the rows of table 1; 'vit', 'hard' and 'dearkd' are the methods of table 2."""
+    """Return the arguments of the rows of table 1; 'vit', 'hard' and 'dearkd' are the methods of table 2."""
     one_stage, hidden = stages(scale, 1.), hidden_loss(scale.hooks)
     return {
         'vit': PLAIN + scale.untaught,
@@ -196,7 +202,7 @@ def methods(scale: Scale) -> Dict[str, Tuple[str, ...]]:
 
 
 def teacher_cell(scale: Scale) -> Optional[Cell]:
-    """The CNN, trained once on all training images; None where it needs no training."""
+    """Return the CNN, trained once on all training images; None if it needs no training."""
     if not scale.cnn:
         return None
     argv = ('-c', scale.recipe, *scale.cnn, *scale.teacher, '--val-interval', '1000')
@@ -205,7 +211,7 @@ def teacher_cell(scale: Scale) -> Optional[Cell]:
 
 
 def cnn_cell(scale: Scale, seed: int) -> Cell:
-    """The teacher's CNN, trained on a student's images alone, by the student's recipe."""
+    """Return the teacher's architecture, trained on a student's images with the student's recipe."""
     argv = ('-c', scale.recipe, *scale.cnn, '--epochs', str(scale.epochs), '--val-interval', str(scale.epochs),
             '--train-fraction', str(scale.ablation_fraction), '--fraction-seed', str(seed))
     cost = scale.num_train * scale.ablation_fraction * scale.epochs / 3
@@ -213,7 +219,7 @@ def cnn_cell(scale: Scale, seed: int) -> Cell:
 
 
 def training_cost(scale: Scale, num_images: float, argv: Sequence[str], num_evaluations: int) -> float:
-    """See `Cell`; the factors are rough."""
+    """Return the rough cost of a training run, see `Cell`."""
     return num_images * scale.epochs * (1.3 if TAUGHT[1] in argv else 1.) + num_evaluations * scale.num_eval / 3
 
 
@@ -225,13 +231,13 @@ def student_cell(
         seed: int,
         tuning: bool = False,
 ) -> Cell:
-    """A student; on the tuning images only the last epoch is evaluated, as nothing else is looked at."""
+    """Return a student. On the tuning images, only the last epoch is evaluated."""
     argv = ('-c', scale.recipe, '--model', scale.student, '--epochs', str(scale.epochs),
             '--train-fraction', str(fraction), '--fraction-seed', str(seed), *argv)
     if tuning:
         argv += ('--val-interval', str(scale.epochs))
     elif fraction == scale.ablation_fraction and name in FIGURE4:
-        argv += ('--track-attention-distance',)  # changes nothing else
+        argv += ('--track-attention-distance',)  # does not change the training
     teacher = teacher_cell(scale)
     return Cell(
         f'{"tuning-" if tuning else ""}{name}-{fraction:g}-seed{seed}',
@@ -251,5 +257,5 @@ def students(
         seeds: Sequence[int],
         tuning: bool = False,
 ) -> Tuple[Cell, ...]:
-    """The same student for several seeds."""
+    """Return the same student for several seeds."""
     return tuple(student_cell(scale, name, argv, fraction, seed, tuning) for seed in seeds)

@@ -1,4 +1,4 @@
-"""The tables of images that are made out of a CNN."""
+"""Define the tables of images that are synthesised from a CNN."""
 from typing import Dict, List, Sequence, Tuple
 
 from reproduction.cells import (
@@ -12,10 +12,10 @@ from reproduction.cells import (
     teacher_cell,
     training_cost,
 )
-from reproduction.table import Claim, Entry, Table
+from reproduction.table import AGREEMENT, Claim, Decision, Entry, Table
 from timm_dearkd.data_free.inversion import LossWeights
 
-__all__ = ['inversion', 'table5', 'table6']
+__all__ = ['WEIGHT_DECISIONS', 'inversion', 'table5', 'table6']
 
 MODES: Dict[str, Tuple[str, float, float]] = {
     # label, the paper's top-1 (table 5) and LPIPS (table 6)
@@ -24,12 +24,13 @@ MODES: Dict[str, Tuple[str, float, float]] = {
     'intra': ('DF-DearKD (intra-divergence)', 71.2, 0.692),
 }
 REAL = 'real images'
-# What two CNNs say of images that were made: the one that they were made out of, and one that has other weights
-IMAGE_FIGURES = {'CNN is sure, %': 'sure', 'another CNN is, %': 'recognised'}
+# Share of the images to which a CNN gives over half of its probability for their class: the CNN that they were
+# synthesised from, and one with other weights
+IMAGE_FIGURES = {'recognised by its CNN, %': 'sure', 'by another CNN, %': 'recognised'}
 
 
 def image_cell(scale: Scale, mode: str, seed: int) -> Cell:
-    """A set of images made out of the teacher."""
+    """Return a set of images that are synthesised from the teacher."""
     weights = {'none': (), 'adi': scale.adi, 'intra': scale.intra}[mode]
     return inversion_cell(scale, f'images-{mode}-seed{seed}', scale.data, mode, seed, scale.num_synthetic, weights)
 
@@ -43,7 +44,7 @@ def inversion_cell(
         num_images: int,
         weights: Tuple[str, ...],
 ) -> Cell:
-    """Images by one of the modes, with some weights of its loss. A CNN of other images looks on."""
+    """Return a set of images of one mode and its loss weights. A CNN trained on other images verifies them."""
     teacher, needs = teacher_cell(scale), []
     argv = ['--model', '{teacher}', '--num-images', str(num_images), '--diversity', mode, *scale.inversion]
     if teacher:
@@ -57,7 +58,7 @@ def inversion_cell(
 
 
 def synthetic_student_cell(scale: Scale, mode: str, seed: int) -> Cell:
-    """The DearKD student of table 2 on a set of images; it is evaluated on the real ones, once."""
+    """Return the DearKD student of table 2 on synthetic images, evaluated once on the real ones."""
     argv = ('-c', scale.recipe, '--model', scale.student, '--epochs', str(scale.epochs), '--val-interval',
             str(scale.epochs), *methods(scale)['dearkd'], *scale.data_free)
     images, teacher = image_cell(scale, mode, seed), teacher_cell(scale)
@@ -68,12 +69,12 @@ def synthetic_student_cell(scale: Scale, mode: str, seed: int) -> Cell:
 
 def _ordered(column: str) -> List[Claim]:
     none, adi, intra = ((label, column) for label, *_ in MODES.values())
-    return [Claim('ADI above DeepInversion', adi, none), Claim('Intra-divergence above ADI', intra, adi),
-            Claim('Intra-divergence above DeepInversion', intra, none)]
+    return [Claim('ADI > DeepInversion', adi, none), Claim('DF-DearKD > ADI', intra, adi),
+            Claim('DF-DearKD > DeepInversion', intra, none)]
 
 
 def real_students(scale: Scale, seeds: Sequence[int]) -> Tuple[Cell, ...]:
-    """On about as many real images: those of table 2, where the recipe is the same."""
+    """Return students on about as many real images; those of table 2 if the recipe is the same."""
     argv = methods(scale)['dearkd'] + scale.data_free
     if not scale.data_free:
         return students(scale, 'dearkd', argv, scale.ablation_fraction, seeds)
@@ -81,7 +82,7 @@ def real_students(scale: Scale, seeds: Sequence[int]) -> Tuple[Cell, ...]:
 
 
 def weights_note(scale: Scale) -> str:
-    """What is other than data_free's defaults in the images' losses."""
+    """Return a sentence with the loss weights that differ from data_free's defaults."""
     argv = scale.inversion + scale.adi + scale.intra
     flags, defaults = dict(zip(argv, argv[1:])), LossWeights()
     names = dict(bn='BatchNorm', tv='total variation', ep='easiest positive', triplet='triplet', adi='ADI')
@@ -89,26 +90,30 @@ def weights_note(scale: Scale) -> str:
         f'{name} {flags[f"--{flag}-weight"]} (default {getattr(defaults, flag):g})' for flag, name in names.items()
         if float(flags[f'--{flag}-weight']) != getattr(defaults, flag)]
     changed += ['relative BatchNorm distances'] if flags['--bn-norm'] == 'relative' else []
-    return f' Not the defaults of `data_free`: {", ".join(changed)}.' if changed else ''
+    return f'\n- Changed from the defaults of `data_free`: {", ".join(changed)}.' if changed else ''
 
 
-# Weights of what keeps images apart: easiest positive (the triplet's is a hundredth of it), and the competition
+# Weights of the diversity losses: easiest positive (the triplet has a hundredth of it), and competition
 WEIGHTS: Dict[str, Tuple[str, ...]] = {
     'intra': ('0.05', '0.1', '0.2', '0.5', '1', '2'), 'adi': ('10', '30', '100', '300')}
+WEIGHT_DECISIONS = tuple(
+    Decision(what, 'inversion', list(IMAGE_FIGURES)[0], {w: f'{MODES[mode][0]}, {w}' for w in WEIGHTS[mode]}, taken,
+             'The largest weight that leaves 90 % of the images recognised by their CNN.')
+    for what, mode, taken in (('weight of the easiest positive, DF-DearKD (% recognised)', 'intra', '0.1'),
+                              ('weight of the competition, ADI (% recognised)', 'adi', '30')))
 
 
 def inversion(scale: Scale, seeds: Sequence[int]) -> Table:
-    """How strong the losses for diversity may be."""
+    """Return the weights of the diversity losses that were tried."""
     make = dict(intra=intra_weights, adi=adi_weights)
     tried: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {MODES['none'][0]: ('none', 'none', ())}
     for mode, weights in WEIGHTS.items():
         tried.update({f'{MODES[mode][0]}, {w}': (f'{mode}-{w}', mode, make[mode](w)) for w in weights})
     return Table(
-        'Weights for diversity, without real images',
-        '120 images each, of one seed, by the weight of the easiest positive (a hundredth of it for the triplet, as in'
-        ' the paper) and of the competition. Tables 5 and 6 are to have the largest of these that leaves 90 % of the'
-        ' images with more than half of the probability of the CNN that they are made out of, as far as they have been'
-        ' run; three images are 2.5 points. The other CNN has no say.',
+        'Weights of the diversity losses, without real images',
+        '120 images each. DF-DearKD: weight of the easiest positive; the triplet has a hundredth of it, as in the'
+        ' paper. ADI: weight of the competition. An image is recognised if the CNN gives its class a probability above'
+        ' 0.5. Three images are 2.5 points. The other CNN was not used to choose.',
         [Entry(row, column, (inversion_cell(
             scale, f'tuning-images-{name}-seed{seeds[0]}', scale.tuning_data, mode, seeds[0], 120, argv),), None, key,
             key)
@@ -116,35 +121,34 @@ def inversion(scale: Scale, seeds: Sequence[int]) -> Table:
 
 
 def table5(scale: Scale, seeds: Sequence[int]) -> Table:
-    """Students without real images, and one with about as many real ones."""
+    """Return students on synthetic images, and on about as many real ones."""
     entries = [
         entry for mode, (label, paper, _) in MODES.items()
         for cells in [tuple(synthetic_student_cell(scale, mode, seed) for seed in seeds[:2])]
         for entry in (Entry(label, 'top-1', cells, paper, 'synthetic'),
-                      Entry(label, 'labels found', cells, None, 'labels', 'teacher_agreement', 2))]
+                      Entry(label, 'teacher agreement', cells, None, 'labels', 'teacher_agreement', 2))]
     real, intra = real_students(scale, seeds), (MODES['intra'][0], 'top-1')
     note = (
-        f'DearKD students on {scale.num_synthetic} images made out of a CNN'
-        f'{"" if scale.cnn else " (before the verifier leaves any out)"}, and on about as many real ones; their recipe'
-        f' was chosen on real ones.{weights_note(scale)} ADI competes with the student of DeepInversion\'s images.'
-        ' The paper has none on as many real images; its DeiT-Ti on all of ImageNet, without a teacher, is at 72.2.'
-        ' To the right: the share of the augmented images whose label, the class that they were made for, the teacher'
-        ' finds.')
+        f'- DearKD students on {scale.num_synthetic} images synthesised from a CNN'
+        f'{"" if scale.cnn else " (before the verifier rejects any)"}, and on about as many real images. Their recipe'
+        f' was chosen on real images.{weights_note(scale)}\n- ADI competes with the student of DeepInversion\'s'
+        ' images.\n- The paper has no student on as few real images. Its DeiT-Ti on all of ImageNet, without a teacher,'
+        f' has 72.2 %.\n- {AGREEMENT} The label of a synthetic image is the class that it was made for.')
     if scale.cnn:
         note += (
-            ' The CNN is the teacher too, where the paper has two, and no image is left out. Images are made to look'
-            ' like the crops that the CNN was trained on, and are cropped once more for the student, which may widen'
-            ' the gap to real ones.')
+            '\n- The images are synthesised from the teacher itself; the paper uses two CNNs. No image is rejected.'
+            '\n- The images resemble the crops that the CNN was trained on, and are cropped again for the student. This'
+            ' may widen the gap to real images.')
     return Table(
         'Data-free (table 5)', note,
         [*entries, Entry(REAL, 'top-1', real, None, 'real'),
-         Entry(REAL, 'labels found', real, None, 'labels', 'teacher_agreement', 2)],
-        [*_ordered('top-1'), Claim('Real images above intra-divergence', (REAL, 'top-1'), intra)])
+         Entry(REAL, 'teacher agreement', real, None, 'labels', 'teacher_agreement', 2)],
+        [*_ordered('top-1'), Claim('Real images > DF-DearKD', (REAL, 'top-1'), intra)])
 
 
 def distance_cell(scale: Scale, mode: str, seed: int) -> Cell:
-    """How far apart the images of a class are, real ones without a mode."""
-    need, data = teacher_cell(scale), scale.data  # the teacher may be what measures
+    """Return a measurement of the distance between images of a class; real images if there is no mode."""
+    need, data = teacher_cell(scale), scale.data  # the teacher may measure the distance
     if mode:
         need = image_cell(scale, mode, seed)
         data = f'/{need.name}'
@@ -154,12 +158,12 @@ def distance_cell(scale: Scale, mode: str, seed: int) -> Cell:
 
 
 def table6(scale: Scale, seeds: Sequence[int]) -> Table:
-    """How far apart the images of a class are."""
+    """Return the distances between images of a class."""
     metric = 'LPIPS'
     if '--model' in scale.diversity:
         cnn = scale.diversity[scale.diversity.index('--model') + 1].strip('{}')
-        metric = (f'a mean of squared distances between features of {cnn}; the paper\'s figures are LPIPS, on another'
-                  ' scale')
+        metric = (f'mean squared distance between features of `{cnn}` (the paper\'s figures are LPIPS, on another'
+                  ' scale)')
     distances = [
         Entry(label, 'distance', tuple(distance_cell(scale, mode, seed) for seed in seeds[:2]), lpips, noise,
               'distance', 3)
@@ -171,11 +175,11 @@ def table6(scale: Scale, seeds: Sequence[int]) -> Table:
         for mode, (label, *_) in MODES.items() for column, key in IMAGE_FIGURES.items()]
     return Table(
         'Diversity (table 6)',
-        f'Distance of two images of a class: {metric}. Noise in the pixels is distance too, so that more of it is'
-        ' diversity only where the images are recognised as well. Beside it: images in percent to which the CNN that'
-        ' they were made out of gives more than half of its probability for their class, and to which another CNN does'
-        f'{", trained on as many real images" if scale.cnn else ""}.',
+        f'- Distance between two images of a class: {metric}.\n- Pixel noise also increases the distance. A larger'
+        ' distance means diversity only if the images are recognised as well.\n- An image is recognised if a CNN gives'
+        ' its class a probability above 0.5. Its CNN is the one that it was synthesised from. The other CNN was'
+        f' trained {"on as many real images" if scale.cnn else "separately"}.',
         distances + looks, [
             *_ordered('distance'),
-            *(Claim(f'Real images above {label}', (REAL, 'distance'), (label, 'distance'))
+            *(Claim(f'Real images > {label}', (REAL, 'distance'), (label, 'distance'))
               for label, *_ in MODES.values())])

@@ -1,4 +1,4 @@
-"""Run cells in parallel processes: what is there is skipped, what is half done goes on."""
+"""Run cells in parallel processes, skip finished cells and resume unfinished ones."""
 import argparse
 import fcntl
 import itertools
@@ -26,7 +26,7 @@ __all__ = ['Driver', 'count_processes', 'git_commit', 'is_taught']
 
 
 def git_commit() -> str:
-    """The commit that the code is of, with a '+' if files differ from it; '' outside of a clone."""
+    """Return the commit of the code, with a '+' if there are uncommitted changes; '' outside of a clone."""
     def git(*args: str) -> str:
         return subprocess.run(['git', *args], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
@@ -37,29 +37,28 @@ def git_commit() -> str:
 
 
 def count_processes(launcher: Sequence[str]) -> int:
-    """How many torchrun starts, by its arguments; Python starts 1.
+    """Return the number of processes that a launcher starts: torchrun's by its arguments, Python's is 1.
 
     Raises:
-        ValueError: They give no number, or it is another launcher.
+        ValueError: If the number is not given, or the launcher is unknown.
     """
     if 'torchrun' not in map(os.path.basename, launcher) and 'torch.distributed.run' not in launcher:
         if 'python' in os.path.basename(launcher[0]):
             return 1
         raise ValueError(
-            f'--launcher {shlex.join(launcher)}: how many processes that starts is only known of torchrun. Take it, or'
-            ' leave --launcher out.')
+            f'--launcher {shlex.join(launcher)} is not supported, expected torchrun. Use torchrun, or omit --launcher.')
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument('--nnodes', default='1')
     parser.add_argument('--nproc_per_node', '--nproc-per-node', default='1')
     args, _ = parser.parse_known_args(launcher)
     if not (args.nnodes.isdecimal() and args.nproc_per_node.isdecimal()):
         raise ValueError(
-            f'--launcher has {args.nnodes} nodes and {args.nproc_per_node} processes on each, expected two numbers.')
+            f'--launcher has --nnodes {args.nnodes} and --nproc_per_node {args.nproc_per_node}, expected two numbers.')
     return int(args.nnodes) * int(args.nproc_per_node)
 
 
 def is_taught(cell: Cell) -> bool:
-    """Whether its figure depends on the teacher."""
+    """Return whether the result of a cell depends on the teacher."""
     return any(need.name == 'teacher' or is_taught(need) for need in cell.needs)
 
 
@@ -71,8 +70,8 @@ class Driver:
         data: Folder of the data sets.
         work: Folder of the runs.
         results: Folder of the JSON files.
-        jobs: Cells at a time. Each gets its share of the cores.
-        launcher: What starts a program: Python, or torchrun with its arguments.
+        jobs: Number of cells to run in parallel. Each gets an equal share of the cores.
+        launcher: Command that starts a program: Python, or torchrun with its arguments.
     """
 
     def __init__(
@@ -89,41 +88,41 @@ class Driver:
         self.threads = max(1, (os.cpu_count() or 1) // jobs)
         self.processes: Set[subprocess.Popen] = set()
         self.stopping = False
-        self.cost = self.seconds = 0.  # of the cells of this session
+        self.cost = self.seconds = 0.  # of the cells that finished, for the estimate of the time left
 
     def result_path(self, name: str) -> Path:
         return self.results / f'{name}.json'
 
     def has_result(self, cell: Cell) -> bool:
-        """Whether there is one, and it is of the cell as it is defined now."""
+        """Return whether there is a result of the cell with its current definition."""
         result = read_result(self.result_path(cell.name))
         return result is not None and result['definition'] == definition(cell)
 
     def read_log(self, cell: Cell) -> Dict[str, Any]:
-        """What is known of a run so far."""
+        """Return the driver's record of a run."""
         path = self.work / f'{cell.name}.json'
         return json.loads(path.read_text()) if path.exists() else {}
 
     def has_output(self, cell: Cell) -> bool:
-        """Whether there is what other cells need of it, of the cell as it is defined now."""
+        """Return whether the output that other cells need exists, with the cell's current definition."""
         name, log = 'manifest.json' if cell.program == 'data_free' else 'model_best.safetensors', self.read_log(cell)
         teacher = self.teacher_weights() if is_taught(cell) else ''
         return (self.work / cell.name / name).exists() and (
             log.get('definition'), log.get('teacher', '')) == (definition(cell), teacher)
 
     def path(self, path: Path) -> str:
-        """As it is named in commands: relative to the repository, if it is in there."""
+        """Return a path for a command, relative to the repository if it is inside."""
         return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
     def teacher(self) -> str:
         return self.scale.teacher_name or self.path(self.work / 'teacher')
 
     def teacher_weights(self) -> str:
-        """`weights_hash` of the trained teacher; '' where it is timm's."""
+        """Return the `weights_hash` of the trained teacher; '' if the teacher is timm's."""
         return weights_hash(self.work / 'teacher')
 
     def command(self, cell: Cell) -> List[str]:
-        """Arguments of Python, or of what launches it, that run a cell, or go on with it."""
+        """Return the launcher's arguments that run or resume a cell."""
         work, argv = self.path(self.work), list(cell.argv)
         for name, value in (('{runs}', work), ('{data}', self.path(self.data)), ('{teacher}', self.teacher())):
             argv = [arg.replace(name, value) for arg in argv]
@@ -138,10 +137,10 @@ class Driver:
             '--experiment', cell.name, '--resume', 'auto']
 
     def accumulation(self, cell: Cell) -> List[str]:
-        """Arguments by which several processes have the batch of one.
+        """Return the arguments that give several processes the batch size of one process.
 
         Raises:
-            ValueError: They can not.
+            ValueError: If the accumulation steps cannot be divided among the processes.
         """
         num_processes = count_processes(self.launcher)
         if num_processes == 1:
@@ -151,16 +150,16 @@ class Driver:
         steps = int(given.get('--grad-accum-steps', recipe.get('grad_accum_steps', 1)))
         if steps % num_processes:
             raise ValueError(
-                f'{num_processes} processes can not share the {steps} accumulation steps of {cell.name}. Start as'
-                ' many as divide them.')
+                f'--launcher starts {num_processes} processes, but {cell.name} has {steps} accumulation steps. Start a'
+                ' number of processes that divides them.')
         return ['--grad-accum-steps', str(steps // num_processes)]
 
     @contextmanager
     def locked(self, name: str) -> Iterator[TextIO]:
-        """The log of a cell, which one driver at a time has; the programs that write to it keep it while they run.
+        """Open and lock the log of a cell. Programs that write to the log hold the lock while they run.
 
         Raises:
-            CellError: Asked to stop while another has it.
+            CellError: If the driver is stopped while another driver holds the lock.
         """
         self.work.mkdir(parents=True, exist_ok=True)
         with open(self.work / f'{name}.log', 'a') as log:
@@ -172,20 +171,20 @@ class Driver:
                     break
                 except BlockingIOError:
                     if not attempt:
-                        print(f'{name}: another process works on it. Waiting for it.', flush=True)
+                        print(f'{name}: waiting for another process that runs it.', flush=True)
                     time.sleep(1)
             yield log
 
     def execute(self, command: Sequence[str], log: TextIO) -> None:
-        """Run a command with its output in a log.
+        """Run a command, and write its output to a log.
 
         Raises:
-            CellError: It ends with another status than 0.
+            CellError: If its status is not 0.
         """
         env = dict(os.environ, OMP_NUM_THREADS=str(self.threads))
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
         self.processes.add(process)
-        if self.stopping:  # the signal came between
+        if self.stopping:  # the signal came before the process was registered
             process.send_signal(signal.SIGTERM)
         status = process.wait()
         self.processes.discard(process)
@@ -194,7 +193,7 @@ class Driver:
             raise CellError('stopped' if self.stopping else f'status {status}: {last}')
 
     def restore_teacher(self) -> None:
-        """Bring the teacher that is kept with the results to the folder of the runs, unless it is there."""
+        """Copy the teacher from the results to the folder of the runs, unless it is there."""
         cell, kept = teacher_cell(self.scale), self.results / 'teacher'
         if cell is None or not self.has_result(cell) or not all((kept / name).exists() for name in TEACHER_FILES):
             return
@@ -206,15 +205,15 @@ class Driver:
             self.write_log(cell, dict(definition=definition(cell), commits=[], seconds=0.))
 
     def run_cell(self, cell: Cell) -> Dict[str, Any]:
-        """Run a cell and keep its figures, which are returned.
+        """Run a cell, and write and return its result.
 
         Raises:
-            CellError: There are none.
+            CellError: If the command fails or writes no figures.
         """
         with self.locked(cell.name) as output:
             log, commit = self.read_log(cell), git_commit()
             teacher = self.teacher_weights() if is_taught(cell) else ''
-            if (log.get('definition'), log.get('teacher', teacher)) != (definition(cell), teacher):  # of another run
+            if (log.get('definition'), log.get('teacher', teacher)) != (definition(cell), teacher):  # another run
                 shutil.rmtree(self.work / cell.name, ignore_errors=True)
                 log = dict(definition=definition(cell), commits=[], seconds=0.)
             if teacher:
@@ -237,7 +236,7 @@ class Driver:
             return result
 
     def keep_files(self, cell: Cell) -> None:
-        """Attention distances, and the teacher, go beside the results; real validation images beside synthetic ones."""
+        """Copy attention distances and the teacher to the results; link real validation images to synthetic ones."""
         folder = self.work / cell.name
         distances = folder / 'attention_distance.csv'
         if distances.exists():
@@ -250,7 +249,7 @@ class Driver:
             link.symlink_to(validation_folder(self.data / cell.data))
 
     def shell_line(self, cell: Cell) -> str:
-        """The command as a user would give it."""
+        """Return the command as a user would type it."""
         alone = self.launcher == [sys.executable] or cell.program == 'diversity'
         return shlex.join([*(['python'] if alone else self.launcher), *self.command(cell)])
 
@@ -258,7 +257,7 @@ class Driver:
         write_bytes(self.work / f'{cell.name}.json', json.dumps(log).encode())
 
     def stop(self, signum: int, *_: Any) -> None:
-        """Let the cells that run write their checkpoints, and begin no other."""
+        """Handle a signal: running cells write their checkpoints, and no other cell starts."""
         self.stopping = True
         for process in list(self.processes):
             process.send_signal(signal.SIGTERM)
@@ -270,7 +269,7 @@ class Driver:
         return f', about {minutes // 60}:{minutes % 60:02} h left'
 
     def missing(self, cells: Sequence[Cell]) -> Dict[str, Cell]:
-        """The cells without a result, and those whose output they need and that is not there, in order."""
+        """Return the cells without a result and their missing dependencies, in the order to run."""
         todo: Dict[str, Cell] = {}
 
         def add(cell: Cell) -> None:
@@ -284,16 +283,29 @@ class Driver:
                 add(cell)
         return todo
 
+    def report(self, cell: Cell, future: Future, left: List[Cell]) -> str:
+        """Print the result of a cell and the time left, or the problem, which is returned."""
+        try:
+            result = future.result()
+        except Exception as e:  # the other cells continue
+            problem = str(e) if isinstance(e, CellError) else f'{type(e).__name__}: {e}'
+            print(f'{cell.name}: {problem}', flush=True)
+            return problem
+        self.cost, self.seconds = self.cost + cell.cost, self.seconds + result['seconds']
+        figure, = (text.format(result[key]) for key, text in FIGURES.items() if key in result)
+        print(f'{cell.name}: {figure} ({len(left)} cells{self.time_left(left)})', flush=True)
+        return ''
+
     def run(self, cells: Sequence[Cell]) -> bool:
-        """Run what has no result yet. Returns whether all cells have one in the end."""
+        """Run the cells without a result. Return whether all cells have a result in the end."""
         try:
             if any(map(is_taught, cells)):
                 self.restore_teacher()
-        except CellError:  # asked to stop while another driver has it
-            print('Stopped. The same command goes on.', file=sys.stderr)
+        except CellError:  # stopped while another driver holds the lock
+            print('Stopped. Run the same command to resume.', file=sys.stderr)
             return False
         todo = self.missing(cells)
-        print(f'{len(cells)} cells, {sum(cell.name not in todo for cell in cells)} of them done', flush=True)
+        print(f'{len(cells)} cells, {sum(cell.name not in todo for cell in cells)} finished', flush=True)
         waiting, failed = dict(todo), {}  # type: ignore[var-annotated]
         futures: Dict[Future, Cell] = {}
         finished: Set[str] = set()
@@ -308,20 +320,13 @@ class Driver:
                         futures[pool.submit(self.run_cell, cell)] = waiting.pop(name)
                 for future in wait(futures, return_when=FIRST_COMPLETED).done if futures else ():
                     cell = futures.pop(future)
-                    finished.add(cell.name)
-                    try:
-                        result = future.result()
-                    except Exception as e:  # of one cell; the others go on
-                        finished.discard(cell.name)
-                        failed[cell.name] = str(e) if isinstance(e, CellError) else f'{type(e).__name__}: {e}'
-                        print(f'{cell.name}: {failed[cell.name]}', flush=True)
-                        continue
-                    self.cost, self.seconds = self.cost + cell.cost, self.seconds + result['seconds']
-                    figure, = (text.format(result[key]) for key, text in FIGURES.items() if key in result)
-                    left = [*waiting.values(), *futures.values()]
-                    print(f'{cell.name}: {figure} ({len(left)} cells{self.time_left(left)})', flush=True)
+                    problem = self.report(cell, future, [*waiting.values(), *futures.values()])
+                    if problem:
+                        failed[cell.name] = problem
+                    else:
+                        finished.add(cell.name)
         for name, problem in failed.items():
             print(f'No result: {name}: {problem}', file=sys.stderr)
         if self.stopping:
-            print('Stopped. The same command goes on.', file=sys.stderr)
+            print('Stopped. Run the same command to resume.', file=sys.stderr)
         return not failed and not waiting

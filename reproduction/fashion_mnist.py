@@ -1,10 +1,9 @@
-"""Write Fashion-MNIST (Xiao et al., 2017) as image folders, for `train.py` and any other tool that reads such.
+"""Write Fashion-MNIST (Xiao et al., 2017) as image folders, for `train.py` and other tools.
 
     python reproduction/fashion_mnist.py DIR [--source FOLDER]
 
-DIR/train and DIR/validation are the 60,000 training and the 10,000 test images. DIR/tuning has the same training
-images in two parts: `train`, and 5,000 of them, 500 of each class, set aside as `validation`, on which all choices are
-made. They are links, so that nothing lies there twice.
+DIR/train and DIR/validation hold the 60,000 training and the 10,000 test images. DIR/tuning splits the training images:
+5,000 of them, 500 of each class, are set aside as `validation` for tuning. Its files are hard links and need no space.
 """
 import argparse
 import gzip
@@ -19,51 +18,52 @@ from PIL import Image
 from torchvision.datasets import FashionMNIST
 from tqdm import tqdm
 
-DEBIAN_FOLDER = Path('/usr/share/datasets/fashion-mnist')  # of the package dataset-fashion-mnist
-NUM_SET_ASIDE = 500  # of each class
+DEBIAN_FOLDER = Path('/usr/share/datasets/fashion-mnist')  # Debian package dataset-fashion-mnist
+NUM_SET_ASIDE = 500  # per class
 
 
 def find_source(source: Optional[Path], folder: Path) -> Path:
-    """The folder with the four idx files, gzipped or not; downloaded by torchvision where there is none.
+    """Return the folder with the four idx files, gzipped or not. torchvision downloads them if there is none.
 
     Raises:
-        FileNotFoundError: `source` has none.
-        OSError: The download fails.
+        FileNotFoundError: If `source` has no idx files.
+        OSError: If the download fails.
     """
     for candidate in (source,) if source else (DEBIAN_FOLDER,):
         if any(candidate.glob('train-images-idx3-ubyte*')):
             return candidate
     if source:
-        raise FileNotFoundError(f'{source} has no train-images-idx3-ubyte.gz. Name the folder of the four idx files.')
+        raise FileNotFoundError(
+            f'--source {source} has no train-images-idx3-ubyte.gz. Give the folder of the four idx files.')
     try:
         FashionMNIST(str(folder), download=True)
     except (OSError, RuntimeError) as e:
         raise OSError(
-            f'Fashion-MNIST can not be downloaded ({e}). Install it (apt-get install dataset-fashion-mnist), or name'
+            f'Cannot download Fashion-MNIST ({e}). Install it (apt-get install dataset-fashion-mnist), or give'
             ' the folder of its four idx files with --source.') from e
     return folder / 'FashionMNIST' / 'raw'
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """An idx file of bytes, gzipped or not."""
+    """Read an idx file of bytes, gzipped or not."""
     packed = path.with_name(f'{path.name}.gz')
     try:
         content = gzip.decompress(packed.read_bytes()) if packed.exists() else path.read_bytes()
     except (EOFError, zlib.error) as e:
-        raise OSError(f'{packed} is broken ({e}). Get it again.') from e
+        raise OSError(f'{packed} is damaged ({e}). Download it again.') from e
     shape = np.frombuffer(content, '>i4', count=content[3], offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape)
 
 
 def write_fashion_mnist(folder: Path, source: Optional[Path] = None) -> None:
-    """Write the folders, unless they are there. See the module."""
+    """Write the folders described above, unless they exist."""
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'.{folder.name}.', dir=folder.parent) as temporary:
         images = Path(temporary, 'images')
         _write_images(images, find_source(source, Path(temporary)))
-        if not folder.exists():  # another process may have been faster
+        if not folder.exists():  # unless another process was faster
             os.replace(images, folder)
 
 

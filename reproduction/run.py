@@ -1,7 +1,7 @@
 """Run the paper's experiments: `python reproduction/run.py table2 --scale small --jobs 2`.
 
-Every figure is one train.py or data_free command. What is there is skipped, what is half done goes on, and each result
-is kept as JSON with its command, seed and commits. `python reproduction/report.py` makes RESULTS.md out of those files.
+Each figure is one train.py or data_free command. Finished commands are skipped, and unfinished ones are resumed. Each
+result is a JSON file with its command, seed and commits. `python reproduction/report.py` writes RESULTS.md from them.
 """
 import argparse
 import fnmatch
@@ -24,16 +24,16 @@ from reproduction.tables import TABLES, collect_cells, tables_of  # noqa: E402
 
 
 def select_cells(cells: Sequence[Cell], patterns: Sequence[str]) -> List[Cell]:
-    """Those of some names, in the order of the patterns, which are a shell's.
+    """Return the cells whose names match shell patterns, in the order of the patterns.
 
     Raises:
-        ValueError: A pattern fits none.
+        ValueError: If a pattern matches no cell.
     """
     selected: Dict[str, Cell] = {}
     for pattern in patterns:
         found = {cell.name: cell for cell in cells if fnmatch.fnmatchcase(cell.name, pattern)}
         if not found:
-            raise ValueError(f'None of the {len(cells)} cells is named {pattern}. --list has their commands.')
+            raise ValueError(f'--only {pattern} matches none of the {len(cells)} cells. --list prints their commands.')
         selected.update(found)
     return list(selected.values())
 
@@ -42,15 +42,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*TABLES, 'all']
     parser.add_argument('tables', nargs='+', choices=names, metavar='TABLE', help=', '.join(names))
-    parser.add_argument('--scale', default='small', choices=list(SCALES))
-    parser.add_argument('--only', nargs='+', metavar='CELL', help='the cells of these names, such as "stage50_*"')
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    parser.add_argument('--jobs', type=int, default=max(1, (os.cpu_count() or 1) // 2), help='cells at a time')
-    parser.add_argument('--launcher', help='what starts a cell, say "torchrun --nproc_per_node 8" (with --jobs 1)')
-    parser.add_argument('--data', type=Path, default=ROOT / 'output/reproduction/data', help='folder of the data sets')
-    parser.add_argument('--work', type=Path, help='folder of the runs (output/reproduction/SCALE)')
-    parser.add_argument('--results', type=Path, help='folder of the results (reproduction/results/SCALE)')
-    parser.add_argument('--list', action='store_true', help='print the commands, and run none')
+    parser.add_argument('--scale', default='small', choices=list(SCALES), help='default: small')
+    parser.add_argument('--only', nargs='+', metavar='CELL', help='run these cells only, such as "stage50_*"')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='seeds to run (default: 0 1 2)')
+    parser.add_argument('--jobs', type=int, default=max(1, (os.cpu_count() or 1) // 2),
+                        help='cells to run in parallel (default: half of the cores)')
+    parser.add_argument('--launcher', help='command that starts a cell: "torchrun --nproc_per_node 8" (with --jobs 1)')
+    parser.add_argument('--data', type=Path, default=ROOT / 'output/reproduction/data',
+                        help='folder of the data sets (default: output/reproduction/data)')
+    parser.add_argument('--work', type=Path, help='folder of the runs (default: output/reproduction/SCALE)')
+    parser.add_argument('--results', type=Path, help='folder of the results (default: reproduction/results/SCALE)')
+    parser.add_argument('--list', action='store_true', help='print the commands without running them')
     args = parser.parse_args()
 
     scale = SCALES[args.scale]

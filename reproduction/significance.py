@@ -1,52 +1,85 @@
-"""Hold the claims of a table against its figures, as far as their noise lets them be told."""
+"""Test the claims of a table: 95 % confidence intervals from Student's and Welch's t."""
 import math
 import statistics
-from typing import Dict, List, NamedTuple, Sequence
+from typing import Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 import scipy.stats
 
-from reproduction.cells import METHODS
-from reproduction.results import Figure, Key
-from reproduction.table import Table
+from reproduction.results import Figure
+from reproduction.table import Key, Table
 
-__all__ = ['Gap', 'judge', 'judge_change', 'judge_growth', 'measure']
-
-def t_quantile(degrees: float) -> float:
-    """Return the two-sided 95 % quantile of Student's t."""
-    return float(scipy.stats.t.ppf(0.975, degrees))
+__all__ = ['Estimate', 'Finding', 'judge', 'measure', 'measure_change', 'table_of']
 
 
-class Gap(NamedTuple):
-    """A difference, and half of its 95 % interval; not a number where nothing is known of the noise."""
+class Estimate(NamedTuple):
+    """A weighted sum of figures with its 95 % confidence interval.
+
+    Args:
+        value: The sum.
+        margin: Half-width of the interval; NaN if the noise is unknown.
+        means: The figures of the sum.
+    """
     value: float
     margin: float
+    means: Dict[Key, float]
 
-    def verdict(self, digits: int) -> str:
-        """Whether it is above 0, where there is a margin."""
-        if abs(self.value) > self.margin:
-            return 'holds' if self.value > 0 else '**does not hold, the other way round**'
-        if not round(self.value, digits):
-            return 'not to be told from the noise'
-        return f'not to be told from the noise, leaning {"this way" if self.value > 0 else "the other way"}'
-
-    def text(self, digits: int) -> str:
+    def text(self, digits: int, sign: str = '+') -> str:
+        """Return '+1.2 ± 0.3', or the value alone if the margin is unknown."""
         margin = f' ± {self.margin:.{digits}f}' if math.isfinite(self.margin) else ''
-        return f'{round(self.value, digits) + 0.:+.{digits}f}{margin}'  # + 0. makes a -0 a 0
+        return f'{round(self.value, digits) + 0.:{sign}.{digits}f}{margin}'  # + 0. turns -0. into 0.
+
+
+class Finding(NamedTuple):
+    """A tested claim: one row of a table of claims.
+
+    Args:
+        text: The claim. It holds if the difference is positive.
+        paper: The paper's figures, or its statement in words.
+        here: The figures that are compared.
+        difference: Their difference.
+        digits: Decimals of the difference.
+        of_paper: Whether the paper makes the claim.
+    """
+    text: str
+    paper: str
+    here: str
+    difference: Estimate
+    digits: int
+    of_paper: bool
+
+    @property
+    def verdict(self) -> str:
+        """Whether the 95 % interval is above 0, below 0, or contains it."""
+        if abs(self.difference.value) <= self.difference.margin:
+            return 'inconclusive'
+        if self.difference.value < 0:
+            return '**contradicted**'
+        return 'reproduced' if self.of_paper else 'confirmed'
 
 
 class Noise(NamedTuple):
-    """Variance of a figure from seed to seed, and its degrees of freedom."""
+    """Variance from seed to seed, and its degrees of freedom."""
     variance: float
     degrees: int
 
 
+def table_of(findings: Dict[str, List[Finding]], first: str = 'claim') -> List[str]:
+    """Return the lines of a table of claims, grouped by heading; '' is no heading."""
+    lines = [f'| {first} | paper | here | difference, 95 % CI | verdict |', '| --- | --- | --- | --- | --- |']
+    for heading, group in findings.items():
+        lines += [f'| {heading} |  |  |  |  |'] if heading and group else []
+        lines += [f'| {found.text} | {found.paper or "—"} | {found.here} | {found.difference.text(found.digits)} |'
+                  f' {found.verdict} |' for found in group]
+    return lines
+
+
 def measure_noise(figures: Sequence[Figure], paired: bool) -> Noise:
-    """That of figures that are alike, by least squares; not a number where all have but one seed.
+    """Pool the variance of several figures over seeds, by least squares; NaN if each figure has one seed.
 
     Args:
-        figures: Each has a mean of its own.
-        paired: Each seed has an effect of its own too, the same on all figures (a randomised block design).
+        figures: Each has its own mean.
+        paired: Whether a seed shifts all figures by the same amount (a randomised block design).
     """
     observed = [(i, seed, value) for i, figure in enumerate(figures) for seed, value in figure.by_seed.items()]
     blocks = sorted({seed for _, seed, _ in observed}) if paired else []
@@ -59,18 +92,23 @@ def measure_noise(figures: Sequence[Figure], paired: bool) -> Noise:
     return Noise(float(residuals @ residuals) / degrees if degrees else math.nan, degrees)
 
 
-def measure(table: Table, figures: Dict[Key, Figure], factors: Dict[Key, float]) -> Gap:
-    """A sum of a table's means with factors, by Welch's t.
+def confidence_margin(variance: float, degrees: float) -> float:
+    """Return the half-width of the 95 % interval of an estimate with this variance."""
+    return float(scipy.stats.t.ppf(0.975, degrees)) * math.sqrt(variance)
 
-    Figures that are alike are compared by the seeds that they share.
+
+def measure(table: Table, figures: Dict[Key, Figure], factors: Dict[Key, float]) -> Estimate:
+    """Estimate a weighted sum of figures of a table, by Welch's t.
+
+    Figures of one noise group are compared on the seeds that they share.
     """
-    alike: Dict[str, Dict[Key, Figure]] = {}
+    groups: Dict[str, Dict[Key, Figure]] = {}
     for entry in table.entries:
         key = (entry.row, entry.column)
         if key in figures:
-            alike.setdefault(entry.noise, {})[key] = figures[key]
-    value, parts = 0., []
-    for group in alike.values():
+            groups.setdefault(entry.noise, {})[key] = figures[key]
+    means, parts = {}, []
+    for group in groups.values():
         used = {key: factor for key, factor in factors.items() if key in group}
         if not used:
             continue
@@ -81,50 +119,48 @@ def measure(table: Table, figures: Dict[Key, Figure], factors: Dict[Key, float])
         for key, factor in used.items():
             by_seed = group[key].by_seed
             values = [by_seed[seed] for seed in shared] if paired else list(by_seed.values())
-            value += factor * statistics.mean(values)
+            means[key] = statistics.mean(values)
             variance += factor ** 2 * noise.variance / len(values)
         parts.append(Noise(variance, noise.degrees))
-    total = sum(part.variance for part in parts)
-    if not total > 1e-12:  # nothing is known, or the figures are the same in all seeds
-        return Gap(value, math.nan)
-    degrees = total ** 2 / sum(part.variance ** 2 / part.degrees for part in parts)  # Welch and Satterthwaite
-    return Gap(value, t_quantile(degrees) * math.sqrt(total))
+    value, total = sum(factors[key] * mean for key, mean in means.items()), sum(part.variance for part in parts)
+    if not total > 1e-12:  # one seed, or the same figures for all seeds
+        return Estimate(value, math.nan, means)
+    degrees = total ** 2 / sum(part.variance ** 2 / part.degrees for part in parts)  # Welch-Satterthwaite
+    return Estimate(value, confidence_margin(total, degrees), means)
 
 
-def judge(table: Table, figures: Dict[Key, Figure]) -> List[str]:
-    """The claims, held against the figures, as far as their noise is known."""
-    lines = []
+def measure_change(change: Figure) -> Estimate:
+    """Estimate the mean of a difference that is known for each seed (a paired t-test)."""
+    values = list(change.by_seed.values())
+    variance = statistics.variance(values) / len(values) if len(values) > 1 else math.nan
+    return Estimate(change.mean, confidence_margin(variance, len(values) - 1), {})
+
+
+def _compare(values: Sequence[float], digits: int) -> str:
+    """Return '80.7 vs. 65.4'; four values are two differences."""
+    if len(values) == 4:
+        return f'{values[0] - values[1]:+.{digits}f} vs. {values[2] - values[3]:+.{digits}f}'
+    return ' vs. '.join(f'{value:.{digits}f}' for value in values)
+
+
+def judge(table: Table, figures: Dict[Key, Figure]) -> List[Finding]:
+    """Test the claims whose figures are known, with more than one seed.
+
+    The paper makes a claim if its own figures agree with it.
+    """
+    published: Dict[Key, Optional[float]] = {(entry.row, entry.column): entry.paper for entry in table.entries}
+    findings = []
     for claim in table.claims:
-        if claim.higher in figures and claim.lower in figures:
-            gap = measure(table, figures, {claim.higher: 1., claim.lower: -1.})
-            if math.isfinite(gap.margin):
-                digits = figures[claim.higher].digits
-                lines.append(f'- {claim.text}: {gap.verdict(digits)} ({gap.text(digits)}).')
-    return lines
-
-
-def judge_change(text: str, change: Figure, unit: str) -> List[str]:
-    """The claim that a change by seed is above 0, by a t-test of pairs; none without two of them."""
-    if len(change.by_seed) < 2 or change.error is None:
-        return []
-    gap = Gap(change.mean, t_quantile(len(change.by_seed) - 1) * change.error)
-    return [f'- {text}: {gap.verdict(change.digits)} ({gap.text(change.digits)} {unit}).']
-
-
-def judge_growth(table: Table, figures: Dict[Key, Figure]) -> List[str]:
-    """Whether a method is further above another at the smallest size than at the largest."""
-    vit, hard, dearkd = METHODS.values()
-    lines = []
-    for better, other in ((dearkd, vit), (dearkd, hard), (hard, vit)):
-        columns = [column for row, column in figures if row == better and (other, column) in figures]
-        if len(columns) < 2:
+        if not claim.factors.keys() <= figures.keys():
             continue
-        first, last = columns[0], columns[-1]
-        gap = measure(table, figures, {
-            (better, first): 1., (other, first): -1., (better, last): -1., (other, last): 1.})
-        if not math.isfinite(gap.margin):
+        difference, digits = measure(table, figures, claim.factors), figures[claim.higher].digits
+        if not math.isfinite(difference.margin):
             continue
-        listed = ', '.join(f'{figures[better, c].mean - figures[other, c].mean:+.1f} at {c}' for c in columns)
-        lines.append(f'- In points, "{better}" is further above "{other}" at {first} than at {last}: {gap.verdict(1)}'
-                     f' ({gap.text(1)}; {listed}).')
-    return lines
+        known = [value for value in map(published.get, claim.factors) if value is not None]
+        paper, gap = '', 0.
+        if len(known) == len(claim.factors):
+            gap = sum(factor * value for factor, value in zip(claim.factors.values(), known))
+            paper = f'{gap:+.{digits}f} ({_compare(known, digits)})'
+        here = _compare([difference.means[key] for key in claim.factors], digits)
+        findings.append(Finding(claim.text, paper, here, difference, digits, gap > 0))
+    return findings

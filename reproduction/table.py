@@ -1,12 +1,14 @@
-"""What a table of the report is."""
+"""Describe a table of the report: its figures and the claims about them."""
 from dataclasses import dataclass, field
-from typing import List, NamedTuple, Optional, Tuple
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
 from reproduction.cells import Cell
 
-__all__ = ['HIDDEN', 'Claim', 'Entry', 'Table']
+__all__ = ['AGREEMENT', 'HIDDEN', 'Claim', 'Decision', 'Entry', 'Key', 'Table']
 
-HIDDEN = 'hidden loss'  # an entry's noise: figures with it vary far less from seed to seed than those without
+HIDDEN = 'hidden loss'  # noise group: students with the hidden loss vary far less from seed to seed
+AGREEMENT = 'Teacher agreement: the share of the augmented images whose label the teacher predicts.'
+Key = Tuple[str, str]  # row and column
 
 
 @dataclass(frozen=True)
@@ -14,13 +16,13 @@ class Entry:
     """A figure of a table: the mean over the seeds of its cells.
 
     Args:
-        row: Label.
-        column: Label.
-        cells: One for each seed.
-        paper: The paper's figure, on ImageNet.
-        noise: Figures of a table with the same word here differ from seed to seed by about as much.
-        key: Of the figure in the cell's result.
-        digits: That it is printed with.
+        row: Label of the row.
+        column: Label of the column.
+        cells: One cell per seed.
+        paper: The paper's figure on ImageNet.
+        noise: Name of the group of figures whose standard deviation over seeds is pooled.
+        key: Name of the figure in the result of a cell.
+        digits: Decimals to print.
     """
     row: str
     column: str
@@ -32,10 +34,43 @@ class Entry:
 
 
 class Claim(NamedTuple):
-    """That one figure is above another, each named by row and column."""
+    """Statement that one figure is higher than another.
+
+    Args:
+        text: The statement.
+        higher: Row and column of the figure that should be higher.
+        lower: Row and column of the other figure.
+        than: Two more figures: the statement is that the first difference is larger than theirs.
+    """
     text: str
-    higher: Tuple[str, str]
-    lower: Tuple[str, str]
+    higher: Key
+    lower: Key
+    than: Optional[Tuple[Key, Key]] = None
+
+    @property
+    def factors(self) -> Dict[Key, float]:
+        """Factors of the figures, in order, whose weighted sum should be above 0."""
+        signs = {self.higher: 1., self.lower: -1.}
+        return {**signs, self.than[0]: -1., self.than[1]: 1.} if self.than else signs
+
+
+class Decision(NamedTuple):
+    """A choice, for the appendix of the report.
+
+    Args:
+        what: The setting.
+        table: Name of the table with the figures.
+        column: Column of the figures.
+        options: Row of each option, by the value to print.
+        taken: The value taken.
+        why: The reason.
+    """
+    what: str
+    table: str
+    column: str
+    options: Dict[str, str]
+    taken: str
+    why: str
 
 
 @dataclass(frozen=True)
@@ -44,10 +79,10 @@ class Table:
 
     Args:
         title: Heading.
-        note: What a reader has to know of it.
-        entries: Its figures.
-        claims: What is expected of them.
-        reference: Row that the others are compared with.
+        note: Markdown text above the table.
+        entries: The figures.
+        claims: Statements to test.
+        reference: Row that the other rows are compared with.
     """
     title: str
     note: str

@@ -1,4 +1,4 @@
-"""The tables of students on real images, and the list of all: their cells, the paper's figures, the claims."""
+"""Define the tables of students on real images, and list all tables: cells, the paper's figures, claims."""
 from dataclasses import replace
 from typing import Callable, Dict, List, Sequence
 
@@ -17,13 +17,13 @@ from reproduction.cells import (
 )
 from reproduction.choices import choices, first_choices, recipes
 from reproduction.data_free import inversion, table5, table6
-from reproduction.table import HIDDEN, Claim, Entry, Table
+from reproduction.table import AGREEMENT, HIDDEN, Claim, Entry, Table
 
 __all__ = ['CHOOSING', 'TABLES', 'collect_cells', 'tables_of']
 
 
 def table1(scale: Scale, seeds: Sequence[int]) -> Table:
-    """The ablation."""
+    """Return the ablation."""
     labels = {
         'vit': 'ViT', 'mhca': '+ MHCA', 'hard': '+ hard labels, pooled tokens',
         'mhca_hard': '+ hard labels + MHCA', 'hidden': '+ hard labels + hidden loss',
@@ -33,25 +33,25 @@ def table1(scale: Scale, seeds: Sequence[int]) -> Table:
     def claim(text: str, higher: str, lower: str) -> Claim:
         return Claim(text, (labels[higher], 'top-1'), (labels[lower], 'top-1'))
 
-    note = (f'On {100 * scale.ablation_fraction:g} % of the images. Hard labels with MHCA alone are a row that the'
-            ' paper does not have. The weight of the hidden loss was chosen with MHCA.')
+    note = (f'Students on {100 * scale.ablation_fraction:g} % of the images. The paper has no row for hard labels with'
+            ' MHCA alone. The weight of the hidden loss was chosen for students with MHCA.')
     return Table('Ablation (table 1)', note, [
         Entry(labels[name], 'top-1', students(scale, name, argv, scale.ablation_fraction, seeds), paper.get(name),
               HIDDEN if name in ('hidden', 'mhca_hidden', 'dearkd') else '')
         for name, argv in methods(scale).items()
     ], [
-        claim('MHCA alone helps', 'mhca', 'vit'),
-        claim('Hard labels help', 'hard', 'vit'),
-        claim('The hidden loss without MHCA hurts', 'hard', 'hidden'),
-        claim('With hard labels, MHCA and the hidden loss above neither', 'mhca_hidden', 'hard'),
-        claim('With hard labels, MHCA and the hidden loss above MHCA alone', 'mhca_hidden', 'mhca_hard'),
-        claim('With hard labels, MHCA and the hidden loss above the hidden loss alone', 'mhca_hidden', 'hidden'),
-        claim('Two stages above one', 'dearkd', 'mhca_hidden'),
+        claim('MHCA alone improves the plain ViT', 'mhca', 'vit'),
+        claim('Hard labels improve the plain ViT', 'hard', 'vit'),
+        claim('Without MHCA, the hidden loss lowers top-1: without > with it', 'hard', 'hidden'),
+        claim('MHCA and the hidden loss improve hard labels', 'mhca_hidden', 'hard'),
+        claim('The hidden loss improves hard labels with MHCA', 'mhca_hidden', 'mhca_hard'),
+        claim('MHCA improves hard labels with the hidden loss', 'mhca_hidden', 'hidden'),
+        claim('Two stages are better than one', 'dearkd', 'mhca_hidden'),
     ])
 
 
 def table2(scale: Scale, seeds: Sequence[int]) -> Table:
-    """Three methods at four sizes of the training set; the largest with two seeds at the most."""
+    """Return three methods at four sizes of the training set, the largest with at most two seeds."""
     paper = {
         'vit': (40.5, 61.1, 68.3, 72.2), 'hard': (50.3, 64.3, 71.6, 74.5), 'dearkd': (54.3, 67.1, 72.3, 74.8)}
     columns = [f'{100 * fraction:g} %' for fraction in scale.fractions]
@@ -59,18 +59,25 @@ def table2(scale: Scale, seeds: Sequence[int]) -> Table:
     claims = []
     for column in columns:
         claims += [
-            Claim(f'{column}: hard labels above the plain ViT', (hard, column), (vit, column)),
-            Claim(f'{column}: DearKD above hard labels', (dearkd, column), (hard, column)),
-            Claim(f'{column}: DearKD above the plain ViT', (dearkd, column), (vit, column))]
+            Claim(f'{column} of the images: hard labels > plain ViT', (hard, column), (vit, column)),
+            Claim(f'{column} of the images: DearKD > hard labels', (dearkd, column), (hard, column)),
+            Claim(f'{column} of the images: DearKD > plain ViT', (dearkd, column), (vit, column))]
     for fewer, more, shares in zip(columns, columns[1:], zip(scale.fractions, scale.fractions[1:])):
         if shares[1] == 2 * shares[0]:
             claims.append(Claim(
-                f'DearKD on {fewer} of the images above the plain ViT on {more}', (dearkd, fewer), (vit, more)))
+                f'DearKD on {fewer} of the images > plain ViT on {more}', (dearkd, fewer), (vit, more)))
+    first, last = columns[0], columns[-1]
+    claims += [
+        Claim(f'{text} larger on {first} than on {last} of the images', (better, first), (other, first),
+              ((better, last), (other, last)))
+        for text, better, other in (
+            ('Gain of DearKD over plain ViT', dearkd, vit), ('Gain of DearKD over hard labels', dearkd, hard),
+            ('Gain of hard labels over plain ViT', hard, vit))]
     return Table(
         'Data efficiency (table 2)',
-        'The paper\'s four sizes are 10, 25, 50 and 100 % of ImageNet, its ViT is a DeiT-Ti with 3 heads, and its hard'
-        ' labels are learned by a token of their own; here all three methods have the same heads, and both with a'
-        ' teacher learn its labels from the pooled tokens.', [
+        'The paper uses 10, 25, 50 and 100 % of ImageNet. Its plain ViT is a DeiT-Ti with 3 heads, and its hard labels'
+        ' have their own distillation token. Here the three methods have the same heads. The methods with a teacher'
+        ' learn its labels from the pooled tokens.', [
             Entry(METHODS[name], column, students(
                 scale, name, methods(scale)[name], fraction, seeds[:2] if i == 3 else seeds), paper[name][i],
                 column + (HIDDEN if name == 'dearkd' else ''))
@@ -79,7 +86,7 @@ def table2(scale: Scale, seeds: Sequence[int]) -> Table:
 
 
 def longer(scale: Scale, seeds: Sequence[int]) -> Table:
-    """Whether the fewest images are too few, or their updates; one seed."""
+    """Return the smallest training set with four times the epochs, to tell few images from few updates; one seed."""
     share, patient = scale.fractions[0], replace(scale, epochs=4 * scale.epochs)
     once = ('--val-interval', str(patient.epochs))  # at the end
     rows = {
@@ -89,12 +96,13 @@ def longer(scale: Scale, seeds: Sequence[int]) -> Table:
             name: students(patient, f'longer-{name}', argv + once, share, seeds[:1])
             for name, argv in methods(patient).items()}}
     return Table(
-        'Four times as many epochs', f'On {100 * share:g} % of the images, where an epoch has the fewest updates.',
+        'Four times as many epochs',
+        f'Students on {100 * share:g} % of the images, where an epoch has the fewest updates.',
         [Entry(row, label, cells[name]) for row, cells in rows.items() for name, label in METHODS.items()])
 
 
 def pupil_cell(scale: Scale, method: str, seed: int) -> Cell:
-    """A student taught by the CNN of its own images."""
+    """Return a student whose teacher was trained on the student's images alone."""
     cnn = cnn_cell(scale, seed)
     cell = student_cell(scale, f'pupil_{method}', methods(scale)[method], scale.ablation_fraction, seed)
     argv = tuple(arg.replace('{teacher}', f'{{runs}}/{cnn.name}') for arg in cell.argv)
@@ -102,29 +110,30 @@ def pupil_cell(scale: Scale, method: str, seed: int) -> Cell:
 
 
 def own_teacher(scale: Scale, seeds: Sequence[int]) -> Table:
-    """What a CNN teaches that has seen no other images than the student; two seeds at the most."""
+    """Return students whose teacher was trained on their own images alone, with at most two seeds."""
     rows = {
         'ViT': students(scale, 'vit', methods(scale)['vit'], scale.ablation_fraction, seeds),
-        'that CNN': tuple(cnn_cell(scale, seed) for seed in seeds[:2]),
-        'ViT, hard labels of that CNN': tuple(pupil_cell(scale, 'hard', seed) for seed in seeds[:2]),
-        'DearKD with that CNN': tuple(pupil_cell(scale, 'dearkd', seed) for seed in seeds[:2]),
-        'DearKD with the CNN of all images': students(
+        'CNN trained on the same images': tuple(cnn_cell(scale, seed) for seed in seeds[:2]),
+        'ViT, hard labels of this CNN': tuple(pupil_cell(scale, 'hard', seed) for seed in seeds[:2]),
+        'DearKD with this CNN': tuple(pupil_cell(scale, 'dearkd', seed) for seed in seeds[:2]),
+        'DearKD with the CNN trained on all images': students(
             scale, 'dearkd', methods(scale)['dearkd'], scale.ablation_fraction, seeds)}
     vit, cnn, hard, dearkd, _ = ((row, 'top-1') for row in rows)
     return Table(
         'A teacher that has seen no more than the student',
-        f'On {100 * scale.ablation_fraction:g} % of the images. The teacher of all other tables has seen all of them;'
-        ' the CNN here, of the same architecture, only those of its student, by the same recipe, epochs included.'
-        ' Nothing was chosen for it. To the right: the share of the augmented images whose label the teacher finds.',
+        f'Students on {100 * scale.ablation_fraction:g} % of the images. The teacher of the other tables was trained on'
+        ' all images. The CNN here has the same architecture, and it was trained on its student\'s images with the'
+        f' student\'s recipe and epochs. Nothing was tuned for it. {AGREEMENT}',
         [Entry(row, 'top-1', cells, None, HIDDEN if row.startswith('DearKD') else '') for row, cells in rows.items()]
-        + [Entry(row, 'labels found', cells, None, 'labels', 'teacher_agreement', 2) for row, cells in rows.items()], [
-            Claim('DearKD above the plain ViT', dearkd, vit),
-            Claim('DearKD above hard labels of the same CNN', dearkd, hard),
-            Claim('DearKD above its teacher', dearkd, cnn)])
+        + [Entry(row, 'teacher agreement', cells, None, 'labels', 'teacher_agreement', 2)
+           for row, cells in rows.items()], [
+            Claim('DearKD > plain ViT', dearkd, vit),
+            Claim('DearKD > hard labels of the same CNN', dearkd, hard),
+            Claim('DearKD > its teacher', dearkd, cnn)])
 
 
 def table7(scale: Scale, seeds: Sequence[int]) -> Table:
-    """The length of stage I, and both kinds of stage II."""
+    """Return the lengths of stage I, with both kinds of stage II."""
     paper = {2 / 3: 74.3, 3 / 4: 74.6, STAGE1: 74.8, 11 / 12: 74.7, 1.: 74.6}
     in_others = {(0., 'ce'): 'mhca', (STAGE1, 'anneal'): 'dearkd', (1., 'anneal'): 'mhca_hidden'}
     entries = []
@@ -133,7 +142,7 @@ def table7(scale: Scale, seeds: Sequence[int]) -> Table:
             continue
         for kind in ('anneal', 'ce'):
             shared = in_others.get((share, kind))
-            if share == 1. and kind == 'ce':  # there is no stage II
+            if share == 1. and kind == 'ce':  # no stage II
                 continue
             name = shared or f'stage{100 * share:.0f}_{kind}'
             argv = methods(scale)[shared] if shared else two_stages(scale, share, kind)
@@ -144,43 +153,42 @@ def table7(scale: Scale, seeds: Sequence[int]) -> Table:
     default = ('83 %', 'anneal')
     return Table(
         'Length of stage I (table 7)',
-        f'On {100 * scale.ablation_fraction:g} % of the images; stage I in percent of the epochs, and what follows it.'
-        ' 100 % has no stage II, and 0 % with `ce` is MHCA without a teacher. The paper\'s figures are of 300 epochs;'
-        ' those at 75 % (74.6) and 92 % (74.7) are only run at its scale.',
+        f'Students on {100 * scale.ablation_fraction:g} % of the images. Rows: stage I in percent of the epochs.'
+        ' Columns: the kind of stage II. 100 % has no stage II, and 0 % with `ce` is MHCA without a teacher. The'
+        ' paper\'s figures are for 300 epochs. Its 75 % (74.6) and 92 % (74.7) are run at scale `imagenet` only.',
         entries,
-        [Claim(f'83 %, `anneal`, above {entry.row}, `{entry.column}`', default, (entry.row, entry.column))
+        [Claim(f'Stage I of 83 % (`anneal`) > {entry.row} (`{entry.column}`)', default, (entry.row, entry.column))
          for entry in entries if (entry.row, entry.column) != default])
 
 
 def figure4(scale: Scale, seeds: Sequence[int]) -> Table:
-    """Runs of the other tables that record the attention distance."""
+    """Return the runs whose attention distance is recorded."""
     half = two_stages(scale, 1 / 2, 'ce')
     argv = {**methods(scale), 'stage50_ce': half, 'stage50_ce_rpe_drop': half + RPE_DROP}
     return Table(
         'Attention distance over the epochs (figure 4)',
-        f'Runs of tables 1, 2 and 7 on {100 * scale.ablation_fraction:g} % of the images, and one with the paper\'s'
-        ' dropout of single positional scores, which the others do without; pictures and numbers by layer are of seed'
-        ' 0.',
+        f'Runs of tables 1, 2 and 7 on {100 * scale.ablation_fraction:g} % of the images. One further run has the'
+        ' paper\'s dropout of single positional scores; the others have none.',
         [Entry(label, 'top-1', students(
             scale, name, argv[name], scale.ablation_fraction, seeds if name in methods(scale) else seeds[:2]))
          for name, label in FIGURE4.items()])
 
 
 CHOOSING = ('recipes', 'first_choices', 'choices', 'inversion')
-TABLES: Dict[str, Callable[[Scale, Sequence[int]], Table]] = {
-    'recipes': recipes, 'first_choices': first_choices, 'choices': choices, 'table2': table2, 'longer': longer,
-    'table1': table1, 'own_teacher': own_teacher, 'table7': table7, 'inversion': inversion, 'table5': table5,
-    'table6': table6, 'figure4': figure4}
+TABLES: Dict[str, Callable[[Scale, Sequence[int]], Table]] = {  # in the order of the report
+    'table1': table1, 'table2': table2, 'longer': longer, 'table5': table5, 'table6': table6, 'table7': table7,
+    'own_teacher': own_teacher, 'figure4': figure4, 'recipes': recipes, 'first_choices': first_choices,
+    'choices': choices, 'inversion': inversion}
 
 
 def tables_of(scale: Scale) -> Dict[str, Callable[[Scale, Sequence[int]], Table]]:
-    """The tables that a scale has: nothing is chosen without images set aside, no CNN trained where timm has one."""
+    """Return the tables of a scale: no choices without tuning images, no own teacher if timm has its weights."""
     missing = (() if scale.tuning_data else (*CHOOSING, 'longer')) + (() if scale.cnn else ('own_teacher',))
     return {name: make for name, make in TABLES.items() if name not in missing}
 
 
 def collect_cells(scale: Scale, names: Sequence[str], seeds: Sequence[int]) -> List[Cell]:
-    """The cells of some tables and what they need, each once."""
+    """Return the cells of some tables and their dependencies, each once and after its dependencies."""
     wanted: Dict[str, Cell] = {}
 
     def add(cell: Cell) -> None:

@@ -115,7 +115,7 @@ def test_a_cell_of_another_process_is_waited_for(driver, capsys, monkeypatch):
 
         monkeypatch.setattr('reproduction.driver.time.sleep', sleep)
         assert driver.run([cell]) and driver.ran == [cell.name]
-    assert 'another process works on it' in capsys.readouterr().out
+    assert 'waiting for another process' in capsys.readouterr().out
 
 
 def test_students_of_another_teacher_start_anew(driver):
@@ -132,9 +132,9 @@ def test_students_of_another_teacher_start_anew(driver):
     text = (driver.work / 'RESULTS.md').read_text()
     other = hashlib.sha256(b'others').hexdigest()[:12]
     first, = {result['teacher'] for result in results if 'teacher' in result}
-    assert f'teacher {other}, which is kept, has 1 of the students.' in text
+    assert f'{other} (kept) taught 1 of the students' in text
     both = ', '.join(sorted([first, other]))
-    assert f'Not all of these students have the same teacher. 5 %: {both}; 10 %: {first}.' in text
+    assert f'Not all students have the same teacher (5 %: {both}; 10 %: {first}).' in text
 
 
 def test_the_teacher_of_the_results_teaches_elsewhere(driver, tmp_path):
@@ -184,7 +184,7 @@ def test_the_teacher_is_restored_once_and_a_stop_while_waiting_is_said(driver, c
         fcntl.flock(log, fcntl.LOCK_EX)
         monkeypatch.setattr('reproduction.driver.time.sleep', lambda seconds: driver.stop(15))
         capsys.readouterr()
-        assert not driver.run(cells) and capsys.readouterr().err == 'Stopped. The same command goes on.\n'
+        assert not driver.run(cells) and capsys.readouterr().err == 'Stopped. Run the same command to resume.\n'
 
 
 def test_seconds_of_a_cell_add_up_over_its_goes(driver, monkeypatch):
@@ -204,7 +204,7 @@ def test_launchers():
     for launcher in ('torchrun --nproc-per-node gpu', 'torchrun --nnodes 1:4 --nproc_per_node 2'):
         with pytest.raises(ValueError, match='expected two numbers'):
             count_processes(launcher.split())
-    with pytest.raises(ValueError, match='only known of torchrun'):
+    with pytest.raises(ValueError, match='is not supported, expected torchrun'):
         count_processes(['accelerate', 'launch', '--num_processes', '8'])
 
 

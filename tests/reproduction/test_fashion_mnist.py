@@ -27,10 +27,10 @@ def test_sets_of_images(tmp_path):
     assert files['tuning/train'] | files['tuning/validation'] == files['train']
     image = np.asarray(Image.open(tmp_path / 'out' / 'validation' / '7' / '00017.png'))
     np.testing.assert_array_equal(image, pixels['t10k'][17])
-    with pytest.raises(FileNotFoundError, match='Name the folder'):
+    with pytest.raises(FileNotFoundError, match='Give the folder'):
         write_fashion_mnist(tmp_path / 'other', tmp_path)
     packed = source / 't10k-images-idx3-ubyte.gz'
     packed.write_bytes(packed.read_bytes()[:-30])
-    with pytest.raises(OSError, match='is broken'):
+    with pytest.raises(OSError, match='is damaged'):
         write_fashion_mnist(tmp_path / 'other', source)
     assert {path.name for path in tmp_path.iterdir()} == {'out', 'source'}

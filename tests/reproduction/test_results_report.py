@@ -1,14 +1,95 @@
-"""RESULTS.md, out of files."""
+"""RESULTS.md, from files."""
 import json
 import math
+import re
 import statistics
 
 import pytest
 from helpers import SEEDS, t_quantile, write_results
 
-from reproduction.cells import SCALES
+from reproduction import figure4
+from reproduction.cells import ROOT, SCALES
 from reproduction.report import main, write_report
+from reproduction.results import RESULTS, Results, weights_hash
+from reproduction.tables import CHOOSING
 from timm_dearkd.commands import run_command
+
+
+def rows_of(text):
+    """The rows of all tables of claims, by section."""
+    rows, section, inside = {}, '', False
+    for line in text.splitlines():
+        section = line[3:] if line.startswith('## ') else section
+        if re.match(r'\| (claim|our comparison) \| paper \| here \| difference, 95 % CI \| verdict \|', line):
+            inside = True
+        inside = inside and line.startswith('|')
+        if inside and not line.startswith(('| ---', '| claim', '| our comparison', '| **')):
+            rows.setdefault(section, []).append([cell.strip() for cell in line.strip('|').split('|')])
+    return rows
+
+
+@pytest.fixture(scope='module')
+def report(tmp_path_factory):
+    output = tmp_path_factory.mktemp('report') / 'RESULTS.md'
+    with pytest.MonkeyPatch.context() as patch:  # plots take seconds, and other tests draw them
+        patch.setattr(figure4, 'plot_over_epochs', lambda *_: None)
+        patch.setattr(figure4, 'render', lambda _: b'')
+        write_report(SCALES['small'], RESULTS / 'small', SEEDS, output)
+    return output.read_text()
+
+
+@pytest.mark.skipif(not weights_hash(RESULTS / 'small' / 'teacher'), reason='a source archive has no teacher weights')
+def test_results_md_is_what_the_script_writes(report):
+    assert report == (ROOT / 'RESULTS.md').read_text()
+    for line in report.splitlines():
+        assert line.startswith(('|', '![')) or len(line) < 600, line  # five lines of 120
+
+
+def test_every_claim_of_the_tables_is_a_row_with_its_verdict(report):
+    """The paper's claims are in the first table, and only those; a verdict is the sign of what is in the row."""
+    rows, found = rows_of(report), Results(SCALES['small'], RESULTS / 'small', SEEDS)
+    first = rows.pop('')
+    for table in found.tables.values():
+        figures = {(e.row, e.column): found.figure(e) for e in table.entries}
+        paper = {(e.row, e.column): e.paper for e in table.entries}
+        for claim in table.claims:
+            assert len(figures[claim.higher].by_seed) > 1
+            published = not claim.than and paper[claim.higher] and paper[claim.lower] and (
+                paper[claim.higher] > paper[claim.lower])
+            known = first if claim.than or published else rows[table.title]
+            assert any(row[0] == claim.text for row in known), claim.text
+            if published:
+                row, = (row for row in first if row[0] == claim.text and f'({paper[claim.higher]:.1f}' in row[1]
+                        or row[0] == claim.text and f'({paper[claim.higher]:.3f}' in row[1])
+                assert float(row[1].split()[0]) == pytest.approx(paper[claim.higher] - paper[claim.lower], abs=1e-9)
+    assert sum(row[1] == 'grows in stage II' for row in first) == 2
+    assert len(rows['Attention distance over the epochs (figure 4)']) == 6
+    assert len(first) + sum(map(len, rows.values())) == 8 + sum(len(table.claims) for table in found.tables.values())
+    counts = dict.fromkeys(('reproduced', 'contradicted', 'inconclusive'), 0)
+    for section, group in {'': first, **rows}.items():
+        for *_, difference, verdict in group:
+            value, margin = map(float, difference.split(' ± '))
+            good = 'confirmed' if section else 'reproduced'
+            allowed = {good} if value > margin else {'**contradicted**'} if value < -margin else {'inconclusive'}
+            if abs(value) == margin:  # rounded
+                allowed = {good, '**contradicted**', 'inconclusive'}
+            assert verdict in allowed
+            counts[verdict.strip('*')] = counts.get(verdict.strip('*'), 0) + (not section)
+    assert f'Of {len(first)} claims of the paper, {counts["reproduced"]} are reproduced, {counts["contradicted"]}' \
+           f' contradicted and {counts["inconclusive"]} inconclusive' in report.splitlines()[2]
+
+
+def test_choices_are_in_the_appendix_with_their_options(report):
+    body, appendix = report.split('## Appendix: choices')
+    found = Results(SCALES['small'], RESULTS / 'small', SEEDS)
+    for name, table in found.tables.items():
+        assert (f'### {table.title}' in appendix) == (name in CHOOSING) != (f'## {table.title}' in body)
+    choices = [line for line in appendix.split('###')[0].splitlines() if line.startswith('| ')][2:]
+    assert len(choices) == 14
+    for line in choices:
+        options, taken, why = (cell.strip() for cell in line.strip('|').split('|')[1:])
+        assert re.fullmatch(r'(.+: \d+\.\d)(; .+: \d+\.\d)+', options) and why
+        assert taken in [option.rpartition(': ')[0] for option in options.split('; ')]
 
 
 def test_the_report_is_made_of_the_files_alone(tmp_path):
@@ -18,28 +99,29 @@ def test_the_report_is_made_of_the_files_alone(tmp_path):
     write_results(tmp_path / 'results', scale, {
         ('table2', row, column): [figure + shift for figure in figures]
         for row, figures in values.items()
-        for column, shift in (('1 %', 0.), ('2.5 %', 5.), ('5 %', 6. - (row == vit)))})
-    (tmp_path / 'results' / 'vit-0.1-seed0.json').write_text('{"top1": 3')
+        for column, shift in (('1 %', 0.), ('2.5 %', 5.), ('5 %', 6.), ('10 %', 6. - (row == vit)))})
+    (tmp_path / 'results' / 'vit-0.05-seed0.json').write_text('{"top1": 3')
     write_report(scale, tmp_path / 'results', SEEDS, tmp_path / 'RESULTS.md')
     text = (tmp_path / 'RESULTS.md').read_text()
-    mean, error = statistics.mean(values[hard]), statistics.stdev(values[hard]) / math.sqrt(3)
-    assert f'| {hard} | {mean:.1f} ± {error:.1f} [50.3] | {mean + 5:.1f}' in text
-    # the two without the hidden loss are a t-test of pairs: 2 degrees of freedom, for which Student's t has 4.303
-    margin = 4.303 * statistics.stdev(a - b for a, b in zip(values[hard], values[vit])) / math.sqrt(3)
-    told = '- 1 %: hard labels above the plain ViT: not to be told from the noise, leaning this way'
-    assert f'{told} (+0.5 ± {margin:.1f})' in text
-    # with it: Welch's t of a variance of 1 with 2 degrees and one pooled from two samples, with 4
+    # the two without the hidden loss share a variance with 4 degrees of freedom, for which Student's t has 2.776
+    mean = statistics.mean(values[hard])
     plain, own = (statistics.variance(values[vit]) + statistics.variance(values[hard])) / 2, 1.
+    margin = 2.776 * math.sqrt(plain / 3)
+    assert f'| {hard} | {mean:.1f} ± {margin:.1f} [50.3] | {mean + 5:.1f} ± {margin:.1f} [64.3]' in text
+    # their difference is a t-test of pairs: 2 degrees, 4.303
+    margin = 4.303 * statistics.stdev(a - b for a, b in zip(values[hard], values[vit])) / math.sqrt(3)
+    assert ('| 1 % of the images: hard labels > plain ViT | +9.8 (50.3 vs. 40.5) | 61.5 vs. 61.0 |'
+            f' +0.5 ± {margin:.1f} | inconclusive |') in text
+    # with the hidden loss: Welch's t of a variance of 1 with 2 degrees and the pooled one with 4
     degrees = (plain + own) ** 2 / (plain ** 2 / 4 + own ** 2 / 2)
     assert 5 < degrees < 6
     margin = t_quantile(degrees) * math.sqrt((plain + own) / 3)
-    assert f'- 1 %: DearKD above hard labels: holds (+9.5 ± {margin:.1f})' in text
-    assert f'DearKD on 2.5 % of the images above the plain ViT on 5 %: holds (+10.0 ± {margin:.1f})' in text
-    # the same of four figures, with twice the degrees
-    margin = t_quantile(2 * degrees) * math.sqrt((plain + own) * 2 / 3)
-    assert f'"DearKD" is further above "ViT" at 1 % than at 5 %: not to be told from the noise, leaning the other way' \
-           f' (-1.0 ± {margin:.1f}; +10.0 at 1 %, +10.0 at 2.5 %, +11.0 at 5 %)' in text
-    assert '## Ablation (table 1)' in text and '## Recipe' not in text
+    assert ('| 1 % of the images: DearKD > hard labels | +4.0 (54.3 vs. 50.3) | 71.0 vs. 61.5 |'
+            f' +9.5 ± {margin:.1f} | reproduced |') in text
+    # 10 % has two seeds: 65 and 67 for the ViT, 76 and 77 for DearKD
+    assert '## Ablation (table 1)' in text and '### Recipes' not in text
+    row, = (line for line in text.splitlines() if line.startswith('| Gain of DearKD over plain ViT'))
+    assert '| +11.2 (+13.8 vs. +2.6) | +10.0 vs. +10.5 | -0.5 ± ' in row and row.endswith('| inconclusive |')
     assert (tmp_path / 'reproduction' / 'plots' / 'table2.png').stat().st_size > 3000
 
 
@@ -48,9 +130,11 @@ def test_choices_are_compared_with_the_default(tmp_path):
         ('choices', 'default', 'top-1'): [80., 82.], ('choices', 'alpha 0.25', 'top-1'): [83., 87.]})
     write_report(SCALES['small'], tmp_path, SEEDS, tmp_path / 'RESULTS.md')
     text = (tmp_path / 'RESULTS.md').read_text()
-    # differences of 3 and 5, one degree: 12.706 * sqrt(2) / sqrt(2)
-    assert '| alpha 0.25 | 85.0 ± 2.0 (2 seeds) | +4.0 ± 12.7 |' in text
-    assert '| default | 81.0 ± 1.0 (2 seeds) |  |' in text
+    # a pooled variance of 5 with two degrees: 4.303; differences of 3 and 5, one degree: 12.706
+    margin = 4.303 * math.sqrt(5 / 2)
+    assert f'| alpha 0.25 | 85.0 ± {margin:.1f} | +4.0 ± 12.7 |' in text
+    assert f'| default | 81.0 ± {margin:.1f} |  |' in text
+    assert '| alpha, DearKD | 0.5: 81.0; 0.25: 85.0 | 0.5 |' in text
 
 
 def test_figure4_is_told_in_numbers(tmp_path):
@@ -68,16 +152,18 @@ def test_figure4_is_told_in_numbers(tmp_path):
             (results / f'{name}-0.025-seed{seed}.distances.csv').write_text('\n'.join(lines) + '\n')
     write_report(scale, results, SEEDS, tmp_path / 'RESULTS.md')
     text = (tmp_path / 'RESULTS.md').read_text()
-    assert ('after the first epoch 1.01, 2.01, 3.01, 4.01, 5.01, 6.01; after epoch 20 2.91, 3.91, 3.01, 4.01, 5.01,'
-            ' 6.01; after epoch 33 4.21, 5.21,') in text
-    # seven epochs of 0.1 and of 0.2 in two layers of six, or of the first four; and twenty
-    assert 'Change from epoch 33 to the last, a mean over all layers: DearKD 0.350 ± 0.117' in text
-    assert 'from epoch 33 to the last, a mean over the first 4 layers, which the CNN teaches: DearKD 0.525' in text
-    assert 'Change from epoch 20 to the last, a mean over all layers: DearKD 1.000 ± 0.333' in text
-    # one degree of freedom: 12.706 times the error
-    assert f'DearKD: the distance grows after stage I, a mean over all layers: not to be told from the noise, leaning' \
-           f' this way (+0.350 ± {12.706 * 0.35 / 3:.3f} patches)' in text
-    assert 'the same until then, a mean over the first 4 layers, which the CNN teaches: holds (+1.000 ± 0.000' in text
+    # a mean growth of 0.15 an epoch in the first two layers
+    assert '| DearKD | 1 | 1.01 | 2.01 | 3.01 | 4.01 | 5.01 | 6.01 |' in text
+    assert '| DearKD | 20 | 3.86 | 4.86 | 3.01 | 4.01 | 5.01 | 6.01 |' in text
+    # seven epochs of 0.1 and of 0.2 in two layers of six, or of the first four; and twenty. One degree: 12.706
+    few, many = 12.706 * 0.35 / 3, 12.706 * 1 / 3
+    assert (f'| DearKD | 2 | +1.000 ± {many:.3f} | +1.500 ± {1.5 * many:.3f} | +0.350 ± {few:.3f} |'
+            f' +0.525 ± {1.5 * few:.3f} |') in text
+    first, ours = rows_of(text)[''], rows_of(text)['Attention distance over the epochs (figure 4)']
+    assert [row[2:] for row in first] == [
+        ['5.460 vs. 5.110', f'+0.350 ± {few:.3f}', 'inconclusive'],
+        ['5.435 vs. 4.910', f'+0.525 ± {1.5 * few:.3f}', 'inconclusive']]
+    assert ['6.435 vs. 5.435', '+1.000 ± 0.000', 'confirmed'] in [row[2:] for row in ours]
     assert (tmp_path / 'reproduction' / 'plots' / 'figure4-dearkd.png').exists()
 
 
@@ -93,10 +179,10 @@ def test_the_report_tells_whose_students_are_in_a_table(tmp_path):
         write_report(scale, tmp_path, SEEDS, tmp_path / 'RESULTS.md')
         return (tmp_path / 'RESULTS.md').read_text()
 
-    assert 'the same teacher' not in report('abc', 'abc') and 'of teacher' not in report('abc', 'abc')
+    assert 'the same teacher' not in report('abc', 'abc') and 'taught' not in report('abc', 'abc')
     text = report('abc', 'def')
-    assert 'Not all of these students have the same teacher. 1 %: abc; 2.5 %: def.' in text
-    assert 'teacher abc has 1 of the students, teacher def has 1' in text and '2 files have a "+"' in text
+    assert 'Not all students have the same teacher (1 %: abc; 2.5 %: def).' in text
+    assert 'the weights differ: def taught 1, abc taught 1 of the students' in text and '2 files have a "+"' in text
 
 
 def test_no_report_without_results(tmp_path, capsys):

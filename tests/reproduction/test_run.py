@@ -29,9 +29,9 @@ def test_a_cell_as_the_user_runs_it(tmp_path):
     assert kept['top1'] == float(rows[-1][header.index('eval_top1')])
     assert (tmp_path / 'results' / 'vit-0.05-seed0.distances.csv').exists()
     again = run_python('-c', code, *args)
-    assert again.stdout == '1 cells, 1 of them done\n'
+    assert again.stdout == '1 cells, 1 finished\n'
     write_report(SCALES['smoke'], tmp_path / 'results', [0], tmp_path / 'RESULTS.md')
-    assert f'| ViT | {kept["top1"]:.1f} (1 seed) [40.5]' in (tmp_path / 'RESULTS.md').read_text()
+    assert f'| ViT | {kept["top1"]:.1f} [40.5]' in (tmp_path / 'RESULTS.md').read_text()
 
 
 def test_command_line(tmp_path):
@@ -53,10 +53,10 @@ def test_command_line(tmp_path):
     for args, message in (
             (['table9'], 'table9'),
             (['table2', '--scale', 'imagenet', '--data', tmp_path], 'no folder validation'),
-            (['table2', '--only', 'stage50_*'], 'named stage50_*'),
-            (['table2', '--launcher', 'torchrun --nproc-per-node=2'], '2 processes can not share the 1 accumulation'),
+            (['table2', '--only', 'stage50_*'], '--only stage50_* matches none'),
+            (['table2', '--launcher', 'torchrun --nproc-per-node=2'], '2 processes, but vit-0.01-seed0 has 1 accumu'),
             (['table2', '--launcher', 'torchrun "'], 'No closing quotation'),
-            (['choices', '--scale', 'imagenet'], 'has no choices. It has table2, table1, table7,')):
+            (['choices', '--scale', 'imagenet'], 'has no choices. It has table1, table2, table5,')):
         result = run_python('reproduction/run.py', *args)
         assert result.returncode == 2 and message in result.stderr.strip().splitlines()[-1]
 
