@@ -29,7 +29,7 @@ lint: $(INSTALLED)
 
 # The site, in build/site; a broken link fails
 docs: $(INSTALLED)
-	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(VENV)/bin/mkdocs build --quiet
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/attention.py

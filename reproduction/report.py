@@ -1,5 +1,6 @@
 """Write RESULTS.md and its plots from the files in reproduction/results: `python reproduction/report.py`."""
 import argparse
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -206,6 +207,16 @@ def write_section(
             *([*table_of({'': ours}, 'our comparison'), ''] if ours else []), *plots], findings
 
 
+def update_readme(readme: Path, found: Results) -> None:
+    """Write table 2, without the paper's figures, between the marks in README.md."""
+    table = found.tables['table2']
+    lines = [line for line in markdown(table, found.figures(table)) if line.startswith('|')]
+    rows = [re.sub(r' \[[\d.]+\]', '', line) for line in lines]
+    begin, end = '<!-- results: begin -->\n', '<!-- results: end -->'
+    before, rest = readme.read_text(encoding='utf-8').split(begin)
+    write_bytes(readme, (before + begin + '\n'.join(rows) + '\n' + end + rest.split(end)[1]).encode())
+
+
 def write_report(scale: Scale, results: Path, seeds: Sequence[int], output: Path) -> None:
     """Write the report from the results, and its plots into `reproduction/plots` beside it.
 
@@ -242,7 +253,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parser.parse_args(argv)
     scale = SCALES[args.scale]
     output = args.output or ROOT / ('RESULTS.md' if scale.name == 'small' else f'RESULTS-{scale.name}.md')
-    write_report(scale, args.results or RESULTS / scale.name, args.seeds, output)
+    results = args.results or RESULTS / scale.name
+    write_report(scale, results, args.seeds, output)
+    if output == ROOT / 'RESULTS.md':
+        update_readme(ROOT / 'README.md', Results(scale, results, args.seeds))
     print(output)
 
 

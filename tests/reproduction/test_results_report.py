@@ -9,7 +9,7 @@ from helpers import SEEDS, t_quantile, write_results
 
 from reproduction import figure4
 from reproduction.cells import ROOT, SCALES
-from reproduction.report import main, write_report
+from reproduction.report import main, update_readme, write_report
 from reproduction.results import RESULTS, Results, weights_hash
 from reproduction.tables import CHOOSING
 from timm_dearkd.commands import run_command
@@ -43,6 +43,18 @@ def test_results_md_is_what_the_script_writes(report):
     assert report == (ROOT / 'RESULTS.md').read_text()
     for line in report.splitlines():
         assert line.startswith(('|', '![')) or len(line) < 600, line  # five lines of 120
+
+
+def test_the_table_of_the_readme_is_that_of_table_2(tmp_path, report):
+    """An outdated table is replaced by the rows of RESULTS.md without the paper's figures; the rest stays."""
+    readme = (ROOT / 'README.md').read_text()
+    before, table, after = re.split(r'(?<=begin -->\n)|(?=<!-- results: end)', readme)
+    (tmp_path / 'README.md').write_text(before + 'outdated\n' + after)
+    update_readme(tmp_path / 'README.md', Results(SCALES['small'], RESULTS / 'small', SEEDS))
+    assert (tmp_path / 'README.md').read_text() == readme
+    assert len(table.splitlines()) == 5
+    section = report.split('## Data efficiency (table 2)')[1]
+    assert all(line in re.sub(r' \[[\d.]+\]', '', section) for line in table.splitlines())
 
 
 def test_every_claim_of_the_tables_is_a_row_with_its_verdict(report):
