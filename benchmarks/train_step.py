@@ -107,6 +107,7 @@ def main() -> None:
         return timm.create_model(args.teacher).to(device).eval().requires_grad_(False)
 
     dearkd = DearKDTask(student(args.student), teacher(), TwoStageSchedule(epochs=1), device=device)
+    dearkd.teacher.fold_batchnorm((3, 224, 224))  # as train.py does
     if args.amp_dtype:
         dearkd.teacher.store_weights(precision.amp_dtype)
     token = TokenDistillationTask(

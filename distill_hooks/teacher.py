@@ -15,6 +15,7 @@ from timm.utils import unwrap_model
 from .capture import FeatureCapture, find_module
 from .checkpoint import load_model, resolve_teacher, training_args
 from .errors import first_line
+from .fold import fold_batchnorm
 
 __all__ = [
     'FeatureSpec', 'Teacher', 'create_teacher', 'load_class_map', 'resolve_layer', 'resolve_teacher', 'training_args',
@@ -286,6 +287,19 @@ class Teacher(nn.Module):
         for module in self.model.modules():
             if type(module).forward in (nn.Conv2d.forward, nn.Linear.forward):
                 module.to(dtype)
+
+    def fold_batchnorm(self, input_size: Tuple[int, int, int]) -> int:
+        """Fold the BatchNorm of the model into its convolutions, in place; see `fold.fold_batchnorm`.
+
+        Args:
+            input_size: The student's (C, H, W).
+
+        Returns:
+            The number of folded BatchNorm modules.
+        """
+        noise = self._noise(input_size)
+        self.capture.enabled = False
+        return fold_batchnorm(self.model, lambda: self.model(self.prepare_input(noise)))
 
     @torch.no_grad()
     def fingerprint(self) -> str:

@@ -1,11 +1,10 @@
 """Phase 5: a step of stage I against its parts, layouts, the teacher with BatchNorm folded, peak memory."""
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict
 
 import timm
 import torch
 import torch.nn as nn
 from timing import medians
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from train_step import make_trainer
 
 from distill_hooks import Teacher
@@ -112,26 +111,14 @@ def stage_1(check: Check) -> None:
         check.free()
 
 
-def fold_batchnorm(model: nn.Module) -> int:
-    """Fold the BatchNorm of timm's ConvNormAct modules into their convolutions. Returns how many there were."""
-    pairs: List[nn.Module] = [
-        module for module in model.modules()
-        if isinstance(getattr(module, 'bn', None), nn.BatchNorm2d) and isinstance(module.conv, nn.Conv2d)]
-    for module in pairs:
-        bn: Any = module.bn
-        module.conv = fuse_conv_bn_eval(module.conv, bn)
-        module.bn = nn.Sequential(*(getattr(bn, name) for name in ('drop', 'act') if hasattr(bn, name)))
-    return len(pairs)
-
-
 def teacher_forms(check: Check) -> None:
     """The teacher's forward by layout, with BatchNorm and with it folded into the convolutions."""
     functions, folded = {}, 0
     for name, channels_last in (('contiguous', False), ('channels-last', True)):
         functions[name] = make_forward(check, store(make_teacher(check)), channels_last)
-        model = make_teacher(check)
-        folded = fold_batchnorm(model)
-        functions[f'{name}, folded'] = make_forward(check, store(model), channels_last)
+        teacher = Teacher(make_teacher(check))
+        folded = teacher.fold_batchnorm((3, sizes(check)['size'], sizes(check)['size']))
+        functions[f'{name}, folded'] = make_forward(check, store(teacher.model), channels_last)
     exact = functions['channels-last']().float()
     error = relative_error(functions['channels-last, folded']().float(), exact)
     seconds = medians(functions, 1 if check.toy else 7, check.device, warmup=1 if check.toy else 2)

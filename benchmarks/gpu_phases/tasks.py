@@ -49,6 +49,7 @@ def make_dearkd(
     task = DearKDTask(
         model, cnn, TwoStageSchedule(epochs=6, stage1_epochs=3), hooks=[hook], device=check.device,
         verbose=False)
+    task.teacher.fold_batchnorm((3, size, size))
     if amp:
         task.teacher.store_weights(torch.bfloat16)
     task.set_epoch(epoch)

@@ -202,6 +202,7 @@ def _build_distillation(
         for size in args.train_img_sizes or ():
             teacher.probe((data_config['input_size'][0], size, size))
     _log_teacher_size(args, loaded, data_config['input_size'])
+    teacher.fold_batchnorm(data_config['input_size'])
     if args.amp:
         teacher.store_weights(getattr(torch, args.amp_dtype))
     return task

@@ -1,0 +1,66 @@
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+
+from distill_hooks import Teacher
+from distill_hooks.fold import fold_batchnorm
+
+
+def trained(name):
+    """A model whose BatchNorm modules are not the identity."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.running_var):
+                nn.init.uniform_(tensor, 0.5, 1.5)
+            for tensor in (module.bias, module.running_mean):
+                nn.init.uniform_(tensor, -0.3, 0.3)
+    return model
+
+
+def count(model):
+    return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+@pytest.mark.parametrize('name,layer', [
+    ('regnetx_002', 's2'), ('resnet18', 'layer2'), ('efficientnet_lite0', 'blocks.2')])
+def test_logits_and_features_stay(name, layer):
+    """Against the same model with its BatchNorm, in the teacher that train.py builds."""
+    model = trained(name)
+    plain, folded = (Teacher(copy.deepcopy(model), [layer], in_chans=1, mean=[0.4], std=[0.3]) for _ in range(2))
+    number = folded.fold_batchnorm((1, 64, 64))
+    assert number == count(plain.model) > 0 and count(folded.model) == 0
+    x = torch.randn(2, 1, 64, 64)
+    for a, b in zip(plain(x)[1] + [plain(x)[0]], folded(x)[1] + [folded(x)[0]]):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * a.abs().max().item())
+
+
+def test_a_convolution_that_is_used_twice_is_left_alone():
+    """Its output is the input of a BatchNorm and of a shortcut."""
+    class PreActivation(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+            nn.init.uniform_(self.bn.running_var, 2., 3.)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return x + self.bn(x).relu()
+
+    model = PreActivation().eval()
+    before, x = copy.deepcopy(model.state_dict()), torch.randn(2, 3, 8, 8)
+    assert fold_batchnorm(model, lambda: model(x)) == 0
+    assert count(model) == 1 and all(value.equal(before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_layer_that_is_read_keeps_its_output():
+    model = trained('resnet18')
+    teacher = Teacher(copy.deepcopy(model), ['layer1.0.bn1', 'layer2.0.conv1'])
+    assert teacher.fold_batchnorm((3, 32, 32)) == count(model) - 2
+    x = torch.randn(1, 3, 32, 32)
+    for a, b in zip(Teacher(model, teacher.layers)(x)[1], teacher(x)[1]):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
