@@ -3,14 +3,14 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Optional, Sequence, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 import yaml
 
 __all__ = [
     'FIGURE4', 'METHODS', 'ROOT', 'RPE_DROP', 'SCALES', 'STAGE1', 'TAUGHT', 'Cell', 'CellError', 'Scale', 'adi_weights',
-    'cnn_cell', 'definition', 'hidden_loss', 'intra_weights', 'methods', 'stages', 'student_cell', 'students',
-    'teacher_cell', 'training_cost', 'two_stages',
+    'cnn_cell', 'definition', 'hidden_loss', 'intra_weights', 'methods', 'read_recipe', 'stages', 'student_cell',
+    'students', 'teacher_cell', 'training_cost', 'two_stages',
 ]
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,11 +141,19 @@ class CellError(Exception):
     """Why a cell has no figures."""
 
 
+def read_recipe(cell: Cell) -> Optional[Dict[str, Any]]:
+    """Return the options in the recipe of a cell; None if it has no recipe."""
+    if '-c' not in cell.argv:
+        return None
+    name = cell.argv[cell.argv.index('-c') + 1]
+    path = ROOT / name if (ROOT / name).exists() else ROOT / 'timm_dearkd' / name  # train.py finds recipes/NAME there
+    return yaml.safe_load(path.read_text())
+
+
 def definition(cell: Cell) -> str:
     """Of what a cell does: its arguments, what is in its recipe, and the same of the cells that it needs."""
-    recipe = ROOT / cell.argv[cell.argv.index('-c') + 1] if '-c' in cell.argv else None
     parts = [
-        cell.program, cell.data, cell.argv, cell.seed, yaml.safe_load(recipe.read_text()) if recipe else None,
+        cell.program, cell.data, cell.argv, cell.seed, read_recipe(cell),
         [definition(need) for need in cell.needs]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -3,8 +3,8 @@
 A thin fork of timm's train.py: the same flags, files and habits.
 
     python train.py DIR --model dearkd_tiny_patch16_224 --kd-model-name regnety_160.deit_in1k
-    python train.py IMAGENET --model dearkd_tiny_patch16_224 -c recipes/dearkd_300e.yaml
-    torchrun --nproc_per_node=8 train.py IMAGENET --model dearkd_tiny_patch16_224 -c recipes/dearkd_300e.yaml
+    python train.py IMAGENET --model dearkd_tiny_patch16_224 -c dearkd_300e
+    torchrun --nproc_per_node=8 train.py IMAGENET --model dearkd_tiny_patch16_224 -c dearkd_300e
 """
 import gc
 import importlib

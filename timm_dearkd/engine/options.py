@@ -5,6 +5,7 @@ The limits of a flag stand beside it. `resolve_args` checks what several flags d
 import argparse
 import logging
 import os
+from pathlib import Path
 from typing import Any, Callable, Dict, List, NoReturn, Optional, Sequence, Tuple
 
 import yaml
@@ -19,11 +20,13 @@ from .process import check_backend, default_workers
 from .tracking import check_available
 
 __all__ = [
-    'build_config_parser', 'build_parser', 'check_distillation', 'parse_args', 'replace_args', 'resolve_args',
+    'build_config_parser', 'build_parser', 'check_distillation', 'find_config', 'parse_args', 'recipe_names',
+    'replace_args', 'resolve_args',
 ]
 
 _logger = logging.getLogger(__name__)
 
+_RECIPES = Path(__file__).parents[1] / 'recipes'
 _CUDA_GRAPH_MODES = ('reduce-overhead', 'max-autotune')
 _FILES = ('resume', 'kd_teacher_checkpoint', 'initial_checkpoint', 'kd_class_map', 'pretrained_path')
 # Remedy if such an option names a folder; by default, a file in it
@@ -95,7 +98,7 @@ RATE = _limit(float, '0 or more, less than 1', lambda value: 0 <= value < 1)
 def build_config_parser() -> argparse.ArgumentParser:
     """Build the parser of `--config` alone, which is read before everything else."""
     parser = argparse.ArgumentParser(description='Training configuration', add_help=False)
-    parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; the command line wins over it')
+    parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options, or name of a recipe')
     return parser
 
 
@@ -104,7 +107,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog='train.py',
         description='Train a timm model, alone or taught by a CNN with DearKD',
-        epilog='-c FILE, --config FILE reads options from a YAML file; the command line wins over it.',
+        epilog='-c FILE, --config FILE reads options from a YAML file, or from the recipe of that name'
+        f' ({", ".join(recipe_names())}). The command line wins over it.',
         formatter_class=_HelpFormatter,
     )
     _add_dearkd(parser.add_argument_group('DearKD'))
@@ -409,6 +413,30 @@ def _add_naflex(parser: argparse.ArgumentParser) -> None:
     add('--naflex-patchify-channels-first', action='store_true')
 
 
+def recipe_names() -> List[str]:
+    """Return the names of the recipes in this package."""
+    return sorted(path.stem for path in _RECIPES.glob('*.yaml'))
+
+
+def find_config(name: str) -> Path:
+    """Return the YAML file of a `--config`: a file, or a recipe of this package.
+
+    Args:
+        name: Path of a file, name of a recipe, or `recipes/NAME.yaml`. A file wins over a recipe of the same name.
+
+    Raises:
+        FileNotFoundError: If there is neither.
+    """
+    path = Path(name)
+    if path.exists() and not path.is_dir():  # is_file() is False for a pipe
+        return path
+    recipe = _RECIPES / f'{path.stem}.yaml'
+    if path.parent.name in ('', 'recipes') and path.suffix in ('', '.yaml') and recipe.is_file():
+        return recipe
+    raise FileNotFoundError(
+        f'--config is {name!r}, expected a YAML file or the name of a recipe: {", ".join(recipe_names())}.')
+
+
 def _config_argv(config: Dict[str, Any], parser: argparse.ArgumentParser) -> List[str]:
     """Return the command line of a YAML mapping, so that types and limits are checked alike."""
     actions = {action.dest: action for action in parser._actions}
@@ -454,8 +482,10 @@ def parse_args(
     config_argv = []
     if config_args.config:
         try:
-            with open(config_args.config, encoding='utf-8') as f:
+            with open(find_config(config_args.config), encoding='utf-8') as f:
                 config = yaml.safe_load(f) or {}
+        except FileNotFoundError as e:
+            parser.error(str(e))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
             parser.error(f'configuration file {config_args.config}: {" ".join(str(e).split())}')
         if not isinstance(config, dict):

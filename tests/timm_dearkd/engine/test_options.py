@@ -1,5 +1,6 @@
 import argparse
 import ast
+import configparser
 import csv
 import runpy
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import yaml
 from timm.utils import ParseKwargs
 
-from timm_dearkd.engine.options import build_config_parser, build_parser, parse_args
+from timm_dearkd.engine.options import build_config_parser, build_parser, find_config, parse_args, recipe_names
 from timm_dearkd.engine.process import TIMM_WORKERS
 
 
@@ -130,6 +131,44 @@ def test_false_in_the_file_switches_off(config, key):
 def test_true_in_the_file_is_the_flag_alone(config):
     for key in ('torchcompile', 'amp'):
         assert parse(*config(**{key: True}))[0] == parse(f'--{key}')[0]
+
+
+@pytest.mark.parametrize('name', ['dearkd_300e', 'dearkd_300e.yaml', './recipes/dearkd_300e.yaml'])
+def test_recipes_are_found_by_name_in_any_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'dearkd_300e').mkdir()  # a folder is no file of options
+    args, text = parse('-c', name, 'DIR')
+    assert (args.epochs, args.dearkd_stage1_epochs, args.opt) == (300, 250, 'adamw')
+    assert text == parse('-c', str(find_config('dearkd_300e')), 'DIR')[1]
+
+
+@pytest.mark.parametrize('name', ['dearkd_300e', 'recipes/dearkd_300e.yaml'])
+def test_a_file_wins_over_the_recipe_of_its_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'recipes').mkdir()
+    (tmp_path / name).write_text('epochs: 7')
+    assert parse('-c', name)[0].epochs == 7
+
+
+@pytest.mark.parametrize('name', ['dearkd_30e', 'recipes/other.yaml', 'mine/dearkd_300e.yaml', 'dearkd_300e.json'])
+def test_an_unknown_recipe_is_one_line_with_the_names(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e:
+        parse('--config', name)
+    assert e.value.code == 2
+    assert capsys.readouterr().err == (
+        f'train.py: error: --config is {name!r}, expected a YAML file or the name of a recipe: dearkd_1000e,'
+        ' dearkd_300e, digits, finetune_cars, finetune_cifar10, finetune_cifar100, finetune_flowers.\n')
+
+
+def test_every_recipe_is_data_of_the_package():
+    """Under the pattern that setup.cfg names."""
+    setup = configparser.ConfigParser()
+    setup.read(Path(__file__).parents[3] / 'setup.cfg')
+    patterns = setup['options.package_data']['timm_dearkd'].split(', ')
+    package = Path(__file__).parents[3] / 'timm_dearkd'
+    packed = {path for pattern in patterns for path in package.glob(pattern)}
+    assert recipe_names() and {package / 'recipes' / f'{name}.yaml' for name in recipe_names()} <= packed
 
 
 def test_unknown_keys_are_warned_about(config, caplog):
