@@ -31,7 +31,7 @@ from distill_hooks.errors import first_line
 from distill_hooks.task import keep_constants_local
 from timm_dearkd.analysis.report import check_available as check_report
 from timm_dearkd.analysis.report import write_report
-from timm_dearkd.engine.checkpoints import EXPORT_NAME, Position, find_checkpoint, read_classes, resume_run
+from timm_dearkd.engine.checkpoints import EXPORT_NAME, Position, read_classes, resume_run
 from timm_dearkd.engine.data import UNKNOWN_CLASSES, build_datasets, class_names, classes_of
 from timm_dearkd.engine.distillation import build_schedule, build_task, check_teacher, log_changed_stages
 from timm_dearkd.engine.loader import (
@@ -45,7 +45,7 @@ from timm_dearkd.engine.loader import (
 )
 from timm_dearkd.engine.loop import Stepper, Trainer, Validator, mean_lr
 from timm_dearkd.engine.optimizer import build_optimizer, build_scheduler, warn_of_short_run
-from timm_dearkd.engine.options import build_config_parser, build_parser, parse_args, replace_args, resolve_args
+from timm_dearkd.engine.options import build_config_parser, build_parser, output_parent, parse_args, resolve_args
 from timm_dearkd.engine.process import (
     CompileError,
     Interrupted,
@@ -57,10 +57,10 @@ from timm_dearkd.engine.process import (
     select_device,
     use_deterministic_kernels,
 )
-from timm_dearkd.engine.recorder import Recorder, build_recorder, describe_run, output_parent, print_results
+from timm_dearkd.engine.recorder import Recorder, build_recorder, describe_run, print_results
 from timm_dearkd.engine.run_folder import RunFolder, complete_export, export_model, on_primary
 from timm_dearkd.engine.seeding import set_rng_state
-from timm_dearkd.engine.student import build_evaluation, build_student
+from timm_dearkd.engine.student import build_evaluation, build_student, warn_of_new_weights
 
 _logger = logging.getLogger('train')
 
@@ -139,11 +139,11 @@ def build_run_in(
         ranks: Ranks,
 ) -> Callable[[], None]:
     """Build the data, the task, the schedules and the recorder of a run."""
-    device, is_auto = precision.device, args.resume == 'auto'
-    args = replace_args(args, resume=on_primary(ranks, partial(run_folder.find_start, args.resume)))
-    train_set, eval_set = build_datasets(args, read_classes(args.resume))
-    if eval_set is None:
-        args = replace_args(args, eval_metric='loss')
+    device = precision.device
+    checkpoint = on_primary(ranks, partial(run_folder.find_start, args.resume))
+    train_set, eval_set = build_datasets(args, read_classes(checkpoint))
+    if not checkpoint:
+        warn_of_new_weights(args)
     model, data_config = build_student(args, train_set, device, create_model)
     mixup = build_mixup(args, model.num_classes)
     loader_eval = build_eval_loader(args, eval_set, data_config, device, ranks)
@@ -158,9 +158,9 @@ def build_run_in(
     optimizer = build_optimizer(args, task, device, ranks)
     trainer = build_trainer(args, task, loader_train, optimizer, precision, ranks)
     validator = build_validator(args, task, loader_eval, precision, ranks)
-    start, epochs = schedule_run(args, trainer)
+    start, epochs = schedule_run(args, trainer, checkpoint)
     export = partial(export_model, model, data_config=data_config, label_names=names)
-    if is_auto and start.epoch >= epochs.stop:
+    if args.resume == 'auto' and start.epoch >= epochs.stop:
         _logger.info(f'{args.experiment} has its {start.epoch} epochs already. It is left as it is.')
         use_ema = task.has_ema() and not args.model_ema_force_cpu
         complete = partial(complete_run, args, run_folder.path, export, use_ema, device)
@@ -232,14 +232,14 @@ def complete_run(args, folder: str, export: Callable[..., Any], use_ema: bool, d
         report(folder, device)
 
 
-def schedule_run(args, trainer: Trainer) -> Tuple[Position, range]:
+def schedule_run(args, trainer: Trainer, checkpoint: str) -> Tuple[Position, range]:
     """Resume the run, set up its schedules, and return where it starts and its epochs."""
     task, optimizer = trainer.task, trainer.step.optimizer
     given = [{key: group[key] for key in _GROUP_OPTIONS & group.keys()} for group in optimizer.param_groups]
     start = Position()
-    if args.resume:
+    if checkpoint:
         start = resume_run(
-            args.resume, task, vars(args), None if args.no_resume_opt else optimizer, trainer.precision,
+            checkpoint, task, dict(vars(args)), None if args.no_resume_opt else optimizer, trainer.precision,
             images_per_update(args, trainer.ranks))
     for group, options in zip(optimizer.param_groups, given):  # which need not be those of the checkpoint
         rate = options.pop('lr')
@@ -437,14 +437,6 @@ def evaluate_epoch(args, trainer: Trainer, validator: Optional[Validator], label
 
 def prepare_evaluation(args, precision: Precision, ranks: Ranks) -> Callable[[], None]:
     """Prepare `--eval-only`: metrics of a model on the validation split, as JSON on standard output."""
-    resume = args.resume
-    if resume == 'auto':
-        folder = os.path.join(output_parent(args), args.experiment)
-        resume = find_checkpoint(folder)
-        if not resume:
-            raise ValueError(f'--resume auto: there is no run in {folder!r}. Set its --output and --experiment.')
-    checkpoint = args.initial_checkpoint or args.pretrained_path or resume
-    args = replace_args(args, initial_checkpoint=checkpoint, pretrained_path=None, pretrained=not checkpoint)
     model, data_config, eval_set = build_evaluation(args, precision.device, create_model)
     loader = build_eval_loader(args, eval_set, data_config, precision.device, ranks)
     task = ClassificationTask(model, device=precision.device)

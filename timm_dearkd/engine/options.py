@@ -14,14 +14,15 @@ from timm.optim import get_optimizer_info
 from timm.task import ClassificationEvaluator
 from timm.utils import ParseKwargs
 
-from distill_hooks.checkpoint import nearest_names
+from distill_hooks.checkpoint import nearest_names, training_args
 
+from .checkpoints import find_checkpoint
 from .process import check_backend, default_workers
 from .tracking import check_available
 
 __all__ = [
-    'build_config_parser', 'build_parser', 'check_distillation', 'find_config', 'parse_args', 'recipe_names',
-    'replace_args', 'resolve_args',
+    'build_config_parser', 'build_parser', 'check_distillation', 'find_config', 'output_parent', 'parse_args',
+    'recipe_names', 'resolve_args',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -503,7 +504,7 @@ def parse_args(
 
 
 def resolve_args(args: argparse.Namespace) -> argparse.Namespace:
-    """Check the options as far as they tell alone, and fill in those that depend on the machine.
+    """Check the options as far as they tell alone, and fill in those that depend on the machine or on files.
 
     Returns:
         A copy, which nothing changes later.
@@ -520,12 +521,53 @@ def resolve_args(args: argparse.Namespace) -> argparse.Namespace:
     _check_teacher(args)
     _check_size_schedule(args)
     check_available(tensorboard=args.log_tensorboard, wandb=args.log_wandb)
-    return replace_args(args, workers=default_workers() if args.workers is None else args.workers)
-
-
-def replace_args(args: argparse.Namespace, **changes: Any) -> argparse.Namespace:
-    """Return a copy of the options with changes."""
+    changes: Dict[str, Any] = {}
+    if args.workers is None:
+        changes['workers'] = default_workers()
+    if not args.val_split:
+        changes['eval_metric'] = 'loss'
+    if args.eval_only:
+        changes.update(_resolve_weights(args))
     return argparse.Namespace(**{**vars(args), **changes})
+
+
+def _resolve_weights(args: argparse.Namespace) -> Dict[str, Any]:
+    """Return the options that name the weights of --eval-only, and those of their training where none are given.
+
+    Raises:
+        ValueError: If there is no run to evaluate.
+    """
+    resume = args.resume
+    if resume == 'auto':
+        folder = os.path.join(output_parent(args), args.experiment)
+        resume = find_checkpoint(folder)
+        if not resume:
+            raise ValueError(f'--resume auto: there is no run in {folder!r}. Set its --output and --experiment.')
+    checkpoint = args.initial_checkpoint or args.pretrained_path or resume
+    changes = dict(initial_checkpoint=checkpoint, pretrained_path=None, pretrained=not checkpoint)
+    return {**changes, **(_trained_options(args, training_args(checkpoint)) if checkpoint else {})}
+
+
+def _trained_options(args: argparse.Namespace, saved: Dict[str, Any]) -> Dict[str, Any]:
+    """Return the options for the input and the model that a checkpoint has and the command does not."""
+    changes: Dict[str, Any] = {}
+    keys = ['mean', 'std', 'crop_pct', 'interpolation', 'bn_eps', 'gp', 'num_classes']
+    if not args.input_size and saved.get('input_size'):
+        if not args.img_size:
+            changes['input_size'] = [args.in_chans or saved['input_size'][0], *saved['input_size'][1:]]
+        else:
+            changes['in_chans'] = args.in_chans or saved['input_size'][0]
+    elif not args.input_size:
+        keys += ['img_size', 'in_chans']
+    changes.update({key: saved[key] for key in keys if not getattr(args, key) and saved.get(key)})
+    for key in ('model_kwargs', 'pretrained_cfg_overlay'):
+        changes[key] = {**(saved.get(key) or {}), **getattr(args, key)}
+    return changes
+
+
+def output_parent(args: argparse.Namespace) -> str:
+    """Return the parent of the output folders."""
+    return args.output or os.path.join('.', 'output', 'train')
 
 
 def _given(args: argparse.Namespace, keys: Sequence[str]) -> List[str]:
@@ -578,6 +620,8 @@ def _check_values(args: argparse.Namespace) -> None:
 
 
 def _check_combinations(args: argparse.Namespace) -> None:
+    if args.eval_only and not args.val_split:
+        raise ValueError('--eval-only looks at validation images. Set --val-split.')
     if args.resume == 'auto' and not args.experiment:
         raise ValueError('--resume auto resumes the run in the folder of --experiment, so it needs --experiment NAME.')
     if args.layer_decay is not None and args.sched == 'none':
