@@ -123,8 +123,8 @@ def test_repeated_augmentation_differs_between_repeats(image_folder):
 def test_several_sizes(image_folder):
     dataset = open_dataset('', str(image_folder), 'train')
     loader = create_train_loader(
-        dataset, config(), 8, CPU, num_workers=0, input_size_choices=[16, 32], batch_size_choices=[8, 4],
-        num_batches=12)
+        dataset, config(), 8, CPU, num_workers=0, image_sizes=[16, 32],
+        schedule=dict(batch_sizes=[8, 4], num_batches=12))
     loader.set_epoch(0)
     shapes = [tuple(images.shape) for images, _ in loader]
     assert len(loader) == len(shapes) == 12 and set(shapes) == {(8, 3, 16, 16), (4, 3, 32, 32)}
