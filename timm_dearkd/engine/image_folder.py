@@ -21,7 +21,7 @@ from timm.utils.misc import natural_key
 
 __all__ = [
     'FolderScan', 'ImageFolderReader', 'bit_depth_message', 'check_bit_depth', 'check_mode', 'class_order',
-    'exceeds_8_bits', 'find_splits', 'index_by_name', 'is_image_file', 'normal_label', 'normal_name',
+    'exceeds_8_bits', 'find_splits', 'image_types', 'index_by_name', 'is_image_file', 'normal_label', 'normal_name',
     'normal_names', 'open_folder', 'read_class_map', 'resolve_class_map', 'scan_folder', 'split_folder',
 ]
 
@@ -88,10 +88,15 @@ def index_by_name(names: Iterable[str]) -> Dict[str, int]:
     return {name: index for index, name in enumerate(class_order(set(names)))}
 
 
+def image_types() -> Set[str]:
+    """Return the file name endings of images: those that timm reads, and others that Pillow reads."""
+    return get_img_extensions(as_set=True) | {'.webp', '.bmp', '.tif', '.tiff', '.gif'}
+
+
 def is_image_file(path: str, types: Optional[Collection[str]] = None) -> bool:
     """Return whether a file has the ending of an image and is not hidden (macOS writes `._photo.jpg`)."""
     name = os.path.basename(path)
-    return not name.startswith('.') and os.path.splitext(name)[1].lower() in (types or get_img_extensions(as_set=True))
+    return not name.startswith('.') and os.path.splitext(name)[1].lower() in (types or image_types())
 
 
 @dataclass
@@ -126,7 +131,7 @@ def scan_folder(root: str, types: Optional[Collection[str]] = None) -> FolderSca
     Raises:
         ValueError: If the names of two folders differ only in their Unicode form.
     """
-    types = set(types or get_img_extensions(as_set=True))
+    types = set(types or image_types())
     scan = FolderScan(root)
     for path, dirs, files in os.walk(root, followlinks=True):
         dirs[:] = [name for name in dirs if not name.startswith('.')]

@@ -2,6 +2,7 @@ import logging
 import re
 import shutil
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -147,6 +148,23 @@ def test_images_of_other_types_are_read_and_those_that_are_not_are_counted(image
     for kind in types:
         assert means[f'a.{kind}'[-5:]] == pytest.approx(pixels.mean(), abs=5)
     assert len(caplog.messages) == 1 and 'are not read: 2 .heic, 1 .avif.' in caplog.text
+    with tarfile.open(tmp_path / 'data.tar', 'w') as tar:
+        tar.add(root / 'train', arcname='.')
+    packed = open_dataset('', str(tmp_path / 'data.tar'), 'train', is_training=True)
+    assert {packed.filename(i)[-5:]: np.asarray(packed[i][0]).mean() for i in range(len(packed))} == means
+    assert timm.data.get_img_extensions() == ('.png', '.jpg', '.jpeg')  # timm's own list, for other code
+
+
+@pytest.mark.parametrize('name, content, message', [
+    ('data.zip', b'', 'is a file, expected an image folder or a .tar file.'),
+    ('data.tar', b'no tar file', 'cannot be read (truncated header). Expected'),
+    ('data.tar', bytes(10240), 'No images in'),
+])
+def test_files_that_are_no_tar_of_images(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError) as e:
+        open_dataset('', str(tmp_path / name), 'train')
+    assert message in str(e.value) and name in str(e.value) and '\n' not in str(e.value)
 
 
 @pytest.mark.parametrize('mode, name', [('I;16', '0.png'), ('I', '0.tif'), ('F', '0.tif')])
