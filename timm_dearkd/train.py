@@ -286,19 +286,13 @@ def fit(
         Interrupted: If a signal has come. There is a checkpoint to resume from.
         TrainingError: If training cannot continue.
     """
-    task: Any = trainer.task
     ranks = trainer.ranks
     _logger.info(f'Training for {len(epochs)} epochs, up to {epochs.stop}. Output: {recorder.folder}')
     if not ranks.is_primary:
         logging.getLogger().setLevel(logging.WARNING)
     if recorder.saver is not None:  # after a kill between checkpoint and export
         complete_export(recorder.folder, recorder.export, recorder.export_ema)
-    if len(start.rng_states) == ranks.world_size:
-        set_rng_state(start.rng_states[ranks.rank], trainer.precision.device)
-    else:
-        random_seed(args.seed, ranks.rank)
-    if start.ema_rng_state is not None and task.has_ema():
-        task.trainable_module_ema._sr_generator.set_state(start.ema_rng_state)
+    restore_generators(args.seed, trainer, start)
     evaluated = evaluated_epochs(args, epochs)
     with recorder.tracker, StopRequest(ranks) as stop:
         if before_epochs is not None:
@@ -308,36 +302,68 @@ def fit(
             validator.on_batch = partial(recorder.on_eval_batch, stop)
         for epoch in epochs:
             began = time.monotonic()
-            if isinstance(task, DearKDTask):
-                task.set_epoch(epoch)
-                if validator is None and recorder.saver is not None and task.weights != task.schedule(epoch - 1):
-                    recorder.saver.forget_ranks()  # a loss of other weights is no better or worse
-            if epoch == start.epoch:
-                losses = trainer.train_epoch(epoch, start.update, start.meter)
-            else:
-                losses = trainer.train_epoch(epoch)
-            lr = mean_lr(trainer.step.optimizer)  # the epoch's own, before the scheduler moves on
-            is_milestone = epoch + 1 in args.save_epochs
-            is_due, trained = epoch in evaluated, time.monotonic()
-            metrics = evaluate_epoch(args, trainer, validator, f'Test: {epoch}') if is_due else {}
-            eval_seconds = time.monotonic() - trained
-            metric = metrics.get(args.eval_metric) if validator is not None else losses['loss']
-            if trainer.lr_scheduler is not None:
-                trainer.lr_scheduler.step(epoch + 1, metric)
-            recorder.on_epoch(epoch, losses, metrics, metric, lr, is_milestone)
+            eval_seconds = run_epoch(args, trainer, validator, recorder, start, epoch, epoch in evaluated)
             if epoch == start.epoch + bool(start.update):  # the first whole one
                 timed = evaluated if validator is not None else []
                 log_expected_end(epoch, epochs, timed, time.monotonic() - began, eval_seconds)
     if recorder.saver is not None:
         complete_run(args, recorder.folder, recorder.export, recorder.export_ema, trainer.precision.device)
-        recorder.compare_with_teacher()
-        if recorder.saver.best_metric is not None:
-            _logger.info(f'*** Best metric: {recorder.saver.best_metric:.4g} (epoch {recorder.saver.best_epoch})')
-            if os.path.exists(os.path.join(recorder.folder, 'config.json')):
-                _logger.info(f"*** Load it with timm.create_model('local-dir:{recorder.folder}', pretrained=True)")
-            else:
-                _logger.info(f'*** Its weights: {os.path.join(recorder.folder, EXPORT_NAME)}')
-        print_results(recorder.results, args.eval_metric)
+        log_results(recorder, args.eval_metric)
+
+
+def restore_generators(seed: int, trainer: Trainer, start: Position) -> None:
+    """Restore the random generators of a resumed run, or seed those of a new one."""
+    task: Any = trainer.task
+    ranks = trainer.ranks
+    if len(start.rng_states) == ranks.world_size:
+        set_rng_state(start.rng_states[ranks.rank], trainer.precision.device)
+    else:
+        random_seed(seed, ranks.rank)
+    if start.ema_rng_state is not None and task.has_ema():
+        task.trainable_module_ema._sr_generator.set_state(start.ema_rng_state)
+
+
+def run_epoch(
+        args,
+        trainer: Trainer,
+        validator: Optional[Validator],
+        recorder: Recorder,
+        start: Position,
+        epoch: int,
+        is_evaluated: bool,
+) -> float:
+    """Train an epoch, evaluate it if asked for, and record it. Return the seconds of the evaluation."""
+    task = trainer.task
+    if isinstance(task, DearKDTask):
+        task.set_epoch(epoch)
+        if validator is None and recorder.saver is not None and task.weights != task.schedule(epoch - 1):
+            recorder.saver.forget_ranks()  # a loss of other weights is no better or worse
+    if epoch == start.epoch:
+        losses = trainer.train_epoch(epoch, start.update, start.meter)
+    else:
+        losses = trainer.train_epoch(epoch)
+    lr = mean_lr(trainer.step.optimizer)  # the epoch's own, before the scheduler moves on
+    trained = time.monotonic()
+    metrics = evaluate_epoch(args, trainer, validator, f'Test: {epoch}') if is_evaluated else {}
+    eval_seconds = time.monotonic() - trained
+    metric = metrics.get(args.eval_metric) if validator is not None else losses['loss']
+    if trainer.lr_scheduler is not None:
+        trainer.lr_scheduler.step(epoch + 1, metric)
+    recorder.on_epoch(epoch, losses, metrics, metric, lr, epoch + 1 in args.save_epochs)
+    return eval_seconds
+
+
+def log_results(recorder: Recorder, eval_metric: str) -> None:
+    """Log the best epoch and where its student is, and print the best epochs."""
+    recorder.compare_with_teacher()
+    saver = recorder.saver
+    if saver is not None and saver.best_metric is not None:
+        _logger.info(f'*** Best metric: {saver.best_metric:.4g} (epoch {saver.best_epoch})')
+        if os.path.exists(os.path.join(recorder.folder, 'config.json')):
+            _logger.info(f"*** Load it with timm.create_model('local-dir:{recorder.folder}', pretrained=True)")
+        else:
+            _logger.info(f'*** Its weights: {os.path.join(recorder.folder, EXPORT_NAME)}')
+    print_results(recorder.results, eval_metric)
 
 
 def evaluate_teacher(
