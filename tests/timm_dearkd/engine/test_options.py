@@ -2,6 +2,7 @@ import argparse
 import ast
 import configparser
 import csv
+import os
 import runpy
 from pathlib import Path
 
@@ -9,8 +10,16 @@ import pytest
 import yaml
 from timm.utils import ParseKwargs
 
-from timm_dearkd.engine.options import build_config_parser, build_parser, find_config, parse_args, recipe_names
+from timm_dearkd.engine.options import (
+    build_config_parser,
+    build_parser,
+    find_config,
+    parse_args,
+    recipe_names,
+    resolve_args,
+)
 from timm_dearkd.engine.process import TIMM_WORKERS
+from timm_dearkd.train import _parse_args
 
 
 def parse(*argv):
@@ -200,3 +209,12 @@ def test_broken_files(tmp_path, capsys, text):
             parse('-c', str(file))
         err = capsys.readouterr().err
         assert e.value.code == 2 and err.count('\n') == 1 and file.name in err
+
+
+@pytest.mark.parametrize('flags,processes,expected', [
+    ([], '1', 2), ([], '2', 1), ([], '8', 1), (['-j', '0'], '1', 0), (['-j', '3'], '1', 3), (['-j', '4'], '1', 4),
+    (['--workers=4'], '2', 4)])
+def test_default_workers_are_no_more_than_cores(flags, processes, expected, monkeypatch):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {0, 1}, raising=False)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', processes)
+    assert resolve_args(_parse_args(['DIR', *flags])[0]).workers == expected
