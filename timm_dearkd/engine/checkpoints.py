@@ -311,19 +311,7 @@ def _check_resumable(
         options: Dict[str, Any],
         has_optimizer: bool,
 ) -> None:
-    """Refuse a checkpoint of another model, optimizer or kind of training.
-
-    Args:
-        path: The checkpoint.
-        arch: Its model; None for weights alone.
-        trained: Its options, if it has them.
-        task: The task of this run.
-        options: Options of this run.
-        has_optimizer: Whether the state of the optimizer is resumed, too.
-
-    Raises:
-        ValueError: If the checkpoint does not fit.
-    """
+    """Refuse a checkpoint of model `arch` and options `trained` that does not fit the task and options of this run."""
     if arch not in (None, options['model']):
         raise ValueError(
             f'--resume {path} is a run of {arch}, this one is of {options["model"]}.'

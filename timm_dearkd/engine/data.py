@@ -101,14 +101,8 @@ def _create_dataset(name: str, root: Optional[str], split: str, **kwargs: Any):
 def _read_torch_folder(name: str, root: str, split: str, class_map: Any = '', **kwargs: Any) -> ImageFolderReader:
     """Return a reader of torchvision's `ImageFolder`: its images, and its classes in its order.
 
-    With a timm reader, these images are converted and skipped like those of any other folder.
-
-    Args:
-        name: See `open_dataset`.
-        root: See `open_dataset`.
-        split: See `open_dataset`.
-        class_map: See `open_dataset`; '' takes torchvision's class indices.
-        **kwargs: See `open_dataset`.
+    With a timm reader, these images are converted and skipped like those of any other folder. The arguments are those
+    of `open_dataset`. Without a class map, the class indices are torchvision's.
     """
     folder = _create_dataset(
         name, split_folder(root, split), split, search_split=False, is_valid_file=is_image_file, **kwargs)
@@ -147,12 +141,7 @@ def _open_tar(
 ) -> ImageDataset:
     """Open a tar file of class folders, without hidden files and with class names in `normal_name`.
 
-    Args:
-        root: The file.
-        class_map: See `open_dataset`; '' numbers the classes in `class_order`.
-        is_training: Whether every class must have images.
-        input_img_mode: Pillow mode that the images are converted to.
-        **kwargs: Further arguments of `open_dataset`, which have no effect.
+    The arguments are those of `open_dataset`. Without a class map, the classes are numbered in `class_order`.
 
     Raises:
         ValueError: If the file cannot be read, has no images, or the class map has none of the classes.
@@ -220,14 +209,7 @@ def classes_of(dataset) -> Classes:
 
 
 def open_with_classes(trained: Classes, name: str, root: Optional[str], split: str, **kwargs: Any):
-    """Open the training split of a resumed run with the class indices of its checkpoint.
-
-    Args:
-        trained: Classes of the checkpoint.
-        name: See `open_dataset`.
-        root: See `open_dataset`.
-        split: See `open_dataset`.
-        **kwargs: See `open_dataset`.
+    """Open the training split of a resumed run, see `open_dataset`, with the class indices of its checkpoint.
 
     Raises:
         ValueError: If the class names have changed, or the images of a class are in the folder of another one.

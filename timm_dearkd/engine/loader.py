@@ -229,8 +229,6 @@ def _create_seeded_loader(
 def _augment(dataset, transforms: List[Any], num_aug_splits: int, scheduled: bool):
     """Set the transform of a data set: AugMix's three, one, or one for each size of a schedule."""
     if scheduled:
-        if num_aug_splits:
-            raise ValueError('--train-batches-per-epoch does not go with --aug-splits. Remove one of them.')
         dataset.transform = None
         return ScheduledTransformDataset(dataset, transforms)
     if num_aug_splits > 1:

@@ -687,5 +687,6 @@ def _check_size_schedule(args: argparse.Namespace) -> None:
                 f'{_flag(key)} has {len(given)} values for the {len(sizes or ())} of --train-img-sizes. Give as many.')
     if args.train_size_schedule == 'progressive' and len(sizes or ()) < 2:
         raise ValueError('--train-size-schedule progressive needs two or more --train-img-sizes.')
-    if sizes and args.aug_splits:
-        raise ValueError('--train-img-sizes does not go with --aug-splits. Remove one of them.')
+    if (sizes or args.train_batches_per_epoch) and args.aug_splits:
+        flag = '--train-img-sizes' if sizes else '--train-batches-per-epoch'
+        raise ValueError(f'{flag} does not go with --aug-splits. Remove one of them.')

@@ -150,6 +150,9 @@ def test_streams_are_read_again_up_to_the_batch(image_folder):
     loader.set_epoch(3, 2)
     assert [labels.tolist() for _, labels in loader] == [[8, 9, 10, 11], [12, 13, 14, 15], [16, 17, 18, 19]]
     assert Stream.epochs == [3]
+    for flag, kwargs in (('--train-img-sizes', dict(image_sizes=[16, 32])), ('--aug-splits', dict(num_aug_splits=2))):
+        with pytest.raises(ValueError, match=f'{flag}.* cannot be used with a streamed data set'):
+            create_train_loader(Stream(), config(), 4, CPU, num_workers=0, **kwargs)
 
 
 @pytest.mark.parametrize('in_chans,mode', [(1, 'RGB'), (3, 'L')])
