@@ -27,7 +27,7 @@ from timm.utils import distribute_bn, random_seed, setup_default_logging
 
 import timm_dearkd  # noqa: F401  registers the architectures
 from distill_hooks import DearKDTask
-from distill_hooks.errors import first_line
+from distill_hooks.errors import first_line, one_line
 from distill_hooks.task import keep_constants_local
 from timm_dearkd.analysis.report import check_available as check_report
 from timm_dearkd.analysis.report import write_report
@@ -443,7 +443,7 @@ def report(folder: str, device: torch.device) -> None:
         _logger.info(f'*** Report: {write_report(folder, device=str(device))}')
     except Exception as e:
         _logger.warning(
-            f'The report could not be written ({type(e).__name__}: {" ".join(str(e).split())}). The run is complete.'
+            f'The report could not be written ({type(e).__name__}: {one_line(e)}). The run is complete.'
             f' Once that is fixed: python -m timm_dearkd.analysis report {shlex.quote(folder)}')
 
 

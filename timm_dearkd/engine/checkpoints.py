@@ -11,7 +11,7 @@ from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch.utils._pytree import tree_map_only
 
-from distill_hooks.errors import first_line
+from distill_hooks.errors import first_line, one_line
 
 from .data import UNKNOWN_CLASSES, Classes
 from .process import Precision, TrainingError
@@ -284,8 +284,7 @@ def resume_run(
         if task.has_ema():
             load_task_ema_checkpoint(task, path)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
-        reason = ' '.join(str(e).split())[:300]
-        raise ValueError(f'--resume {path} does not fit this run: {reason}') from e
+        raise ValueError(f'--resume {path} does not fit this run: {one_line(e)}') from e
     keys = ('rng_states', 'scheduler', 'ema_rng_state', 'progress')
     state = tree_map_only(torch.Tensor, torch.clone, {key: run.get(key) for key in keys})  # else it maps the file
     position = Position(

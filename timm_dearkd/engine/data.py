@@ -15,6 +15,8 @@ from timm.layers import to_2tuple
 from timm.models import get_model_input_config
 from torch.utils.data import IterableDataset
 
+from distill_hooks.errors import one_line
+
 from .hf_labels import hf_classes
 from .image_folder import (
     ImageFolderReader,
@@ -94,7 +96,7 @@ def _create_dataset(name: str, root: Optional[str], split: str, **kwargs: Any):
     try:
         return create_dataset(name, root=root, split=split, **kwargs)
     except (AssertionError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as e:
-        reason = ' '.join(str(e).split()).rstrip('.').replace('download=True', '--dataset-download')
+        reason = one_line(e).rstrip('.').replace('download=True', '--dataset-download')
         raise ValueError(f'Could not open split {split!r} of data set {name!r} in {root!r}: {reason}.') from e
 
 
@@ -152,7 +154,7 @@ def _open_tar(
     try:
         reader = _TarReader(root)
     except (OSError, RuntimeError, tarfile.TarError) as e:
-        raise ValueError(f'{root!r} cannot be read ({" ".join(str(e).split())}). {expected}') from e
+        raise ValueError(f'{root!r} cannot be read ({one_line(e)}). {expected}') from e
     except ValueError as e:  # of zip(*[])
         raise ValueError(f'No images in {root!r}. {expected}') from e
     found = [
