@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from timm_dearkd.engine.options import build_parser
+from timm_dearkd.engine.options import build_parser, recipe_names
 
 PATH = Path(__file__).parent / 'options.md'
 HEAD = '''# Options of train.py
@@ -14,7 +14,8 @@ HEAD = '''# Options of train.py
 Names and defaults are timm's, apart from the group "DearKD". Created by `python docs/generate_options.py`.
 
 Every flag can be a line of a YAML file, `-c FILE`: `--weight-decay 0.05` is `weight_decay: 0.05`, a switch is
-`amp: true`. The command line wins over the file.
+`amp: true`. The command line wins over the file. `-c NAME` takes a recipe of the package:
+{recipes}.
 '''
 
 
@@ -38,7 +39,7 @@ def format_row(action: argparse.Action) -> str:
 
 def main() -> str:
     """Return the page."""
-    parts = [HEAD]
+    parts = [HEAD.format(recipes=', '.join(f'`{name}`' for name in recipe_names()))]
     for group in build_parser()._action_groups:
         shown = (action for action in group._group_actions if action.help != argparse.SUPPRESS)
         actions = [action for action in shown if action.dest != 'help']

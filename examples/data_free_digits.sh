@@ -13,7 +13,7 @@ export OMP_NUM_THREADS=1
 
 # the demo's CNN, trained for longer and on mixed images too: what it then makes looks more like digits
 test -d "$OUT/data" || python examples/digits_data.py "$OUT/data" --seed "$SEED"
-OMP_NUM_THREADS=2 python train.py "$OUT/data" -c recipes/digits.yaml --model test_resnet --img-size 32 \
+OMP_NUM_THREADS=2 python train.py "$OUT/data" -c digits --model test_resnet --img-size 32 \
     --batch-size 64 --epochs 40 --mixup 0.3 --cutmix 0.5 --smoothing 0.1 --val-interval 40 --seed "$SEED" \
     --output "$OUT" --experiment teacher --resume auto
 
@@ -30,7 +30,7 @@ make_images() {
 # its features alone (alpha 1), throughout
 train_student() {
     data=$1; name=$2; shift 2
-    python train.py "$OUT/$data" -c recipes/digits.yaml --model dearkd_nano_patch4_32 \
+    python train.py "$OUT/$data" -c digits --model dearkd_nano_patch4_32 \
         --kd-model-name "local-dir:$OUT/teacher" --dearkd-alpha 1.0 --dearkd-stage1-epochs 50 --color-jitter 0.3 \
         --batch-size 40 --epochs 50 --val-interval 50 --seed "$SEED" --output "$OUT" \
         --experiment "student_$name" --resume auto "$@"

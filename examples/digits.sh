@@ -15,16 +15,16 @@ python examples/digits_data.py "$OUT/data" --seed "$SEED"
 rm -rf "$OUT/teacher" "$OUT/vit" "$OUT/dearkd"  # of an earlier call
 
 # the teacher: a small CNN, on all training images
-python train.py "$OUT/data" -c recipes/digits.yaml --model test_resnet --img-size 32 \
+python train.py "$OUT/data" -c digits --model test_resnet --img-size 32 \
     --batch-size 64 --epochs 15 --output "$OUT" --experiment teacher
 
 # a plain ViT on 10 % of them: the same architecture without MHCA (0 blocks), and no teacher
-python train.py "$OUT/data" --train-split train_10pct -c recipes/digits.yaml \
+python train.py "$OUT/data" --train-split train_10pct -c digits \
     --model dearkd_nano_patch4_32 --model-kwargs num_mhca_blocks=0 \
     --batch-size 25 --epochs 120 --output "$OUT" --experiment vit
 
 # DearKD on the same 10 %, for as many epochs; stage I is the first 5/6 of them. At the end it writes report.html
-python train.py "$OUT/data" --train-split train_10pct -c recipes/digits.yaml \
+python train.py "$OUT/data" --train-split train_10pct -c digits \
     --model dearkd_nano_patch4_32 --kd-model-name "local-dir:$OUT/teacher" \
     --batch-size 25 --epochs 120 --output "$OUT" --experiment dearkd \
     --track-attention-distance --report

@@ -10,8 +10,8 @@ import yaml
 
 __all__ = [
     'FIGURE4', 'METHODS', 'ROOT', 'RPE_DROP', 'SCALES', 'STAGE1', 'TAUGHT', 'Cell', 'CellError', 'Scale', 'adi_weights',
-    'cnn_cell', 'definition', 'hidden_loss', 'intra_weights', 'methods', 'stages', 'student_cell', 'students',
-    'teacher_cell', 'training_cost', 'two_stages',
+    'cnn_cell', 'definition', 'hidden_loss', 'intra_weights', 'methods', 'read_recipe', 'stages', 'student_cell',
+    'students', 'teacher_cell', 'training_cost', 'two_stages',
 ]
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,15 +143,22 @@ class CellError(Exception):
 
 
 @functools.lru_cache(maxsize=None)
-def _parse(recipe: str) -> Any:
-    return yaml.safe_load(recipe)
+def _read(path: Path) -> Any:
+    return yaml.safe_load(path.read_text())
+
+
+def read_recipe(cell: Cell) -> Optional[Dict[str, Any]]:
+    """Return the options in the recipe of a cell; None if it has no recipe."""
+    if '-c' not in cell.argv:
+        return None
+    name = cell.argv[cell.argv.index('-c') + 1]
+    return _read(ROOT / name if (ROOT / name).exists() else ROOT / 'timm_dearkd' / name)  # as train.py finds it
 
 
 def definition(cell: Cell) -> str:
     """Return a hash of a cell's inputs: arguments, content of the recipe, and dependencies."""
-    recipe = ROOT / cell.argv[cell.argv.index('-c') + 1] if '-c' in cell.argv else None
     parts = [
-        cell.program, cell.data, cell.argv, cell.seed, _parse(recipe.read_text()) if recipe else None,
+        cell.program, cell.data, cell.argv, cell.seed, read_recipe(cell),
         [definition(need) for need in cell.needs]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -15,9 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence, Set, TextIO
 
-import yaml
-
-from reproduction.cells import ROOT, Cell, CellError, Scale, definition, teacher_cell
+from reproduction.cells import ROOT, Cell, CellError, Scale, definition, read_recipe, teacher_cell
 from reproduction.prepare import validation_folder
 from reproduction.results import FIGURES, READERS, TEACHER_FILES, read_result, weights_hash
 from timm_dearkd.files import write_bytes
@@ -145,7 +143,7 @@ class Driver:
         num_processes = count_processes(self.launcher)
         if num_processes == 1:
             return []
-        recipe = yaml.safe_load((ROOT / cell.argv[cell.argv.index('-c') + 1]).read_text())
+        recipe = read_recipe(cell) or {}
         given = dict(zip(cell.argv, cell.argv[1:]))
         steps = int(given.get('--grad-accum-steps', recipe.get('grad_accum_steps', 1)))
         if steps % num_processes:

@@ -721,10 +721,10 @@ def test_images_of_four_channels(train_cli, image_folder, tmp_path):
 def test_recipes_parse(train_cli):
     train = importlib.import_module('train')
     for name, epochs, stage1, stage2 in (('dearkd_300e', 300, 250, 'anneal'), ('dearkd_1000e', 1000, 800, 'ce')):
-        args, _ = train._parse_args(['-c', f'recipes/{name}.yaml', '--model', 'dearkd_tiny_patch16_224'])
+        args, _ = train._parse_args(['-c', name, '--model', 'dearkd_tiny_patch16_224'])
         assert (args.epochs, args.dearkd_stage1_epochs, args.dearkd_stage2) == (epochs, stage1, stage2)
         assert args.batch_size * args.grad_accum_steps == 2048 and args.lr == 5e-4 and args.opt == 'adamw'
         assert (args.dearkd_rpe_drop, args.dearkd_rpe_drop_mode, args.model_kwargs) == (0.1, 'query', {})
     for name in ('cifar10', 'cifar100', 'flowers', 'cars'):
-        args, _ = train._parse_args(['-c', f'recipes/finetune_{name}.yaml'])
+        args, _ = train._parse_args(['-c', f'finetune_{name}'])
         assert args.layer_decay == 0.75 and args.img_size == 224 and args.kd_model_name is None

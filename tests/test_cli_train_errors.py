@@ -138,6 +138,9 @@ ERRORS = {
     'number': (['--epochs', 'x'], 'invalid int value'),
     'metric': (['--eval-metric', 'top2', '--epochs', '1'], "argument --eval-metric: invalid choice: 'top2'"),
     'augmix': (['--jsd-loss'], '--aug-splits'),
+    'augmix of a fixed length': (
+        ['--train-batches-per-epoch', '2', '--aug-splits', '2'],
+        '--train-batches-per-epoch does not go with --aug-splits'),
 }
 
 

@@ -609,6 +609,20 @@ class ConvAttention(Attention):
                 return self.rpe.cached_scores(dtype)
         return self.rpe().to(dtype)
 
+    def _append_scores(self, qkv: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return queries, keys and values with channels whose products are the positional scores."""
+        channels: Optional[torch.Tensor] = None
+        if not torch.jit.is_scripting():
+            channels = self._cached_channels(qkv.dtype)
+        if channels is not None:
+            return append_channels(qkv, channels)
+        rpe = self.rpe
+        alpha = rpe.alpha.unsqueeze(1)
+        if rpe.dropout_active():
+            alpha = alpha * rpe.query_dropout()
+        key_basis, query_basis, sq_steps = rpe.constants()
+        return append_positions(qkv, alpha, rpe.delta, query_basis, key_basis, self.scale, sq_steps)
+
     def forward(
             self,
             x: torch.Tensor,
@@ -628,20 +642,9 @@ class ConvAttention(Attention):
         B, T, _ = x.shape
         gate = self.gate(x).sigmoid() if self.gate is not None else None
         qkv = self._qkv(x)
-        rpe = self.rpe
 
-        if self.fused_attn and not (rpe.needs_scores() or self._scores_are_constant()):
-            channels: Optional[torch.Tensor] = None
-            if not torch.jit.is_scripting():
-                channels = self._cached_channels(qkv.dtype)
-            if channels is not None:
-                q, k, v = append_channels(qkv, channels)
-            else:
-                alpha = rpe.alpha.unsqueeze(1)
-                if rpe.dropout_active():
-                    alpha = alpha * rpe.query_dropout()
-                key_basis, query_basis, sq_steps = rpe.constants()
-                q, k, v = append_positions(qkv, alpha, rpe.delta, query_basis, key_basis, self.scale, sq_steps)
+        if self.fused_attn and not (self.rpe.needs_scores() or self._scores_are_constant()):
+            q, k, v = self._append_scores(qkv)
             x = F.scaled_dot_product_attention(
                 q, k, v,
                 attn_mask=attn_mask,

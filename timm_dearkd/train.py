@@ -3,8 +3,8 @@
 A thin fork of timm's train.py: the same flags, files and habits.
 
     python train.py DIR --model dearkd_tiny_patch16_224 --kd-model-name regnety_160.deit_in1k
-    python train.py IMAGENET --model dearkd_tiny_patch16_224 -c recipes/dearkd_300e.yaml
-    torchrun --nproc_per_node=8 train.py IMAGENET --model dearkd_tiny_patch16_224 -c recipes/dearkd_300e.yaml
+    python train.py IMAGENET --model dearkd_tiny_patch16_224 -c dearkd_300e
+    torchrun --nproc_per_node=8 train.py IMAGENET --model dearkd_tiny_patch16_224 -c dearkd_300e
 """
 import gc
 import importlib
@@ -27,11 +27,11 @@ from timm.utils import distribute_bn, random_seed, setup_default_logging
 
 import timm_dearkd  # noqa: F401  registers the architectures
 from distill_hooks import DearKDTask
-from distill_hooks.errors import first_line
+from distill_hooks.errors import first_line, one_line
 from distill_hooks.task import keep_constants_local
 from timm_dearkd.analysis.report import check_available as check_report
 from timm_dearkd.analysis.report import write_report
-from timm_dearkd.engine.checkpoints import EXPORT_NAME, Position, find_checkpoint, read_classes, resume_run
+from timm_dearkd.engine.checkpoints import EXPORT_NAME, Position, read_classes, resume_run
 from timm_dearkd.engine.data import UNKNOWN_CLASSES, build_datasets, class_names, classes_of
 from timm_dearkd.engine.distillation import build_schedule, build_task, check_teacher, log_changed_stages
 from timm_dearkd.engine.loader import (
@@ -45,7 +45,7 @@ from timm_dearkd.engine.loader import (
 )
 from timm_dearkd.engine.loop import Stepper, Trainer, Validator, mean_lr
 from timm_dearkd.engine.optimizer import build_optimizer, build_scheduler, warn_of_short_run
-from timm_dearkd.engine.options import build_config_parser, build_parser, parse_args, replace_args, resolve_args
+from timm_dearkd.engine.options import build_config_parser, build_parser, output_parent, parse_args, resolve_args
 from timm_dearkd.engine.process import (
     CompileError,
     Interrupted,
@@ -57,10 +57,10 @@ from timm_dearkd.engine.process import (
     select_device,
     use_deterministic_kernels,
 )
-from timm_dearkd.engine.recorder import Recorder, build_recorder, describe_run, output_parent, print_results
+from timm_dearkd.engine.recorder import Recorder, build_recorder, describe_run, print_results
 from timm_dearkd.engine.run_folder import RunFolder, complete_export, export_model, on_primary
 from timm_dearkd.engine.seeding import set_rng_state
-from timm_dearkd.engine.student import build_evaluation, build_student
+from timm_dearkd.engine.student import build_evaluation, build_student, warn_of_new_weights
 
 _logger = logging.getLogger('train')
 
@@ -139,11 +139,11 @@ def build_run_in(
         ranks: Ranks,
 ) -> Callable[[], None]:
     """Build the data, the task, the schedules and the recorder of a run."""
-    device, is_auto = precision.device, args.resume == 'auto'
-    args = replace_args(args, resume=on_primary(ranks, partial(run_folder.find_start, args.resume)))
-    train_set, eval_set = build_datasets(args, read_classes(args.resume))
-    if eval_set is None:
-        args = replace_args(args, eval_metric='loss')
+    device = precision.device
+    checkpoint = on_primary(ranks, partial(run_folder.find_start, args.resume))
+    train_set, eval_set = build_datasets(args, read_classes(checkpoint))
+    if not checkpoint:
+        warn_of_new_weights(args)
     model, data_config = build_student(args, train_set, device, create_model)
     mixup = build_mixup(args, model.num_classes)
     loader_eval = build_eval_loader(args, eval_set, data_config, device, ranks)
@@ -158,9 +158,9 @@ def build_run_in(
     optimizer = build_optimizer(args, task, device, ranks)
     trainer = build_trainer(args, task, loader_train, optimizer, precision, ranks)
     validator = build_validator(args, task, loader_eval, precision, ranks)
-    start, epochs = schedule_run(args, trainer)
+    start, epochs = schedule_run(args, trainer, checkpoint)
     export = partial(export_model, model, data_config=data_config, label_names=names)
-    if is_auto and start.epoch >= epochs.stop:
+    if args.resume == 'auto' and start.epoch >= epochs.stop:
         _logger.info(f'{args.experiment} has its {start.epoch} epochs already. It is left as it is.')
         use_ema = task.has_ema() and not args.model_ema_force_cpu
         complete = partial(complete_run, args, run_folder.path, export, use_ema, device)
@@ -232,14 +232,14 @@ def complete_run(args, folder: str, export: Callable[..., Any], use_ema: bool, d
         report(folder, device)
 
 
-def schedule_run(args, trainer: Trainer) -> Tuple[Position, range]:
+def schedule_run(args, trainer: Trainer, checkpoint: str) -> Tuple[Position, range]:
     """Resume the run, set up its schedules, and return where it starts and its epochs."""
     task, optimizer = trainer.task, trainer.step.optimizer
     given = [{key: group[key] for key in _GROUP_OPTIONS & group.keys()} for group in optimizer.param_groups]
     start = Position()
-    if args.resume:
+    if checkpoint:
         start = resume_run(
-            args.resume, task, vars(args), None if args.no_resume_opt else optimizer, trainer.precision,
+            checkpoint, task, dict(vars(args)), None if args.no_resume_opt else optimizer, trainer.precision,
             images_per_update(args, trainer.ranks))
     for group, options in zip(optimizer.param_groups, given):  # which need not be those of the checkpoint
         rate = options.pop('lr')
@@ -286,19 +286,13 @@ def fit(
         Interrupted: If a signal has come. There is a checkpoint to resume from.
         TrainingError: If training cannot continue.
     """
-    task: Any = trainer.task
     ranks = trainer.ranks
     _logger.info(f'Training for {len(epochs)} epochs, up to {epochs.stop}. Output: {recorder.folder}')
     if not ranks.is_primary:
         logging.getLogger().setLevel(logging.WARNING)
     if recorder.saver is not None:  # after a kill between checkpoint and export
         complete_export(recorder.folder, recorder.export, recorder.export_ema)
-    if len(start.rng_states) == ranks.world_size:
-        set_rng_state(start.rng_states[ranks.rank], trainer.precision.device)
-    else:
-        random_seed(args.seed, ranks.rank)
-    if start.ema_rng_state is not None and task.has_ema():
-        task.trainable_module_ema._sr_generator.set_state(start.ema_rng_state)
+    restore_generators(args.seed, trainer, start)
     evaluated = evaluated_epochs(args, epochs)
     with recorder.tracker, StopRequest(ranks) as stop:
         if before_epochs is not None:
@@ -308,36 +302,68 @@ def fit(
             validator.on_batch = partial(recorder.on_eval_batch, stop)
         for epoch in epochs:
             began = time.monotonic()
-            if isinstance(task, DearKDTask):
-                task.set_epoch(epoch)
-                if validator is None and recorder.saver is not None and task.weights != task.schedule(epoch - 1):
-                    recorder.saver.forget_ranks()  # a loss of other weights is no better or worse
-            if epoch == start.epoch:
-                losses = trainer.train_epoch(epoch, start.update, start.meter)
-            else:
-                losses = trainer.train_epoch(epoch)
-            lr = mean_lr(trainer.step.optimizer)  # the epoch's own, before the scheduler moves on
-            is_milestone = epoch + 1 in args.save_epochs
-            is_due, trained = epoch in evaluated, time.monotonic()
-            metrics = evaluate_epoch(args, trainer, validator, f'Test: {epoch}') if is_due else {}
-            eval_seconds = time.monotonic() - trained
-            metric = metrics.get(args.eval_metric) if validator is not None else losses['loss']
-            if trainer.lr_scheduler is not None:
-                trainer.lr_scheduler.step(epoch + 1, metric)
-            recorder.on_epoch(epoch, losses, metrics, metric, lr, is_milestone)
+            eval_seconds = run_epoch(args, trainer, validator, recorder, start, epoch, epoch in evaluated)
             if epoch == start.epoch + bool(start.update):  # the first whole one
                 timed = evaluated if validator is not None else []
                 log_expected_end(epoch, epochs, timed, time.monotonic() - began, eval_seconds)
     if recorder.saver is not None:
         complete_run(args, recorder.folder, recorder.export, recorder.export_ema, trainer.precision.device)
-        recorder.compare_with_teacher()
-        if recorder.saver.best_metric is not None:
-            _logger.info(f'*** Best metric: {recorder.saver.best_metric:.4g} (epoch {recorder.saver.best_epoch})')
-            if os.path.exists(os.path.join(recorder.folder, 'config.json')):
-                _logger.info(f"*** Load it with timm.create_model('local-dir:{recorder.folder}', pretrained=True)")
-            else:
-                _logger.info(f'*** Its weights: {os.path.join(recorder.folder, EXPORT_NAME)}')
-        print_results(recorder.results, args.eval_metric)
+        log_results(recorder, args.eval_metric)
+
+
+def restore_generators(seed: int, trainer: Trainer, start: Position) -> None:
+    """Restore the random generators of a resumed run, or seed those of a new one."""
+    task: Any = trainer.task
+    ranks = trainer.ranks
+    if len(start.rng_states) == ranks.world_size:
+        set_rng_state(start.rng_states[ranks.rank], trainer.precision.device)
+    else:
+        random_seed(seed, ranks.rank)
+    if start.ema_rng_state is not None and task.has_ema():
+        task.trainable_module_ema._sr_generator.set_state(start.ema_rng_state)
+
+
+def run_epoch(
+        args,
+        trainer: Trainer,
+        validator: Optional[Validator],
+        recorder: Recorder,
+        start: Position,
+        epoch: int,
+        is_evaluated: bool,
+) -> float:
+    """Train an epoch, evaluate it if asked for, and record it. Return the seconds of the evaluation."""
+    task = trainer.task
+    if isinstance(task, DearKDTask):
+        task.set_epoch(epoch)
+        if validator is None and recorder.saver is not None and task.weights != task.schedule(epoch - 1):
+            recorder.saver.forget_ranks()  # a loss of other weights is no better or worse
+    if epoch == start.epoch:
+        losses = trainer.train_epoch(epoch, start.update, start.meter)
+    else:
+        losses = trainer.train_epoch(epoch)
+    lr = mean_lr(trainer.step.optimizer)  # the epoch's own, before the scheduler moves on
+    trained = time.monotonic()
+    metrics = evaluate_epoch(args, trainer, validator, f'Test: {epoch}') if is_evaluated else {}
+    eval_seconds = time.monotonic() - trained
+    metric = metrics.get(args.eval_metric) if validator is not None else losses['loss']
+    if trainer.lr_scheduler is not None:
+        trainer.lr_scheduler.step(epoch + 1, metric)
+    recorder.on_epoch(epoch, losses, metrics, metric, lr, epoch + 1 in args.save_epochs)
+    return eval_seconds
+
+
+def log_results(recorder: Recorder, eval_metric: str) -> None:
+    """Log the best epoch and where its student is, and print the best epochs."""
+    recorder.compare_with_teacher()
+    saver = recorder.saver
+    if saver is not None and saver.best_metric is not None:
+        _logger.info(f'*** Best metric: {saver.best_metric:.4g} (epoch {saver.best_epoch})')
+        if os.path.exists(os.path.join(recorder.folder, 'config.json')):
+            _logger.info(f"*** Load it with timm.create_model('local-dir:{recorder.folder}', pretrained=True)")
+        else:
+            _logger.info(f'*** Its weights: {os.path.join(recorder.folder, EXPORT_NAME)}')
+    print_results(recorder.results, eval_metric)
 
 
 def evaluate_teacher(
@@ -417,7 +443,7 @@ def report(folder: str, device: torch.device) -> None:
         _logger.info(f'*** Report: {write_report(folder, device=str(device))}')
     except Exception as e:
         _logger.warning(
-            f'The report could not be written ({type(e).__name__}: {" ".join(str(e).split())}). The run is complete.'
+            f'The report could not be written ({type(e).__name__}: {one_line(e)}). The run is complete.'
             f' Once that is fixed: python -m timm_dearkd.analysis report {shlex.quote(folder)}')
 
 
@@ -437,14 +463,6 @@ def evaluate_epoch(args, trainer: Trainer, validator: Optional[Validator], label
 
 def prepare_evaluation(args, precision: Precision, ranks: Ranks) -> Callable[[], None]:
     """Prepare `--eval-only`: metrics of a model on the validation split, as JSON on standard output."""
-    resume = args.resume
-    if resume == 'auto':
-        folder = os.path.join(output_parent(args), args.experiment)
-        resume = find_checkpoint(folder)
-        if not resume:
-            raise ValueError(f'--resume auto: there is no run in {folder!r}. Set its --output and --experiment.')
-    checkpoint = args.initial_checkpoint or args.pretrained_path or resume
-    args = replace_args(args, initial_checkpoint=checkpoint, pretrained_path=None, pretrained=not checkpoint)
     model, data_config, eval_set = build_evaluation(args, precision.device, create_model)
     loader = build_eval_loader(args, eval_set, data_config, precision.device, ranks)
     task = ClassificationTask(model, device=precision.device)

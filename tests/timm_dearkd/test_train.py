@@ -1,5 +1,6 @@
 """The parts of the script, called as functions."""
 import contextlib
+import copy
 import json
 import signal
 from argparse import Namespace
@@ -69,6 +70,52 @@ def test_the_expected_end_counts_epochs_and_evaluations(start, save_epochs, unti
     message, = (line for line in caplog.messages if 'Expected end' in line)
     left = timedelta(seconds=ends[-1] - ends[bool(start.update)] - untimed)
     assert message.endswith(f', in {left}, plus 3 evaluations.' if untimed else f', in {left}.')
+
+
+class Frozen(Namespace):
+    """Options that cannot be set after their construction. Checkpoints store them as a plain `Namespace`."""
+
+    def __init__(self, **options):
+        self.__dict__.update(options)
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f'{name} is set to {value!r}')
+
+    def __delattr__(self, name):
+        raise AttributeError(f'{name} is deleted')
+
+    def __reduce_ex__(self, protocol):
+        return Namespace, (), self.__dict__
+
+
+def test_nothing_changes_the_options_after_resolve_args(image_folder, cnn, tmp_path, monkeypatch, capsys):
+    """In a new run, a resumed one and an evaluation. All read what `resolve_args` has returned, and not a copy."""
+    resolved, read = [], []
+
+    def resolve(args, resolve_args=train.resolve_args):
+        resolved.append(Frozen(**vars(resolve_args(args))))
+        return resolved[-1]
+
+    def watch(function):
+        return lambda args, *rest: read.append((function.__name__, args)) or function(args, *rest)
+
+    monkeypatch.setattr(train, 'resolve_args', resolve)
+    for function in (train.build_datasets, train.build_recorder, train.fit, train.build_evaluation):
+        monkeypatch.setattr(train, function.__name__, watch(function))
+    run = [str(image_folder), '--model', 'test_dearkd', '--img-size', '32', '--batch-size', '24', '--opt', 'adamw',
+           '--workers', '0', '--device', 'cpu', '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto']
+    teacher = ['--kd-model-name', str(cnn), '--epochs', '2', '--warmup-epochs', '0', '--mixup', '0.8', '--model-ema']
+    training = ['build_datasets', 'build_recorder', 'fit']
+    for flags, expected in (
+            ([*teacher, '--stop-epoch', '1'], training), (teacher, training),
+            ([*teacher, '--val-split', '', '--experiment', 'blind', '--stop-epoch', '1'], training),
+            (['--eval-only'], ['build_evaluation'])):
+        resolved.clear(), read.clear()
+        before = copy.deepcopy(vars(resolve(train._parse_args([*run, *flags])[0])))
+        train.main([*run, *flags])
+        assert vars(resolved[1]) == before and len(resolved) == 2
+        assert [name for name, _ in read] == expected and all(args is resolved[1] for _, args in read)
+    assert '"top1"' in capsys.readouterr().out
 
 
 def test_evaluation_alone_takes_the_memory_format_and_the_compiler(image_folder, tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch.utils._pytree import tree_map_only
 
-from distill_hooks.errors import first_line
+from distill_hooks.errors import first_line, one_line
 
 from .data import UNKNOWN_CLASSES, Classes
 from .process import Precision, TrainingError
@@ -271,23 +271,10 @@ def resume_run(
         reason = first_line(e)[:200]
         raise ValueError(f'--resume {path} cannot be read. It may be truncated: {reason}') from e
     run = checkpoint if isinstance(checkpoint, dict) else {}
-    arch, opt = options['model'], options['opt']
-    if run.get('arch', arch) != arch:
-        raise ValueError(
-            f'--resume {path} is a run of {run["arch"]}, this one is of {arch}.'
-            f' Set --model {run["arch"]}, or start from weights with --initial-checkpoint.')
-    trained_with = getattr(run.get('args'), 'opt', opt)
-    if optimizer is not None and trained_with != opt:
-        raise ValueError(
-            f'--resume {path} is a run with --opt {trained_with}, this one has {opt}. Set that one, or start with a'
-            ' new optimizer by --no-resume-opt.')
-    taught_by = getattr(run.get('args'), 'kd_model_name', None)
-    if optimizer is not None and taught_by and not hasattr(task, 'teacher'):
-        raise ValueError(
-            f'--resume {path} is a run with a teacher, this one has none. Add --kd-model-name {taught_by}, or start'
-            ' from its weights with --initial-checkpoint.')
-    trained = run.get('args')
-    changed = changed_options(vars(trained) if isinstance(trained, Namespace) else {}, options)
+    trained: Optional[Namespace] = run['args'] if isinstance(run.get('args'), Namespace) else None
+    before = dict(vars(trained)) if trained is not None else None
+    _check_resumable(path, run.get('arch'), trained, task, options, has_optimizer=optimizer is not None)
+    changed = changed_options(before or {}, options)
     if changed:
         stays = ' Those in opt_kwargs keep their old values.' if 'opt_kwargs' in changed else ''
         _logger.warning(f'The run is resumed with other options: {changed}.{stays}')
@@ -297,8 +284,7 @@ def resume_run(
         if task.has_ema():
             load_task_ema_checkpoint(task, path)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
-        reason = ' '.join(str(e).split())[:300]
-        raise ValueError(f'--resume {path} does not fit this run: {reason}') from e
+        raise ValueError(f'--resume {path} does not fit this run: {one_line(e)}') from e
     keys = ('rng_states', 'scheduler', 'ema_rng_state', 'progress')
     state = tree_map_only(torch.Tensor, torch.clone, {key: run.get(key) for key in keys})  # else it maps the file
     position = Position(
@@ -307,10 +293,34 @@ def resume_run(
         scheduler=state['scheduler'],
         ema_rng_state=state['ema_rng_state'],
         num_skipped=run.get('num_skipped', 0),
-        options=vars(trained) if isinstance(trained, Namespace) else None,
+        options=before,
     )
     within = state['progress']
     if within is None:
         return position
     update = within['update'] * within['images_per_update'] // images_per_update
     return position._replace(epoch=run['epoch'], update=update, meter=within['meter'])
+
+
+def _check_resumable(
+        path: str,
+        arch: Optional[str],
+        trained: Optional[Namespace],
+        task: TrainingTask,
+        options: Dict[str, Any],
+        has_optimizer: bool,
+) -> None:
+    """Refuse a checkpoint of model `arch` and options `trained` that does not fit the task and options of this run."""
+    if arch not in (None, options['model']):
+        raise ValueError(
+            f'--resume {path} is a run of {arch}, this one is of {options["model"]}.'
+            f' Set --model {arch}, or start from weights with --initial-checkpoint.')
+    opt, teacher = getattr(trained, 'opt', options['opt']), getattr(trained, 'kd_model_name', None)
+    if has_optimizer and opt != options['opt']:
+        raise ValueError(
+            f'--resume {path} is a run with --opt {opt}, this one has {options["opt"]}. Set that one, or start with a'
+            ' new optimizer by --no-resume-opt.')
+    if has_optimizer and teacher and not hasattr(task, 'teacher'):
+        raise ValueError(
+            f'--resume {path} is a run with a teacher, this one has none. Add --kd-model-name {teacher}, or start'
+            ' from its weights with --initial-checkpoint.')

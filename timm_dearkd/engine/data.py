@@ -1,16 +1,21 @@
 """Data sets of train.py, opened by timm."""
 import logging
 import os
+import tarfile
 from collections import Counter
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 from PIL import ImageMode
-from timm.data import ImageDataset, IterableImageDataset, add_img_extensions, create_dataset
+from timm.data import ImageDataset, IterableImageDataset, create_dataset
+from timm.data.readers.reader import Reader
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar, extract_tarinfos
 from timm.layers import to_2tuple
 from timm.models import get_model_input_config
 from torch.utils.data import IterableDataset
+
+from distill_hooks.errors import one_line
 
 from .hf_labels import hf_classes
 from .image_folder import (
@@ -18,6 +23,7 @@ from .image_folder import (
     check_bit_depth,
     class_order,
     find_splits,
+    image_types,
     index_by_name,
     is_image_file,
     normal_label,
@@ -37,9 +43,6 @@ __all__ = [
 ]
 
 _logger = logging.getLogger(__name__)
-
-# timm's readers of folders and tar files skip these types silently by default
-add_img_extensions(('.webp', '.bmp', '.tif', '.tiff', '.gif'))
 
 
 def open_dataset(name: str, root: Optional[str], split: str, **kwargs: Any):
@@ -73,7 +76,7 @@ def open_dataset(name: str, root: Optional[str], split: str, **kwargs: Any):
             reader = open_folder(root, split, **{key: kwargs[key] for key in keys if key in kwargs})
         return SkipUnreadable(ImageDataset(reader.root, reader=reader, input_img_mode=mode))
     if is_folder and '/' not in name and root:
-        return SkipUnreadable(_open_tar(name, root, split, **kwargs))
+        return SkipUnreadable(_open_tar(root, **kwargs))
     if isinstance(kwargs.get('class_map'), str) and kwargs['class_map']:
         kwargs['class_map'] = read_class_map(kwargs['class_map'], root or '')
     dataset = _create_dataset(name, root, split, **kwargs)
@@ -93,21 +96,15 @@ def _create_dataset(name: str, root: Optional[str], split: str, **kwargs: Any):
     try:
         return create_dataset(name, root=root, split=split, **kwargs)
     except (AssertionError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as e:
-        reason = ' '.join(str(e).split()).rstrip('.').replace('download=True', '--dataset-download')
+        reason = one_line(e).rstrip('.').replace('download=True', '--dataset-download')
         raise ValueError(f'Could not open split {split!r} of data set {name!r} in {root!r}: {reason}.') from e
 
 
 def _read_torch_folder(name: str, root: str, split: str, class_map: Any = '', **kwargs: Any) -> ImageFolderReader:
     """Return a reader of torchvision's `ImageFolder`: its images, and its classes in its order.
 
-    With a timm reader, these images are converted and skipped like those of any other folder.
-
-    Args:
-        name: See `open_dataset`.
-        root: See `open_dataset`.
-        split: See `open_dataset`.
-        class_map: See `open_dataset`; '' takes torchvision's class indices.
-        **kwargs: See `open_dataset`.
+    With a timm reader, these images are converted and skipped like those of any other folder. The arguments are those
+    of `open_dataset`. Without a class map, the class indices are torchvision's.
     """
     folder = _create_dataset(
         name, split_folder(root, split), split, search_split=False, is_valid_file=is_image_file, **kwargs)
@@ -120,35 +117,60 @@ def _read_torch_folder(name: str, root: str, split: str, class_map: Any = '', **
     return ImageFolderReader(folder.root, [(path, names[index]) for path, index in folder.samples], class_to_idx)
 
 
-def _open_tar(name: str, root: str, split: str, class_map: Any = '', **kwargs: Any) -> ImageDataset:
-    """Open a tar file of class folders, without hidden files and with class names in `normal_name`.
+class _TarReader(ReaderImageInTar):
+    """timm's reader of a tar file, for all `image_types`. timm's own skips some of them silently.
 
     Args:
-        name: See `open_dataset`.
         root: The file.
-        split: See `open_dataset`.
-        class_map: See `open_dataset`; '' numbers the classes in `class_order`.
-        **kwargs: See `open_dataset`.
+    """
+
+    def __init__(self, root: str) -> None:
+        Reader.__init__(self)
+        self.root = root
+        self.samples, self.targets, self.class_name_to_idx, tar_files = extract_tarinfos(
+            root, extensions=image_types())
+        self.class_idx_to_name = {index: name for name, index in self.class_name_to_idx.items()}
+        self.root_is_tar = self.cache_tarfiles = True
+        self.tar_state = tar_files[0][1]
+
+
+def _open_tar(
+        root: str,
+        class_map: Any = '',
+        is_training: bool = False,
+        input_img_mode: str = 'RGB',
+        **kwargs: Any,
+) -> ImageDataset:
+    """Open a tar file of class folders, without hidden files and with class names in `normal_name`.
+
+    The arguments are those of `open_dataset`. Without a class map, the classes are numbered in `class_order`.
 
     Raises:
-        ValueError: If there are no images, or the class map has none of the classes.
+        ValueError: If the file cannot be read, has no images, or the class map has none of the classes.
     """
-    dataset = _create_dataset(name, root, split, **kwargs)
-    reader: Any = dataset.reader
+    if os.path.splitext(root)[1].lower() != '.tar':
+        raise ValueError(f'{root!r} is a file, expected an image folder or a .tar file.')
+    expected = 'Expected CLASS/IMAGE in the tar file.'
+    try:
+        reader = _TarReader(root)
+    except (OSError, RuntimeError, tarfile.TarError) as e:
+        raise ValueError(f'{root!r} cannot be read ({one_line(e)}). {expected}') from e
+    except ValueError as e:  # of zip(*[])
+        raise ValueError(f'No images in {root!r}. {expected}') from e
     found = [
         (sample, reader.class_idx_to_name[index]) for sample, index in zip(reader.samples, reader.targets)
         if not os.path.basename(sample[0].name).startswith('.')]
     if not found:
-        raise ValueError(f'No images in {root!r}, apart from hidden files. Expected CLASS/IMAGE in the tar file.')
+        raise ValueError(f'No images in {root!r}, apart from hidden files. {expected}')
     normal = normal_names((name for _, name in found), root)
-    class_to_idx = resolve_class_map(class_map, root, normal.values(), kwargs.get('is_training', False))
+    class_to_idx = resolve_class_map(class_map, root, normal.values(), is_training)
     if class_to_idx is None:
         class_to_idx = index_by_name(normal.values())
     kept = [(sample, class_to_idx[normal[name]]) for sample, name in found if normal[name] in class_to_idx]
     reader.samples, reader.targets = [sample for sample, _ in kept], [index for _, index in kept]
     reader.class_name_to_idx = class_to_idx
     reader.class_idx_to_name = {index: name for name, index in class_to_idx.items()}
-    return dataset
+    return ImageDataset(root, reader=reader, input_img_mode=input_img_mode)
 
 
 def is_image_folder(name: str) -> bool:
@@ -189,14 +211,7 @@ def classes_of(dataset) -> Classes:
 
 
 def open_with_classes(trained: Classes, name: str, root: Optional[str], split: str, **kwargs: Any):
-    """Open the training split of a resumed run with the class indices of its checkpoint.
-
-    Args:
-        trained: Classes of the checkpoint.
-        name: See `open_dataset`.
-        root: See `open_dataset`.
-        split: See `open_dataset`.
-        **kwargs: See `open_dataset`.
+    """Open the training split of a resumed run, see `open_dataset`, with the class indices of its checkpoint.
 
     Raises:
         ValueError: If the class names have changed, or the images of a class are in the folder of another one.

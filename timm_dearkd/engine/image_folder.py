@@ -20,8 +20,8 @@ from timm.data.readers.reader import Reader
 from timm.utils.misc import natural_key
 
 __all__ = [
-    'FolderScan', 'ImageFolderReader', 'bit_depth_message', 'check_bit_depth', 'check_mode', 'class_order',
-    'exceeds_8_bits', 'find_splits', 'index_by_name', 'is_image_file', 'normal_label', 'normal_name',
+    'FolderScan', 'ImageFolderReader', 'check_bit_depth', 'check_mode', 'class_order',
+    'exceeds_8_bits', 'find_splits', 'image_types', 'index_by_name', 'is_image_file', 'normal_label', 'normal_name',
     'normal_names', 'open_folder', 'read_class_map', 'resolve_class_map', 'scan_folder', 'split_folder',
 ]
 
@@ -88,10 +88,15 @@ def index_by_name(names: Iterable[str]) -> Dict[str, int]:
     return {name: index for index, name in enumerate(class_order(set(names)))}
 
 
+def image_types() -> Set[str]:
+    """Return the file name endings of images: those that timm reads, and others that Pillow reads."""
+    return get_img_extensions(as_set=True) | {'.webp', '.bmp', '.tif', '.tiff', '.gif'}
+
+
 def is_image_file(path: str, types: Optional[Collection[str]] = None) -> bool:
     """Return whether a file has the ending of an image and is not hidden (macOS writes `._photo.jpg`)."""
     name = os.path.basename(path)
-    return not name.startswith('.') and os.path.splitext(name)[1].lower() in (types or get_img_extensions(as_set=True))
+    return not name.startswith('.') and os.path.splitext(name)[1].lower() in (types or image_types())
 
 
 @dataclass
@@ -126,7 +131,7 @@ def scan_folder(root: str, types: Optional[Collection[str]] = None) -> FolderSca
     Raises:
         ValueError: If the names of two folders differ only in their Unicode form.
     """
-    types = set(types or get_img_extensions(as_set=True))
+    types = set(types or image_types())
     scan = FolderScan(root)
     for path, dirs, files in os.walk(root, followlinks=True):
         dirs[:] = [name for name in dirs if not name.startswith('.')]
@@ -402,24 +407,12 @@ def check_bit_depth(samples: Sequence[Tuple[str, int]], mode: str) -> None:
 
 
 def exceeds_8_bits(found: str, mode: str) -> bool:
-    """Return whether an image has more than 8 bits per channel and is to be converted to a mode with 8.
-
-    Args:
-        found: Pillow mode of the image.
-        mode: Pillow mode to convert it to.
-    """
+    """Return whether an image of mode `found` has more than 8 bits per channel, and `mode` has 8."""
     return found.split(';')[0] in _HIGH_BIT_DEPTH_MODES and mode.split(';')[0] not in _HIGH_BIT_DEPTH_MODES
 
 
-def bit_depth_message(path: str, found: str) -> str:
-    """Return why an image of Pillow mode `found` cannot be used, and what to do."""
-    return (
-        f'{path!r} has 16 bits per channel or more (mode {found}). Pillow clips such images to white. Convert it to 8'
-        ' bits.')
-
-
 def check_mode(path: str, found: str, mode: str) -> None:
-    """Refuse an image that Pillow clips instead of converting it. The result is white as a rule.
+    """Refuse an image that Pillow clips to white instead of converting it.
 
     Args:
         path: The image file.
@@ -430,4 +423,6 @@ def check_mode(path: str, found: str, mode: str) -> None:
         ValueError: If the image has more than 8 bits per channel and the mode has 8.
     """
     if exceeds_8_bits(found, mode):
-        raise ValueError(bit_depth_message(path, found))
+        raise ValueError(
+            f'{path!r} has 16 bits per channel or more (mode {found}). Pillow clips such images to white. Convert it to'
+            ' 8 bits.')

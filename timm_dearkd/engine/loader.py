@@ -1,25 +1,23 @@
 """Loaders of train.py, made of timm's: seeded by (seed, epoch, place in the epoch), whatever the processes."""
+import contextlib
 import logging
 from functools import partial
 from itertools import islice
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 import torch
 import torch.nn as nn
 from PIL import Image
-from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader
+from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
-from timm.data.loader import PrefetchLoader
-from timm.data.scheduled_sampler import ScheduledBatchSampler
+from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data.scheduled_sampler import ScheduledBatchSampler, ScheduledTransformDataset
+from timm.layers import to_2tuple
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, default_collate
 from torchvision.transforms import Compose
 
 from ..distances import attention_layers
-from .data import (
-    image_mode,
-    open_validation_set,
-    spread,
-)
+from .data import image_mode, open_validation_set, spread
 from .process import SINGLE, Ranks, init_worker
 from .seeding import EpochBatchSampler, SeededCollate, SeededDataset, SeededErasing
 from .wrappers import Sample, set_image_mode
@@ -37,29 +35,48 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def _create_loader(dataset, data_config: Dict[str, Any], **kwargs: Any):
+def _convert_images(dataset, in_chans: int) -> None:
+    """Convert the images of a torchvision data set, which have the mode of their files; timm's convert their own."""
+    if not hasattr(dataset, 'reader') and hasattr(dataset, 'transform'):
+        convert = partial(_convert, mode='RGB' if in_chans == 3 else 'L')
+        dataset.transform = Compose([convert, dataset.transform]) if dataset.transform is not None else convert
+
+
+@contextlib.contextmanager
+def _timm_errors() -> Iterator[None]:
+    """Convert the errors by which timm refuses options to a ValueError."""
     try:
-        loader = create_loader(
-            dataset,
-            input_size=data_config['input_size'],
-            mean=data_config['mean'],
-            std=data_config['std'],
-            **kwargs,
-        )
+        yield
     except (AssertionError, KeyError, RuntimeError, TypeError) as e:
         raise ValueError(
             f'timm does not take these augmentation or loader options ({type(e).__name__}: {e}).'
             ' Check --aa, --remode, --interpolation, --train-interpolation, --train-crop-mode, --scale and --ratio.'
         ) from e
-    source = dataset.dataset if isinstance(dataset, AugMixDataset) else dataset
-    if not hasattr(source, 'reader') and hasattr(source, 'transform'):
-        # torchvision's data sets hand out images in the mode they have; timm's own convert them
-        convert = partial(_convert, mode='RGB' if data_config['input_size'][0] == 3 else 'L')
-        source.transform = Compose([convert, source.transform]) if source.transform is not None else convert
+
+
+def _create_loader(
+        dataset,
+        data_config: Dict[str, Any],
+        device: torch.device,
+        use_prefetcher: bool = True,
+        img_dtype: torch.dtype = torch.float32,
+        **kwargs: Any,
+):
+    """Create timm's loader of batches on the device."""
+    with _timm_errors():
+        loader = create_loader(
+            dataset, data_config['input_size'], mean=data_config['mean'], std=data_config['std'], device=device,
+            use_prefetcher=use_prefetcher, img_dtype=img_dtype, **kwargs)
+    _convert_images(dataset, data_config['input_size'][0])
     plain = getattr(loader, 'loader', loader)
     plain.worker_init_fn = partial(init_worker, plain.worker_init_fn)
-    plain.generator = torch.Generator().manual_seed(0)  # the workers' seed must not be drawn from the training's
-    return loader
+    plain.generator = _worker_generator()
+    return loader if use_prefetcher else DeviceLoader(loader, device, img_dtype)
+
+
+def _worker_generator() -> torch.Generator:
+    """Return a generator for the seed of the workers, which must not be drawn from the training's."""
+    return torch.Generator().manual_seed(0)
 
 
 def _check_length(dataset, batch_size: int, world_size: int) -> None:
@@ -78,64 +95,146 @@ def create_train_loader(
         data_config: Dict[str, Any],
         batch_size: int,
         device: torch.device,
+        *,
         seed: int = 0,
         ranks: Ranks = SINGLE,
-        use_prefetcher: bool = True,
-        img_dtype: torch.dtype = torch.float32,
         mixup: Optional[Mixup] = None,
         mixup_off_epoch: int = 0,
-        num_aug_splits: int = 0,
         num_aug_repeats: float = 0,
+        image_sizes: Sequence[Any] = (),
+        schedule: Optional[Dict[str, Any]] = None,
+        stream_kwargs: Optional[Dict[str, Any]] = None,
         **kwargs: Any,
 ) -> 'TrainLoader':
-    """Training loader of batches on the device.
+    """Create the training loader of batches on the device.
 
     Args:
-        dataset: What `open_dataset` gives.
+        dataset: A data set of `open_dataset`.
         data_config: timm's, for size and normalisation.
-        batch_size: Images per batch and process; a smaller last batch is dropped.
-        device: Where the batches go.
-        seed: What the order, the transforms and the mixes depend on.
+        batch_size: Images per batch and process. A smaller last batch is dropped.
+        device: Device of the batches.
+        seed: Seed of the order, the transforms and the mixes.
         ranks: The processes that share the data.
-        use_prefetcher: timm's prefetcher, which normalises and erases on the device.
-        img_dtype: Type of the images.
         mixup: timm's `FastCollateMixup` for the prefetcher, its `Mixup` for a plain loader.
         mixup_off_epoch: Epoch from which on there is no mix; 0 is never.
-        num_aug_splits: Augmentations per image (AugMix), 0 or more than 1.
         num_aug_repeats: Times that each image chosen for an epoch comes in it; 0 for every image once.
-        **kwargs: Augmentation, worker and size-schedule arguments of timm's `create_loader`.
+        image_sizes: Sizes (pixels, or height and width) to choose from for each batch; empty takes that of the model.
+        schedule: Arguments of timm's `ScheduledBatchSampler`, which chooses.
+        stream_kwargs: Arguments of timm's `create_loader` that only streams need.
+        **kwargs: Augmentation and worker arguments of timm's `create_loader`.
 
     Raises:
-        ValueError: Less than one batch of images, or options that timm refuses.
+        ValueError: If there is less than one batch of images, or timm refuses the options.
     """
-    _check_length(dataset, min(kwargs.get('batch_size_choices') or [batch_size]), ranks.world_size)
-    if num_aug_splits > 1:
-        dataset = AugMixDataset(dataset, num_splits=num_aug_splits)
-    loader = _create_loader(
-        dataset,
-        data_config,
-        device=device,
-        use_prefetcher=use_prefetcher,
-        img_dtype=img_dtype,
-        batch_size=batch_size,
-        is_training=True,
-        num_aug_splits=num_aug_splits,
-        persistent_workers=not mixup_off_epoch,  # a stream's collate function would not hear of it
-        collate_fn=mixup if mixup is None or use_prefetcher else partial(_collate_and_mix, mixup),
-        batch_choice_seed=seed,
-        **kwargs,
-    )
-    if not use_prefetcher:
-        loader = DeviceLoader(loader, device, img_dtype)
+    schedule = {'batch_sizes': [batch_size] * len(image_sizes), **(schedule or {})}
+    _check_length(dataset, min(schedule['batch_sizes'], default=batch_size), ranks.world_size)
+    if kwargs.setdefault('use_prefetcher', True):
+        collate_fn: Callable = mixup or fast_collate
+    else:
+        collate_fn = partial(_collate_and_mix, mixup) if mixup is not None else default_collate
     if isinstance(dataset, IterableDataset):
+        if image_sizes or kwargs.get('num_aug_splits'):
+            flags = '--train-img-sizes and --train-batches-per-epoch' if image_sizes else '--aug-splits'
+            raise ValueError(f'{flags} cannot be used with a streamed data set. Remove the flag.')
+        loader = _create_loader(
+            dataset, data_config, device=device, batch_size=batch_size, is_training=True, collate_fn=collate_fn,
+            persistent_workers=not mixup_off_epoch,  # its collate function would not hear of it
+            **kwargs, **(stream_kwargs or {}))
         return TrainLoader(loader, mixup=mixup, mixup_off_epoch=mixup_off_epoch)
+    batches = _build_batches(dataset, batch_size, seed, ranks, num_aug_repeats, schedule)
+    if not image_sizes:  # which --train-batches-per-epoch sets, too
+        _log_unused_images(len(batches.sampler), batch_size, ranks.world_size, even=mixup is not None)
+    collate_fn = SeededCollate(collate_fn, seed, mixup, mixup_off_epoch)
+    return _create_seeded_loader(
+        dataset, data_config, batches, collate_fn, device, seed, ranks, image_sizes, **kwargs)
+
+
+def _build_batches(
+        dataset,
+        batch_size: int,
+        seed: int,
+        ranks: Ranks,
+        num_aug_repeats: float,
+        schedule: Dict[str, Any],
+) -> Any:
+    """Build the sampler of whole batches of this process, for images of one size or by a schedule of sizes."""
     sampler: Any = DistributedSampler(dataset, ranks.world_size, ranks.rank, seed=seed)
     if num_aug_repeats:
         sampler = _SeededRepeats(dataset, ranks.world_size, ranks.rank, num_repeats=num_aug_repeats)
         sampler.seed = seed
-    if not kwargs.get('input_size_choices'):  # which --train-batches-per-epoch sets, too
-        _log_unused_images(len(sampler), batch_size, ranks.world_size, even=mixup is not None)
-    return _seed_loader(loader, sampler, seed, ranks, mixup, mixup_off_epoch, kwargs.get('num_batches'))
+    batches: Any = BatchSampler(sampler, batch_size, drop_last=True)
+    if schedule['batch_sizes']:
+        batches = ScheduledBatchSampler(sampler, seed=seed, **schedule)
+    if not len(batches):
+        raise ValueError(
+            f'An epoch of {len(sampler)} images has no whole batch. Set --batch-size or --aug-repeats lower.')
+    return batches
+
+
+def _create_seeded_loader(
+        dataset,
+        data_config: Dict[str, Any],
+        batches,
+        collate_fn: Callable,
+        device: torch.device,
+        seed: int,
+        ranks: Ranks,
+        image_sizes: Sequence[Any],
+        *,
+        use_prefetcher: bool,
+        img_dtype: torch.dtype = torch.float32,
+        num_workers: int = 1,
+        pin_memory: bool = False,
+        num_aug_splits: int = 0,
+        re_prob: float = 0.,
+        re_mode: str = 'const',
+        re_count: int = 1,
+        re_split: bool = False,
+        **augmentation: Any,
+) -> 'TrainLoader':
+    """Create a loader as timm's `create_loader`, which takes no sampler, with random numbers as in `seeding`."""
+    channels, *image_size = data_config['input_size']
+    normalisation: Dict[str, Any] = dict(mean=data_config['mean'], std=data_config['std'])
+    erasing: Dict[str, Any] = dict(
+        re_prob=0. if augmentation.get('no_aug') else re_prob, re_mode=re_mode, re_count=re_count,
+        re_num_splits=(num_aug_splits or 2) if re_split else 0)
+    with _timm_errors():
+        transforms = [
+            create_transform(
+                (channels, *to_2tuple(size)), is_training=True, use_prefetcher=use_prefetcher,
+                separate=num_aug_splits > 0, **normalisation, **erasing, **augmentation)
+            for size in image_sizes or [image_size]]
+        augmented = _augment(dataset, transforms, num_aug_splits, scheduled=bool(image_sizes))
+        _convert_images(dataset, channels)
+        loader: Any = DataLoader(
+            SeededDataset(augmented, seed),
+            batch_sampler=(sampler := EpochBatchSampler(batches, ranks.rank, ranks.world_size)),
+            num_workers=num_workers,
+            collate_fn=collate_fn,
+            pin_memory=pin_memory,
+            worker_init_fn=partial(init_worker, None),
+            persistent_workers=num_workers > 0,
+            generator=_worker_generator(),
+        )
+        if not use_prefetcher:
+            return TrainLoader(DeviceLoader(loader, device, img_dtype), [sampler])
+        loader = PrefetchLoader(
+            loader, channels=channels, device=device, img_dtype=img_dtype, **normalisation, **erasing)
+    if loader.random_erasing is None:
+        return TrainLoader(loader, [sampler])
+    loader.random_erasing = SeededErasing(loader.random_erasing, seed, device, ranks.rank, ranks.world_size)
+    return TrainLoader(loader, [sampler, loader.random_erasing])
+
+
+def _augment(dataset, transforms: List[Any], num_aug_splits: int, scheduled: bool):
+    """Set the transform of a data set: AugMix's three, one, or one for each size of a schedule."""
+    if scheduled:
+        dataset.transform = None
+        return ScheduledTransformDataset(dataset, transforms)
+    if num_aug_splits > 1:
+        dataset = AugMixDataset(dataset, num_splits=num_aug_splits)
+    dataset.transform = transforms[0]
+    return dataset
 
 
 def _log_unused_images(num_images: int, batch_size: int, world_size: int, even: bool) -> None:
@@ -166,53 +265,6 @@ class _SeededRepeats(RepeatAugSampler):
 
     def set_epoch(self, epoch: int) -> None:
         super().set_epoch(self.seed * 1_000_003 + epoch)
-
-
-def _seed_loader(
-        loader,
-        sampler,
-        seed: int,
-        ranks: Ranks,
-        mixup: Optional[Mixup],
-        mixup_off_epoch: int,
-        num_batches: Optional[int],
-):
-    """The same loader, but in the order of `sampler` and with random numbers as in the module `seeding`."""
-    plain = loader.loader
-    batch_sampler = plain.batch_sampler
-    if isinstance(batch_sampler, ScheduledBatchSampler):
-        batch_sampler = ScheduledBatchSampler(  # anew, for it counts on the length of its sampler
-            sampler,
-            batch_sampler.batch_sizes,
-            batch_sampler.choice_weights.tolist(),
-            seed=batch_sampler.seed,
-            num_batches=num_batches,
-            choice_schedule=batch_sampler.choice_schedule,
-            schedule_epochs=batch_sampler.schedule_epochs,
-            schedule_spread=batch_sampler.schedule_spread,
-            schedule_random_mix=batch_sampler.schedule_random_mix,
-        )
-    else:
-        batch_sampler = BatchSampler(sampler, plain.batch_size, drop_last=True)
-    if not len(batch_sampler):
-        raise ValueError(
-            f'An epoch of {len(sampler)} images has no whole batch. Set --batch-size or --aug-repeats lower.')
-    batches = EpochBatchSampler(batch_sampler, ranks.rank, ranks.world_size)
-    loader.loader = DataLoader(
-        SeededDataset(plain.dataset, seed),
-        batch_sampler=batches,
-        num_workers=plain.num_workers,
-        collate_fn=SeededCollate(plain.collate_fn, seed, mixup, mixup_off_epoch),
-        pin_memory=plain.pin_memory,
-        worker_init_fn=plain.worker_init_fn,
-        persistent_workers=plain.num_workers > 0,
-        generator=plain.generator,
-    )
-    erasing = None
-    if isinstance(loader, PrefetchLoader) and loader.random_erasing is not None:
-        erasing = SeededErasing(loader.random_erasing, seed, loader.device, ranks.rank, ranks.world_size)
-        loader.random_erasing = erasing  # type: ignore[assignment]
-    return TrainLoader(loader, [part for part in (batches, erasing) if part is not None])
 
 
 class TrainLoader:
@@ -263,29 +315,23 @@ def create_eval_loader(
         batch_size: int,
         device: torch.device,
         ranks: Ranks = SINGLE,
-        use_prefetcher: bool = True,
-        img_dtype: torch.dtype = torch.float32,
         **kwargs: Any,
 ):
     """Evaluation loader of batches on the device: every image once, in order, with the crop of `data_config`.
 
     Several processes take turns; the last images of some come twice, so that all have as many.
     """
-    loader = _create_loader(
+    return _create_loader(
         dataset,
         data_config,
         device=device,
-        use_prefetcher=use_prefetcher,
-        img_dtype=img_dtype,
         batch_size=batch_size,
-        is_training=False,
         distributed=ranks.distributed,
         interpolation=data_config['interpolation'],
         crop_pct=data_config['crop_pct'],
         crop_mode=data_config['crop_mode'],
         **kwargs,
     )
-    return loader if use_prefetcher else DeviceLoader(loader, device, img_dtype)
 
 
 class DeviceLoader:
@@ -365,7 +411,16 @@ def build_train_loader(
 ) -> TrainLoader:
     """Build the training loader, with --train-img-sizes and --train-batch-sizes."""
     set_image_mode(dataset, image_mode(args, data_config))
-    sizes = args.train_img_sizes or (args.train_batches_per_epoch and [data_config['input_size'][-2:]]) or None
+    sizes = args.train_img_sizes or (args.train_batches_per_epoch and [data_config['input_size'][-2:]]) or ()
+    schedule = dict(
+        batch_sizes=args.train_batch_sizes or [args.batch_size] * len(sizes),
+        choice_weights=args.train_size_probs,
+        choice_schedule=args.train_size_schedule,
+        schedule_epochs=args.epochs,
+        schedule_spread=args.train_size_schedule_spread,
+        schedule_random_mix=args.train_size_random_mix,
+        num_batches=args.train_batches_per_epoch,
+    )
     return create_train_loader(
         dataset,
         data_config,
@@ -373,8 +428,12 @@ def build_train_loader(
         seed=args.seed,
         mixup=mixup,
         mixup_off_epoch=args.mixup_off_epoch,
-        num_aug_splits=args.aug_splits,
         num_aug_repeats=args.aug_repeats,
+        image_sizes=sizes,
+        schedule=schedule,
+        stream_kwargs=dict(
+            worker_seeding=args.worker_seeding, use_multi_epochs_loader=args.use_multi_epochs_loader),
+        num_aug_splits=args.aug_splits,
         no_aug=args.no_aug,
         re_prob=args.reprob,
         re_mode=args.remode,
@@ -391,16 +450,6 @@ def build_train_loader(
         gaussian_blur_prob=args.gaussian_blur_prob or 0.,
         auto_augment=args.aa,
         interpolation=(not args.no_aug and args.train_interpolation) or data_config['interpolation'],
-        use_multi_epochs_loader=args.use_multi_epochs_loader and not sizes,  # ours keeps its workers anyway
-        worker_seeding=args.worker_seeding,
-        input_size_choices=sizes,
-        batch_size_choices=args.train_batch_sizes if sizes else None,
-        batch_choice_weights=args.train_size_probs,
-        batch_choice_schedule=args.train_size_schedule,
-        batch_schedule_epochs=args.epochs,
-        batch_schedule_spread=args.train_size_schedule_spread,
-        batch_schedule_random_mix=args.train_size_random_mix,
-        num_batches=args.train_batches_per_epoch,
         **_loader_kwargs(args, device, ranks),
     )
 

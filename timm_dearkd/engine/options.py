@@ -5,6 +5,7 @@ The limits of a flag stand beside it. `resolve_args` checks what several flags d
 import argparse
 import logging
 import os
+from pathlib import Path
 from typing import Any, Callable, Dict, List, NoReturn, Optional, Sequence, Tuple
 
 import yaml
@@ -13,17 +14,20 @@ from timm.optim import get_optimizer_info
 from timm.task import ClassificationEvaluator
 from timm.utils import ParseKwargs
 
-from distill_hooks.checkpoint import nearest_names
+from distill_hooks.checkpoint import nearest_names, training_args
 
+from .checkpoints import find_checkpoint
 from .process import check_backend, default_workers
 from .tracking import check_available
 
 __all__ = [
-    'build_config_parser', 'build_parser', 'check_distillation', 'parse_args', 'replace_args', 'resolve_args',
+    'build_config_parser', 'build_parser', 'check_distillation', 'find_config', 'output_parent', 'parse_args',
+    'recipe_names', 'resolve_args',
 ]
 
 _logger = logging.getLogger(__name__)
 
+_RECIPES = Path(__file__).parents[1] / 'recipes'
 _CUDA_GRAPH_MODES = ('reduce-overhead', 'max-autotune')
 _FILES = ('resume', 'kd_teacher_checkpoint', 'initial_checkpoint', 'kd_class_map', 'pretrained_path')
 # Remedy if such an option names a folder; by default, a file in it
@@ -95,7 +99,7 @@ RATE = _limit(float, '0 or more, less than 1', lambda value: 0 <= value < 1)
 def build_config_parser() -> argparse.ArgumentParser:
     """Build the parser of `--config` alone, which is read before everything else."""
     parser = argparse.ArgumentParser(description='Training configuration', add_help=False)
-    parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; the command line wins over it')
+    parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options, or name of a recipe')
     return parser
 
 
@@ -104,7 +108,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog='train.py',
         description='Train a timm model, alone or taught by a CNN with DearKD',
-        epilog='-c FILE, --config FILE reads options from a YAML file; the command line wins over it.',
+        epilog='-c FILE, --config FILE reads options from a YAML file, or from the recipe of that name'
+        f' ({", ".join(recipe_names())}). The command line wins over it.',
         formatter_class=_HelpFormatter,
     )
     _add_dearkd(parser.add_argument_group('DearKD'))
@@ -409,6 +414,30 @@ def _add_naflex(parser: argparse.ArgumentParser) -> None:
     add('--naflex-patchify-channels-first', action='store_true')
 
 
+def recipe_names() -> List[str]:
+    """Return the names of the recipes in this package."""
+    return sorted(path.stem for path in _RECIPES.glob('*.yaml'))
+
+
+def find_config(name: str) -> Path:
+    """Return the YAML file of a `--config`: a file, or a recipe of this package.
+
+    Args:
+        name: Path of a file, name of a recipe, or `recipes/NAME.yaml`. A file wins over a recipe of the same name.
+
+    Raises:
+        FileNotFoundError: If there is neither.
+    """
+    path = Path(name)
+    if path.exists() and not path.is_dir():  # is_file() is False for a pipe
+        return path
+    recipe = _RECIPES / f'{path.stem}.yaml'
+    if path.parent.name in ('', 'recipes') and path.suffix in ('', '.yaml') and recipe.is_file():
+        return recipe
+    raise FileNotFoundError(
+        f'--config is {name!r}, expected a YAML file or the name of a recipe: {", ".join(recipe_names())}.')
+
+
 def _config_argv(config: Dict[str, Any], parser: argparse.ArgumentParser) -> List[str]:
     """Return the command line of a YAML mapping, so that types and limits are checked alike."""
     actions = {action.dest: action for action in parser._actions}
@@ -454,8 +483,10 @@ def parse_args(
     config_argv = []
     if config_args.config:
         try:
-            with open(config_args.config, encoding='utf-8') as f:
+            with open(find_config(config_args.config), encoding='utf-8') as f:
                 config = yaml.safe_load(f) or {}
+        except FileNotFoundError as e:
+            parser.error(str(e))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
             parser.error(f'configuration file {config_args.config}: {" ".join(str(e).split())}')
         if not isinstance(config, dict):
@@ -473,7 +504,7 @@ def parse_args(
 
 
 def resolve_args(args: argparse.Namespace) -> argparse.Namespace:
-    """Check the options as far as they tell alone, and fill in those that depend on the machine.
+    """Check the options as far as they tell alone, and fill in those that depend on the machine or on files.
 
     Returns:
         A copy, which nothing changes later.
@@ -490,12 +521,53 @@ def resolve_args(args: argparse.Namespace) -> argparse.Namespace:
     _check_teacher(args)
     _check_size_schedule(args)
     check_available(tensorboard=args.log_tensorboard, wandb=args.log_wandb)
-    return replace_args(args, workers=default_workers() if args.workers is None else args.workers)
-
-
-def replace_args(args: argparse.Namespace, **changes: Any) -> argparse.Namespace:
-    """Return a copy of the options with changes."""
+    changes: Dict[str, Any] = {}
+    if args.workers is None:
+        changes['workers'] = default_workers()
+    if not args.val_split:
+        changes['eval_metric'] = 'loss'
+    if args.eval_only:
+        changes.update(_resolve_weights(args))
     return argparse.Namespace(**{**vars(args), **changes})
+
+
+def _resolve_weights(args: argparse.Namespace) -> Dict[str, Any]:
+    """Return the options that name the weights of --eval-only, and those of their training where none are given.
+
+    Raises:
+        ValueError: If there is no run to evaluate.
+    """
+    resume = args.resume
+    if resume == 'auto':
+        folder = os.path.join(output_parent(args), args.experiment)
+        resume = find_checkpoint(folder)
+        if not resume:
+            raise ValueError(f'--resume auto: there is no run in {folder!r}. Set its --output and --experiment.')
+    checkpoint = args.initial_checkpoint or args.pretrained_path or resume
+    changes = dict(initial_checkpoint=checkpoint, pretrained_path=None, pretrained=not checkpoint)
+    return {**changes, **(_trained_options(args, training_args(checkpoint)) if checkpoint else {})}
+
+
+def _trained_options(args: argparse.Namespace, saved: Dict[str, Any]) -> Dict[str, Any]:
+    """Return the options for the input and the model that a checkpoint has and the command does not."""
+    changes: Dict[str, Any] = {}
+    keys = ['mean', 'std', 'crop_pct', 'interpolation', 'bn_eps', 'gp', 'num_classes']
+    if not args.input_size and saved.get('input_size'):
+        if not args.img_size:
+            changes['input_size'] = [args.in_chans or saved['input_size'][0], *saved['input_size'][1:]]
+        else:
+            changes['in_chans'] = args.in_chans or saved['input_size'][0]
+    elif not args.input_size:
+        keys += ['img_size', 'in_chans']
+    changes.update({key: saved[key] for key in keys if not getattr(args, key) and saved.get(key)})
+    for key in ('model_kwargs', 'pretrained_cfg_overlay'):
+        changes[key] = {**(saved.get(key) or {}), **getattr(args, key)}
+    return changes
+
+
+def output_parent(args: argparse.Namespace) -> str:
+    """Return the parent of the output folders."""
+    return args.output or os.path.join('.', 'output', 'train')
 
 
 def _given(args: argparse.Namespace, keys: Sequence[str]) -> List[str]:
@@ -548,6 +620,8 @@ def _check_values(args: argparse.Namespace) -> None:
 
 
 def _check_combinations(args: argparse.Namespace) -> None:
+    if args.eval_only and not args.val_split:
+        raise ValueError('--eval-only looks at validation images. Set --val-split.')
     if args.resume == 'auto' and not args.experiment:
         raise ValueError('--resume auto resumes the run in the folder of --experiment, so it needs --experiment NAME.')
     if args.layer_decay is not None and args.sched == 'none':
@@ -613,5 +687,6 @@ def _check_size_schedule(args: argparse.Namespace) -> None:
                 f'{_flag(key)} has {len(given)} values for the {len(sizes or ())} of --train-img-sizes. Give as many.')
     if args.train_size_schedule == 'progressive' and len(sizes or ()) < 2:
         raise ValueError('--train-size-schedule progressive needs two or more --train-img-sizes.')
-    if sizes and args.aug_splits:
-        raise ValueError('--train-img-sizes does not go with --aug-splits. Remove one of them.')
+    if (sizes or args.train_batches_per_epoch) and args.aug_splits:
+        flag = '--train-img-sizes' if sizes else '--train-batches-per-epoch'
+        raise ValueError(f'{flag} does not go with --aug-splits. Remove one of them.')

@@ -30,7 +30,7 @@ from .run_folder import RunFolder, on_primary, read_run_info, record_results, sa
 from .seeding import get_rng_state
 from .tracking import Tracker, mhca_stats, scalars
 
-__all__ = ['Recorder', 'build_recorder', 'describe_run', 'output_parent', 'print_results', 'summary_row']
+__all__ = ['Recorder', 'build_recorder', 'describe_run', 'print_results', 'summary_row']
 
 _logger = logging.getLogger(__name__)
 
@@ -256,11 +256,6 @@ def print_results(results: List[Dict[str, Any]], eval_metric: str) -> None:
     print(f'--result\n{json.dumps(best[-10:], indent=4)}')
 
 
-def output_parent(args) -> str:
-    """Return the parent of the output folders."""
-    return args.output or os.path.join('.', 'output', 'train')
-
-
 def build_recorder(
         args,
         args_text: str,
@@ -277,18 +272,18 @@ def build_recorder(
     """The output folder with `args.yaml` and `run.json`, and what writes into it."""
     default_name = '-'.join([
         datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(data_config['input_size'][-1])])
-    folder = on_primary(trainer.ranks, partial(run_folder.create, default_name, args.resume))
+    folder = on_primary(trainer.ranks, partial(run_folder.create, default_name))
     saver, is_primary = None, trainer.ranks.is_primary
     if is_primary:
         write_text(folder, 'args.yaml', args_text)
         write_run_info(folder, position=start, **run_info)
-        saver = _build_saver(args, folder, model, trainer, classes)
+        saver = _build_saver(args, run_folder, model, trainer, classes)
         for table in ('summary.csv', LOG_NAME):
             trim_table(os.path.join(folder, table), start.epoch)
     wandb = dict(
         project=args.wandb_project,
         name=args.experiment or None,
-        config=vars(args),
+        config=dict(vars(args)),
         tags=args.wandb_tags,
         resume='must' if args.wandb_resume_id else None,
         id=args.wandb_resume_id or None,
@@ -333,7 +328,8 @@ def describe_run(args, train_set, eval_set, model: nn.Module, precision: Precisi
 
 
 def _build_saver(
-        args, folder: str, model: nn.Module, trainer: Trainer, classes: Classes) -> AtomicCheckpointSaver:
+        args, run_folder: RunFolder, model: nn.Module, trainer: Trainer, classes: Classes) -> AtomicCheckpointSaver:
+    folder, checkpoint = run_folder.path, run_folder.checkpoint
     saver = AtomicCheckpointSaver(
         model=model,
         task=trainer.task,
@@ -346,8 +342,8 @@ def _build_saver(
         max_history=args.checkpoint_hist,
         classes=classes,
     )
-    if args.resume and os.path.dirname(os.path.abspath(args.resume)) == os.path.abspath(folder):
-        saver.load_state_dict_from_checkpoint(args.resume)
+    if checkpoint and os.path.dirname(os.path.abspath(checkpoint)) == os.path.abspath(folder):
+        saver.load_state_dict_from_checkpoint(checkpoint)
     else:
         remove_recovery(folder)  # of a run that has no other checkpoint
     return saver

@@ -52,6 +52,7 @@ class RunFolder:
     def __init__(self, parent: str, name: str = '') -> None:
         self.parent = parent
         self.path = os.path.join(parent, name) if name else ''
+        self.checkpoint = ''
         self._lock: Optional[FileLock] = None
         self._is_new = False
 
@@ -62,7 +63,7 @@ class RunFolder:
         self.release()
 
     def find_start(self, resume: str) -> str:
-        """Lock the folder if it exists, and return the checkpoint to resume from.
+        """Lock the folder if it exists. Return the checkpoint to resume from, which `checkpoint` keeps.
 
         Args:
             resume: A checkpoint, 'auto' for the newest one in the folder, or '' for a new run.
@@ -76,14 +77,14 @@ class RunFolder:
             resume = find_checkpoint(self.path)
         if self.path:
             refuse_to_overwrite(self.path, resume)
+        self.checkpoint = resume
         return resume
 
-    def create(self, default_name: str, resume: str) -> str:
+    def create(self, default_name: str) -> str:
         """Create the folder if it does not exist, lock it, and return its path.
 
         Args:
             default_name: Name of the folder if none was given. If it is taken, '-2', '-3', ... is appended.
-            resume: Checkpoint that `find_start` returned.
 
         Raises:
             ValueError: If the folder cannot be created, or see `find_start`: another process may have come first.
@@ -101,7 +102,7 @@ class RunFolder:
             raise ValueError(f'Could not make the folder {path!r} ({e.strerror}). Set another --output.') from e
         if self._is_new or self._lock is None:
             self._acquire()
-            refuse_to_overwrite(self.path, resume)
+            refuse_to_overwrite(self.path, self.checkpoint)
         return self.path
 
     def release(self) -> None:

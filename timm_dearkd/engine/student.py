@@ -8,7 +8,6 @@ import torch.nn as nn
 from timm.data.model_config import resolve_input_data_config
 from timm.models import parse_model_name, resolve_model_input_args, safe_model_name
 
-from distill_hooks.checkpoint import training_args
 from distill_hooks.errors import one_line
 
 from .checkpoints import EXPORT_NAME, read_classes
@@ -25,10 +24,9 @@ from .data import (
 )
 from .image_folder import class_order, normal_name
 from .loader import model_dtype
-from .options import replace_args
 from .run_folder import why_no_config
 
-__all__ = ['build_evaluation', 'build_student']
+__all__ = ['build_evaluation', 'build_student', 'warn_of_new_weights']
 
 _logger = logging.getLogger(__name__)
 
@@ -38,24 +36,53 @@ def build_student(
         dataset,
         device: torch.device,
         create_model: Callable[..., Any],
+        num_classes: Optional[int] = None,
 ) -> Tuple[Any, Dict[str, Any]]:
     """Build the model to train or to evaluate, and timm's data configuration for it.
 
     Args:
         args: The options.
-        dataset: Gives the number of classes if --num-classes does not.
+        dataset: Gives the number of classes if nothing else does.
         device: Device of the model.
         create_model: timm's `create_model`, or the user's own.
+        num_classes: Number of classes; None takes --num-classes.
 
     Raises:
         ValueError: If the options do not fit the model.
     """
-    num_classes = args.num_classes
+    if num_classes is None:
+        num_classes = args.num_classes
     if num_classes is None and not args.eval_only:
         check_label_gaps(dataset, args.class_map)
         num_classes = count_classes(dataset)
-    if num_classes != args.num_classes:
-        _logger.info(f'--num-classes not given: {num_classes}, as the data set has.')
+        if num_classes is not None:
+            _logger.info(f'--num-classes not given: {num_classes}, as the data set has.')
+    model = _create_student(args, num_classes, create_model)
+    _complete_attributes(model, num_classes)
+    if not args.eval_only:  # where the labels are yet to be those of the model
+        if num_classes is None:
+            _logger.warning(
+                f'The data set does not tell its classes, so the model has {model.num_classes}. Set --num-classes.')
+        check_labels(dataset, model.num_classes)
+        reason = why_no_config(model)
+        if reason:
+            _logger.warning(
+                f'timm cannot create this {type(model).__name__} by name: {reason}. So the run writes no config.json:'
+                f' {EXPORT_NAME} has the weights alone.')
+    check_img_size(model, args.train_img_sizes or ())
+    model.to(device=device, dtype=model_dtype(args))
+    data_config = resolve_input_data_config(model, args=dict(vars(args)), verbose=True)
+    num_params = sum(p.numel() for p in model.parameters())
+    _logger.info(f'Model {safe_model_name(args.model)}: {num_params:,} parameters, {model.num_classes} classes')
+    return model, data_config
+
+
+def _create_student(args, num_classes: Optional[int], create_model: Callable[..., Any]) -> Any:
+    """Create the model, with the arguments that the options give it.
+
+    Raises:
+        ValueError: If the options do not fit the model.
+    """
     overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else {}
     overlay.update(args.pretrained_cfg_overlay)
     overrides = dict(
@@ -71,7 +98,7 @@ def build_student(
         pretrained_cfg_overlay=overlay or None,
     )
     try:
-        kwargs = resolve_model_input_args(args.model, vars(args), **{**overrides, **args.model_kwargs})
+        kwargs = resolve_model_input_args(args.model, dict(vars(args)), **{**overrides, **args.model_kwargs})
         for flag in ('rpe_drop', 'rpe_drop_mode'):
             if getattr(args, f'dearkd_{flag}') is not None and 'dearkd' not in kwargs['model_name']:
                 raise ValueError(f'--dearkd-{flag.replace("_", "-")} needs MHCA blocks. Use a dearkd_* model.')
@@ -89,45 +116,35 @@ def build_student(
                 ' The file is of other classes than the images, or of another --img-size.' if args.eval_only else
                 ' Weights of other classes or another image size go in by --pretrained-path, with a new head.')
         raise ValueError(f'Could not create --model {args.model}: {one_line(e)}{remedy}') from e
-    _complete_attributes(model, num_classes)
-    if num_classes is None and not args.eval_only:
-        _logger.warning(
-            f'The data set does not tell its classes, so the model has {model.num_classes}. Set --num-classes.')
-    has_weights = parse_model_name(args.model)[0] is not None  # local-dir:, hf-hub:
-    if not ((has_weights and args.pretrained) or 'license' in overlay):
+    if not ((_names_weights(args) and args.pretrained) or 'license' in overlay):
         # the licence of a registered architecture is for its code or its published weights, not for this run's
-        model.pretrained_cfg = {**model.pretrained_cfg, 'license': None}
-    if has_weights and not (args.eval_only or args.pretrained or overlay or args.initial_checkpoint or args.resume):
+        model.pretrained_cfg = {**(getattr(model, 'pretrained_cfg', None) or {}), 'license': None}
+    return model
+
+
+def _names_weights(args) -> bool:
+    """Return whether --model is a place of weights: local-dir:DIR or hf-hub:ORG/NAME."""
+    return parse_model_name(args.model)[0] is not None
+
+
+def warn_of_new_weights(args) -> None:
+    """Warn if --model names weights, and a new run does not load any."""
+    if _names_weights(args) and not (
+            args.pretrained or args.pretrained_path or args.pretrained_cfg_overlay or args.initial_checkpoint):
         _logger.warning(
             f'{args.model} gives only the architecture. The weights are new. To load its weights, add --pretrained.')
-    if not args.eval_only:  # where the labels are yet to be those of the model
-        check_labels(dataset, model.num_classes)
-        reason = why_no_config(model)
-        if reason:
-            _logger.warning(
-                f'timm cannot create this {type(model).__name__} by name: {reason}. So the run writes no config.json:'
-                f' {EXPORT_NAME} has the weights alone.')
-    check_img_size(model, args.train_img_sizes or ())
-    model.to(device=device, dtype=model_dtype(args))
-    data_config = resolve_input_data_config(model, args=vars(args), verbose=True)
-    num_params = sum(p.numel() for p in model.parameters())
-    _logger.info(f'Model {safe_model_name(args.model)}: {num_params:,} parameters, {model.num_classes} classes')
-    return model, data_config
 
 
 def build_evaluation(args, device: torch.device, create_model: Callable[..., Any]):
     """Build a model to evaluate, its data configuration, and the validation set with the class indices of training."""
-    if not args.val_split:
-        raise ValueError('--eval-only looks at validation images. Set --val-split.')
     eval_set = open_validation_set(args)
     trained = {} if args.class_map else read_classes(args.initial_checkpoint).indices
+    num_classes = None
     if args.initial_checkpoint:
-        args = _take_trained_input(args)
         if not trained:
             eval_set = _label_as_training(args, eval_set)
-        num_classes = max(trained.values()) + 1 if trained else count_classes(eval_set)
-        args = replace_args(args, num_classes=args.num_classes or num_classes)
-    model, data_config = build_student(args, eval_set, device, create_model)
+        num_classes = args.num_classes or (max(trained.values()) + 1 if trained else count_classes(eval_set))
+    model, data_config = build_student(args, eval_set, device, create_model, num_classes)
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     own = cfg.get('num_classes')
     if not args.initial_checkpoint and own is not None and args.num_classes not in (None, own):
@@ -152,24 +169,6 @@ def build_evaluation(args, device: torch.device, create_model: Callable[..., Any
             eval_set = _label_as_training(args, eval_set)
     check_labels(eval_set, model.num_classes, 'Move away those that it does not know, or give --class-map.')
     return model, data_config, eval_set
-
-
-def _take_trained_input(args):
-    """Return the options, with those of the checkpoint where none are given."""
-    saved = training_args(args.initial_checkpoint)
-    changes: Dict[str, Any] = {}
-    keys = ['mean', 'std', 'crop_pct', 'interpolation', 'bn_eps', 'gp', 'num_classes']
-    if not args.input_size and saved.get('input_size'):
-        if not args.img_size:
-            changes['input_size'] = [args.in_chans or saved['input_size'][0], *saved['input_size'][1:]]
-        else:
-            changes['in_chans'] = args.in_chans or saved['input_size'][0]
-    elif not args.input_size:
-        keys += ['img_size', 'in_chans']
-    changes.update({key: saved[key] for key in keys if not getattr(args, key) and saved.get(key)})
-    for key in ('model_kwargs', 'pretrained_cfg_overlay'):
-        changes[key] = {**(saved.get(key) or {}), **getattr(args, key)}
-    return replace_args(args, **changes)
 
 
 def _label_as_training(args, eval_set):

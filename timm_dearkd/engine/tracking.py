@@ -9,6 +9,8 @@ import torch
 import torch.nn as nn
 from timm.utils import unwrap_model
 
+from distill_hooks.errors import one_line
+
 from ..attention import ConvAttention
 
 __all__ = ['TeacherTimer', 'Tracker', 'check_available', 'mhca_stats', 'scalars']
@@ -42,7 +44,7 @@ def _start_run(folder: str, settings: Mapping[str, Any]) -> Any:
     try:
         return wandb.init(**{'dir': folder, **settings})
     except wandb.Error as e:
-        reason = ' '.join(str(e).split())[:300].rstrip('.')
+        reason = one_line(e).rstrip('.')
         raise ValueError(
             f'W&B could not start the run: {reason}. Log in with `wandb login`, check the --wandb-* options, or set'
             ' WANDB_MODE=offline.') from e

@@ -10,7 +10,7 @@ from PIL import Image
 from timm.data import IterableImageDataset
 from torch.utils.data import Dataset
 
-from .image_folder import bit_depth_message, exceeds_8_bits
+from .image_folder import check_mode, exceeds_8_bits
 
 __all__ = ['ClassFraction', 'Sample', 'SkipHighBitDepth', 'SkipUnreadable', 'set_image_mode']
 
@@ -108,8 +108,7 @@ class SkipUnreadable(_Wrapper):
             raise ValueError(f'{self._name(index)!r} cannot be read as an image.') from e
         except Image.DecompressionBombError as e:
             raise ValueError(f'{self._name(index)!r} cannot be read as an image ({e}).') from e
-        if exceeds_8_bits(image.mode, self.input_img_mode):
-            raise ValueError(bit_depth_message(self._name(index), image.mode))
+        check_mode(self._name(index), image.mode, self.input_img_mode)
         try:
             return image.convert(self.input_img_mode), *rest
         except _BROKEN as e:

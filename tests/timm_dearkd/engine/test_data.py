@@ -1,19 +1,25 @@
 import logging
-import re
+import os
 import shutil
-import sys
+import tarfile
 
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 from torchvision.datasets import FakeData
 
-from timm_dearkd.engine.data import check_img_size, check_labels, class_names, open_dataset, open_eval_dataset
+from timm_dearkd.engine.data import (
+    build_datasets,
+    check_img_size,
+    check_labels,
+    class_names,
+    open_dataset,
+    open_eval_dataset,
+)
 from timm_dearkd.engine.student import build_student
-from timm_dearkd.engine.wrappers import ClassFraction, SkipUnreadable, set_image_mode
+from timm_dearkd.engine.wrappers import set_image_mode
 from timm_dearkd.train import _parse_args
 
 
@@ -48,40 +54,6 @@ def test_a_model_has_as_many_classes_as_a_class_map(text, count, shown, image_fo
     with pytest.raises(ValueError, match=f"--class-map '.*map.txt' has the .* {shown}.* set --num-classes {count} for"):
         build()
     assert build('--num-classes', str(count)).num_classes == count
-
-
-def test_unreadable_images_are_named_once_and_replaced(image_folder, tmp_path, caplog):
-    root = tmp_path / 'data'
-    shutil.copytree(image_folder, root)
-    for name, content in (('a.png', b'nothing'), ('0.png', (root / 'train' / 'grass' / '0.png').read_bytes()[:200])):
-        (root / 'train' / 'grass' / name).write_bytes(content)
-    dataset = open_dataset('', str(root), 'train')
-    for _ in range(2):
-        assert [label for _, label in dataset] == [0] * 16 + [1] * 16 + [2] * 17  # after a.png comes the next class
-    messages = [r.message for r in caplog.records if r.name == 'timm_dearkd.engine.wrappers']
-    assert len(messages) == 2 and 'a.png' in ''.join(messages) and '0.png' in ''.join(messages)
-    for path in (root / 'train').glob('*/*.png'):
-        path.write_bytes(b'nothing')
-    with pytest.raises(OSError, match='10 images in a row cannot be read'):
-        open_dataset('', str(root), 'train')[0]
-
-
-def test_unreadable_images_are_named_once_by_all_workers(image_folder, tmp_path, capfd):
-    root = tmp_path / 'data'
-    shutil.copytree(image_folder, root)
-    for path in (root / 'train' / 'grass').iterdir():
-        path.write_bytes(b'nothing')
-    dataset = SkipUnreadable(ClassFraction(open_dataset('', str(root), 'train').dataset, 0.5, keep_length=True))
-    dataset.transform = np.asarray
-    handler = logging.StreamHandler(sys.stderr)
-    logging.getLogger('timm_dearkd').addHandler(handler)
-    try:
-        for _ in range(3):  # in new workers each
-            assert len(list(DataLoader(dataset, batch_size=48, num_workers=2))) == 1
-    finally:
-        logging.getLogger('timm_dearkd').removeHandler(handler)
-    named = re.findall(r'grass/\d+.png', capfd.readouterr().err)
-    assert len(named) == len(set(named)) == 8
 
 
 def test_an_empty_class_is_refused(image_folder, tmp_path):
@@ -147,6 +119,23 @@ def test_images_of_other_types_are_read_and_those_that_are_not_are_counted(image
     for kind in types:
         assert means[f'a.{kind}'[-5:]] == pytest.approx(pixels.mean(), abs=5)
     assert len(caplog.messages) == 1 and 'are not read: 2 .heic, 1 .avif.' in caplog.text
+    with tarfile.open(tmp_path / 'data.tar', 'w') as tar:
+        tar.add(root / 'train', arcname='.')
+    packed = open_dataset('', str(tmp_path / 'data.tar'), 'train', is_training=True)
+    assert {packed.filename(i)[-5:]: np.asarray(packed[i][0]).mean() for i in range(len(packed))} == means
+    assert timm.data.get_img_extensions() == ('.png', '.jpg', '.jpeg')  # timm's own list, for other code
+
+
+@pytest.mark.parametrize('name, content, message', [
+    ('data.zip', b'', 'is a file, expected an image folder or a .tar file.'),
+    ('data.tar', b'no tar file', 'cannot be read (truncated header). Expected'),
+    ('data.tar', bytes(10240), 'No images in'),
+])
+def test_files_that_are_no_tar_of_images(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError) as e:
+        open_dataset('', str(tmp_path / name), 'train')
+    assert message in str(e.value) and name in str(e.value) and '\n' not in str(e.value)
 
 
 @pytest.mark.parametrize('mode, name', [('I;16', '0.png'), ('I', '0.tif'), ('F', '0.tif')])
@@ -169,22 +158,6 @@ def test_deep_images_are_refused(mode, name, image_folder, tmp_path):
         patch.setattr(Image, 'open', lambda path: opened.append(path) or Image.new('L', (8, 8)))
         open_dataset('', str(root), 'train')
     assert 25 <= len(opened) <= 50
-
-
-def test_fractions_are_balanced_nested_and_always_the_same(image_folder):
-    def kept(fraction, **kwargs):
-        dataset = open_dataset('', str(image_folder), 'train')
-        return ClassFraction(dataset, fraction, **kwargs)
-
-    for fraction, per_class in ((0.01, 1), (0.25, 4), (0.5, 8), (1., 16)):
-        labels = [label for _, label in kept(fraction)]
-        assert labels == [0] * per_class + [1] * per_class + [2] * per_class
-    names = [{str(kept(f).reader.samples[i][0]) for i in kept(f).indices} for f in (0.25, 0.5)]
-    assert names[0] < names[1]
-    assert kept(0.25).indices.tolist() == kept(0.25).indices.tolist() != kept(0.25, seed=1).indices.tolist()
-    repeated = kept(0.25, keep_length=True)
-    assert len(repeated) == 48
-    assert sorted(label for _, label in repeated) == [0] * 16 + [1] * 16 + [2] * 16
 
 
 def test_image_mode(image_folder):
@@ -291,3 +264,32 @@ def test_a_class_may_have_the_name_of_a_split(name, tmp_path):
             (tmp_path / split / label).mkdir(parents=True)
             Image.new('RGB', (8, 8)).save(tmp_path / split / label / '0.png')
     assert class_names(open_dataset(name, str(tmp_path), 'train')) == ['boat', 'train']
+
+
+def build(*args):
+    return build_datasets(_parse_args([*map(str, args), '--model', 'test_dearkd'])[0])
+
+
+def test_the_share_that_is_logged_is_the_real_one(image_folder, caplog):
+    caplog.set_level(logging.INFO)
+    build(image_folder, '--train-fraction', '0.01')  # of 16 images a class
+    assert 'Training on 3 images, 6.25 % of all.' in caplog.text
+
+
+def test_a_folder_without_splits_is_taken_for_both_with_advice(image_folder, tmp_path, caplog, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.symlink(image_folder, 'photos', target_is_directory=True)
+    os.symlink(image_folder / 'train', 'alone', target_is_directory=True)
+    instead = 'Make alone/train and alone/validation.'
+    for args, advice in (
+            (['photos/train/'], 'Did you mean photos?'), ([image_folder / 'train'], f'Did you mean {image_folder}?'),
+            (['alone'], instead), (['alone', '--dataset', 'image_folder'], instead)):
+        caplog.clear()
+        train_set, eval_set = build(*args)
+        assert len(train_set) == len(eval_set) == 48 and caplog.text.strip().endswith(advice)
+
+
+def test_options_of_streams_are_said_to_do_nothing(image_folder, caplog):
+    build(image_folder, '--val-num-samples', '2', '--epoch-repeats', '3')
+    assert '--val-num-samples is for streamed' in caplog.text and '--epoch-repeats is for streamed' in caplog.text
+    assert '--train-num-samples' not in caplog.text

@@ -1,5 +1,4 @@
 """Image folders as users have them: twins in names, hidden files, depths, class maps, splits."""
-import io
 import itertools
 import json
 import os
@@ -27,8 +26,7 @@ from timm_dearkd.engine.data import (
     open_with_classes,
 )
 from timm_dearkd.engine.image_folder import class_order, read_class_map
-from timm_dearkd.engine.loader import create_train_loader
-from timm_dearkd.engine.wrappers import ClassFraction, set_image_mode
+from timm_dearkd.engine.wrappers import ClassFraction
 
 TWINS = ['01', '1', '007', 'A', 'a', 'b10', 'c']
 
@@ -282,72 +280,6 @@ def test_file_names_are_those_of_timms_reader(tmp_path):
         assert ours.filename(3, **options) == timms.filename(3, **options)
 
 
-def deep(kind):
-    """A 16-bit image as the bytes of a file."""
-    buffer = io.BytesIO()
-    Image.fromarray(np.full((8, 8), 30_000, np.uint16)).save(buffer, kind)
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize('name', ['', 'torch/folder'])
-def test_deep_images_behind_others_are_skipped_by_name(name, tmp_path, caplog):
-    root = make_folder(tmp_path / 'data', ['cat', 'dog'], count=3)
-    (tmp_path / 'data' / 'cat' / '1.png').write_bytes(deep('png'))
-    dataset = open_dataset(name, root, 'train')
-    for mode in ('RGB', 'L'):
-        set_image_mode(dataset, mode)
-        for _ in range(2):
-            values = [np.asarray(image).max() for image, _ in dataset]
-            assert values == [0, 0, 0, 1, 1, 1]  # none is white
-    assert len(caplog.messages) == 1
-    assert 'cat/1.png' in caplog.text and 'mode I;16' in caplog.text and 'the next image takes its place' in caplog.text
-
-
-def make_stream(root, kinds):
-    """A WebDataset shard of images whose grey value is their label; `d` stands for one of 16 bits, `g` for one of 8."""
-    with tarfile.open(root / 'train-000000.tar', 'w') as tar:
-        for place, kind in enumerate(kinds):
-            buffer = io.BytesIO()
-            Image.new('L', (8, 8), place).save(buffer, 'png')
-            content = deep('png') if kind == 'd' else buffer.getvalue()
-            for member, data in ((f'{place}.png', content), (f'{place}.cls', str(place).encode())):
-                info = tarfile.TarInfo(member)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    count = len(kinds)
-    split = dict(name='train', num_samples=count, filenames=['train-000000.tar'], shard_lengths=[count])
-    (root / '_info.json').write_text(json.dumps(dict(splits=dict(train=split))))
-    return str(root)
-
-
-@pytest.mark.parametrize('kinds, expected', [('gdg', [0, 0, 2]), ('ddgdg', [2, 2, 2, 2, 4]), ('dgd', [1, 1, 1])])
-def test_deep_images_of_streams_are_replaced(kinds, expected, tmp_path, caplog):
-    dataset = open_dataset('wds/', make_stream(tmp_path, kinds), 'train', input_img_mode='L')
-    for _ in range(2):
-        assert [(image.getpixel((0, 0)), label) for image, label in dataset] == [(i, i) for i in expected]
-    assert len([m for m in caplog.messages if 'mode I;16' in m and 'last image of 8 bits takes their place' in m]) == 1
-
-
-@pytest.mark.parametrize('workers', [0, 1])
-def test_an_epoch_with_deep_images_is_as_long_as_its_loader_says(workers, tmp_path):
-    dataset = open_dataset('wds/', make_stream(tmp_path, 'dgdgdgdg'), 'train', is_training=True, batch_size=2)
-    config = dict(input_size=(3, 8, 8), mean=(0.,) * 3, std=(1.,) * 3, interpolation='bilinear')
-    loader = create_train_loader(dataset, config, 2, torch.device('cpu'), num_workers=workers, no_aug=True)
-    assert len(loader) == 4
-    for epoch in range(2):
-        loader.set_epoch(epoch)
-        batches = list(loader)
-        assert len(batches) == 4
-        labels = torch.cat([labels for _, labels in batches])
-        torch.testing.assert_close(torch.cat([images for images, _ in batches])[:, 0, 0, 0], labels / 255)
-
-
-def test_a_stream_of_deep_images_alone_is_refused(tmp_path):
-    dataset = open_dataset('wds/', make_stream(tmp_path, 'ddd'), 'train')
-    with pytest.raises(OSError, match='All 3 images in the shards of a process have 16 bits'):
-        list(dataset)
-
-
 @pytest.mark.parametrize('text, expected', [
     ('\ufeffcat\ndog\n', {'cat': 0, 'dog': 1}),
     ('cat\r\n\r\n  \ndog\r\n', {'cat': 0, 'dog': 1}),
@@ -422,14 +354,6 @@ def test_indices_of_all_kinds_of_data_sets(image_folder):
     expected = {'blue sky': 0, 'grass': 1, 'rust': 2}
     for name in ('', 'torch/image_folder'):
         assert class_indices(open_dataset(name, str(image_folder), 'train')) == expected
-
-
-def test_a_decompression_bomb_is_skipped(tmp_path, monkeypatch, caplog):
-    root = make_folder(tmp_path / 'data', ['cat', 'dog'])
-    Image.new('L', (64, 64)).save(tmp_path / 'data' / 'cat' / '1.png')
-    dataset = open_dataset('', root, 'train')
-    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
-    assert [label for _, label in dataset] == [0, 1, 1, 1] and 'cat/1.png' in caplog.text
 
 
 def test_classes_of_other_scripts_checkpoints_are_unknown(tmp_path):

@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 from torchvision.datasets import FakeData
 
-from timm_dearkd.engine.data import class_names, open_dataset
-from timm_dearkd.engine.loader import create_eval_loader, create_train_loader
-from timm_dearkd.engine.process import Ranks
-from timm_dearkd.engine.wrappers import ClassFraction, set_image_mode
+from timm_dearkd.engine.data import open_dataset
+from timm_dearkd.engine.loader import _loader_kwargs, create_eval_loader, create_train_loader
+from timm_dearkd.engine.process import SINGLE, Ranks
+from timm_dearkd.train import _parse_args
 
 CPU = torch.device('cpu')
 
@@ -123,8 +123,8 @@ def test_repeated_augmentation_differs_between_repeats(image_folder):
 def test_several_sizes(image_folder):
     dataset = open_dataset('', str(image_folder), 'train')
     loader = create_train_loader(
-        dataset, config(), 8, CPU, num_workers=0, input_size_choices=[16, 32], batch_size_choices=[8, 4],
-        num_batches=12)
+        dataset, config(), 8, CPU, num_workers=0, image_sizes=[16, 32],
+        schedule=dict(batch_sizes=[8, 4], num_batches=12))
     loader.set_epoch(0)
     shapes = [tuple(images.shape) for images, _ in loader]
     assert len(loader) == len(shapes) == 12 and set(shapes) == {(8, 3, 16, 16), (4, 3, 32, 32)}
@@ -150,6 +150,9 @@ def test_streams_are_read_again_up_to_the_batch(image_folder):
     loader.set_epoch(3, 2)
     assert [labels.tolist() for _, labels in loader] == [[8, 9, 10, 11], [12, 13, 14, 15], [16, 17, 18, 19]]
     assert Stream.epochs == [3]
+    for flag, kwargs in (('--train-img-sizes', dict(image_sizes=[16, 32])), ('--aug-splits', dict(num_aug_splits=2))):
+        with pytest.raises(ValueError, match=f'{flag}.* cannot be used with a streamed data set'):
+            create_train_loader(Stream(), config(), 4, CPU, num_workers=0, **kwargs)
 
 
 @pytest.mark.parametrize('in_chans,mode', [(1, 'RGB'), (3, 'L')])
@@ -175,24 +178,6 @@ def test_strongest_augmentation(image_folder):
     image = Image.open(next(image_folder.glob('train/*/*.png')))
     for name in _RAND_INCREASING_TRANSFORMS:
         assert AugmentOp(name, prob=1., magnitude=10, hparams=dict(magnitude_std=0.))(image).size == image.size
-
-
-def test_fractions_behave_as_the_data_set_does(image_folder):
-    """Class names, image mode and transforms reach through; torchvision's sets have fractions too."""
-    dataset = ClassFraction(open_dataset('', str(image_folder), 'train'), 0.5)
-    assert class_names(dataset) == ['blue sky', 'grass', 'rust']
-    set_image_mode(dataset, 'L')
-    loader = create_train_loader(dataset, config(in_chans=1), 6, CPU, num_workers=1)
-    images, _ = next(iter(loader))
-    assert images.shape == (6, 1, 32, 32) and len(loader) == 4
-
-    class Labelled(FakeData):
-        targets = [0, 1] * 8
-
-    loader = create_train_loader(ClassFraction(Labelled(size=16), 0.25), config(), 4, CPU, num_workers=0)
-    assert next(iter(loader))[0].shape == (4, 3, 32, 32)
-    with pytest.raises(ValueError, match='lists its labels'):
-        ClassFraction(FakeData(size=4), 0.5)
 
 
 def test_errors(image_folder):
@@ -221,3 +206,11 @@ def test_images_of_a_last_batch_that_is_not_full_are_told(count, batch, world, m
     assert [r.levelname for r in told] == [level] * bool(level)
     assert len(loader) * batch * world == count - (int(told[0].message.split()[3]) if told else 0)
     assert not told or message in told[0].message
+
+
+@pytest.mark.parametrize('flags,on_cuda,on_cpu', [
+    ([], True, False), (['--pin-mem'], True, True), (['--no-pin-mem'], False, False)])
+def test_memory_is_pinned_on_cuda(flags, on_cuda, on_cpu):
+    args = _parse_args(['DIR', *flags])[0]
+    for device, pinned in (('cuda', on_cuda), ('cpu', on_cpu)):
+        assert _loader_kwargs(args, torch.device(device), SINGLE)['pin_memory'] is pinned

@@ -1,6 +1,8 @@
 import argparse
 import ast
+import configparser
 import csv
+import os
 import runpy
 from pathlib import Path
 
@@ -8,8 +10,16 @@ import pytest
 import yaml
 from timm.utils import ParseKwargs
 
-from timm_dearkd.engine.options import build_config_parser, build_parser, parse_args
+from timm_dearkd.engine.options import (
+    build_config_parser,
+    build_parser,
+    find_config,
+    parse_args,
+    recipe_names,
+    resolve_args,
+)
 from timm_dearkd.engine.process import TIMM_WORKERS
+from timm_dearkd.train import _parse_args
 
 
 def parse(*argv):
@@ -132,6 +142,44 @@ def test_true_in_the_file_is_the_flag_alone(config):
         assert parse(*config(**{key: True}))[0] == parse(f'--{key}')[0]
 
 
+@pytest.mark.parametrize('name', ['dearkd_300e', 'dearkd_300e.yaml', './recipes/dearkd_300e.yaml'])
+def test_recipes_are_found_by_name_in_any_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'dearkd_300e').mkdir()  # a folder is no file of options
+    args, text = parse('-c', name, 'DIR')
+    assert (args.epochs, args.dearkd_stage1_epochs, args.opt) == (300, 250, 'adamw')
+    assert text == parse('-c', str(find_config('dearkd_300e')), 'DIR')[1]
+
+
+@pytest.mark.parametrize('name', ['dearkd_300e', 'recipes/dearkd_300e.yaml'])
+def test_a_file_wins_over_the_recipe_of_its_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'recipes').mkdir()
+    (tmp_path / name).write_text('epochs: 7')
+    assert parse('-c', name)[0].epochs == 7
+
+
+@pytest.mark.parametrize('name', ['dearkd_30e', 'recipes/other.yaml', 'mine/dearkd_300e.yaml', 'dearkd_300e.json'])
+def test_an_unknown_recipe_is_one_line_with_the_names(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e:
+        parse('--config', name)
+    assert e.value.code == 2
+    assert capsys.readouterr().err == (
+        f'train.py: error: --config is {name!r}, expected a YAML file or the name of a recipe: dearkd_1000e,'
+        ' dearkd_300e, digits, finetune_cars, finetune_cifar10, finetune_cifar100, finetune_flowers.\n')
+
+
+def test_every_recipe_is_data_of_the_package():
+    """Under the pattern that setup.cfg names."""
+    setup = configparser.ConfigParser()
+    setup.read(Path(__file__).parents[3] / 'setup.cfg')
+    patterns = setup['options.package_data']['timm_dearkd'].split(', ')
+    package = Path(__file__).parents[3] / 'timm_dearkd'
+    packed = {path for pattern in patterns for path in package.glob(pattern)}
+    assert recipe_names() and {package / 'recipes' / f'{name}.yaml' for name in recipe_names()} <= packed
+
+
 def test_unknown_keys_are_warned_about(config, caplog):
     parse(*config(learning_rate=1., dist_url=None))  # the latter as timm writes them, unset
     assert 'learning_rate' in caplog.text and 'dist_url' not in caplog.text
@@ -161,3 +209,12 @@ def test_broken_files(tmp_path, capsys, text):
             parse('-c', str(file))
         err = capsys.readouterr().err
         assert e.value.code == 2 and err.count('\n') == 1 and file.name in err
+
+
+@pytest.mark.parametrize('flags,processes,expected', [
+    ([], '1', 2), ([], '2', 1), ([], '8', 1), (['-j', '0'], '1', 0), (['-j', '3'], '1', 3), (['-j', '4'], '1', 4),
+    (['--workers=4'], '2', 4)])
+def test_default_workers_are_no_more_than_cores(flags, processes, expected, monkeypatch):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {0, 1}, raising=False)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', processes)
+    assert resolve_args(_parse_args(['DIR', *flags])[0]).workers == expected

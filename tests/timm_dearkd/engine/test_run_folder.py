@@ -30,7 +30,7 @@ def short_wait(monkeypatch):
 
 def create_unnamed(parent):
     folder = RunFolder(str(parent))
-    return os.path.basename(folder.create('name', ''))
+    return os.path.basename(folder.create('name'))
 
 
 def test_runs_without_a_name_do_not_share_a_folder(context, tmp_path):
@@ -42,7 +42,7 @@ def test_runs_without_a_name_do_not_share_a_folder(context, tmp_path):
 
 def hold(parent, connection):
     folder = RunFolder(str(parent), 'run')
-    folder.create('', '')
+    folder.create('')
     connection.send('locked')
     connection.recv()
 
@@ -60,13 +60,13 @@ def test_a_folder_is_refused_while_another_process_lives(exists, context, short_
     before = {path.name for path in (tmp_path / 'run').iterdir()}
     message = f'run\' is in use: another process .PID {process.pid} on .* is writing into it'
     with pytest.raises(ValueError, match=message):
-        second.find_start('auto') if exists else second.create('', '')
+        second.find_start('auto') if exists else second.create('')
     second.discard()
     assert {path.name for path in (tmp_path / 'run').iterdir()} == before
     process.kill()
     process.join()
     with RunFolder(str(tmp_path), 'run') as third:
-        assert third.find_start('') == '' and third.create('', '') == str(tmp_path / 'run')
+        assert third.find_start('') == '' and third.create('') == str(tmp_path / 'run')
 
 
 LINGER = """import fcntl, os, signal, sys, time
@@ -97,14 +97,14 @@ def test_a_run_that_appeared_meanwhile_is_not_overwritten(tmp_path):
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run' / 'last.pth.tar').touch()
     with pytest.raises(ValueError, match='holds a run'):
-        folder.create('', '')
+        folder.create('')
     folder.discard()
     assert (tmp_path / 'run' / 'last.pth.tar').exists()
 
 
 def test_a_failed_start_leaves_no_folder(tmp_path):
     folder = RunFolder(str(tmp_path), 'run')
-    folder.create('', '')
+    folder.create('')
     (tmp_path / 'run' / 'args.yaml').touch()
     folder.discard()
     assert not (tmp_path / 'run').exists()
@@ -113,7 +113,7 @@ def test_a_failed_start_leaves_no_folder(tmp_path):
 def test_a_failed_start_leaves_no_folder_where_open_files_cannot_be_removed(monkeypatch, tmp_path):
     """As on Windows, where the lock file is open as long as the lock is held."""
     folder = RunFolder(str(tmp_path), 'run')
-    folder.create('', '')
+    folder.create('')
     (tmp_path / 'run' / 'args.yaml').touch()
     unlink = os.unlink
 
@@ -134,7 +134,7 @@ def test_a_file_system_without_locks_gets_a_warning(error, monkeypatch, tmp_path
 
     monkeypatch.setattr(FileLock, '_acquire', acquire)
     with RunFolder(str(tmp_path), 'run') as folder:
-        assert folder.create('', '') == str(tmp_path / 'run')
+        assert folder.create('') == str(tmp_path / 'run')
     assert caplog.text.count('cannot be locked') == 1
 
 

@@ -8,6 +8,7 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from distill_hooks import load_model
+from timm_dearkd.engine.options import resolve_args
 from timm_dearkd.engine.student import build_evaluation
 from timm_dearkd.train import _parse_args
 
@@ -27,7 +28,7 @@ def turned(cnn, tmp_path):
 
 def evaluation(folder, *flags):
     """The labels of the validation images by file name, and the logits of the model for noise."""
-    args = _parse_args([str(folder), '--eval-only', '--img-size', '32', *map(str, flags)])[0]
+    args = resolve_args(_parse_args([str(folder), '--eval-only', '--img-size', '32', *map(str, flags)])[0])
     model, _, eval_set = build_evaluation(args, torch.device('cpu'), timm.create_model)
     torch.manual_seed(0)
     labels = {eval_set.filename(i): eval_set.reader[i][1] for i in range(len(eval_set))}
@@ -66,9 +67,9 @@ def test_numbered_labels_are_matched_to_the_class_names_of_the_model(tmp_path):
     for split, labels in (('train', [3, 1]), ('validation', [3, 3])):
         rows = {'image': [Image.new('L', (8, 8))] * 2, 'label': labels}
         datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / 'data' / f'{split}-0.parquet')
-    args = _parse_args([
+    args = resolve_args(_parse_args([
         str(tmp_path / 'cache'), '--dataset', f'hfds/{tmp_path / "data"}', '--eval-only', '--model',
-        str(tmp_path / 'model')])[0]
+        str(tmp_path / 'model')])[0])
     _, _, eval_set = build_evaluation(args, torch.device('cpu'), timm.create_model)
     assert [label for _, label in eval_set] == [1, 1]
 
@@ -84,8 +85,8 @@ def test_shards_are_evaluated_with_the_class_map_of_their_training(cnn, tmp_path
     checkpoint = torch.load(cnn / 'model_best.pth.tar', weights_only=False)
     checkpoint['classes']['indices'] = {0: 1, 1: 2, 2: 0}
     torch.save(checkpoint, tmp_path / 'mapped.pth.tar')
-    args = _parse_args([
+    args = resolve_args(_parse_args([
         str(tmp_path), '--dataset', 'wds/', '--eval-only', '--img-size', '32', '--model', 'test_resnet',
-        '--initial-checkpoint', str(tmp_path / 'mapped.pth.tar')])[0]
+        '--initial-checkpoint', str(tmp_path / 'mapped.pth.tar')])[0])
     _, _, eval_set = build_evaluation(args, torch.device('cpu'), timm.create_model)
     assert [label for _, label in eval_set] == [0, 1, 2]

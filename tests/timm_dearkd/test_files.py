@@ -1,0 +1,28 @@
+import csv
+import os
+
+import pytest
+
+from timm_dearkd.files import append_row, write_bytes
+
+
+def test_rows_with_new_columns_keep_those_before(tmp_path):
+    path = tmp_path / 'table.csv'
+    for row in (dict(epoch=0, loss=1.5), dict(loss=1.25, epoch=1), dict(epoch=2, top1='9,5')):
+        append_row(path, row)
+    with open(path, newline='') as file:
+        assert list(csv.reader(file)) == [
+            ['epoch', 'loss', 'top1'], ['0', '1.5', ''], ['1', '1.25', ''], ['2', '', '9,5']]
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / 'folder' / 'file'
+    write_bytes(path, b'old')
+
+    def fail(*args):
+        raise OSError('no space left')
+
+    monkeypatch.setattr(os, 'replace', fail)
+    with pytest.raises(OSError, match='no space'):
+        write_bytes(path, b'new')
+    assert path.read_bytes() == b'old' and os.listdir(path.parent) == ['file']
