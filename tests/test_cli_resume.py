@@ -176,7 +176,7 @@ def test_a_loss_that_is_not_finite(train_cli, tmp_path):
     result = train_cli(*command, 'stop')
     line = result.stderr.splitlines()[-1]
     assert result.returncode == 2 and 'Traceback' not in result.stderr
-    assert 'Loss not finite at epoch' in line and 'loss: nan' in line and 'learning rate 1.000e+30' in line
+    assert 'The loss is not finite at epoch' in line and 'loss: nan' in line and 'learning rate 1.000e+30' in line
     result = train_cli(*command, 'skip', '--skip-nan-steps', '99')
     assert result.returncode == 0, result.stderr
     weights = load(tmp_path / 'skip')['state_dict'].values()

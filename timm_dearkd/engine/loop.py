@@ -22,53 +22,56 @@ __all__ = ['LossMeter', 'Stepper', 'Trainer', 'Validator', 'mean_lr']
 
 _logger = logging.getLogger(__name__)
 
-_LEAST_LOSS_SCALE = 2. ** -14  # of float16; it begins at 65536, and each step that overflows halves it
+_LEAST_LOSS_SCALE = 2. ** -14  # the scaler starts at 65536, and halves it at each step that overflows
 
 
 class LossMeter:
-    """Sample-weighted means of named losses, kept on the device until somebody asks.
+    """Sample-weighted means of named losses, kept on the device until they are read.
 
-    What is not finite counts for nothing in the means; the first such losses are kept to be shown.
+    Batches with losses that are not finite do not count. The first such losses are kept for the message.
     """
 
     def __init__(self, ranks: Ranks = SINGLE) -> None:
         self.ranks = ranks
         self.names: List[str] = []
-        self.sums: Optional[torch.Tensor] = None  # of each loss, and the number of samples
-        self.offender: Optional[torch.Tensor] = None  # update and losses of the first that were not finite, or zeros
+        self.sums: Optional[torch.Tensor] = None  # sum of each loss, then the number of samples
+        self.first_nonfinite: Optional[torch.Tensor] = None  # its update and losses; zeros if all were finite
 
     @torch.no_grad()
     def update(self, losses: Dict[str, torch.Tensor], num_samples: int, update: int = 0) -> torch.Tensor:
-        """Add the losses of a batch. Returns whether all are finite, as a tensor () on the device."""
+        """Add the losses of a batch. Return whether all are finite, as a tensor () on the device."""
         values = torch.stack([loss.detach().float() for loss in losses.values()])
         finite = values.isfinite().all()
         row = torch.cat([values * num_samples, values.new_full((1,), num_samples)])
-        offender = torch.cat([values.new_full((1,), update), values])
-        if self.sums is None or self.offender is None or self.names != list(losses):  # of another stage
+        nonfinite = torch.cat([values.new_full((1,), update), values])
+        if self.sums is None or self.first_nonfinite is None or self.names != list(losses):  # another stage
             self.names = list(losses)
-            self.sums, self.offender = torch.zeros_like(row), torch.zeros_like(offender)
+            self.sums, self.first_nonfinite = torch.zeros_like(row), torch.zeros_like(nonfinite)
         self.sums = self.sums + torch.where(finite, row, 0.)
-        self.offender = torch.where(finite | (self.offender[0] > 0), self.offender, offender)
+        self.first_nonfinite = torch.where(finite | (self.first_nonfinite[0] > 0), self.first_nonfinite, nonfinite)
         return finite
 
     def means(self) -> Dict[str, float]:
-        """Means over all processes, with one synchronisation."""
+        """Return the means over all processes, with one synchronisation."""
         sums = self._total()
         if sums is None:
             return {}
         *values, count = sums.tolist()
         return {name: value / count if count else float('nan') for name, value in zip(self.names, values)}
 
-    def take_offender(self) -> Tuple[int, Dict[str, float]]:
-        """Update and losses of the first batch since the last call whose losses were not finite; 0 for none."""
-        if self.offender is None:
+    def take_first_nonfinite(self) -> Tuple[int, Dict[str, float]]:
+        """Return update and losses of the first batch with a loss that was not finite; update 0 if there is none.
+
+        The next call looks at the batches after this one.
+        """
+        if self.first_nonfinite is None:
             return 0, {}
-        update, *values = self.offender.tolist()
-        self.offender = torch.zeros_like(self.offender)
+        update, *values = self.first_nonfinite.tolist()
+        self.first_nonfinite = torch.zeros_like(self.first_nonfinite)
         return int(update), dict(zip(self.names, values))
 
     def _total(self) -> Optional[torch.Tensor]:
-        """The sums over all processes."""
+        """Return the sums over all processes."""
         if self.sums is None or not self.ranks.distributed:
             return self.sums
         sums = self.sums.clone()
@@ -82,15 +85,15 @@ class LossMeter:
     def load_state_dict(self, state: Dict[str, Any], device: torch.device) -> None:
         if state['sums'] is not None:
             self.names, sums = list(state['names']), state['sums'].to(device)
-            self.sums = sums if self.ranks.is_primary else torch.zeros_like(sums)  # what is there is once there
-            self.offender = torch.zeros_like(sums)
+            self.sums = sums if self.ranks.is_primary else torch.zeros_like(sums)  # counted once
+            self.first_nonfinite = torch.zeros_like(sums)
 
 
 class RunningStats:
-    """BatchNorm's running statistics, which a forward that overflows would leave not finite for good.
+    """BatchNorm's running statistics, restored after a forward that overflows.
 
     Args:
-        model: What is trained.
+        model: The model in training.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -99,13 +102,17 @@ class RunningStats:
         self.before: Optional[torch.Tensor] = None
 
     def keep(self) -> None:
-        """Remember them as they are."""
+        """Store the present statistics."""
         if self.buffers:
             self.before = torch.cat([b.detach().flatten() for b in self.buffers])
 
     @torch.no_grad()
     def restore_unless(self, finite: torch.Tensor) -> None:
-        """Bring them back, unless the flag () says that all was finite, and they are; without asking for its value."""
+        """Restore the stored statistics, unless they and the losses are finite. This does not synchronise.
+
+        Args:
+            finite: Whether the losses were finite, a tensor () on the device.
+        """
         if self.before is not None:
             now = torch.cat([b.flatten() for b in self.buffers])
             kept = torch.where(finite & now.isfinite().all(), now, self.before)
@@ -115,15 +122,15 @@ class RunningStats:
 
 @dataclass
 class Stepper:
-    """Backward, clipping and the optimizer's step, which is skipped where a loss was not finite.
+    """Runs backward, gradient clipping and the optimizer step; skips the step if a loss is not finite.
 
-    PyTorch's fused optimizers skip it on the device. For the others the flag is read, once per update.
+    PyTorch's fused optimizers skip it on the device. For other optimizers, the flag is read once per update.
 
     Args:
-        task: What is trained.
+        task: The task in training.
         optimizer: Its optimizer.
-        scaler: timm's, for float16.
-        clip_grad: Clipping value; None clips nothing.
+        scaler: timm's loss scaler for float16.
+        clip_grad: Clipping value; None does not clip.
         clip_mode: 'norm', 'value' or 'agc'.
     """
     task: TrainingTask
@@ -134,17 +141,17 @@ class Stepper:
     stepped: bool = field(default=False, init=False)
 
     def __call__(self, loss: torch.Tensor, update: bool, finite: torch.Tensor) -> torch.Tensor:
-        """Backward `loss`; update the weights if it is the last of its accumulation.
+        """Run backward on `loss`, and update the weights after the last batch of the accumulation.
 
         Args:
             loss: Loss of a batch.
-            update: Whether it completes the accumulation.
-            finite: Whether the losses of the accumulation were finite, a tensor () on the device.
+            update: Whether the batch completes the accumulation.
+            finite: Whether the losses of the accumulation are finite, a tensor () on the device.
 
         Returns:
-            Whether the gradients were finite too, where no loss scaler sees to that, and so the update was made.
+            Whether the gradients are finite too, so that the update is made. A loss scaler checks that itself.
         """
-        # an infinite loss may have finite gradients; NaN ones tell every process, and the scaler
+        # An infinite loss may have finite gradients. NaN gradients reach every process, and the scaler
         loss = loss * torch.where(finite, 1., float('nan'))
         second_order = getattr(self.optimizer, 'is_second_order', False)
         parameters: Iterable[nn.Parameter] = ()
@@ -167,7 +174,7 @@ class Stepper:
         return finite
 
     def _step(self, finite: torch.Tensor) -> None:
-        # A fused SGD that skips its first step keeps a momentum buffer that nothing has initialised
+        # A fused SGD that skips its first step leaves its momentum buffer uninitialised
         if self.stepped and getattr(self.optimizer, '_step_supports_amp_scaling', False):
             optimizer: Any = self.optimizer
             optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
@@ -180,7 +187,7 @@ class Stepper:
 
 @contextlib.contextmanager
 def _progress(batches, label: str, total: int, initial: int = 0, show: bool = True) -> Iterator[Iterable]:
-    """The batches behind a progress bar on a terminal, as they are elsewhere."""
+    """Return the batches, with a progress bar on a terminal."""
     if not sys.stderr.isatty() or not show:
         yield batches
         return
@@ -194,19 +201,22 @@ def _format_losses(losses: Dict[str, float]) -> str:
 
 
 def mean_lr(optimizer: torch.optim.Optimizer) -> float:
-    """Mean learning rate over the parameter groups."""
+    """Return the mean learning rate of the parameter groups."""
     return sum(group['lr'] for group in optimizer.param_groups) / len(optimizer.param_groups)
 
 
 def _accumulation(batch: int, num_batches: int, steps: int) -> Tuple[int, int, bool]:
-    """Which update (from 1) a batch (from 0) belongs to, how many batches that adds up, and if this completes it."""
+    """Return the update of a batch, the number of batches in that update, and whether the batch completes it.
+
+    Updates count from 1, batches from 0.
+    """
     update = batch // steps + 1
     size = max(1, min(steps, num_batches - (update - 1) * steps))
     return update, size, batch + 1 == num_batches or (batch + 1) % steps == 0
 
 
 class _Clock:
-    """Images, seconds, and the shares of them that went by for data and in the teacher."""
+    """Measures images per second, and the shares of the time for data and for the teacher."""
 
     def __init__(self, teacher: TeacherTimer) -> None:
         self.teacher = teacher
@@ -222,7 +232,7 @@ class _Clock:
         self.end = time.perf_counter()
 
     def read(self, world_size: int) -> Dict[str, float]:
-        """Rates since the last call. Call it when the device has finished."""
+        """Return the rates since the last call. Synchronise the device before."""
         seconds = max(time.perf_counter() - self.start, 1e-9)
         rates = dict(
             images_per_second=self.samples * world_size / seconds,
@@ -239,16 +249,16 @@ class Trainer:
     """Trains a task epoch by epoch.
 
     Args:
-        task: Gives the losses of a batch.
-        loader: Batches on the device, see `TrainLoader`; any list of batches for whole epochs.
+        task: Computes the losses of a batch.
+        loader: Batches on the device, see `TrainLoader`; or any list of batches, if all epochs are whole.
         step: See `Stepper`.
         precision: See `Precision`.
-        ranks: The processes that train together.
+        ranks: Processes of the run.
         lr_scheduler: Stepped at every update.
         grad_accum_steps: Batches per update.
         channels_last: Memory format of the images.
         log_interval: Updates between log lines.
-        skip_nan_steps: How many updates may be left out, in all, because a loss was not finite.
+        skip_nan_steps: Largest number of updates to skip in the run because a loss is not finite.
         loss_scale: Factor on the loss of a batch by its size; None is 1.
         synchronize: Wait for the device after every update.
         on_log: Called at each log line with the epoch, the update, the mean losses, the rates and the images.
@@ -281,18 +291,18 @@ class Trainer:
         self._lrs: Dict[int, float] = {}
 
     def train_epoch(self, epoch: int, first_update: int = 0, meter_state: Optional[Dict] = None) -> Dict[str, float]:
-        """Train for an epoch, counted from 0, or for what is left of it.
+        """Train for an epoch, or for the rest of it.
 
         Args:
-            epoch: Its number.
-            first_update: Updates of the epoch that were done before.
-            meter_state: The state of `meter` then.
+            epoch: The epoch, counted from 0.
+            first_update: Number of updates that a resumed epoch has already.
+            meter_state: State of `meter` after these updates.
 
         Returns:
-            The mean of every loss by name, over all samples of the epoch.
+            The mean of each loss by name, over all samples of the epoch.
 
         Raises:
-            TrainingError: Losses that are not finite, in more updates than `skip_nan_steps`.
+            TrainingError: If losses are not finite in more than `skip_nan_steps` updates.
         """
         self.task.train()
         self.epoch = epoch
@@ -320,7 +330,11 @@ class Trainer:
         return self.meter.means()
 
     def _batch(self, images, target, update: int, size: int, is_update: bool, finite) -> torch.Tensor:
-        """Forward, backward and, if it is the last of its accumulation, the update. Returns if all was finite."""
+        """Run forward and backward, and the update after the last batch of an accumulation.
+
+        Returns:
+            Whether all losses of the accumulation so far are finite.
+        """
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         if finite is None:
@@ -358,7 +372,7 @@ class Trainer:
             self.on_update(epoch, update, last)
 
     def _log(self, epoch: int, update: int, losses: Dict[str, float], rates: Dict[str, float]) -> None:
-        weights = getattr(self.task, 'weights', None)  # DearKD's, for the epoch
+        weights = getattr(self.task, 'weights', None)  # of a DearKD task
         stage = f'  Stage: {weights.stage}' if weights is not None else ''
         teacher = f'  Teacher: {100 * rates["teacher_share"]:.0f}%' if rates['teacher_share'] else ''
         _logger.info(
@@ -367,31 +381,35 @@ class Trainer:
             f'  {rates["images_per_second"]:.1f} img/s  Data: {100 * rates["data_share"]:.0f}%{teacher}')
 
     def check_finite(self, epoch: int) -> None:
-        """Stop, or go on with a warning, where updates were left out since the last call."""
+        """Warn of updates that were skipped since the last call, or stop the run if there are too many.
+
+        Raises:
+            TrainingError: If more than `skip_nan_steps` updates were skipped, or the loss scale is too small.
+        """
         if self.ranks.distributed:
             dist.all_reduce(self._skipped, dist.ReduceOp.MAX)
         skipped, lrs = int(self._skipped), self._lrs
-        update, losses = self.meter.take_offender()
+        update, losses = self.meter.take_first_nonfinite()
         self._skipped, self._lrs = torch.zeros_like(self._skipped), {}
         self.num_skipped += skipped
         if skipped:
-            self._tell_skipped(epoch, update, losses, lrs)
+            self._warn_of_skipped(epoch, update, losses, lrs)
         loss_scale = self.step.scaler.state_dict().get('scale', 1.) if self.step.scaler is not None else 1.
-        if loss_scale < _LEAST_LOSS_SCALE * 2. ** -self.num_skipped:  # each of those has halved it, too
+        if loss_scale < _LEAST_LOSS_SCALE * 2. ** -self.num_skipped:  # each skipped update halved it too
             raise TrainingError(
-                f'Gradients not finite at epoch {epoch}, whatever the loss scale: it fell to {loss_scale:.1g}. Lower'
+                f'The gradients are not finite at epoch {epoch} with any loss scale: it fell to {loss_scale:.1g}. Lower'
                 ' --lr, clip with --clip-grad 1, or use --amp-dtype bfloat16.')
 
-    def _tell_skipped(self, epoch: int, update: int, losses: Dict[str, float], lrs: Dict[int, float]) -> None:
+    def _warn_of_skipped(self, epoch: int, update: int, losses: Dict[str, float], lrs: Dict[int, float]) -> None:
         where = (
-            f'Loss not finite at epoch {epoch}, step {update} of {self.num_updates}'
-            f' ({_format_losses(losses)}; learning rate {lrs.get(update, 0.):.3e}). No step was taken with it.'
+            f'The loss is not finite at epoch {epoch}, step {update} of {self.num_updates}'
+            f' ({_format_losses(losses)}; learning rate {lrs.get(update, 0.):.3e}). The step was skipped.'
         ) if update else (
-            f'Gradients not finite at epoch {epoch}, or the loss in another process. No step was taken with them.')
+            f'The gradients are not finite at epoch {epoch}, or the loss of another process. The step was skipped.')
         if self.num_skipped > self.skip_nan_steps:
             raise TrainingError(
-                f'{where} Lower --lr, clip with --clip-grad 1, leave out --amp or use --amp-dtype bfloat16,'
-                f' or leave out such steps with --skip-nan-steps {self.num_skipped + 9}.')
+                f'{where} Lower --lr, clip with --clip-grad 1, remove --amp or use --amp-dtype bfloat16,'
+                f' or skip such steps with --skip-nan-steps {self.num_skipped + 9}.')
         _logger.warning(f'{where} Skipped so far: {self.num_skipped} of {self.skip_nan_steps}.')
 
 
@@ -400,10 +418,10 @@ class Validator:
     """Evaluates a model.
 
     Args:
-        task: Knows how to judge its logits, see `TrainingTask.create_evaluator`.
+        task: Creates the evaluator of the logits, see `TrainingTask.create_evaluator`.
         loader: Batches on the device.
         precision: See `Precision`.
-        ranks: The processes that share the images.
+        ranks: Processes that share the images.
         channels_last: Memory format of the images.
         tta: 2 averages the logits of each image and its mirror image.
         log_interval: Batches between log lines.
@@ -420,7 +438,7 @@ class Validator:
 
     @property
     def in_step(self) -> bool:
-        """Whether all processes have as many batches; of a stream, one may have more than another."""
+        """Whether all processes have the same number of batches. Those of a stream may not."""
         return not (self.ranks.distributed and isinstance(getattr(self.loader, 'dataset', None), IterableDataset))
 
     @torch.no_grad()
@@ -430,11 +448,11 @@ class Validator:
             label: str = 'Test',
             on_logits: Optional[Callable[[torch.Tensor, torch.Tensor], Any]] = None,
     ) -> Dict[str, float]:
-        """Return the metrics of the evaluator (loss, top1, top5) for a model, which runs in eval mode as it is.
+        """Return the metrics of a model in eval mode: loss, top1, top5.
 
         Args:
             model: The model.
-            label: Begins the log lines.
+            label: Start of the log lines.
             on_logits: Called with the logits (B, classes) and the labels (B,) of every batch.
         """
         evaluator = self.task.create_evaluator(max_samples=evaluation_sample_limit(self.loader))
@@ -444,7 +462,7 @@ class Validator:
         with _progress(self.loader, label, num_batches, show=is_primary) as batches:
             for i, (images, target) in enumerate(batches):
                 views = [images, images.flip(-1)] if self.tta > 1 else [images]
-                # divided one by one, because a CUDA graph overwrites the output of its last call
+                # each is divided at once, because the next call of a CUDA graph overwrites its output
                 logits = cast(torch.Tensor, sum(self._forward(model, view) / len(views) for view in views))
                 evaluator.update(logits, target)
                 if on_logits is not None:

@@ -1,6 +1,6 @@
-"""Random numbers that depend on the seed, the epoch and the place in the epoch, and not on what was drawn before.
+"""Random numbers that depend only on the seed, the epoch and the place in the epoch.
 
-So a run that goes on in the middle of an epoch sees the images, crops and mixes that it would have seen.
+A run that is resumed in the middle of an epoch therefore gets the images, crops and mixes of the whole run.
 """
 import contextlib
 import random
@@ -15,11 +15,11 @@ __all__ = [
     'set_rng_state',
 ]
 
-_SAMPLE, _BATCH, _ERASING = range(3)  # so that the same place gives each of them other numbers
+_SAMPLE, _BATCH, _ERASING = range(3)  # different numbers for different uses at the same place
 
 
 def get_rng_state(device: Optional[torch.device] = None) -> Dict[str, Any]:
-    """States of Python's, NumPy's and PyTorch's generators, the device's included, as plain values and tensors."""
+    """Return the states of the generators of Python, NumPy, PyTorch and the device, as plain values and tensors."""
     numpy_state: Any = np.random.get_state()
     name, keys, *rest = numpy_state
     state = dict(python=random.getstate(), numpy=(name, keys.tolist(), *rest), torch=torch.get_rng_state())
@@ -29,7 +29,7 @@ def get_rng_state(device: Optional[torch.device] = None) -> Dict[str, Any]:
 
 
 def set_rng_state(state: Dict[str, Any], device: Optional[torch.device] = None) -> None:
-    """Undo of `get_rng_state`."""
+    """Restore the states that `get_rng_state` returned."""
     random.setstate(state['python'])
     np.random.set_state(state['numpy'])
     torch.set_rng_state(state['torch'])
@@ -39,13 +39,13 @@ def set_rng_state(state: Dict[str, Any], device: Optional[torch.device] = None) 
 
 @contextlib.contextmanager
 def seeded(*key: int, device: Optional[torch.device] = None) -> Iterator[None]:
-    """Draw random numbers that depend on `key` alone; those drawn outside go on as if there had been none inside.
+    """Seed all generators with `key`, and restore them at the end.
 
     Args:
-        *key: Numbers from 0; keys to tell apart have the same length.
-        device: Seed the generator of this device too.
+        *key: Numbers of 0 or more. Keys of different length may give the same seed.
+        device: Also seed the generator of this device.
     """
-    state = None if get_worker_info() is not None else get_rng_state(device)  # a worker draws inside alone
+    state = None if get_worker_info() is not None else get_rng_state(device)  # a worker needs no other numbers
     seeds = np.random.SeedSequence(key).generate_state(4).tolist()
     try:
         random.seed(seeds[0])
@@ -60,11 +60,11 @@ def seeded(*key: int, device: Optional[torch.device] = None) -> Iterator[None]:
 
 
 class EpochBatchSampler(Sampler):
-    """The batches of another sampler as (epoch, place, index) of each sample, from any batch of the epoch on.
+    """Batches of (epoch, place, index) for the samples of another sampler, from any batch of the epoch on.
 
     Args:
-        batch_sampler: Batches of indices of this process; it, or its `sampler`, has a `set_epoch`.
-        rank: Number of this process.
+        batch_sampler: Batches of indices for this process. It, or its `sampler`, has a `set_epoch`.
+        rank: Rank of this process.
         world_size: Number of processes.
     """
 
@@ -75,7 +75,7 @@ class EpochBatchSampler(Sampler):
         self.epoch = self.first_batch = 0
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Choose the epoch, and how many of its batches to leave out."""
+        """Set the epoch, and the number of batches to skip at its start."""
         self.epoch, self.first_batch = epoch, first_batch
         target = self.batch_sampler if hasattr(self.batch_sampler, 'set_epoch') else self.batch_sampler.sampler
         target.set_epoch(epoch)
@@ -93,7 +93,7 @@ class EpochBatchSampler(Sampler):
 
 
 class SeededDataset(Dataset):
-    """A data set whose random transforms depend on (seed, epoch, place). Takes what `EpochBatchSampler` gives."""
+    """Data set whose random transforms depend on (seed, epoch, place). Its keys come from `EpochBatchSampler`."""
 
     def __init__(self, dataset, seed: int) -> None:
         self.dataset = dataset
@@ -109,13 +109,13 @@ class SeededDataset(Dataset):
 
 
 class SeededCollate:
-    """Collates the samples of a `SeededDataset`, with a mix that depends on (seed, epoch, place).
+    """Collates the samples of a `SeededDataset`, with mixing that depends on (seed, epoch, place).
 
     Args:
-        collate_fn: Makes a batch of samples.
+        collate_fn: Builds a batch from samples.
         seed: See `seeded`.
         mixup: timm's Mixup or FastCollateMixup that `collate_fn` applies.
-        mixup_off_epoch: Epoch from which on it is off; 0 leaves it on.
+        mixup_off_epoch: First epoch without mixing; 0 mixes in all epochs.
     """
 
     def __init__(self, collate_fn: Callable, seed: int, mixup: Optional[Any] = None, mixup_off_epoch: int = 0) -> None:
@@ -133,7 +133,7 @@ class SeededCollate:
 
 
 class SeededErasing:
-    """timm's random erasing of whole batches on the device, with places that depend on (seed, epoch, batch)."""
+    """timm's random erasing of batches on the device, with rectangles that depend on (seed, epoch, batch)."""
 
     def __init__(self, erasing: Callable, seed: int, device: torch.device, rank: int = 0, world_size: int = 1) -> None:
         self.erasing = erasing

@@ -1,4 +1,4 @@
-"""What a run tells TensorBoard and Weights & Biases, and where the numbers come from."""
+"""TensorBoard and Weights & Biases, and the measurements for them."""
 import importlib
 import os
 import time
@@ -22,17 +22,17 @@ def _import(package: str) -> Any:
     module_name, entry_point = _ENTRY_POINTS[package]
     try:
         module = importlib.import_module(module_name)
-        getattr(module, entry_point)  # a folder ./wandb, as W&B leaves them behind, imports as an empty package
+        getattr(module, entry_point)  # a folder ./wandb, which W&B leaves behind, is importable too
     except (AttributeError, ImportError) as e:
         raise ValueError(f'--log-{package} needs the {package} package: pip install {package}.') from e
     return module
 
 
 def check_available(tensorboard: bool = False, wandb: bool = False) -> None:
-    """Import what is asked for.
+    """Check that the packages of the given trackers are installed.
 
     Raises:
-        ValueError: It is not installed.
+        ValueError: If a package is missing.
     """
     for package, wanted in (('tensorboard', tensorboard), ('wandb', wandb)):
         if wanted:
@@ -51,19 +51,19 @@ def _start_run(folder: str, settings: Mapping[str, Any]) -> Any:
 
 
 class Tracker:
-    """Writes scalars to TensorBoard, to Weights & Biases, to both or to neither.
+    """Writes scalars to TensorBoard, Weights & Biases, both or neither.
 
-    In a distributed run it belongs to the first process alone.
+    Only the primary process of a distributed run uses it.
 
     Args:
-        folder: Output folder of the run. TensorBoard's files go to its `tensorboard`, W&B's to its `wandb`.
-        tensorboard: Write TensorBoard's files.
-        wandb: Arguments of `wandb.init`; None leaves W&B out.
-        first_step: The first step that this run can log. What a run in the same folder logged from there on,
-            before it was interrupted, vanishes from TensorBoard. (W&B keeps it, and ignores the second time.)
+        folder: Output folder of the run. TensorBoard writes to its folder `tensorboard`, W&B to its folder `wandb`.
+        tensorboard: Whether to write to TensorBoard.
+        wandb: Arguments of `wandb.init`; None does not use W&B.
+        first_step: First step that this run logs. TensorBoard deletes later steps of an interrupted run in the same
+            folder. W&B keeps them, and ignores the new ones.
 
     Raises:
-        ValueError: A package is not installed, or W&B starts no run.
+        ValueError: If a package is not installed, or W&B does not start a run.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Tracker:
         return self._run is not None or self._writer is not None
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Log named values. Steps may not go down; what has the same step makes one row in W&B."""
+        """Log named values. Steps must not decrease. Values of the same step are one row in W&B."""
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
@@ -93,7 +93,7 @@ class Tracker:
             self._run.log(dict(values), step=step)
 
     def close(self, failed: bool = False) -> None:
-        """Write out what is pending. W&B marks a run that failed."""
+        """Flush and close. W&B marks a failed run."""
         if self._writer is not None:
             self._writer.close()
         if self._run is not None:
@@ -107,7 +107,7 @@ class Tracker:
 
 
 class _HostEvent:
-    """What `TeacherTimer` needs of `torch.Event`, for the CPU, where a call returns when its work is done."""
+    """A stand-in for `torch.Event` on the CPU, where a call returns when its work is done."""
 
     def record(self) -> None:
         self.time = time.perf_counter()
@@ -120,21 +120,21 @@ class _HostEvent:
 
 
 class TeacherTimer:
-    """The time that a task's teacher takes, measured by events on the device without waiting for it.
+    """Time of a task's teacher, measured by events on the device without synchronisation.
 
     Args:
-        task: Any task. One that has no `teacher` takes no time.
-        device: Where the teacher runs.
+        task: Any task. Without a `teacher`, the time is 0.
+        device: Device of the teacher.
     """
 
     def __init__(self, task: nn.Module, device: torch.device) -> None:
         self.device = device
-        self._running: Deque[Tuple[Any, Any]] = deque()  # start and end of the forwards not yet added up
+        self._running: Deque[Tuple[Any, Any]] = deque()  # start and end of the forwards that are not added up yet
         self._free: List[Any] = []
         self._milliseconds = 0.
         teacher = getattr(task, 'teacher', None)
         if isinstance(teacher, nn.Module):
-            # Tasks compile what the teacher's forward calls, so these stay outside of the graph
+            # Tasks compile functions inside the teacher's forward, so these hooks stay outside the graph
             teacher.register_forward_pre_hook(self._begin)
             teacher.register_forward_hook(self._end)
 
@@ -148,7 +148,7 @@ class TeacherTimer:
         return event
 
     def _begin(self, *_) -> None:
-        self._add_up()  # so that only forwards in flight hold events, however long nobody asks
+        self._add_up()  # frees the events of finished forwards
         self._start = self._record()
 
     def _end(self, *_) -> None:
@@ -161,7 +161,7 @@ class TeacherTimer:
             self._free += [start, end]
 
     def seconds(self) -> float:
-        """Time of the forwards since the last call, as far as the device has finished them: synchronise before."""
+        """Return the time of the forwards since the last call. Synchronise before: others are counted later."""
         self._add_up()
         seconds, self._milliseconds = self._milliseconds / 1000., 0.
         return seconds
@@ -169,10 +169,10 @@ class TeacherTimer:
 
 @torch.no_grad()
 def mhca_stats(model: nn.Module) -> Dict[str, torch.Tensor]:
-    r"""Where the MHCA blocks of a model look, without waiting for the device.
+    r"""Return where the MHCA blocks of a model look, without synchronisation.
 
     Args:
-        model: A student, in wrappers or not.
+        model: A student, wrapped or not.
 
     Returns:
         Per block, counted from 1, 'alpha/block1' and 'delta/block1': the means over the heads of the sharpness
