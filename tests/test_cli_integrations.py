@@ -38,9 +38,9 @@ def test_any_script_knows_the_architectures(tmp_path, run_folder):
     result = run_python('-m', 'timm_dearkd', tmp_path / 'script.py', '--model', f'local-dir:{run_folder}')
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [f"True ['--model', 'local-dir:{run_folder}']", '3']
-    for args in ((), (tmp_path / 'none.py',)):
+    for args, message in (((tmp_path / 'none.py',), 'Commands: distill'), (('run',), 'Expected: timm-dearkd run SCRIPT')):
         result = run_python('-m', 'timm_dearkd', *args)
-        assert result.returncode == 2 and 'Expected: python -m timm_dearkd SCRIPT' in result.stderr.splitlines()[-1]
+        assert result.returncode == 2 and message in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.integrations

@@ -17,8 +17,14 @@ LEVELS = [
     {'analysis'},
     {'data_free', 'export', 'hub'},
     {'train'},
+    {'images'},
+    {'settings'},
+    {'api'},
+    {'cli'},
     {'__main__'},
 ]
+# `timm_dearkd.distill` is loaded when it is asked for
+LAZY = {('timm_dearkd/__init__.py', 'timm_dearkd.api')}
 LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
 
 
@@ -54,7 +60,7 @@ def find_upward_imports() -> Iterator[Tuple[str, str]]:
 
 
 def test_nothing_imports_upwards():
-    assert list(find_upward_imports()) == []
+    assert set(find_upward_imports()) == LAZY
 
 
 def test_no_modules_import_each_other():
@@ -62,7 +68,8 @@ def test_no_modules_import_each_other():
     graph = {}
     for path in (path for package in ('timm_dearkd', 'distill_hooks') for path in (ROOT / package).rglob('*.py')):
         module = '.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__')
-        graph[module] = {name for name in imported_modules(path) if find_room(name)} - {module}
+        lazy = {name for file, name in LAZY if path == ROOT / file}
+        graph[module] = {name for name in imported_modules(path) if find_room(name)} - {module} - lazy
     try:
         TopologicalSorter(graph).prepare()
         circle = []

@@ -148,5 +148,10 @@ def _is_export(path: Path) -> bool:
     return {file.name for file in path.iterdir()} <= {'config.json', 'model.safetensors'}
 
 
+def run_script(argv: Optional[Sequence[str]] = None) -> None:
+    """Run the command; an error is one line and status 2."""
+    run_command(build_parser().prog, main, argv)
+
+
 if __name__ == '__main__':
-    run_command(build_parser().prog, main)
+    run_script()

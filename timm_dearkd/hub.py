@@ -317,5 +317,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         print(push(args.run, args.repo, args.private, args.license))
 
 
+def run_script(argv: Optional[Sequence[str]] = None) -> None:
+    """Run the command; an error is one line and status 2."""
+    run_command(build_parser().prog, main, argv)
+
+
 if __name__ == '__main__':
-    run_command(build_parser().prog, main)
+    run_script()

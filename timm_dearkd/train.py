@@ -24,6 +24,7 @@ from timm.layers import set_fast_norm
 from timm.models import create_model
 from timm.task import ClassificationTask, TrainingTask
 from timm.utils import distribute_bn, random_seed, setup_default_logging
+from timm.utils.log import FormatterNoInfo
 
 import timm_dearkd  # noqa: F401  registers the architectures
 from distill_hooks import DearKDTask
@@ -78,10 +79,16 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     prepare(argv)()
 
 
+def set_up_logging() -> None:
+    """Set up timm's logging, once in a process."""
+    if not any(isinstance(handler.formatter, FormatterNoInfo) for handler in logging.root.handlers):
+        setup_default_logging()
+    logging.getLogger('timm.data.dataset').setLevel(logging.ERROR)  # our data sets name what they skip
+
+
 def prepare(argv: Optional[Sequence[str]] = None) -> Callable[[], None]:
     """Prepare everything up to the first step, and return a function that does the rest. Bad options end here."""
-    setup_default_logging()
-    logging.getLogger('timm.data.dataset').setLevel(logging.ERROR)  # our data sets name what they skip
+    set_up_logging()
     args, args_text = _parse_args(argv)
     for module in args.device_modules or ():
         importlib.import_module(module)
@@ -250,7 +257,8 @@ def schedule_run(args, trainer: Trainer, checkpoint: str) -> Tuple[Position, ran
     if args.start_epoch is not None:
         start = Position(args.start_epoch)
     trainer.num_skipped = start.num_skipped
-    trainer.lr_scheduler, num_epochs = build_scheduler(args, optimizer, trainer.num_updates, start)
+    trainer.lr_scheduler, num_epochs = build_scheduler(
+        args, optimizer, trainer.num_updates, trainer.num_updates * images_per_update(args, trainer.ranks), start)
     if isinstance(task, DearKDTask):
         task.schedule = build_schedule(args, num_epochs)
         log_changed_stages(args, task.schedule.stage1_epochs, resumed, start.epoch)
@@ -480,8 +488,16 @@ def prepare_evaluation(args, precision: Precision, ranks: Ranks) -> Callable[[],
     return evaluate
 
 
-def run_script(argv: Optional[Sequence[str]] = None) -> None:
-    """Run `main`. An error is one line on standard error and a status other than 0."""
+def run_script(
+        argv: Optional[Sequence[str]] = None,
+        prepare: Callable[[Optional[Sequence[str]]], Callable[[], Any]] = prepare,
+) -> None:
+    """Run a command that trains. An error is one line on standard error and a status other than 0.
+
+    Args:
+        argv: Arguments; None takes those of the process.
+        prepare: Takes the arguments, and returns a function that trains.
+    """
     try:
         run = prepare(argv)
     except (ImportError, OSError, ValueError) as e:

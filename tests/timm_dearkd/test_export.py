@@ -48,6 +48,7 @@ print([program(torch.from_numpy(numpy.load(path))).tolist() for path in sys.argv
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind, side', [('onnx', 96), ('torch-export', 160)])
 def test_programs_run_elsewhere_with_any_batch(kind, side, checkpoint, tmp_path, capsys):
     """At the model's size and, by --img-size, at another one."""

@@ -36,5 +36,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     TOOLS[args.tool].run(args)
 
 
+def run_script(argv: Optional[Sequence[str]] = None) -> None:
+    """Run the command; an error is one line and status 2."""
+    run_command(build_parser().prog, main, argv)
+
+
 if __name__ == '__main__':
-    run_command(build_parser().prog, main)
+    run_script()

@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import yaml
 
+from distill_hooks import load_model
 from timm_dearkd.engine.checkpoints import EXPORT_NAME
 from timm_dearkd.engine.run_folder import read_run_info
 
@@ -78,6 +79,17 @@ class Run:
         points = [(int(row['epoch']), row[self.metric]) for row in rows]
         choose = min if 'loss' in self.metric else max
         return choose(points, key=lambda point: point[1]) if points else None
+
+    def summary(self) -> Dict[str, float]:
+        """Return the top-1 accuracy in percent on the validation images: 'teacher', if any, and 'student'."""
+        epochs = dict(zip(*self.series('eval_top1')))
+        best = self.best()
+        top1 = dict(teacher=self.info.get('results', {}).get('teacher_top1'), student=best and epochs.get(best[0]))
+        return {name: value for name, value in top1.items() if value is not None}
+
+    def load_model(self) -> Any:
+        """Load the best student, in eval mode."""
+        return load_model(str(self.folder)).eval()
 
     def last(self) -> Optional[Tuple[int, float]]:
         """Return the last epoch that has the metric, and its value; None without one."""

@@ -377,5 +377,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             dist.destroy_process_group()
 
 
+def run_script(argv: Optional[Sequence[str]] = None) -> None:
+    """Run the command; an error is one line and status 2."""
+    run_command(build_parser().prog, main, argv, hint='Add --resume to the same command to continue.')
+
+
 if __name__ == '__main__':
-    run_command(build_parser().prog, main, hint='Add --resume to the same command to continue.')
+    run_script()

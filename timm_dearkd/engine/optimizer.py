@@ -14,7 +14,7 @@ from .checkpoints import Position
 from .loader import images_per_update
 from .process import Ranks
 
-__all__ = ['build_optimizer', 'build_scheduler', 'warn_of_short_run']
+__all__ = ['build_optimizer', 'build_scheduler', 'epochs_for', 'warn_of_short_run']
 
 _logger = logging.getLogger(__name__)
 
@@ -58,18 +58,34 @@ def _takes_fused(args) -> bool:
     return optimizer_class in (torch.optim.Adam, torch.optim.AdamW)  # Adagrad's is for the CPU alone in older versions
 
 
-def build_scheduler(args, optimizer: torch.optim.Optimizer, num_updates: int, start: Position):
-    """timm's learning-rate schedule, brought to where the run begins, and the length of the run in epochs.
+def epochs_for(num_images: int) -> int:
+    """Return the number of epochs for a number of training images: 700 / num_images^(1/4).
+
+    Fewer images get more epochs, but fewer updates. The rule is ours; RESULTS.md has the measurements.
+    """
+    return max(10, round(700 / max(1, num_images) ** 0.25))
+
+
+def build_scheduler(args, optimizer: torch.optim.Optimizer, num_updates: int, num_images: int, start: Position):
+    """Build timm's learning-rate schedule, and set it to the start of the run.
 
     Args:
         args: The options.
-        optimizer: What it schedules.
+        optimizer: The optimizer.
         num_updates: Updates per epoch.
-        start: Where the run begins.
+        num_images: Training images per epoch.
+        start: Position at which the run starts.
+
+    Returns:
+        The schedule, and the number of epochs of the run.
     """
     rates = [group['lr'] for group in optimizer.param_groups]
-    lr_scheduler, num_epochs = create_scheduler_v2(
-        optimizer, **scheduler_kwargs(args), updates_per_epoch=num_updates)
+    kwargs = scheduler_kwargs(args)
+    if args.auto_epochs:
+        epochs = epochs_for(num_images)
+        kwargs.update(num_epochs=epochs, warmup_epochs=max(1, epochs // 20))
+        _logger.info(f'--auto-epochs: {epochs} epochs for {num_images} images per epoch.')
+    lr_scheduler, num_epochs = create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=num_updates)
     if lr_scheduler is not None and start.epoch + start.update > 0:
         if args.sched_on_updates:
             lr_scheduler.step_update(start.epoch * num_updates + start.update)

@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NoReturn, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NoReturn, Optional, Sequence, Tuple
 
 import yaml
 from timm.models import is_model, parse_model_name
@@ -21,7 +21,8 @@ from .process import check_backend, default_workers
 from .tracking import check_available
 
 __all__ = [
-    'build_config_parser', 'build_parser', 'check_distillation', 'find_config', 'output_parent', 'parse_args',
+    'build_config_parser', 'build_parser', 'check_distillation', 'find_config', 'options_to_argv', 'output_parent',
+    'parse_args',
     'recipe_names', 'resolve_args',
 ]
 
@@ -296,6 +297,7 @@ def _add_schedule(group) -> None:
     add('--warmup-lr', type=float, default=1e-5, help='learning rate at the start of the warm-up')
     add('--min-lr', type=float, default=0, help='learning rate at the end of a cycle')
     add('--epochs', type=POSITIVE_INT, default=300, help='epochs of the run, without --cooldown-epochs')
+    add('--auto-epochs', action='store_true', help='choose the epochs and warm-up epochs by the number of images')
     add('--epoch-repeats', type=float, default=0., help='passes over a streamed data set per epoch')
     add('--start-epoch', type=NON_NEGATIVE_INT, help='first epoch, from 0 (default: after those of the checkpoint)')
     add('--stop-epoch', type=int, metavar='N', help='stop after N epochs; schedules stay those of the whole run')
@@ -438,8 +440,8 @@ def find_config(name: str) -> Path:
         f'--config is {name!r}, expected a YAML file or the name of a recipe: {", ".join(recipe_names())}.')
 
 
-def _config_argv(config: Dict[str, Any], parser: argparse.ArgumentParser) -> List[str]:
-    """Return the command line of a YAML mapping, so that types and limits are checked alike."""
+def options_to_argv(config: Mapping[str, Any], parser: argparse.ArgumentParser) -> List[str]:
+    """Return options, by their names in a YAML file, as a command line. Types and limits are then checked alike."""
     actions = {action.dest: action for action in parser._actions}
     argv = []
     for key, value in config.items():
@@ -493,8 +495,10 @@ def parse_args(
             parser.error(f'configuration file {config_args.config}: expected "option: value" lines')
         if config.get('kd_distill_type') == 'logit' and not config.get('kd_model_name'):
             del config['kd_distill_type']  # timm writes its default into every args.yaml
-        config_argv = _config_argv(config, parser)
+        config_argv = options_to_argv(config, parser)
     args = parser.parse_args(rest, parser.parse_args(config_argv))
+    if parser.parse_args(rest, argparse.Namespace(epochs=None)).epochs is not None:
+        args.auto_epochs = False  # the command line wins
     if args.data and not parser.parse_args(rest).data_dir:
         args.data_dir = None  # the file's
     if os.path.isdir(args.model) and not is_model(args.model):

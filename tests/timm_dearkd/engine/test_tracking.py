@@ -230,7 +230,7 @@ def make_task(kind):
     return kind(student, teacher, criterion=nn.CrossEntropyLoss(), verbose=False)
 
 
-@pytest.mark.parametrize('compiled', [False, True])
+@pytest.mark.parametrize('compiled', [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('kind', [
     ClassificationTask, DearKDTask, LogitDistillationTask, FeatureDistillationTask, TokenDistillationTask])
 def test_the_teacher_of_every_task_is_seen(monkeypatch, kind, compiled):

@@ -1,0 +1,164 @@
+"""`timm-dearkd`, as users call it."""
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import run_python
+from PIL import Image
+
+import timm_dearkd.train
+from timm_dearkd.cli import COMMANDS
+from timm_dearkd.engine.optimizer import epochs_for
+from timm_dearkd.images import is_mirrored_alike
+
+MODES = ('RGB', 'L', 'CMYK')
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    """60 JPEGs of three classes, of mixed sizes and modes."""
+    root = tmp_path_factory.mktemp('flat') / 'photos'
+    rng = np.random.default_rng(0)
+    for channel, name in enumerate(('blue', 'green', 'red')):
+        (root / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = rng.integers(0, 120, (30 + 5 * (i % 3), 32 + 7 * (i % 4), 3), dtype=np.uint8)
+            pixels[..., 2 - channel] += 120
+            Image.fromarray(pixels).convert(MODES[i % 3]).save(root / name / f'{i}.jpg')
+    return root
+
+
+@pytest.fixture(scope='module')
+def distilled(photos, tmp_path_factory):
+    """The folder of a distillation without a teacher, and what the command printed."""
+    output = tmp_path_factory.mktemp('distilled')
+    result = run_python(
+        '-m', 'timm_dearkd', 'distill', photos, '--output', output, '--epochs', '4', '--device', 'cpu', '-j', '0')
+    assert result.returncode == 0, result.stderr
+    return output, result
+
+
+def test_a_flat_folder_becomes_a_student(photos, distilled):
+    """The CNN, the student, their table, and options that train.py reads again."""
+    output, result = distilled
+    images = {split: len(list((output / 'data' / split).rglob('*.jpg'))) for split in ('train', 'validation')}
+    assert images == {'train': 48, 'validation': 12}
+    assert "48 for training and 12 for validation" in result.stderr and 'about' in result.stderr
+    args = yaml.safe_load((output / 'student' / 'args.yaml').read_text())
+    assert args['epochs'] == 4 and args['img_size'] == 32 and args['kd_model_name'] == str(output / 'teacher')
+    table = [line.strip('| ').split(' | ') for line in result.stdout.splitlines() if line.startswith('| ')]
+    assert [row[0] for row in table[2:]] == ['teacher', 'student']
+    with open(output / 'student' / 'summary.csv', newline='') as f:
+        best = max(float(row['eval_top1']) for row in csv.DictReader(f) if row['eval_top1'])
+    assert float(table[3][2].split()[0]) == pytest.approx(best, abs=0.05)
+    teacher_top1 = json.loads((output / 'student' / 'run.json').read_text())['results']['teacher_top1']
+    assert float(table[2][2].split()[0]) == pytest.approx(teacher_top1, abs=0.05)
+    assert (output / 'student' / 'report.html').is_file()
+
+
+def test_the_same_call_again_returns_the_run(photos, distilled, monkeypatch):
+    """In Python. Nothing is trained."""
+    output, _ = distilled
+    monkeypatch.setattr(timm_dearkd.train, 'prepare', None)
+    run = timm_dearkd.distill(str(photos), output=str(output), epochs=4, device='cpu', workers=0)
+    assert set(run.summary()) == {'teacher', 'student'}
+    model = run.load_model()
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+    assert model.pretrained_cfg['label_names'] == ['blue', 'green', 'red']
+
+
+def test_train_py_repeats_the_student(distilled, tmp_path):
+    """From its args.yaml, with the same losses."""
+    output, _ = distilled
+    result = run_python(
+        '-m', 'timm_dearkd', 'train', '-c', output / 'student' / 'args.yaml', '--output', tmp_path, '--resume', '',
+        '--experiment', 'again', '--stop-epoch', '2')
+    assert result.returncode == 0, result.stderr
+    losses = []
+    for folder in (output / 'student', tmp_path / 'again'):
+        with open(folder / 'summary.csv', newline='') as f:
+            losses.append([row['train_loss'] for row in csv.DictReader(f)][:2])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize('args,message', [
+    (['no folder'], "No folder 'no folder'"),
+    (['PHOTOS', '--teacher', 'resnet999'], 'resnet999'),
+    (['PHOTOS', '--student', 'resnet18', '--teacher', 'CNN', '--kd-distill-type', 'dearkd'], 'no content tokens'),
+    (['PHOTOS', '--lr', 'much'], '--lr'),
+    (['EMPTY'], 'No images'),
+])
+def test_errors_are_one_line_and_status_2(args, message, photos, distilled, tmp_path):
+    (tmp_path / 'empty').mkdir()
+    places = {'PHOTOS': photos, 'CNN': distilled[0] / 'teacher', 'EMPTY': tmp_path / 'empty'}
+    result = run_python(
+        '-m', 'timm_dearkd', 'distill', *(places.get(arg, arg) for arg in args), '--output', tmp_path / 'out',
+        '--device', 'cpu')
+    assert result.returncode == 2
+    assert message in result.stderr.splitlines()[-1] and 'Traceback' not in result.stderr
+    assert not (tmp_path / 'out' / 'student').exists() and not (tmp_path / 'out' / 'teacher').exists()
+
+
+def test_digits_are_not_mirrored(tmp_path):
+    """A CNN that tells left from right keeps its student from mirrored images; one that does not lets it have them."""
+    class LeftOrRight(torch.nn.Module):
+        pretrained_cfg = dict(
+            input_size=(3, 8, 8), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1., interpolation='nearest')
+
+        def __init__(self, direction):
+            super().__init__()
+            self.direction = torch.nn.Parameter(direction)
+
+        def forward(self, x):
+            score = (x.mean((1, 2)) * self.direction).sum(1)
+            return torch.stack([score, -score], 1)
+
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(tmp_path / f'{i}.png')
+    paths = [str(tmp_path / f'{i}.png') for i in range(8)] + [str(tmp_path / 'missing.png')]
+    odd, even = torch.linspace(-1, 1, 8), torch.ones(8)
+    assert not is_mirrored_alike(LeftOrRight(odd), paths)
+    assert is_mirrored_alike(LeftOrRight(even), paths)
+
+
+def test_help_lists_every_command_once():
+    result = run_python('-m', 'timm_dearkd', '--help')
+    assert result.returncode == 0
+    names = [name for commands in COMMANDS.values() for name in commands]
+    for name in names:
+        assert sum(line.strip().startswith(f'{name} ') for line in result.stdout.splitlines()) == 1
+
+
+def test_the_recipe_chooses_the_epochs_unless_they_are_given(image_folder, tmp_path):
+    """`-c small_folder` of train.py: 700 / 45^(1/4) epochs for 45 images in whole batches of 15."""
+    common = (
+        '-m', 'timm_dearkd', 'train', image_folder, '-c', 'small_folder', '--model', 'test_dearkd', '--img-size', '32',
+        '--device', 'cpu', '-j', '0', '-b', '15', '--stop-epoch', '1', '--output', tmp_path, '--experiment')
+    for name, given, epochs in (('auto', (), 270), ('given', ('--epochs', '7'), 7)):
+        result = run_python(*common, name, *given)
+        assert result.returncode == 0, result.stderr
+        assert (f'--auto-epochs: {epochs} epochs' in result.stderr) == (name == 'auto')
+        rows = list(csv.DictReader((tmp_path / name / 'summary.csv').read_text().splitlines()))
+        assert len(rows) == 1
+
+
+@pytest.mark.parametrize('command', ['distill', 'train', 'data-free', 'predict', 'push', 'export', 'run'])
+def test_every_command_has_its_help(command):
+    result = run_python('-m', 'timm_dearkd', command, '--help')
+    assert result.returncode == 0 and 'usage:' in result.stdout
+
+
+def test_an_unknown_command_is_one_line():
+    result = run_python('-m', 'timm_dearkd', 'destill')
+    assert result.returncode == 2
+    assert "'destill'" in result.stderr and 'distill, train' in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_fewer_images_get_more_epochs_and_fewer_updates():
+    epochs = [epochs_for(count) for count in (125, 600, 1500, 6000, 50000)]
+    updates = [count * number for count, number in zip((125, 600, 1500, 6000, 50000), epochs)]
+    assert epochs == sorted(epochs, reverse=True) and updates == sorted(updates)
