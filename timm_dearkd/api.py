@@ -244,7 +244,7 @@ def prepare_distillation(
     device = find_device(args.device)
     folder = Path(output or os.path.join('output', 'distill', os.path.basename(os.path.realpath(data))))
     root = prepare_splits(data, folder, args.train_split, args.val_split)
-    images = look_at(root, args.train_split, args.val_split)
+    images = look_at(root, args.train_split, args.val_split, args.train_fraction)
     planner = Planner(root, folder, images, device, user)
     first = None
     if teacher is None or not (os.path.exists(teacher) or ':' in teacher or args.kd_teacher_checkpoint):

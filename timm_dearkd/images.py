@@ -45,8 +45,10 @@ class Images:
     samples: Sequence[str]
 
 
-def look_at(data: str, train_split: str, val_split: str) -> Images:
+def look_at(data: str, train_split: str, val_split: str, train_fraction: float = 1.) -> Images:
     """Count the images of a folder with splits, and open some of them.
+
+    `train_fraction` is the share of the training images that are used.
 
     Raises:
         FileNotFoundError: If a split does not exist.
@@ -68,7 +70,8 @@ def look_at(data: str, train_split: str, val_split: str) -> Images:
         raise ValueError(f'None of {len(samples)} images in {scan.root!r} can be read. Convert them to PNG or JPEG.')
     num_validation = len(scan_folder(split_folder(data, val_split)).images) if val_split else 0
     return Images(
-        len(scan.images), num_validation, len(scan.names), sorted(sides)[len(sides) // 2], modes <= {'L', '1'}, samples)
+        round(train_fraction * len(scan.images)), num_validation, len(scan.names), sorted(sides)[len(sides) // 2],
+        modes <= {'L', '1'}, samples)
 
 
 @torch.inference_mode()
