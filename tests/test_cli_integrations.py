@@ -38,7 +38,8 @@ def test_any_script_knows_the_architectures(tmp_path, run_folder):
     result = run_python('-m', 'timm_dearkd', tmp_path / 'script.py', '--model', f'local-dir:{run_folder}')
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [f"True ['--model', 'local-dir:{run_folder}']", '3']
-    for args, message in (((tmp_path / 'none.py',), 'Commands: distill'), (('run',), 'Expected: timm-dearkd run SCRIPT')):
+    cases = ((tmp_path / 'none.py',), 'Commands: distill'), (('run',), 'Expected: timm-dearkd run SCRIPT')
+    for args, message in cases:
         result = run_python('-m', 'timm_dearkd', *args)
         assert result.returncode == 2 and message in result.stderr.splitlines()[-1]
 
