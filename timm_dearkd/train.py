@@ -257,12 +257,12 @@ def schedule_run(args, trainer: Trainer, checkpoint: str) -> Tuple[Position, ran
     if args.start_epoch is not None:
         start = Position(args.start_epoch)
     trainer.num_skipped = start.num_skipped
-    trainer.lr_scheduler, num_epochs = build_scheduler(
-        args, optimizer, trainer.num_updates, trainer.num_updates * images_per_update(args, trainer.ranks), start)
+    num_images = trainer.num_updates * images_per_update(args, trainer.ranks)
+    trainer.lr_scheduler, num_epochs = build_scheduler(args, optimizer, trainer.num_updates, num_images, start)
     if isinstance(task, DearKDTask):
         task.schedule = build_schedule(args, num_epochs)
         log_changed_stages(args, task.schedule.stage1_epochs, resumed, start.epoch)
-    warn_of_short_run(args, num_epochs, trainer.num_updates)
+    warn_of_short_run(args, num_epochs, trainer.num_updates, num_images, isinstance(task, DearKDTask))
     stop_epoch = num_epochs if args.stop_epoch is None else args.stop_epoch
     for name, epoch in (('stop-epoch', stop_epoch), *(('save-epochs', epoch) for epoch in args.save_epochs)):
         if not 1 <= epoch <= num_epochs:

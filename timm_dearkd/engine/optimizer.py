@@ -18,9 +18,11 @@ __all__ = ['build_optimizer', 'build_scheduler', 'epochs_for', 'warn_of_short_ru
 
 _logger = logging.getLogger(__name__)
 
+MIN_UPDATES = 1000  # of a run without a warning; our choice
+
 
 def build_optimizer(args, task: TrainingTask, device: torch.device, ranks: Ranks) -> torch.optim.Optimizer:
-    """timm's optimizer over all that the task trains, at the learning rate given or scaled by the batch size."""
+    """Build timm's optimizer of all that the task trains, with the given or the scaled learning rate."""
     kwargs = optimizer_kwargs(cfg=args)
     if args.lr is None:
         ratio = images_per_update(args, ranks) / args.lr_base_size
@@ -34,14 +36,14 @@ def build_optimizer(args, task: TrainingTask, device: torch.device, ranks: Ranks
         optimizer = create_optimizer_v2(cast(nn.Module, task.get_trainable_module()), **{**kwargs, **args.opt_kwargs})
     except (AssertionError, RuntimeError, TypeError, ValueError) as e:
         raise ValueError(f'Could not create --opt {args.opt}: {one_line(e)}') from e
-    base: Any = getattr(optimizer, '_base_optimizer', optimizer)  # Lookahead is no whole optimizer, and loads by this
+    base: Any = getattr(optimizer, '_base_optimizer', optimizer)  # Lookahead loads its state through this
     if 'fused' in base.defaults and hasattr(base, 'register_load_state_dict_pre_hook'):
         base.register_load_state_dict_pre_hook(_keep_fused)
     return optimizer
 
 
 def _keep_fused(optimizer: torch.optim.Optimizer, state_dict: Dict[str, Any]) -> Dict[str, Any]:
-    """A checkpoint's state for this optimizer's kind of step, whichever the checkpoint was written with."""
+    """Keep this optimizer's kind of step, fused or not, when it loads the state of a checkpoint."""
     groups = [{**group, 'fused': optimizer.defaults['fused']} for group in state_dict['param_groups']]
     return {**state_dict, 'param_groups': groups}
 
@@ -55,7 +57,7 @@ def _takes_fused(args) -> bool:
     if optimizer_class is torch.optim.SGD:
         # A loss scale that overflows in the first step leaves the momentum of PyTorch's fused SGD uninitialised
         return not (args.momentum and args.amp and args.amp_dtype == 'float16')
-    return optimizer_class in (torch.optim.Adam, torch.optim.AdamW)  # Adagrad's is for the CPU alone in older versions
+    return optimizer_class in (torch.optim.Adam, torch.optim.AdamW)  # Adagrad's is only for CPUs in older versions
 
 
 def epochs_for(num_images: int) -> int:
@@ -98,14 +100,31 @@ def build_scheduler(args, optimizer: torch.optim.Optimizer, num_updates: int, nu
     return lr_scheduler, num_epochs
 
 
-def warn_of_short_run(args, num_epochs: int, num_updates: int) -> None:
-    """Say so where defaults that are meant for long runs would spoil this one."""
+def warn_of_short_run(args, num_epochs: int, num_updates: int, num_images: int, is_dearkd: bool) -> None:
+    """Warn of defaults for long runs that spoil a short one.
+
+    Args:
+        args: The options.
+        num_epochs: Epochs of the run.
+        num_updates: Updates per epoch.
+        num_images: Training images per epoch.
+        is_dearkd: Whether a ViT learns from a CNN.
+    """
+    total = num_epochs * num_updates
+    if is_dearkd and args.opt == 'sgd':
+        _logger.warning(
+            f'--opt sgd, the default, with a learning rate of {args.lr or args.lr_base:g} hardly trains a ViT. Try'
+            ' -c small_folder, or --opt adamw --lr 1e-3.')
+    elif is_dearkd and total < MIN_UPDATES and num_epochs < epochs_for(num_images):
+        _logger.warning(
+            f'The run has {total} updates, too few for a ViT. Set more --epochs, or use -c small_folder, which chooses'
+            f' {epochs_for(num_images)} epochs.')
     if args.sched != 'none' and args.warmup_epochs >= num_epochs:
         _logger.warning(
             f'All of the {num_epochs} epochs are warm-up, from a learning rate of {args.warmup_lr:g}. Set fewer'
             ' --warmup-epochs.')
-    left = args.model_ema_decay ** (num_epochs * num_updates)
+    left = args.model_ema_decay ** total
     if args.model_ema and not args.model_ema_warmup and left > 0.05:
         _logger.warning(
-            f'{100 * left:.0f} % of the average of weights will still be those that the run starts with. Set'
-            ' --model-ema-warmup, or a lower --model-ema-decay.')
+            f'{100 * left:.0f} % of the average of weights will still be the initial weights. Set --model-ema-warmup, or'
+            ' a lower --model-ema-decay.')

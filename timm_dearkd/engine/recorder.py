@@ -17,6 +17,8 @@ import torch.nn as nn
 from timm.models import safe_model_name
 from timm.task import ClassificationEvaluator
 
+from distill_hooks import DearKDTask
+
 from .._version import __version__
 from ..distances import LOG_NAME, DistanceLog
 from ..files import append_row, write_text
@@ -33,6 +35,8 @@ from .tracking import Tracker, mhca_stats, scalars
 __all__ = ['Recorder', 'build_recorder', 'describe_run', 'print_results', 'summary_row']
 
 _logger = logging.getLogger(__name__)
+
+MAX_LOSS_AFTER_STAGE1 = 0.9  # of the loss of guessing; our choice
 
 
 class Recorder:
@@ -151,6 +155,7 @@ class Recorder:
         """
         if epoch == 0:
             self._check_agreement(losses)
+        self._check_learning(epoch, losses)
         row = summary_row(self.trainer.task, losses)
         self.results.append({'epoch': epoch, 'train': row, **({'validation': metrics} if metrics else {})})
         self._collect_state()
@@ -210,6 +215,17 @@ class Recorder:
                 f'The teacher finds the label of {100 * agreement:.1f} % of the training images, guessing would find'
                 f' {100 * guessing:.1f} %. Are its classes those of the images, in the same order? If not:'
                 ' --kd-class-map FILE. Or is the normalisation another (--mean, --std) than it was trained with?')
+
+    def _check_learning(self, epoch: int, losses: Dict[str, float]) -> None:
+        """Warn at the end of stage I if the student hardly knows more than by guessing."""
+        task = self.trainer.task
+        if not isinstance(task, DearKDTask) or epoch + 1 != task.schedule.stage1_epochs:
+            return
+        guessing = math.log(cast(Any, task.get_eval_model()).num_classes)
+        if losses.get('ce_loss', 0.) > MAX_LOSS_AFTER_STAGE1 * guessing and self.trainer.ranks.is_primary:
+            _logger.warning(
+                f'After stage I the label loss is {losses["ce_loss"]:.3g}, and that of guessing is {guessing:.3g}. The'
+                ' student has hardly learned. Try -c small_folder, another --lr, or more --epochs.')
 
     def _collect_state(self, **state: Any) -> None:
         """Collect the state of the run for the next checkpoint, apart from the task and the optimizer."""

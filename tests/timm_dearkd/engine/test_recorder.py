@@ -7,6 +7,7 @@ import torch
 from timm.task import ClassificationTask
 from timm.utils import update_summary
 
+from distill_hooks import DearKDTask, TwoStageSchedule
 from timm_dearkd.engine.checkpoints import AtomicCheckpointSaver
 from timm_dearkd.engine.distillation import TeacherCheck
 from timm_dearkd.engine.loop import Stepper, Trainer
@@ -89,3 +90,18 @@ def test_a_teacher_in_another_order_is_warned_of_once(tmp_path, caplog):
         assert recorder.teacher_top1 is None
         recorder.on_epoch(0, dict(loss=1., teacher_agreement=0.), {}, None, lr=0.1)
         assert ('guessing would find' in caplog.text) == (not has_other_order)
+
+
+def test_a_student_that_has_not_learned_in_stage_1_is_warned_of_once(tmp_path, caplog):
+    """The label loss of guessing among three classes is log 3 = 1.0986."""
+    student, cnn = (timm.create_model(name, num_classes=3) for name in ('test_dearkd', 'test_resnet'))
+    task = DearKDTask(student, cnn, TwoStageSchedule(6, 4), hooks=['2'], verbose=False)
+    optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
+    trainer = Trainer(task, [None], Stepper(task, optimizer), Precision(torch.device('cpu')))
+    recorder = Recorder(trainer, str(tmp_path), None, Tracker(str(tmp_path)), lambda folder, state: None, 4)
+    for last, count in ((1.05, 1), (0.9, 0)):
+        caplog.clear()
+        for epoch in range(6):
+            loss = last if epoch == 3 else 1.09
+            recorder.on_epoch(epoch, dict(loss=loss, ce_loss=loss), {}, loss, lr=0.1)
+        assert caplog.text.count('hardly learned') == count
