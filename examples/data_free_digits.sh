@@ -1,7 +1,7 @@
 #!/bin/sh
-# Students trained on no image at all: images of handwritten digits are made out of a CNN, in the three ways of the
+# Students without real images: images of handwritten digits are created from a CNN, in the three ways of the
 # paper's table 5, and a DearKD student is trained on each set, and one on as many real images. About 11 minutes on 2
-# cores. Run it again to go on after an interruption.
+# cores. Run it again to resume after an interruption.
 #
 #   sh examples/data_free_digits.sh [OUTPUT [SEED]]     seed 0 is the demo's split; all was chosen on that of seed 1
 set -e

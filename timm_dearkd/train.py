@@ -524,7 +524,7 @@ def run_script(
         parser.exit(130, f'{parser.prog}: Interrupted.\n')
     if dist.is_initialized():  # after an error some may wait for others, but not here
         dist.barrier()  # a process that leaves while others still talk to it may be torn down with them
-        del run  # what it trained holds the group, whose threads would outlive the interpreter, and abort
+        del run  # the task holds the group, whose threads would abort at the end of the interpreter
         gc.collect()
         dist.destroy_process_group()
     if status:

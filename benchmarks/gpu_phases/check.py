@@ -1,4 +1,4 @@
-"""What a phase works with: the device, the time that is left, and the lines that it writes."""
+"""The tools of a phase: device, remaining time, and the lines that it writes."""
 import contextlib
 import ctypes
 import gc

@@ -34,7 +34,7 @@ class Shape(NamedTuple):
 
 
 def shapes(check: Check) -> List[Shape]:
-    """What to measure, the most wanted first."""
+    """Return the measurements, the most important first."""
     sizes = [(17, 2)] if check.toy else [(197, 256), (577, 64)]
     models = ['tiny'] if check.toy else list(HEADS)
     result = [

@@ -84,7 +84,7 @@ def make_teacher(check: Check) -> Any:
 
 
 def store(model: nn.Module) -> nn.Module:
-    """The same model with weights in bfloat16 where the task keeps them so."""
+    """Return the model with the weights that the task stores in bfloat16."""
     teacher = Teacher(model)
     teacher.store_weights(torch.bfloat16)
     return teacher.model

@@ -162,7 +162,7 @@ def run(check: Check) -> None:
 
 
 def write_finite(check: Check, runs: Runs, name: str, label: str) -> None:
-    """How many figures of summary.csv are not finite."""
+    """Return the number of figures in summary.csv that are not finite."""
     figures = runs.losses(name)
     check.row(
         f'figures of summary.csv that are not finite, {label}', sum(not math.isfinite(x) for x in figures),

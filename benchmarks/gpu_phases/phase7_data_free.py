@@ -26,7 +26,7 @@ class Case(NamedTuple):
 
 
 def cases(check: Check) -> List[Case]:
-    """What to measure, the least wanted last."""
+    """Return the measurements, the least important last."""
     if check.toy:
         return [Case('test_resnet', 32, torch.bfloat16, True)]
     half = torch.bfloat16

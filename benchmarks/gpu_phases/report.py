@@ -38,7 +38,7 @@ def read_lines(folder: Path) -> List[Line]:
 
 
 def environment_of(lines: Iterable[Line]) -> Dict[str, Any]:
-    """What the phases ran on.
+    """Describe the machine of the phases.
 
     Raises:
         ValueError: If they ran on several cards or versions.
@@ -101,7 +101,7 @@ def _row(line: Line, with_details: bool) -> List[str]:
 
 
 def _status(lines: List[Line]) -> str:
-    """How a phase ended."""
+    """Return how a phase ended."""
     statuses = [line for line in lines if line['kind'] == 'status']
     if not statuses:
         return 'cut off: the check itself was stopped'

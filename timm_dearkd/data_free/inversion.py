@@ -73,7 +73,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Execution:
-    """How the CNN runs.
+    """Precision, memory format and compilation of the CNN.
 
     Args:
         autocast: Returns the context of its forward.

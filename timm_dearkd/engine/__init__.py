@@ -1,1 +1,1 @@
-"""What train.py is made of: its options, the data, the training loop and the output folder."""
+"""The parts of train.py: options, data, training loop and output folder."""

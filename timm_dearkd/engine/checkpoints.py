@@ -120,7 +120,7 @@ class AtomicCheckpointSaver(CheckpointSaver):
 
 
 class Position(NamedTuple):
-    """Where a run is resumed: the epoch, its updates that are done, and the state of the run."""
+    """Position at which a run is resumed: epoch, finished updates of that epoch, and state of the run."""
     epoch: int = 0
     update: int = 0
     meter: Optional[Dict[str, Any]] = None

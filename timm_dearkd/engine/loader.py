@@ -292,7 +292,7 @@ class TrainLoader:
         self.skip = 0
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Choose the epoch, counted from 0, and how many of its batches to leave out."""
+        """Set the epoch, counted from 0, and the number of batches to skip at its start."""
         for part in self.parts:
             part.set_epoch(epoch, first_batch)
         if not self.parts:

@@ -1,4 +1,4 @@
-"""What a run writes as it goes: checkpoints, summary.csv, the exported student, and what its trackers are told."""
+"""Output of a run: checkpoints, summary.csv, the exported student, and values for the trackers."""
 import csv
 import json
 import logging

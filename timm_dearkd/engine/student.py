@@ -59,7 +59,7 @@ def build_student(
             _logger.info(f'--num-classes not given: {num_classes}, as the data set has.')
     model = _create_student(args, num_classes, create_model)
     _complete_attributes(model, num_classes)
-    if not args.eval_only:  # where the labels are yet to be those of the model
+    if not args.eval_only:  # evaluation matches the labels with the model's later
         if num_classes is None:
             _logger.warning(
                 f'The data set does not tell its classes, so the model has {model.num_classes}. Set --num-classes.')
