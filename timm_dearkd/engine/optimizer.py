@@ -126,5 +126,5 @@ def warn_of_short_run(args, num_epochs: int, num_updates: int, num_images: int, 
     left = args.model_ema_decay ** total
     if args.model_ema and not args.model_ema_warmup and left > 0.05:
         _logger.warning(
-            f'{100 * left:.0f} % of the average of weights will still be the initial weights. Set --model-ema-warmup, or'
-            ' a lower --model-ema-decay.')
+            f'{100 * left:.0f} % of the average of weights will still be the initial weights. Set --model-ema-warmup,'
+            ' or a lower --model-ema-decay.')
