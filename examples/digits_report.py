@@ -14,7 +14,7 @@ from timm.task import ClassificationEvaluator
 
 import timm_dearkd  # noqa: F401  registers the architectures
 
-RUNS = {'teacher': 'CNN teacher', 'vit': 'plain ViT', 'dearkd': 'DearKD student'}
+RUNS = {'teacher': 'CNN teacher', 'vit': 'plain ViT', 'student': 'DearKD student'}
 
 
 def read_summary(run: Path) -> List[Dict[str, str]]:
@@ -61,12 +61,12 @@ def draw(out: Path) -> Path:
     import matplotlib.pyplot as plt
 
     figure, (loss_axes, top1_axes) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    for run, color in (('vit', 'tab:gray'), ('dearkd', 'tab:blue')):
+    for run, color in (('vit', 'tab:gray'), ('student', 'tab:blue')):
         rows = read_summary(out / run)
         epochs = [int(row['epoch']) for row in rows]
         key = 'train_ce_loss' if 'train_ce_loss' in rows[0] else 'train_loss'
         loss_axes.plot(epochs, [float(row[key]) for row in rows], color=color, label=f'{RUNS[run]}, labels')
-        if run == 'dearkd':
+        if run == 'student':
             for name, style in (('logit_loss', '--'), ('hidden_loss', ':')):
                 points = [(e, float(row[f'train_{name}'])) for e, row in zip(epochs, rows) if row[f'train_{name}']]
                 loss_axes.plot(*zip(*points), style, color=color, label=f'{RUNS[run]}, {name.replace("_loss", "")}')
@@ -92,9 +92,9 @@ def main() -> None:
     print_table(args.output)
     picture = draw(args.output)
     print(f'\nPicture:  {picture}')
-    print(f'Report:   {args.output / "dearkd" / "report.html"}')
-    print(f'Student:  {args.output / "dearkd"}  (model_best.safetensors, config.json, summary.csv, args.yaml)')
-    name = f'local-dir:{args.output / "dearkd"}'
+    print(f'Report:   {args.output / "student" / "report.html"}')
+    print(f'Student:  {args.output / "student"}  (model_best.safetensors, config.json, summary.csv, args.yaml)')
+    name = f'local-dir:{args.output / "student"}'
     print(f'Load it:  import timm, timm_dearkd; timm.create_model({name!r}, pretrained=True)')
 
 

@@ -1,5 +1,6 @@
 """The scripts behind `make demo`, in small."""
 import os
+import shlex
 
 import pytest
 from conftest import ROOT, run_python
@@ -44,11 +45,11 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
 def test_report(out):
     """The demo's commands with fewer epochs, then its table and picture."""
     script = (ROOT / 'examples' / 'digits.sh').read_text()
-    script = script.replace('--epochs 120', '--epochs 2').replace('--epochs 15', '--epochs 1')
+    script = script.replace('--track', '--epochs 2 --track').replace('--epochs 15', '--epochs 1')
     commands = [line for line in script.replace('\\\n', ' ').splitlines() if line.startswith('python')]
     assert len(commands) == 5
     for command in commands[1:]:
-        result = run_python(*command.replace('"', '').replace('$OUT', str(out)).split()[1:])
+        result = run_python(*shlex.split(command.replace('$OUT', str(out)))[1:])
         assert result.returncode == 0, result.stderr
     table = [line for line in result.stdout.splitlines() if line.startswith('|')]
     assert [row.split('|')[1].strip() for row in table[2:]] == ['CNN teacher', 'plain ViT', 'DearKD student']
