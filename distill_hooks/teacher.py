@@ -298,8 +298,12 @@ class Teacher(nn.Module):
             The number of folded BatchNorm modules.
         """
         noise = self._noise(input_size)
-        self.capture.enabled = False
-        return fold_batchnorm(self.model, lambda: self.model(self.prepare_input(noise)))
+
+        def run() -> List[torch.Tensor]:
+            logits, features = self._forward(noise, with_features=True)
+            return [logits, *features]
+
+        return fold_batchnorm(self.model, run)
 
     @torch.no_grad()
     def fingerprint(self) -> str:

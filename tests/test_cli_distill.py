@@ -12,7 +12,7 @@ from PIL import Image
 import timm_dearkd.train
 from timm_dearkd.cli import COMMANDS
 from timm_dearkd.engine.optimizer import epochs_for
-from timm_dearkd.images import is_mirrored_alike
+from timm_dearkd.settings import is_mirrored_alike
 
 MODES = ('RGB', 'L', 'CMYK')
 
@@ -49,6 +49,7 @@ def test_a_flat_folder_becomes_a_student(photos, distilled):
     assert "48 for training and 12 for validation" in result.stderr and 'about' in result.stderr
     args = yaml.safe_load((output / 'student' / 'args.yaml').read_text())
     assert args['epochs'] == 4 and args['img_size'] == 32 and args['kd_model_name'] == str(output / 'teacher')
+    assert args['report'] and args['hflip'] in (0., 0.5) and f'--hflip={args["hflip"]}' in result.stderr
     table = [line.strip('| ').split(' | ') for line in result.stdout.splitlines() if line.startswith('| ')]
     assert [row[0] for row in table[2:]] == ['teacher', 'student']
     with open(output / 'student' / 'summary.csv', newline='') as f:
@@ -70,6 +71,26 @@ def test_the_same_call_again_returns_the_run(photos, distilled, monkeypatch):
     assert model.pretrained_cfg['label_names'] == ['blue', 'green', 'red']
 
 
+def test_options_in_python(photos, tmp_path, monkeypatch):
+    """Unknown names and wrong values raise, a file of options is read, and a switch can be off."""
+    with pytest.raises(TypeError, match="'epoch'"):
+        timm_dearkd.distill(str(photos), epoch=4)
+    with pytest.raises(ValueError, match='--lr'):
+        timm_dearkd.distill(str(photos), lr='much', output=str(tmp_path))
+    started = []
+    monkeypatch.setattr(timm_dearkd.train, 'prepare', lambda argv: started.append(argv) or (lambda: 1 / 0))
+    (tmp_path / 'mine.yaml').write_text('lr: 0.001\nbatch_size: 6\n')
+    for options in (dict(config=tmp_path / 'mine.yaml'), dict(report=False, batch_size=6, lr=0.001)):
+        with pytest.raises(ZeroDivisionError):
+            timm_dearkd.distill(
+                str(photos), teacher='test_resnet', output=str(tmp_path / 'out'), device='cpu', **options)
+    with monkeypatch.context() as patch:
+        patch.setenv('WORLD_SIZE', '2')
+        with pytest.raises(ValueError, match='one process'):
+            timm_dearkd.distill(str(photos))
+    assert len(started) == 2 and all('--model=test_resnet' in argv and '--hflip=0.0' in argv for argv in started)
+
+
 def test_train_py_repeats_the_student(distilled, tmp_path):
     """From its args.yaml, with the same losses."""
     output, _ = distilled
@@ -86,6 +107,11 @@ def test_train_py_repeats_the_student(distilled, tmp_path):
 
 @pytest.mark.parametrize('args,message', [
     (['no folder'], "No folder 'no folder'"),
+    (['--epochs', '4', 'PHOTOS'], 'Give the folder first'),
+    (['PHOTOS', '--student', 'dearkd_smal'], "Unknown student 'dearkd_smal'. The nearest names: dearkd_small"),
+    (['PHOTOS', '--kd-model-name', 'resnet18'], "does not take 'kd_model_name'. Give teacher"),
+    (['PHOTOS', '--output', 'DONE', '--epochs', '4', '--lr', '1'], 'other options: lr 0.002 → 1.0'),
+    (['PHOTOS', '--output', 'DONE', '--epochs', '4', '--teacher', 'CNN', '--student', 'test_vit'], 'other options'),
     (['PHOTOS', '--teacher', 'resnet999'], 'resnet999'),
     (['PHOTOS', '--student', 'resnet18', '--teacher', 'CNN', '--kd-distill-type', 'dearkd'], 'no content tokens'),
     (['PHOTOS', '--lr', 'much'], '--lr'),
@@ -93,12 +119,13 @@ def test_train_py_repeats_the_student(distilled, tmp_path):
 ])
 def test_errors_are_one_line_and_status_2(args, message, photos, distilled, tmp_path):
     (tmp_path / 'empty').mkdir()
-    places = {'PHOTOS': photos, 'CNN': distilled[0] / 'teacher', 'EMPTY': tmp_path / 'empty'}
+    places = {'PHOTOS': photos, 'CNN': distilled[0] / 'teacher', 'EMPTY': tmp_path / 'empty', 'DONE': distilled[0]}
+    output = () if '--output' in args else ('--output', tmp_path / 'out')
     result = run_python(
-        '-m', 'timm_dearkd', 'distill', *(places.get(arg, arg) for arg in args), '--output', tmp_path / 'out',
-        '--device', 'cpu')
+        '-m', 'timm_dearkd', 'distill', *(places.get(arg, arg) for arg in args), *output, '--device', 'cpu')
     assert result.returncode == 2
-    assert message in result.stderr.splitlines()[-1] and 'Traceback' not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith('timm-dearkd distill: error: ') and message in last and 'Traceback' not in result.stderr
     assert not (tmp_path / 'out' / 'student').exists() and not (tmp_path / 'out' / 'teacher').exists()
 
 

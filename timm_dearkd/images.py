@@ -1,28 +1,35 @@
 """The images of a distillation: their splits, and what the choice of options depends on."""
 import json
+import logging
 import os
 import random
 import shutil
+import tempfile
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Dict, List, Sequence
 
-import torch
-import torch.nn as nn
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
 
-from .engine.image_folder import FolderScan, class_order, find_splits, scan_folder, split_folder
-from .files import write_bytes
+from .engine.image_folder import (
+    UNREADABLE,
+    FolderScan,
+    check_class_folders,
+    class_order,
+    find_splits,
+    scan_folder,
+    split_folder,
+    warn_of_other_types,
+)
 
-__all__ = ['Images', 'is_mirrored_alike', 'look_at', 'prepare_splits', 'split_images']
+__all__ = ['Images', 'look_at', 'prepare_splits', 'split_images']
+
+_logger = logging.getLogger(__name__)
 
 # Our choices
 VALIDATION_SHARE = 0.2
 NUM_SAMPLES = 64  # images that are opened
-MIRROR_AGREEMENT = 0.75  # share of the images whose mirror image gets the same class
-TIMMS_SPLITS = ('train', 'validation')  # the defaults of train.py
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,11 @@ class Images:
 def look_at(data: str, train_split: str, val_split: str, train_fraction: float = 1.) -> Images:
     """Count the images of a folder with splits, and open some of them.
 
-    `train_fraction` is the share of the training images that are used.
+    Args:
+        data: The folder.
+        train_split: Name of the training split.
+        val_split: Name of the validation split; '' if there is none.
+        train_fraction: Share of the training images that are used.
 
     Raises:
         FileNotFoundError: If a split does not exist.
@@ -58,104 +69,116 @@ def look_at(data: str, train_split: str, val_split: str, train_fraction: float =
     if not scan.images:
         raise ValueError(f'No images in {scan.root!r}. Put the images into one folder per class: {data}/CLASS/IMAGE.')
     chosen = [scan.images[i * len(scan.images) // NUM_SAMPLES][0] for i in range(NUM_SAMPLES)]
-    samples, sides, modes = list(dict.fromkeys(chosen)), [], set()
-    for path in samples:
+    samples, sides, modes = [], [], set()
+    for path in dict.fromkeys(chosen):
         try:
             with Image.open(path) as image:
-                sides.append(min(image.size))
-                modes.add(image.mode)
-        except OSError:
+                image.load()
+        except UNREADABLE:
             continue  # train.py names and skips it
-    if not sides:
-        raise ValueError(f'None of {len(samples)} images in {scan.root!r} can be read. Convert them to PNG or JPEG.')
+        samples.append(path)
+        sides.append(min(image.size))
+        modes.add(image.mode)
+    if not samples:
+        raise ValueError(f'No image of a sample in {scan.root!r} can be read. Convert the images to PNG or JPEG.')
     num_validation = len(scan_folder(split_folder(data, val_split)).images) if val_split else 0
     return Images(
         round(train_fraction * len(scan.images)), num_validation, len(scan.names), sorted(sides)[len(sides) // 2],
         modes <= {'L', '1'}, samples)
 
 
-@torch.inference_mode()
-def is_mirrored_alike(model: nn.Module, paths: Sequence[str]) -> bool:
-    """Return whether a CNN gives most images and their mirror images the same class."""
-    config = resolve_model_data_config(model)
-    transform: Any = create_transform(**config)
-    mode = 'L' if config['input_size'][0] == 1 else 'RGB'
-    tensors = []
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                tensors.append(transform(image.convert(mode)))
-        except OSError:
-            continue
-    x = torch.stack(tensors).to(next(model.parameters()).device)
-    same = model(x).argmax(1) == model(x.flip(3)).argmax(1)
-    return same.float().mean().item() >= MIRROR_AGREEMENT
+def _has_class_folders(folder: str) -> bool:
+    with os.scandir(folder) as entries:
+        return any(entry.is_dir() and not entry.name.startswith('.') for entry in entries)
 
 
-def prepare_splits(data: str, output: Path, train_split: str, val_split: str) -> str:
+def prepare_splits(data: str, output: str) -> str:
     """Return a folder with splits: `data`, or OUTPUT/data with links to its images.
 
     Raises:
         FileNotFoundError: If `data` is no folder.
-        ValueError: If it has no images, or if OUTPUT/data has a split of other images.
+        ValueError: If the folder does not allow a split, or if OUTPUT/data has other images.
     """
     if not os.path.isdir(data):
         raise FileNotFoundError(f'No folder {data!r}. Give a folder with one folder of images per class.')
-    splits = find_splits(data)
-    if len(splits) > 1 or (train_split, val_split) != TIMMS_SPLITS:
+    splits = [name for name in find_splits(data) if _has_class_folders(os.path.join(data, name))]
+    if len(splits) > 1:
         return data
-    scan = scan_folder(os.path.join(data, splits[0]) if splits else data)
+    root = data
+    if splits:
+        if not splits[0].startswith('train'):
+            raise ValueError(f'{data!r} has the split {splits[0]!r}, and no training images in {data}/train.')
+        root = os.path.join(data, splits[0])
+        others = sorted(entry.name for entry in os.scandir(data) if entry.is_dir() and entry.name != splits[0])
+        ignored = f' Ignored: {", ".join(others)}.' if others else ''
+        _logger.info(f'No validation images in {data!r}: a fifth of {splits[0]!r} is set aside.{ignored}')
+    scan = scan_folder(root)
     if not scan.images:
-        raise ValueError(f'No images in {data!r}. Put the images into one folder per class: {data}/CLASS/IMAGE.')
-    split_images(scan, output / 'data')
-    return str(output / 'data')
-
-
-def _link(source: Path, target: Path) -> None:
-    """Link a file, or copy it if the file system has no links."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for make in (os.symlink, os.link):
-        try:
-            make(source, target)
-            return
-        except OSError:
-            continue
-    shutil.copy2(source, target)
+        raise ValueError(f'No images in {root!r}. Put the images into one folder per class: {root}/CLASS/IMAGE.')
+    check_class_folders(scan, is_training=True)
+    warn_of_other_types(scan)
+    split_images(scan, Path(output) / 'data')
+    return os.path.join(output, 'data')
 
 
 def split_images(scan: FolderScan, folder: Path, seed: int = 0) -> None:
-    """Link the images of a folder as FOLDER/train/CLASS/* and FOLDER/validation/CLASS/*.
+    """Link the images of class folders as FOLDER/train/CLASS/* and FOLDER/validation/CLASS/*.
 
     A fifth of each class, drawn with the seed, is for validation, but at least one image of each class with two or
-    more. An existing split of the same images is kept.
+    more. An existing split of the same images is kept. Nothing else is ever removed or overwritten.
 
     Args:
-        scan: The images.
+        scan: The images, ROOT/CLASS/IMAGE.
         folder: Folder to write.
         seed: Random seed of the split.
 
     Raises:
-        ValueError: If the folder has a split of other images.
+        ValueError: If the folder exists and is not a split of these images, or lies inside the images or around them.
     """
+    root, place = os.path.realpath(scan.root), os.path.realpath(folder)
+    if os.path.splitdrive(root)[0] == os.path.splitdrive(place)[0] and os.path.commonpath([root, place]) in (
+            root, place):
+        raise ValueError(
+            f'The split {str(folder)!r} would lie inside the images {scan.root!r}, or around them. Set --output to'
+            ' another folder.')
     by_class: Dict[str, List[str]] = defaultdict(list)
     for path, name in scan.images:
         by_class[name].append(os.path.relpath(path, scan.root))
-    record = json.dumps(dict(source=os.path.abspath(scan.root), seed=seed, images=by_class), sort_keys=True).encode()
-    written = folder / 'split.json'
-    if written.exists():
-        if written.read_bytes() != record:
+    if max(map(len, by_class.values())) < 2:
+        raise ValueError(
+            f'No class in {scan.root!r} has two images, so there is none for validation. Add images.')
+    record = json.dumps(dict(source=root, seed=seed, images=by_class), sort_keys=True)
+    if folder.exists():
+        written = folder / 'split.json'
+        if not written.exists() or written.read_text(encoding='utf-8') != record:
             raise ValueError(
-                f'{str(folder)!r} has a split of other images than {scan.root!r} has now. Set another --output, or'
-                f' remove {str(folder.parent)!r} to start again.')
+                f'{str(folder)!r} exists, and is not a split of the images that {scan.root!r} has now. Set another'
+                ' --output.')
         return
-    shutil.rmtree(folder, ignore_errors=True)  # of a call that was interrupted
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix='.data-', dir=folder.parent))
+    try:
+        _write_split(scan.root, by_class, temporary, seed)
+        (temporary / 'split.json').write_text(record, encoding='utf-8')
+        temporary.chmod(0o755)
+        os.rename(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _write_split(root: str, by_class: Dict[str, List[str]], folder: Path, seed: int) -> None:
     draw = random.Random(seed)
     for name in class_order(by_class):
         images = draw.sample(by_class[name], len(by_class[name]))
         count = max(round(VALIDATION_SHARE * len(images)), int(len(images) > 1))
         for i, image in enumerate(images):
-            split = 'validation' if i < count else 'train'
-            is_flat = os.path.dirname(image) == name
-            target = os.path.basename(image) if is_flat else image.replace(os.sep, '-')
-            _link(Path(os.path.abspath(os.path.join(scan.root, image))), folder / split / name / target)
-    write_bytes(written, record)
+            target = folder / ('validation' if i < count else 'train') / name / os.path.basename(image)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source = os.path.abspath(os.path.join(root, image))
+            try:
+                os.symlink(source, target)
+            except FileExistsError:
+                raise
+            except OSError:  # Windows without the right to link
+                shutil.copy2(source, target)

@@ -1,15 +1,24 @@
-"""Options of train.py for a small folder of images, by the number and the size of the images. The choices are ours."""
-from typing import Any, Dict, Optional
+"""Options of train.py for a small folder of images, by their number and size. The choices are ours."""
+from typing import Any, Dict, Optional, Sequence
 
 import torch
+import torch.nn as nn
+from PIL import Image
+from timm import get_pretrained_cfg
+from timm.data import create_transform, resolve_model_data_config
 
+from .engine.image_folder import UNREADABLE
 from .images import Images
 
-__all__ = ['choose_batch_size', 'choose_cnn', 'choose_sizes', 'choose_training', 'cnn_epochs']
+__all__ = [
+    'choose_batch_size', 'choose_cnn', 'choose_student', 'choose_training', 'cnn_epochs', 'is_mirrored_alike',
+    'model_size',
+]
 
 MAX_SMALL_SIDE = 40  # pixels; images up to this size are trained at 32 pixels
 CNN_EPOCHS = 0.4  # of the student's
 MAX_EVALUATIONS = 20
+MIRROR_AGREEMENT = 0.75  # share of the images whose mirror image gets the same class
 
 
 def choose_batch_size(num_images: int) -> int:
@@ -17,8 +26,22 @@ def choose_batch_size(num_images: int) -> int:
     return min(num_images, min(range(24, 41), key=lambda size: (num_images % size, abs(size - 32))))
 
 
-def choose_sizes(images: Images, device: torch.device) -> Dict[str, Any]:
-    """Return the student's model and image size."""
+def model_size(name: str) -> int:
+    """Return the image size of a timm model, in pixels."""
+    cfg: Any = get_pretrained_cfg(name)
+    return cfg.input_size[1]
+
+
+def choose_student(name: Optional[str], images: Images, device: torch.device) -> Dict[str, Any]:
+    """Return the model, the image size and the learning rate of a student.
+
+    Args:
+        name: timm name; None chooses the model.
+        images: The images.
+        device: Device of the run.
+    """
+    if name:
+        return dict(model=name, img_size=model_size(name), lr=2e-3 if 'nano' in name else 5e-4)
     if images.side <= MAX_SMALL_SIDE:
         return dict(model='dearkd_nano_patch4_32', img_size=32)
     if device.type == 'cpu':  # 8x8 patches, as with 32 pixels
@@ -26,15 +49,13 @@ def choose_sizes(images: Images, device: torch.device) -> Dict[str, Any]:
     return dict(model='dearkd_tiny_patch16_224', img_size=224, lr=5e-4)
 
 
-def choose_cnn(name: Optional[str], images: Images, device: torch.device) -> Dict[str, Any]:
-    """Return the model and the image size of a CNN to train.
+def choose_cnn(name: Optional[str], size: int) -> Dict[str, Any]:
+    """Return the model of a CNN to train at an image size.
 
     Args:
         name: timm name, for a CNN with pretrained weights. None takes a small ResNet.
-        images: The images.
-        device: Device of the run.
+        size: Side length of the images.
     """
-    size = choose_sizes(images, device)['img_size']
     if name:
         return dict(model=name, pretrained=True, img_size=size, lr=2e-4)
     channels = '(32,64,128,256)' if size < 224 else '(64,128,256,512)'
@@ -46,13 +67,7 @@ def cnn_epochs(epochs: int) -> int:
     return max(10, round(CNN_EPOCHS * epochs))
 
 
-def choose_training(
-        images: Images,
-        in_chans: int,
-        device: torch.device,
-        epochs: int,
-        hflip: Optional[float] = None,
-) -> Dict[str, Any]:
+def choose_training(images: Images, in_chans: int, device: torch.device, epochs: int) -> Dict[str, Any]:
     """Return the options that do not depend on the model.
 
     Args:
@@ -60,8 +75,6 @@ def choose_training(
         in_chans: Channels of the input.
         device: Device of the run.
         epochs: Epochs of the run.
-        hflip: Probability of mirroring. 0 for a CNN: its answers to mirror images then tell whether the student may see
-            them.
     """
     # an image is evaluated three times as fast as it is trained on: at most a fifth of the time, but five times
     num_evaluations = 0.6 * epochs * images.num_train / max(1, images.num_validation)
@@ -71,8 +84,26 @@ def choose_training(
         warmup_epochs=max(1, epochs // 20), val_interval=max(1, epochs // num_evaluations))
     if in_chans == 1:
         options.update(mean=[0.5], std=[0.5])
-    if hflip is not None:
-        options['hflip'] = hflip
     if device.type == 'cuda':
         options.update(amp=True, amp_dtype='bfloat16')
     return options
+
+
+@torch.inference_mode()
+def is_mirrored_alike(model: nn.Module, paths: Sequence[str]) -> bool:
+    """Return whether a CNN gives most images and their mirror images the same class."""
+    config = resolve_model_data_config(model)
+    transform: Any = create_transform(**config)
+    mode = 'L' if config['input_size'][0] == 1 else 'RGB'
+    tensors = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                tensors.append(transform(image.convert(mode)))
+        except UNREADABLE:
+            continue
+    if not tensors:
+        return True
+    x = torch.stack(tensors).to(next(model.parameters()).device)
+    same = model(x).argmax(1) == model(x.flip(3)).argmax(1)
+    return same.float().mean().item() >= MIRROR_AGREEMENT

@@ -16,7 +16,7 @@ import sys
 import time
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, cast
+from typing import Any, Callable, Dict, List, NoReturn, Optional, Sequence, Tuple, cast
 
 import torch
 import torch.distributed as dist
@@ -116,7 +116,9 @@ def command_line(argv: Optional[Sequence[str]], ranks: Ranks) -> str:
     launcher = ['python']
     if local and ranks.distributed:
         launcher = ['torchrun', *(['--nnodes', str(nodes)] if nodes > 1 else []), '--nproc_per_node', local]
-    is_module = argv is None and sys.modules['__main__'].__spec__ is not None
+    if argv is not None and launcher == ['python']:
+        return shlex.join(['timm-dearkd', 'train', *argv])
+    is_module = argv is not None or sys.modules['__main__'].__spec__ is not None
     script = ['-m', 'timm_dearkd.train'] if is_module else ['train.py']
     return shlex.join([*launcher, *script, *(sys.argv[1:] if argv is None else argv)])
 
@@ -491,37 +493,42 @@ def prepare_evaluation(args, precision: Precision, ranks: Ranks) -> Callable[[],
 def run_script(
         argv: Optional[Sequence[str]] = None,
         prepare: Callable[[Optional[Sequence[str]]], Callable[[], Any]] = prepare,
+        prog: str = parser.prog,
 ) -> None:
     """Run a command that trains. An error is one line on standard error and a status other than 0.
 
     Args:
         argv: Arguments; None takes those of the process.
         prepare: Takes the arguments, and returns a function that trains.
+        prog: Name of the command.
     """
+    def fail(message: str) -> NoReturn:
+        parser.exit(2, f'{prog}: error: {message}\n')
+
     try:
         run = prepare(argv)
     except (ImportError, OSError, ValueError) as e:
-        parser.error(' '.join(str(e).split()))
+        fail(' '.join(str(e).split()))
     except KeyboardInterrupt:
-        parser.exit(130, f'{parser.prog}: Interrupted before the first step.\n')
+        parser.exit(130, f'{prog}: Interrupted before the first step.\n')
     status, message = 0, None
     try:
         with compile_errors():
             run()
     except (OSError, TrainingError, CompileError) as e:
-        parser.error(str(e).strip().splitlines()[-1])
+        fail(str(e).strip().splitlines()[-1])
     except RuntimeError as e:
         if not torch.are_deterministic_algorithms_enabled() or 'determinis' not in str(e):
             raise
-        parser.error(f'--deterministic: {first_line(e)} Remove the flag.')
+        fail(f'--deterministic: {first_line(e)} Remove the flag.')
     except ValueError as e:
         if not str(e).startswith('Expected more than 1 value per channel'):
             raise
-        parser.error('BatchNorm cannot be trained on one value per channel. Set a --batch-size above 1.')
+        fail('BatchNorm cannot be trained on one value per channel. Set a --batch-size above 1.')
     except Interrupted as e:
-        status, message = 128 + e.signum, f'{parser.prog}: {e}\n'
+        status, message = 128 + e.signum, f'{prog}: {e}\n'
     except KeyboardInterrupt:  # of --eval-only, or the second one in training
-        parser.exit(130, f'{parser.prog}: Interrupted.\n')
+        parser.exit(130, f'{prog}: Interrupted.\n')
     if dist.is_initialized():  # after an error some may wait for others, but not here
         dist.barrier()  # a process that leaves while others still talk to it may be torn down with them
         del run  # the task holds the group, whose threads would abort at the end of the interpreter

@@ -53,7 +53,7 @@ def test_a_convolution_that_is_used_twice_is_left_alone():
 
     model = PreActivation().eval()
     before, x = copy.deepcopy(model.state_dict()), torch.randn(2, 3, 8, 8)
-    assert fold_batchnorm(model, lambda: model(x)) == 0
+    assert fold_batchnorm(model, lambda: [model(x)]) == 0
     assert count(model) == 1 and all(value.equal(before[key]) for key, value in model.state_dict().items())
 
 
@@ -64,3 +64,33 @@ def test_a_layer_that_is_read_keeps_its_output():
     x = torch.randn(1, 3, 32, 32)
     for a, b in zip(Teacher(model, teacher.layers)(x)[1], teacher(x)[1]):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_features_that_would_change_keep_the_batchnorm():
+    """The layer's output is that of a convolution inside it; the BatchNorm stands outside."""
+    class Model(nn.Module):
+        num_classes = 2
+
+        def __init__(self):
+            super().__init__()
+            self.layer, self.bn, self.head = nn.Sequential(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4), nn.Linear(4, 2)
+            nn.init.uniform_(self.bn.running_var, 2., 3.)
+
+        def forward(self, x):
+            return self.head(self.bn(self.layer(x)).relu().mean((2, 3)))
+
+    teacher = Teacher(Model(), ['layer'])
+    x = torch.randn(1, 3, 8, 8)
+    before = teacher(x)[1][0]
+    assert teacher.fold_batchnorm((3, 8, 8)) == 0 and teacher(x)[1][0].equal(before)
+
+
+@pytest.mark.parametrize('change', [
+    lambda model: nn.utils.parametrizations.weight_norm(model.conv1),
+    lambda model: setattr(model, 'bn1', nn.BatchNorm2d(64, track_running_stats=False)),
+], ids=['parametrised', 'without statistics'])
+def test_what_cannot_be_folded_is_left(change):
+    model = trained('resnet18')
+    change(model)
+    teacher = Teacher(model.eval())
+    assert teacher.fold_batchnorm((3, 32, 32)) == 19  # of 20

@@ -1,11 +1,10 @@
-import json
 import os
 import shutil
 
 import pytest
 
 from timm_dearkd.engine.image_folder import scan_folder
-from timm_dearkd.images import split_images
+from timm_dearkd.images import prepare_splits, split_images
 
 
 @pytest.fixture
@@ -44,25 +43,62 @@ def test_the_same_images_keep_their_split_and_others_are_refused(flat, tmp_path)
     split_images(scan_folder(str(flat)), tmp_path / 'split')
     assert files(tmp_path / 'split') == before
     shutil.copy(flat / 'rust' / '0.png', flat / 'rust' / 'new.png')
-    with pytest.raises(ValueError, match='split of other images.*another --output'):
+    with pytest.raises(ValueError, match='not a split of the images.*another --output'):
         split_images(scan_folder(str(flat)), tmp_path / 'split')
     assert files(tmp_path / 'split') == before
 
 
-def test_an_interrupted_split_is_made_again(flat, tmp_path):
-    """split.json is written last."""
-    split_images(scan_folder(str(flat)), tmp_path / 'split')
-    before = files(tmp_path / 'split')
-    (tmp_path / 'split' / 'split.json').unlink()
-    next((tmp_path / 'split' / 'train').rglob('*.png')).unlink()
-    split_images(scan_folder(str(flat)), tmp_path / 'split')
-    assert files(tmp_path / 'split') == before
-    assert json.loads((tmp_path / 'split' / 'split.json').read_text())['seed'] == 0
+@pytest.mark.parametrize('place', ['.', '..', '../..', 'inside', '../beside'])
+def test_nothing_is_removed_or_overwritten(flat, tmp_path, place):
+    """The split would be the images themselves, lie inside or around them, or replace a folder that exists."""
+    (tmp_path / 'beside').mkdir()
+    (tmp_path / 'beside' / 'results.csv').write_text('precious')
+    before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+    with pytest.raises(ValueError, match='inside the images|not a split of the images'):
+        split_images(scan_folder(str(flat)), flat / place)
+    assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == before
 
 
-def test_images_of_a_class_in_two_folders_keep_apart(flat, tmp_path):
-    """Both folders have an image 0.png."""
-    (flat / 'more').mkdir()
-    shutil.move(flat / 'rust', flat / 'more' / 'grass')
+def test_an_interrupted_split_leaves_nothing(flat, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, 'symlink', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        split_images(scan_folder(str(flat)), tmp_path / 'out' / 'data')
+    assert not list((tmp_path / 'out').iterdir())
+
+
+def test_images_are_copied_where_links_are_not_allowed(flat, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, 'symlink', lambda *_: (_ for _ in ()).throw(OSError('no right')))
     split_images(scan_folder(str(flat)), tmp_path / 'split')
-    assert sum(map(len, files(tmp_path / 'split').values())) == 19
+    copy = next((tmp_path / 'split' / 'train').rglob('*.png'))
+    assert not copy.is_symlink() and copy.read_bytes() == (flat / copy.parent.name / copy.name).read_bytes()
+
+
+def test_a_folder_without_a_validation_split(flat, tmp_path, caplog):
+    """`train` alone is split, and other folders are named; `val` alone is refused; a class may be called train."""
+    caplog.set_level('INFO')
+    root = tmp_path / 'root'
+    shutil.copytree(flat, root / 'train')
+    (root / 'test').mkdir()
+    assert prepare_splits(str(root), str(tmp_path / 'a')) == str(tmp_path / 'a' / 'data')
+    assert len(files(tmp_path / 'a' / 'data')['train']) == 15 and 'Ignored: test.' in caplog.text
+    shutil.move(root / 'train', root / 'val')
+    with pytest.raises(ValueError, match="split 'val'"):
+        prepare_splits(str(root), str(tmp_path / 'b'))
+    shutil.move(flat / 'rust', flat / 'train')
+    prepare_splits(str(flat), str(tmp_path / 'c'))
+    assert {path.name for path in (tmp_path / 'c' / 'data' / 'train').iterdir()} == {'blue sky', 'grass', 'train'}
+
+
+@pytest.mark.parametrize('change,message', [
+    (lambda root: shutil.move(root / 'rust', root / 'grass' / 'rust'), 'folders in class folders'),
+    (lambda root: (root / 'empty').mkdir(), 'has no images'),
+    (lambda root: shutil.copy(root / 'rust' / '0.png', root), 'itself'),
+    (lambda root: [path.unlink() for path in [*root.rglob('*.png')] if path.name != '0.png'], 'No class.*two images'),
+    (shutil.rmtree, 'No folder'),
+], ids=['nested', 'empty', 'loose image', 'one image each', 'no folder'])
+def test_folders_that_are_no_classes_are_refused(flat, tmp_path, change, message):
+    """As train.py refuses them, and before anything is written."""
+    change(flat)
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        prepare_splits(str(flat), str(tmp_path / 'out'))
+    assert not (tmp_path / 'out').exists()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
+import yaml
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
@@ -239,7 +240,9 @@ def changed_options(before: Dict[str, Any], now: Dict[str, Any]) -> str:
     """Return the options of two runs that differ, such as 'lr 0.1 → 0.2'; '' for none."""
     before, now = ({**options, 'data': options.get('data') or options.get('data_dir'), 'data_dir': None}
                    for options in (before, now))
-    names = sorted(name for name in before.keys() & now.keys() - _FREE_OPTIONS if before[name] != now[name])
+    names = sorted(
+        name for name in before.keys() & now.keys() - _FREE_OPTIONS
+        if yaml.safe_dump(before[name]) != yaml.safe_dump(now[name]))  # a tuple is a list in args.yaml
     return ', '.join(f'{name} {before[name]} → {now[name]}' for name in names)
 
 

@@ -20,14 +20,17 @@ from timm.data.readers.reader import Reader
 from timm.utils.misc import natural_key
 
 __all__ = [
-    'FolderScan', 'ImageFolderReader', 'check_bit_depth', 'check_mode', 'class_order',
+    'UNREADABLE', 'FolderScan', 'ImageFolderReader', 'check_bit_depth', 'check_class_folders', 'check_mode',
+    'class_order',
     'exceeds_8_bits', 'find_splits', 'image_types', 'index_by_name', 'is_image_file', 'normal_label', 'normal_name',
     'normal_names', 'open_folder', 'read_class_map', 'resolve_class_map', 'scan_folder', 'split_folder',
+    'warn_of_other_types',
 ]
 
 _logger = logging.getLogger(__name__)
 
 NUM_BIT_DEPTH_CHECKS = 50
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # Pillow raises these
 NUM_DIGEST_FILES = 20
 _HIGH_BIT_DEPTH_MODES = ('I', 'F')
 _TRAIN_SPLITS = ('train', 'training')
@@ -221,17 +224,23 @@ def open_folder(
         raise ValueError(
             f'No images in {folder!r}, split {split!r} of {root!r}. Image folders look like DIR/train/CLASS/IMAGE and'
             ' DIR/validation/CLASS/IMAGE.')
-    if scan.other_types and is_training and not input_key and not isinstance(class_map, dict):
-        counts = ', '.join(f'{count} {kind}' for kind, count in scan.other_types.most_common())
-        _logger.warning(
-            f'Skips images in {folder!r} of types that are not read: {counts}. Convert them to PNG or JPEG.')
+    if is_training and not input_key and not isinstance(class_map, dict):
+        warn_of_other_types(scan)
     class_to_idx = resolve_class_map(class_map, folder, scan.names, is_training)
     if class_to_idx is None:
-        _check_class_folders(scan, is_training)
+        check_class_folders(scan, is_training)
         class_to_idx = index_by_name(scan.names)
     reader = ImageFolderReader(scan.root, scan.images, class_to_idx)
     check_bit_depth(reader.samples, input_img_mode)
     return reader
+
+
+def warn_of_other_types(scan: FolderScan) -> None:
+    """Warn of images of types that are not read."""
+    if scan.other_types:
+        counts = ', '.join(f'{count} {kind}' for kind, count in scan.other_types.most_common())
+        _logger.warning(
+            f'Skips images in {scan.root!r} of types that are not read: {counts}. Convert them to PNG or JPEG.')
 
 
 def find_splits(root: str) -> List[str]:
@@ -264,7 +273,7 @@ def split_folder(root: str, split: str) -> str:
     return root
 
 
-def _check_class_folders(scan: FolderScan, is_training: bool) -> None:
+def check_class_folders(scan: FolderScan, is_training: bool) -> None:
     """Refuse folders whose classes are unclear: images without a class, classes in classes, empty classes."""
     root = scan.root
     if Path() in scan.folders:
@@ -401,7 +410,7 @@ def check_bit_depth(samples: Sequence[Tuple[str, int]], mode: str) -> None:
         try:
             with Image.open(path) as image:
                 found = image.mode
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        except UNREADABLE:
             continue  # `SkipUnreadable` reports it when it is read
         check_mode(path, found, mode)
 

@@ -63,7 +63,7 @@ def _takes_fused(args) -> bool:
 def epochs_for(num_images: int) -> int:
     """Return the number of epochs for a number of training images: 700 / num_images^(1/4).
 
-    Fewer images get more epochs, but fewer updates. The rule is ours; RESULTS.md has the measurements.
+    Fewer images get more epochs, but fewer updates. The rule is ours, see docs/training.md.
     """
     return max(10, round(700 / max(1, num_images) ** 0.25))
 
@@ -85,7 +85,7 @@ def build_scheduler(args, optimizer: torch.optim.Optimizer, num_updates: int, nu
     kwargs = scheduler_kwargs(args)
     if args.auto_epochs:
         epochs = epochs_for(num_images)
-        kwargs.update(num_epochs=epochs, warmup_epochs=max(1, epochs // 20))
+        kwargs.update(num_epochs=epochs)
         _logger.info(f'--auto-epochs: {epochs} epochs for {num_images} images per epoch.')
     lr_scheduler, num_epochs = create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=num_updates)
     if lr_scheduler is not None and start.epoch + start.update > 0:

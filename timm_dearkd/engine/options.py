@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, NoReturn, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NoReturn, Optional, Sequence, Set, Tuple
 
 import yaml
 from timm.models import is_model, parse_model_name
@@ -21,9 +21,8 @@ from .process import check_backend, default_workers
 from .tracking import check_available
 
 __all__ = [
-    'build_config_parser', 'build_parser', 'check_distillation', 'find_config', 'options_to_argv', 'output_parent',
-    'parse_args',
-    'recipe_names', 'resolve_args',
+    'build_config_parser', 'build_parser', 'check_distillation', 'find_config', 'given_options', 'options_to_argv',
+    'output_parent', 'parse_args', 'recipe_names', 'resolve_args',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -297,7 +296,7 @@ def _add_schedule(group) -> None:
     add('--warmup-lr', type=float, default=1e-5, help='learning rate at the start of the warm-up')
     add('--min-lr', type=float, default=0, help='learning rate at the end of a cycle')
     add('--epochs', type=POSITIVE_INT, default=300, help='epochs of the run, without --cooldown-epochs')
-    add('--auto-epochs', action='store_true', help='choose the epochs and warm-up epochs by the number of images')
+    add('--auto-epochs', action='store_true', help='choose the epochs by the number of images: 700 / n^(1/4)')
     add('--epoch-repeats', type=float, default=0., help='passes over a streamed data set per epoch')
     add('--start-epoch', type=NON_NEGATIVE_INT, help='first epoch, from 0 (default: after those of the checkpoint)')
     add('--stop-epoch', type=int, metavar='N', help='stop after N epochs; schedules stay those of the whole run')
@@ -471,6 +470,12 @@ def options_to_argv(config: Mapping[str, Any], parser: argparse.ArgumentParser) 
     return argv
 
 
+def given_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Set[str]:
+    """Return the names of the options that a command line sets."""
+    unset = argparse.Namespace(**{action.dest: None for action in parser._actions})
+    return {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not None}
+
+
 def parse_args(
         parser: argparse.ArgumentParser,
         config_parser: argparse.ArgumentParser,
@@ -497,7 +502,7 @@ def parse_args(
             del config['kd_distill_type']  # timm writes its default into every args.yaml
         config_argv = options_to_argv(config, parser)
     args = parser.parse_args(rest, parser.parse_args(config_argv))
-    if parser.parse_args(rest, argparse.Namespace(epochs=None)).epochs is not None:
+    if 'epochs' in given_options(parser, rest):
         args.auto_epochs = False  # the command line wins
     if args.data and not parser.parse_args(rest).data_dir:
         args.data_dir = None  # the file's
@@ -521,6 +526,7 @@ def resolve_args(args: argparse.Namespace) -> argparse.Namespace:
     _check_files(args)
     _check_values(args)
     _check_combinations(args)
+    _check_auto_epochs(args)
     _check_mixing(args)
     _check_teacher(args)
     _check_size_schedule(args)
@@ -638,6 +644,11 @@ def _check_combinations(args: argparse.Namespace) -> None:
         raise ValueError('--torchscript does not go with --torchcompile or --sync-bn. Remove one of them.')
     if args.torchscript and args.eval_only:
         raise ValueError('--torchscript is for training. Remove it with --eval-only; in a file, torchscript: false.')
+
+
+def _check_auto_epochs(args: argparse.Namespace) -> None:
+    if args.auto_epochs and args.train_img_sizes:
+        raise ValueError('--auto-epochs does not go with --train-img-sizes. Set --epochs instead.')
 
 
 def _check_mixing(args: argparse.Namespace) -> None:
