@@ -293,6 +293,22 @@ def distill(
         str(data), teacher and str(teacher), output and str(output), student, argv, list(train_options))()
 
 
+def check_options(user: Sequence[str], given: Sequence[str], student: Optional[str]) -> List[str]:
+    """Return the names of the options that the user sets, on the command line, in a file or by name.
+
+    Raises:
+        ValueError: If `distill` sets one of them itself, or timm does not know the student.
+    """
+    config, flags = train.config_parser.parse_known_args(user)
+    in_file = yaml.safe_load(find_config(config.config).read_text(encoding='utf-8')) if config.config else {}
+    given = sorted({*given, *given_options(train.parser, flags), *(name.replace('-', '_') for name in in_file)})
+    for name in sorted({*given} & OWN_OPTIONS.keys()):
+        raise ValueError(f'distill does not take {name!r}. Give {OWN_OPTIONS[name]}.')
+    if student and not timm.is_model(student.split('.')[0]):
+        raise ValueError(f'Unknown student {student!r}. The nearest names: {nearest_names(student)}.')
+    return given
+
+
 def prepare_distillation(
         data: str,
         teacher: Optional[str],
@@ -314,14 +330,7 @@ def prepare_distillation(
     train.set_up_logging()
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise ValueError('distill runs in one process. Give torchrun the timm-dearkd train command that it logs.')
-    args = parse(user)  # the first error is that of a wrong option
-    config, flags = train.config_parser.parse_known_args(user)
-    in_file = yaml.safe_load(find_config(config.config).read_text(encoding='utf-8')) if config.config else {}
-    given = sorted({*given, *given_options(train.parser, flags), *(name.replace('-', '_') for name in in_file)})
-    for name in sorted({*given} & OWN_OPTIONS.keys()):
-        raise ValueError(f'distill does not take {name!r}. Give {OWN_OPTIONS[name]}.')
-    if student and not timm.is_model(student.split('.')[0]):
-        raise ValueError(f'Unknown student {student!r}. The nearest names: {nearest_names(student)}.')
+    args, given = parse(user), check_options(user, given, student)
     device = find_device(args.device)
     output = os.path.abspath(output or os.path.join('output', 'distill', os.path.basename(os.path.realpath(data))))
     has_own_splits = {'train_split', 'val_split'} & set(given)
