@@ -32,9 +32,9 @@ def _find_pairs(
             continue
         if type(module).forward is nn.Conv2d.forward:
             handles.append(module.register_forward_hook(keep))
-        elif type(module).forward in (nn.BatchNorm2d.forward, BatchNormAct2d.forward):
-            if module.running_mean is not None:
-                handles.append(module.register_forward_pre_hook(match))
+        elif module._buffers.get('running_mean') is not None and type(module).forward in (
+                nn.BatchNorm2d.forward, BatchNormAct2d.forward):
+            handles.append(module.register_forward_pre_hook(match))
     try:
         return run(), pairs
     finally:
