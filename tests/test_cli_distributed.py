@@ -128,7 +128,7 @@ def test_a_plain_cnn_in_two_processes(train_cli, tmp_path):
 def test_a_loss_that_is_not_finite_stops_both(train_cli, tmp_path):
     result = train_cli(
         '--opt', 'sgd', '--lr', '1e30', '--output', tmp_path, '--experiment', 'x', start=run_ranks)
-    assert result.returncode != 0 and result.stderr.count('Loss not finite') == 2
+    assert result.returncode != 0 and result.stderr.count('The loss is not finite') == 2
 
 
 @pytest.mark.slow

@@ -492,21 +492,21 @@ def prepare_evaluation(args, precision: Precision, ranks: Ranks) -> Callable[[],
 
 def run_script(
         argv: Optional[Sequence[str]] = None,
-        prepare: Callable[[Optional[Sequence[str]]], Callable[[], Any]] = prepare,
+        prepare_run: Optional[Callable[[Optional[Sequence[str]]], Callable[[], Any]]] = None,
         prog: str = parser.prog,
 ) -> None:
     """Run a command that trains. An error is one line on standard error and a status other than 0.
 
     Args:
         argv: Arguments; None takes those of the process.
-        prepare: Takes the arguments, and returns a function that trains.
+        prepare_run: Takes the arguments, and returns a function that trains. None is `prepare`.
         prog: Name of the command.
     """
     def fail(message: str) -> NoReturn:
         parser.exit(2, f'{prog}: error: {message}\n')
 
     try:
-        run = prepare(argv)
+        run = (prepare_run or prepare)(argv)
     except (ImportError, OSError, ValueError) as e:
         fail(' '.join(str(e).split()))
     except KeyboardInterrupt:
