@@ -112,6 +112,7 @@ def test_train_reads_them(whole, train_cli, cnn, tmp_path):
     assert json.loads((tmp_path / 'x' / 'config.json').read_text())['label_names'] == ['blue sky', 'grass', 'rust']
 
 
+@pytest.mark.slow
 def test_shards_hold_the_same_images(whole, make, train_cli, cnn, tmp_path):
     pytest.importorskip('webdataset')
     out = tmp_path / 'images'
@@ -300,6 +301,7 @@ def test_a_compiler_that_fails_and_an_interruption_are_one_line(make, tmp_path, 
     assert e.value.code == 130 and capsys.readouterr().err == 'data_free: Interrupted. Add --resume.\n'
 
 
+@pytest.mark.slow
 def test_a_full_disk(make, tmp_path):
     import resource
     result = make(

@@ -21,6 +21,7 @@ def out(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_splits_are_disjoint_balanced_and_the_seeds_own(out):
     data = out / 'data'
     train, few, validation = (files(data / name) for name in ('train', 'train_10pct', 'validation'))

@@ -52,6 +52,7 @@ def assert_close(folder, other):
         torch.testing.assert_close(ours[name], theirs[name], atol=2e-4, rtol=1e-2, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('stage2', ['anneal', 'ce'])
 def test_two_processes_are_one_with_twice_the_batch(stage2, train_cli, command, tmp_path):
     """Across the stage change, with an average of weights and clipped gradients."""

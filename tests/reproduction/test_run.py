@@ -34,6 +34,7 @@ def test_a_cell_as_the_user_runs_it(tmp_path):
     assert f'| ViT | {kept["top1"]:.1f} [40.5]' in (tmp_path / 'RESULTS.md').read_text()
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path):
     result = run_python('reproduction/run.py', 'table2', 'table5', '--list', '--scale', 'imagenet', '--seeds', '0',
                         '--launcher', 'torchrun --nnodes 2 --nproc-per-node=4')

@@ -91,6 +91,7 @@ def test_programs_hold_the_scores_as_a_constant(tmp_path):
     assert not any('rpe' in tensor.name and 'alpha' in tensor.name for tensor in graph.initializer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', list(SUFFIX))
 def test_a_copy_that_computes_something_else_is_not_kept(kind, tmp_path, monkeypatch):
     from timm_dearkd import export as module

@@ -283,6 +283,7 @@ for faults, cache in json.loads(sys.argv[2]):
 '''
 
 
+@pytest.mark.slow
 def test_faults_are_said_and_leave_no_broken_file(run_folder, hub, user, tmp_path):
     assert user('-m', 'timm_dearkd.hub', 'push', run_folder, '--repo', 'someone/dearkd_test').returncode == 0
     whole = {file['content'] for file in hub.repos['someone/dearkd_test']['files'].values()}
@@ -301,6 +302,7 @@ def test_faults_are_said_and_leave_no_broken_file(run_folder, hub, user, tmp_pat
     assert said[-2:] == ['loaded'] * 2  # the next try finds all in order
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('faults, message', [
     ({'create': 401}, 'you are not logged in'),
     ({'preupload': 403}, 'no permission for this (403)'),

@@ -284,6 +284,7 @@ def test_loads_at_another_size(tmp_path):
     torch.testing.assert_close(same(x), model(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', SMALL)
 @pytest.mark.parametrize('training', [True, False])
 def test_torchscript(name, training):
@@ -444,6 +445,7 @@ def test_features_only_by_fx():
         torch.testing.assert_close(feature, tokens, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', SMALL)
 @pytest.mark.parametrize('grad', [True, False])
 def test_export(name, grad):

@@ -94,6 +94,7 @@ def test_other_columns_and_class_maps(tmp_path):
         open_split(tmp_path, name, target_key='animal', class_map=str(tmp_path / 'map.txt'))
 
 
+@pytest.mark.slow
 def test_train_takes_them(tmp_path, train_cli):
     name = make(tmp_path / 'data', datasets.Value('string'), train=['dog', 'cat'] * 8, validation=['cat', 'dog'] * 2)
     result = train_cli(
