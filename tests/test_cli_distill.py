@@ -89,6 +89,20 @@ def test_options_in_python(photos, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match='one process'):
             timm_dearkd.distill(str(photos))
     assert len(started) == 2 and all('--model=test_resnet' in argv and '--hflip=0.0' in argv for argv in started)
+    assert all(argv[1:3] == ['-c', 'small_folder'] for argv in started)
+
+
+def test_the_recipe_fills_in_what_the_users_file_leaves_open(photos, distilled, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(timm_dearkd.train, 'prepare', lambda argv: started.append(argv) or (lambda: 1 / 0))
+    for text, lr, batch in (('lr: 0.001\nbatch_size: 6\n', 0.001, 6), ('', 2e-3, 24)):
+        (tmp_path / 'mine.yaml').write_text(text)
+        with pytest.raises(ZeroDivisionError):
+            timm_dearkd.distill(
+                str(photos), teacher=str(distilled[0] / 'teacher'), output=str(tmp_path / 'out'), device='cpu',
+                config=tmp_path / 'mine.yaml')
+        args = timm_dearkd.train._parse_args(started[-1])[0]
+        assert (args.opt, args.weight_decay, args.lr, args.batch_size) == ('adamw', 0.05, lr, batch)
 
 
 def test_train_py_repeats_the_student(distilled, tmp_path):

@@ -42,7 +42,7 @@ SHARED_OPTIONS = (
 OWN_OPTIONS = dict(
     data='the folder', data_dir='the folder', dataset='a folder of images', model='student', kd_model_name='teacher',
     output='output', experiment='output', resume='the same call, which resumes', eval_only='timm-dearkd train',
-    input_size='img_size', auto_epochs='epochs')
+    input_size='img_size')
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         with contextlib.redirect_stderr(errors):
             return parse_args(train.parser, train.config_parser, argv)[0]
     except SystemExit:
-        raise ValueError(errors.getvalue().rpartition('error: ')[2].strip() or 'No help for a call') from None
+        raise ValueError(errors.getvalue().rpartition('error: ')[2].strip()) from None
+
+
+def read_options(config: str) -> Dict[str, Any]:
+    """Return the options in a YAML file or a recipe."""
+    return yaml.safe_load(find_config(config).read_text(encoding='utf-8')) or {}
 
 
 class Planner:
@@ -135,15 +140,17 @@ class Planner:
         self.epochs = self.user_args.epochs if 'epochs' in self.given else epochs_for(images.num_train)
         self.sizes = choose_student(student, images, device)
         self.size: int = self.user_args.img_size or self.sizes['img_size']
-        self.has_config = train.config_parser.parse_known_args(user)[0].config is not None
         self.reports = True
 
     def _step(self, name: str, chosen: Dict[str, Any], user: Sequence[str], given: Sequence[str]) -> Step:
         chosen = {key: value for key, value in chosen.items() if key not in given}
         fixed = dict(output=self.output, experiment=name, resume='auto', report=name == 'student' and self.reports)
         fixed = {key: value for key, value in fixed.items() if key not in given}
-        recipe = [] if self.has_config else ['-c', 'small_folder']
-        argv = [self.data, *recipe, *options_to_argv({**fixed, **chosen}, train.parser), *user]
+        has_file = train.config_parser.parse_known_args(user)[0].config is not None
+        recipe = {key: value for key, value in read_options('small_folder').items() if key not in given}
+        options = {**(recipe if has_file else {}), **fixed, **chosen}  # the user's file takes the place of -c
+        argv = [
+            self.data, *([] if has_file else ['-c', 'small_folder']), *options_to_argv(options, train.parser), *user]
         return Step(name, list(chosen), argv, parse(argv))
 
     def teacher(self, name: Optional[str]) -> Step:
@@ -300,7 +307,7 @@ def check_options(user: Sequence[str], given: Sequence[str], student: Optional[s
         ValueError: If `distill` sets one of them itself, or timm does not know the student.
     """
     config, flags = train.config_parser.parse_known_args(user)
-    in_file = yaml.safe_load(find_config(config.config).read_text(encoding='utf-8')) if config.config else {}
+    in_file = read_options(config.config) if config.config else {}
     given = sorted({*given, *given_options(train.parser, flags), *(name.replace('-', '_') for name in in_file)})
     for name in sorted({*given} & OWN_OPTIONS.keys()):
         raise ValueError(f'distill does not take {name!r}. Give {OWN_OPTIONS[name]}.')
