@@ -127,7 +127,7 @@ class Cell:
         cost: Estimate of the time, in training images of a plain ViT over all epochs.
         seed: Seed of the run.
         needs: Cells to run first.
-        program: 'train', 'data_free' or 'diversity'.
+        program: 'train', 'distill', 'data_free' or 'diversity'.
     """
     name: str
     data: str
@@ -149,9 +149,12 @@ def _read(path: Path) -> Any:
 
 def read_recipe(cell: Cell) -> Optional[Dict[str, Any]]:
     """Return the options in the recipe of a cell; None if it has no recipe."""
-    if '-c' not in cell.argv:
+    if '-c' in cell.argv:
+        name = cell.argv[cell.argv.index('-c') + 1]
+    elif cell.program == 'distill':
+        name = 'recipes/small_folder.yaml'
+    else:
         return None
-    name = cell.argv[cell.argv.index('-c') + 1]
     return _read(ROOT / name if (ROOT / name).exists() else ROOT / 'timm_dearkd' / name)  # as train.py finds it
 
 

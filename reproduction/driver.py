@@ -125,6 +125,9 @@ class Driver:
         for name, value in (('{runs}', work), ('{data}', self.path(self.data)), ('{teacher}', self.teacher())):
             argv = [arg.replace(name, value) for arg in argv]
         data = self.path(self.work / cell.data[1:] if cell.data.startswith('/') else self.data / cell.data)
+        if cell.program == 'distill':
+            return ['-m', 'timm_dearkd', 'distill', data, *argv, '--seed', str(cell.seed), '--output',
+                    f'{work}/{cell.name}']
         if cell.program == 'data_free':
             return ['-m', 'timm_dearkd.data_free', f'{work}/{cell.name}', *argv, '--seed', str(cell.seed), '--resume']
         if cell.program == 'diversity':

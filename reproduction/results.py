@@ -11,7 +11,10 @@ from reproduction.cells import ROOT, CellError, Scale, definition
 from reproduction.table import Entry, Key, Table
 from reproduction.tables import collect_cells, tables_of
 
-__all__ = ['FIGURES', 'READERS', 'RESULTS', 'TEACHER_FILES', 'Figure', 'Results', 'read_result', 'weights_hash']
+__all__ = [
+    'FIGURES', 'READERS', 'RESULTS', 'TEACHER_FILES', 'Figure', 'Results', 'distill_figures', 'read_result',
+    'weights_hash',
+]
 
 RESULTS = ROOT / 'reproduction' / 'results'
 # Kept with the results, because another machine would train a different teacher
@@ -53,6 +56,12 @@ def student_figures(folder: Path) -> Dict[str, Any]:
         **(dict(teacher_agreement=float(agreement[-1])) if agreement else {}))
 
 
+def distill_figures(folder: Path) -> Dict[str, Any]:
+    """Return the figures of a student of `timm-dearkd distill`, and the top-1 of its teacher."""
+    results = json.loads((folder / 'student' / 'run.json').read_text())['results']
+    return dict(student_figures(folder / 'student'), teacher_top1=results['teacher_top1'])
+
+
 def image_figures(folder: Path) -> Dict[str, Any]:
     """Return the share of the images that their CNN and the verifier recognise."""
     images = json.loads((folder / 'manifest.json').read_text())['images']
@@ -72,7 +81,7 @@ def distance_figures(folder: Path) -> Dict[str, Any]:
 
 # Reads the figures in the folder of a run, by program
 READERS: Dict[str, Callable[[Path], Dict[str, Any]]] = {
-    'train': student_figures, 'data_free': image_figures, 'diversity': distance_figures}
+    'train': student_figures, 'distill': distill_figures, 'data_free': image_figures, 'diversity': distance_figures}
 
 
 class Figure(NamedTuple):

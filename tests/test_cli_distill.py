@@ -10,6 +10,7 @@ from conftest import run_python
 from PIL import Image
 
 import timm_dearkd.train
+from reproduction.results import distill_figures
 from timm_dearkd.cli import COMMANDS
 from timm_dearkd.engine.optimizer import epochs_for
 from timm_dearkd.settings import is_mirrored_alike
@@ -57,6 +58,7 @@ def test_a_flat_folder_becomes_a_student(photos, distilled):
     assert float(table[3][2].split()[0]) == pytest.approx(best, abs=0.05)
     teacher_top1 = json.loads((output / 'student' / 'run.json').read_text())['results']['teacher_top1']
     assert float(table[2][2].split()[0]) == pytest.approx(teacher_top1, abs=0.05)
+    assert distill_figures(output)['teacher_top1'] == teacher_top1  # as reproduction/ reads the folder
     assert (output / 'student' / 'report.html').is_file()
 
 

@@ -454,7 +454,7 @@ def report(folder: str, device: torch.device) -> None:
     except Exception as e:
         _logger.warning(
             f'The report could not be written ({type(e).__name__}: {one_line(e)}). The run is complete.'
-            f' Once that is fixed: python -m timm_dearkd.analysis report {shlex.quote(folder)}')
+            f' Once that is fixed: timm-dearkd report {shlex.quote(folder)}')
 
 
 def evaluate_epoch(args, trainer: Trainer, validator: Optional[Validator], label: str) -> Dict[str, float]:

@@ -20,7 +20,7 @@ TOOLS = {
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command, with a subcommand for each tool."""
-    parser = argparse.ArgumentParser(prog='python -m timm_dearkd.analysis', description='Measure data sets and models')
+    parser = argparse.ArgumentParser(prog='timm-dearkd', description='Measure data sets and models')
     subparsers = parser.add_subparsers(dest='tool', metavar='TOOL', required=True)
     for name, tool in TOOLS.items():
         summary = (tool.__doc__ or '').splitlines()[0]
