@@ -107,6 +107,18 @@ def test_the_recipe_fills_in_what_the_users_file_leaves_open(photos, distilled, 
         assert (args.opt, args.weight_decay, args.lr, args.batch_size) == ('adamw', 0.05, lr, batch)
 
 
+def test_grey_images_are_announced_with_one_mean(tmp_path, monkeypatch, caplog):
+    for name in 'ab':
+        (tmp_path / 'grey' / name).mkdir(parents=True)
+        for i in range(5):
+            Image.new('L', (9, 9), 20 * i).save(tmp_path / 'grey' / name / f'{i}.png')
+    monkeypatch.setattr(timm_dearkd.train, 'prepare', lambda argv: lambda: 1 / 0)
+    with caplog.at_level('INFO'), pytest.raises(ZeroDivisionError):
+        timm_dearkd.distill(str(tmp_path / 'grey'), output=str(tmp_path / 'out'), device='cpu')
+    chosen = [line for line in caplog.messages if 'in chans 1' in line]
+    assert len(chosen) == 2 and all('mean 0.5, std 0.5' in line for line in chosen)
+
+
 def test_train_py_repeats_the_student(distilled, tmp_path):
     """From its args.yaml, with the same losses."""
     output, _ = distilled

@@ -395,6 +395,7 @@ def create_cnn(step: Step, images: Images) -> Any:
     model: Any = timm.create_model(
         args.model, num_classes=args.num_classes or images.num_classes, in_chans=args.in_chans, **args.model_kwargs)
     model.pretrained_cfg['input_size'] = (args.in_chans, args.img_size, args.img_size)
+    model.pretrained_cfg.update({key: value for key in ('mean', 'std') if (value := getattr(args, key)) is not None})
     return model.eval()
 
 
