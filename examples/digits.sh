@@ -18,13 +18,18 @@ rm -rf "$OUT/teacher" "$OUT/vit" "$OUT/student"  # of an earlier call
 python train.py "$OUT/data" -c digits --model test_resnet --img-size 32 \
     --batch-size 64 --epochs 15 --output "$OUT" --experiment teacher
 
-# a DearKD student on 10 % of them; everything else is chosen by the images
+# a DearKD student on 10 % of them, on one core; everything else is chosen by the images
+export OMP_NUM_THREADS=1
 python -m timm_dearkd distill "$OUT/data" --train-split train_10pct --teacher "$OUT/teacher" --output "$OUT" \
-    --track-attention-distance
+    --track-attention-distance &
+STUDENT=$!
+trap 'kill $STUDENT 2> /dev/null || true' EXIT
+while [ ! -s "$OUT/student/args.yaml" ]; do kill -0 $STUDENT; sleep 1; done
 
-# a plain ViT on the same 10 %: the student's options without MHCA (0 blocks) and without the teacher
-python train.py "$OUT/data" -c "$OUT/student/args.yaml" --experiment vit \
-    --model-kwargs num_mhca_blocks=0 --kd-model-name ""
+# at the same time, a plain ViT on another core: the student's options without MHCA (0 blocks) and without the teacher
+python train.py "$OUT/data" -c "$OUT/student/args.yaml" --experiment vit --model-kwargs num_mhca_blocks=0 patch_size=8 \
+    --kd-model-name "" > "$OUT/vit.log" 2>&1 || { tail "$OUT/vit.log"; exit 1; }
+wait $STUDENT
 
 # load all three again, evaluate them, print the table and draw the picture
 python examples/digits_report.py "$OUT"

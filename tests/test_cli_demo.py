@@ -50,7 +50,8 @@ def test_report(out):
     commands = [line for line in script.replace('\\\n', ' ').splitlines() if line.startswith('python')]
     assert len(commands) == 5
     for command in commands[1:]:
-        result = run_python(*shlex.split(command.replace('$OUT', str(out)))[1:])
+        command = command.partition(' > ')[0].removesuffix('&').replace('$OUT', str(out))
+        result = run_python(*shlex.split(command)[1:])
         assert result.returncode == 0, result.stderr
     table = [line for line in result.stdout.splitlines() if line.startswith('|')]
     assert [row.split('|')[1].strip() for row in table[2:]] == ['CNN teacher', 'plain ViT', 'DearKD student']
