@@ -125,7 +125,7 @@ class Viewer:
             image = self.read(path)
         except (OSError, ValueError) as e:
             message = str(e).replace(os.path.dirname(path) + os.sep, '')  # the folder of the upload
-            return f'{message} Choose another image.', None, None, None, None, None, None
+            return message, None, None, None, None, None, None
         patch = attention = None
         if self.num_layers:
             rows, columns = self.grid(image)
@@ -195,8 +195,13 @@ def _find_teacher(viewer: Viewer, run: Run, config: Dict[str, Any]) -> Tuple[Tea
 def _import_gradio() -> Any:
     try:
         import gradio
-    except ImportError as e:
-        raise ValueError("The page needs gradio: pip install -e '.[app]' in the clone, or pip install gradio.") from e
+        found = gradio.__version__
+    except ImportError:
+        found = 'none'
+    if found == 'none' or not (6, 31) <= tuple(map(int, found.split('.')[:2])) < (7,):
+        raise ValueError(
+            f"The page needs gradio 6, from 6.31 (found: {found}): pip install -e '.[app]' in the clone, or pip install"
+            " 'gradio>=6.31,<7'.")
     return gradio
 
 

@@ -86,6 +86,17 @@ def test_the_teacher_answers_as_on_its_own(run, tmp_path):
     assert max(teacher.values()) > 0.4  # else the order of the classes would not show
 
 
+def test_a_teacher_of_features_answers_its_own_classes(run, tmp_path):
+    """The other kinds of distillation need the student's classes."""
+    names = ['a', 'b', 'c', 'd']
+    teacher = timm.create_model('test_resnet', num_classes=4, pretrained_cfg_overlay=dict(label_names=names))
+    save_folder(teacher, tmp_path / 'other')
+    for kind, expected in (('feature', names), ('logit', [])):
+        write_options(run, kd_model_name=tmp_path / 'other', kd_distill_type=kind)
+        _, answer = open_viewer(str(run)).classify(torch.zeros(3, 32, 32))
+        assert sorted(answer) == expected
+
+
 def test_the_picture_shows_where_a_patch_looks():
     """Heads that look one patch to the right, and one up, on a grid of 3x5."""
     model = timm.create_model('test_dearkd', img_size=(48, 80), num_classes=2).eval()
@@ -148,8 +159,11 @@ def test_errors_are_one_line_and_status_2(run, capsys, monkeypatch):
         return capsys.readouterr().err.strip().splitlines()[-1]
 
     monkeypatch.setitem(sys.modules, 'gradio', None)
-    assert "The page needs gradio: pip install -e '.[app]'" in error()
-    monkeypatch.setitem(sys.modules, 'gradio', types.ModuleType('gradio'))
+    assert "needs gradio 6, from 6.31 (found: none): pip install -e '.[app]'" in error()
+    for version in ('5.49.1', '6.9.0', '7.0.0'):
+        monkeypatch.setitem(sys.modules, 'gradio', types.SimpleNamespace(__version__=version))
+        assert f'(found: {version})' in error()
+    monkeypatch.setitem(sys.modules, 'gradio', types.SimpleNamespace(__version__='6.31.0'))
     with socket.create_server(('127.0.0.1', 0)) as server:
         port = server.getsockname()[1]
         assert f'Cannot listen on 127.0.0.1, port {port} (Address already in use). Set another' in error(
