@@ -10,10 +10,10 @@ from timm.utils import setup_default_logging
 
 from timm_dearkd.commands import run_command
 
-from . import attention_distance, attention_map, compare, diversity, predict, report, throughput
+from . import app, attention_distance, attention_map, compare, diversity, predict, report, throughput
 
 TOOLS = {
-    'attention-distance': attention_distance, 'attention-map': attention_map, 'compare': compare,
+    'app': app, 'attention-distance': attention_distance, 'attention-map': attention_map, 'compare': compare,
     'diversity': diversity, 'predict': predict, 'report': report, 'throughput': throughput,
 }
 
