@@ -296,7 +296,8 @@ def _add_schedule(group) -> None:
     add('--warmup-lr', type=float, default=1e-5, help='learning rate at the start of the warm-up')
     add('--min-lr', type=float, default=0, help='learning rate at the end of a cycle')
     add('--epochs', type=POSITIVE_INT, default=300, help='epochs of the run, without --cooldown-epochs')
-    add('--auto-epochs', action='store_true', help='choose the epochs by the number of images: 700 / n^(1/4)')
+    add('--auto-epochs', action='store_true',
+        help='choose the epochs by the number of images: 700 / n^(1/4), at least 1,000 updates')
     add('--epoch-repeats', type=float, default=0., help='passes over a streamed data set per epoch')
     add('--start-epoch', type=NON_NEGATIVE_INT, help='first epoch, from 0 (default: after those of the checkpoint)')
     add('--stop-epoch', type=int, metavar='N', help='stop after N epochs; schedules stay those of the whole run')
