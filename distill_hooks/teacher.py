@@ -154,6 +154,7 @@ class Teacher(nn.Module):
     shift: torch.Tensor
     class_map: Optional[torch.Tensor]
     input_size: Optional[Tuple[int, int, int]] = None  # the student's (C, H, W), if known
+    weights_hash = ''  # of the weights as they were loaded, set by `prepare`
 
     def __init__(
             self,
@@ -485,7 +486,7 @@ class Teacher(nn.Module):
         """
         if uses_classes:
             self._check_classes(cast(int, student.num_classes))
-        fingerprint = self.fingerprint()
+        fingerprint, self.weights_hash = self.fingerprint(), weights_fingerprint(self.model)
         self.model.to(dtype)
         self.to(device)
         input_size = self.input_size or get_model_input_config(student)['input_size']

@@ -35,6 +35,7 @@ from timm_dearkd.analysis.report import write_report
 from timm_dearkd.engine.checkpoints import EXPORT_NAME, Position, read_classes, resume_run
 from timm_dearkd.engine.data import UNKNOWN_CLASSES, build_datasets, class_names, classes_of
 from timm_dearkd.engine.distillation import build_schedule, build_task, check_teacher, log_changed_stages
+from timm_dearkd.engine.label_cache import build_label_cache
 from timm_dearkd.engine.loader import (
     TrainLoader,
     build_distance_images,
@@ -177,6 +178,7 @@ def build_run_in(
     if start.epoch >= epochs.stop:
         raise ValueError(f'Nothing to train: the run ends after epoch {epochs.stop}, and {start.epoch} are done.')
 
+    trainer.labels = build_label_cache(args, trainer, train_set, data_config)
     if args.torchcompile:
         task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
         task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
@@ -318,6 +320,8 @@ def fit(
                 log_expected_end(epoch, epochs, timed, time.monotonic() - began, eval_seconds)
     if recorder.saver is not None:
         complete_run(args, recorder.folder, recorder.export, recorder.export_ema, trainer.precision.device)
+        if trainer.labels is not None:
+            _logger.info(trainer.labels.describe())
         log_results(recorder, args.eval_metric)
 
 
