@@ -208,8 +208,8 @@ def test_a_folder_knows_what_its_labels_belong_to(prepare, image_folder, cnn, tm
             '--amp-dtype', 'bfloat16', '--dearkd-hooks', '1:1', '--grad-accum-steps', '2')
     assert 'has labels of 0 of 9 epochs' in caplog.text
     differences = (
-        r'batch_size 8 → 4, seed 42 → 7, no_aug False → True, mixup 0.0 → 0.8, input_size \[3, 32, 32\] → \[3, 48, 48\],'
-        ' train_interpolation random → bicubic')
+        r'batch_size 8 → 4, seed 42 → 7, no_aug False → True, mixup 0.0 → 0.8, input_size \[3, 32, 32\] → \[3, 48, 48'
+        r'\], train_interpolation random → bicubic')
     with pytest.raises(ValueError, match=f"^--kd-label-cache '.*/labels' has the labels of other images or of another"
                                          f' teacher: {differences}. Name another folder, or restore these options.$'):
         prepare('--seed', '7', '--mixup', '0.8', '-b', '4', '--img-size', '48', '--no-aug')
