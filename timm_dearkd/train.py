@@ -60,7 +60,7 @@ from timm_dearkd.engine.process import (
     use_deterministic_kernels,
 )
 from timm_dearkd.engine.recorder import Recorder, build_recorder, describe_run, print_results
-from timm_dearkd.engine.run_folder import RunFolder, complete_export, export_model, on_primary
+from timm_dearkd.engine.run_folder import RunFolder, complete_export, export_model, on_primary, record_results
 from timm_dearkd.engine.seeding import set_rng_state
 from timm_dearkd.engine.student import build_evaluation, build_student, warn_of_new_weights
 
@@ -322,6 +322,8 @@ def fit(
         complete_run(args, recorder.folder, recorder.export, recorder.export_ema, trainer.precision.device)
         if trainer.labels is not None:
             _logger.info(trainer.labels.describe())
+            record_results(
+                recorder.folder, labels_read=trainer.labels.num_read, labels_computed=trainer.labels.num_computed)
         log_results(recorder, args.eval_metric)
 
 

@@ -72,7 +72,7 @@ class LabelCache:
         self.num_classes: int = task.get_eval_model().num_classes  # type: ignore[union-attr, assignment]
         self.device = device
         self.ranks = ranks
-        self.num_read = self.num_computed = 0  # images of this process
+        self.num_read = self.num_computed = 0  # images of all processes, as this one counts
         self._checked = torch.zeros(2, dtype=torch.long, device=device)  # wrong labels, and all that were compared
         self._is_new, self._can_write = False, True
 
@@ -117,13 +117,13 @@ class LabelCache:
             self._is_check = (self.epoch * self.shape[0] + self._row) % CHECK_INTERVAL == 0
         if self._is_check:
             return None
-        self.num_read += batch_size
+        self.num_read += batch_size * self.ranks.world_size
         return self._table[self._row, :batch_size].long()
 
     def put(self, logits: torch.Tensor) -> None:
         """Keep the teacher's answers (B, classes) for the batch of the last `take`, or compare them."""
         row = self._table[self._row, :len(logits)]
-        self.num_computed += len(logits)
+        self.num_computed += len(logits) * self.ranks.world_size
         if self._is_check:
             logits = logits.float()
             best = logits.amax(dim=1)
