@@ -4,14 +4,14 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import yaml
 
 __all__ = [
     'FIGURE4', 'METHODS', 'ROOT', 'RPE_DROP', 'SCALES', 'STAGE1', 'TAUGHT', 'Cell', 'CellError', 'Scale', 'adi_weights',
-    'cnn_cell', 'definition', 'hidden_loss', 'intra_weights', 'methods', 'read_recipe', 'stages', 'student_cell',
-    'students', 'teacher_cell', 'training_cost', 'two_stages',
+    'cnn_cell', 'definition', 'hidden_loss', 'image_arguments', 'intra_weights', 'methods', 'read_recipe', 'stages',
+    'student_cell', 'students', 'teacher_cell', 'training_cost', 'two_stages',
 ]
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,6 +140,21 @@ class Cell:
 
 class CellError(Exception):
     """Reason why a cell has no result."""
+
+
+# Arguments of train.py that change neither the images nor the teacher's labels, besides those of DearKD
+STUDENT_FLAGS = {'--model', '--model-kwargs', '--epochs', '--lr', '--val-interval', '--track-attention-distance'}
+
+
+def image_arguments(argv: Sequence[str]) -> List[str]:
+    """Return the arguments of a run that may change its images or its teacher."""
+    kept: List[str] = []
+    is_kept = True
+    for arg in argv:
+        if arg.startswith('-'):
+            is_kept = arg not in STUDENT_FLAGS and 'dearkd-' not in arg
+        kept += [arg] if is_kept else []
+    return kept
 
 
 @functools.lru_cache(maxsize=None)

@@ -42,7 +42,7 @@ _WEIGHTS = ('distill_loss_weight', 'task_loss_weight')
 _TAUGHT = {
     'dearkd': (
         'dearkd_stage1_epochs', 'dearkd_stage2', 'dearkd_alpha', 'dearkd_beta', 'dearkd_hooks',
-        'dearkd_normalize_features', 'kd_teacher_img_size', 'kd_class_map'),
+        'dearkd_normalize_features', 'kd_teacher_img_size', 'kd_class_map', 'kd_label_cache'),
     'logit': ('kd_loss_type', 'kd_temperature', 'kd_teacher_img_size', 'kd_class_map', *_WEIGHTS),
     'feature': ('kd_student_feature_dim', 'kd_teacher_feature_dim', 'kd_teacher_img_size', *_WEIGHTS),
     'token': ('kd_token_distill_type', 'kd_temperature', 'kd_teacher_img_size', 'kd_class_map', *_WEIGHTS),
@@ -137,6 +137,8 @@ def _add_dearkd(group) -> None:
     add('--kd-teacher-img-size', type=int, metavar='N',
         help="side length in pixels at which the teacher sees the images (default: the student's)")
     add('--kd-class-map', metavar='FILE', help="the teacher's class index per line, for each of the student's classes")
+    add('--kd-label-cache', metavar='FOLDER',
+        help="read the teacher's labels from this folder, and add those that are missing")
     add('--kd-distill-type', choices=('dearkd', 'logit', 'feature', 'token'),
         help="kind of distillation (default: dearkd if the student has tokens, else timm's logit)")
     add('--dearkd-stage1-epochs', type=int, metavar='N', help='epochs of stage I (default: 5/6 of the epochs)')
@@ -676,7 +678,8 @@ def _check_teacher(args: argparse.Namespace) -> None:
 def check_distillation(args: argparse.Namespace, distill_type: str) -> None:
     """Refuse options of another kind of distillation than the student gets.
 
-    If the command names the kind, as it may over a recipe, such options only give a warning, a class map excepted.
+    If the command names the kind, as it may over a recipe, such options only give a warning. Those that name files do
+    not.
 
     Raises:
         ValueError: If there is such an option, or the kind does not go with TorchScript.
@@ -689,7 +692,7 @@ def check_distillation(args: argparse.Namespace, distill_type: str) -> None:
     for key in _given(args, list(others)):
         kinds = ' or '.join(kind for kind, keys in _TAUGHT.items() if key in keys)
         message = f'{_flag(key)} goes with --kd-distill-type {kinds}, this run has {distill_type}'
-        if args.kd_distill_type is None or key == 'kd_class_map':
+        if args.kd_distill_type is None or key in ('kd_class_map', 'kd_label_cache'):
             raise ValueError(f'{message}. Remove it, or choose the kind with --kd-distill-type.')
         _logger.warning(f'{message}. It has no effect.')
 
