@@ -13,13 +13,14 @@ from timm.utils import unwrap_model
 
 from .aligner import Aligner
 from .answers import agreement
-from .losses import dearkd_loss, hard_label_loss, hidden_loss
+from .losses import dearkd_loss, hard_label_loss, hidden_loss, soft_label_loss
 from .schedule import TwoStageSchedule
 from .teacher import FeatureSpec, Teacher, require_same_teacher, resolve_layer
 
 __all__ = ['DearKDTask', 'DearKDTrainable', 'has_content_tokens']
 
 DEFAULT_HOOKS = ('4',)
+LABELS = ('dataset', 'teacher')
 # A standard deviation from fewer images is a poor estimate; our choice
 MIN_IMAGES_FOR_STD = 16
 
@@ -205,6 +206,10 @@ class DearKDTask(TrainingTask):
             its own keeps these, in the order of the hooks.
         normalize_features: Divide the teacher's maps by their standard deviation per channel. The first batch sets it,
             with a tenth of the mean deviation as the minimum. Our choice: beta then means the same for all teachers.
+        labels: Labels of `head`: 'dataset', or 'teacher' for the teacher's answers in both stages (our option). With
+            'teacher', both heads have one loss, and `criterion` and the labels of the data set have no effect.
+        soft_temperature: Learn soft labels of this temperature from the teacher, see `soft_label_loss`. None learns its
+            hard labels, as in the paper.
         device: Device of the task.
         dtype: Dtype of the teacher and of the task's own layers.
         verbose: Log the hooks and the schedule.
@@ -235,11 +240,16 @@ class DearKDTask(TrainingTask):
             criterion_kwargs: Optional[Dict[str, Any]] = None,
             hooks: Sequence[str] = DEFAULT_HOOKS,
             normalize_features: bool = True,
+            labels: str = 'dataset',
+            soft_temperature: Optional[float] = None,
             device: Optional[torch.device] = None,
             dtype: Optional[torch.dtype] = None,
             verbose: bool = True,
     ) -> None:
         super().__init__(device=device, dtype=dtype, verbose=verbose)
+        if labels not in LABELS:
+            raise ValueError(f'Unknown labels {labels!r}, expected one of {", ".join(LABELS)}.')
+        self.labels, self.soft_temperature = labels, soft_temperature
         student = cast(VisionTransformer, unwrap_model(student_model))
         self.schedule = schedule
         self.criterion = resolve_classification_loss(criterion, self.device, criterion_kwargs=criterion_kwargs)
@@ -278,7 +288,7 @@ class DearKDTask(TrainingTask):
             names.append('logit_loss')
         if self.schedule.uses_features:
             names.append('hidden_loss')
-        return names + (['teacher_agreement'] if len(names) > 2 else [])
+        return names + (['teacher_agreement'] if len(names) > 2 or self.labels == 'teacher' else [])
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> 'DearKDTask':
         result = super()._apply(fn, *args, **kwargs)
@@ -377,6 +387,12 @@ class DearKDTask(TrainingTask):
         if self.normalize_features and 'feature_std' in state:
             self.feature_std = [std.to(self.device) for std in state['feature_std']]
 
+    def _label_loss(self, logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+        """Return the loss of logits with the teacher's hard or soft labels."""
+        if self.soft_temperature is None:
+            return hard_label_loss(logits, teacher_logits)
+        return soft_label_loss(logits, teacher_logits, self.soft_temperature)
+
     def _fix_feature_std(self, features: List[torch.Tensor]) -> None:
         """Set the standard deviation per channel (C,) from the batch of all processes."""
         self.feature_std = []
@@ -409,18 +425,24 @@ class DearKDTask(TrainingTask):
 
         Returns:
             'loss' (Eq. 6 or 7), 'output' (the student's logits) and the losses of the stage: 'ce_loss', 'logit_loss',
-            'hidden_loss'. While the teacher is used, 'teacher_agreement' is the share of the images whose label (the
-            larger one, after Mixup) is the teacher's answer.
+            'hidden_loss'. With labels of the teacher, 'ce_loss' is the loss of `head` with them. While the teacher is
+            used, 'teacher_agreement' is the share of the images whose label (the larger one, after Mixup) is the
+            teacher's answer.
         """
         alpha, beta = self.weights.alpha, self.weights.beta
         features: List[torch.Tensor] = []
-        if self.weights.uses_teacher:
+        uses_teacher = self.weights.uses_teacher or self.labels == 'teacher'
+        if uses_teacher:
             teacher_logits, features = self.teacher(input, with_features=self.weights.uses_features)
         logits, dist_logits, aligned = self.trainable_module(input, [f.shape[-2:] for f in features])
 
-        losses = {'ce_loss': self.criterion(logits, target)}
+        losses: Dict[str, Any] = {}
+        if self.labels == 'teacher':
+            losses['ce_loss'] = self._label_loss(logits, teacher_logits)
+        else:
+            losses['ce_loss'] = self.criterion(logits, target)
         if dist_logits is not None:
-            losses['logit_loss'] = hard_label_loss(dist_logits, teacher_logits)
+            losses['logit_loss'] = self._label_loss(dist_logits, teacher_logits)
         if features:
             if self.normalize_features and self.feature_std is None:
                 self._fix_feature_std(features)
@@ -429,7 +451,7 @@ class DearKDTask(TrainingTask):
                 self._hidden_loss(a, f, std) for a, f, std in zip(aligned, features, stds)) / len(features)
         loss = dearkd_loss(
             losses['ce_loss'], losses.get('logit_loss', 0.), losses.get('hidden_loss', 0.), alpha, beta)
-        if self.weights.uses_teacher:
+        if uses_teacher:
             losses['teacher_agreement'] = agreement(teacher_logits, target)
         return {'loss': loss, 'output': logits, **losses}
 

@@ -243,10 +243,11 @@ def test_a_grey_cnn_and_a_class_without_images(train_cli, tmp_path, capsys, capl
     assert (out / 'kd_class_map.txt').read_text() == ''.join(f'{name} {name}\n' for name in present)
     assert all(Image.open(path).mode == 'L' for path in (out / 'train').rglob('*.png'))
     command = said.split('python train.py ')[1].split()
-    flags = command[command.index('--in-chans'):-1]
+    assert command[command.index('-c'):][:4] == ['-c', 'data_free', '--model', 'dearkd_nano_patch4_32']
+    flags = command[command.index('--in-chans'):]
     result = train_cli(
-        *flags, '--batch-size', '2', '--val-split', '', '--epochs', '1', '--output', tmp_path,
-        '--experiment', 'x', data=out)
+        *flags, '--val-split', '', '--epochs', '1', '--train-batches-per-epoch', '2', '--batch-size', '2', '--output',
+        tmp_path, '--experiment', 'x', data=out)
     assert result.returncode == 0, result.stderr
 
 

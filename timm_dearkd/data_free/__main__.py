@@ -21,6 +21,7 @@ from distill_hooks.teacher import input_normalisation, weights_fingerprint
 from timm_dearkd.commands import add_device, natural_int, positive_int, run_command
 from timm_dearkd.engine.process import Precision, Ranks, check_backend, compile_errors, select_device
 from timm_dearkd.files import write_bytes
+from timm_dearkd.settings import MAX_SMALL_SIDE
 
 from .classes import match_classes, parse_classes, read_class_names
 from .dataset import FORMATS, SyntheticSet
@@ -343,17 +344,18 @@ def report(args: argparse.Namespace, dataset: SyntheticSet, inverter: Inverter) 
     missing = len(dataset.classes) - len(class_map)
     if missing:
         _logger.warning(f'{missing} of {len(dataset.classes)} classes have no image that was kept.')
-    print(f'Train on them: {train_command(args, str(dataset.root), class_map, inverter.model)}')
+    print(f'Train on them: {train_command(args, str(dataset.root), class_map, inverter.model, inverter.size)}')
 
 
-def train_command(args: argparse.Namespace, folder: str, class_map: Sequence[int], model: Any) -> str:
-    """Return the train.py command that trains on the images, without student options.
+def train_command(args: argparse.Namespace, folder: str, class_map: Sequence[int], model: Any, size: int) -> str:
+    """Return the train.py command that trains a student on the images.
 
     Args:
         args: Options of this command.
         folder: Folder of the data set.
         class_map: The CNN's class for each class of the data set.
         model: The CNN.
+        size: Side length of the images.
     """
     root = shlex.quote(folder)
     data = f'{root} --val-split ""' if args.format == 'folder' else (
@@ -362,7 +364,9 @@ def train_command(args: argparse.Namespace, folder: str, class_map: Sequence[int
     checkpoint = f' --kd-teacher-checkpoint {shlex.quote(args.checkpoint)}' if args.checkpoint else ''
     channels = {1: ' --in-chans 1', 2: ' --in-chans 2 --input-img-mode LA', 3: '',
                 4: ' --in-chans 4 --input-img-mode RGBA'}[model.in_chans]
-    return f'python train.py {data}{channels} --kd-model-name {shlex.quote(args.model)}{checkpoint}{map_flag} ...'
+    student = 'dearkd_nano_patch4_32' if size <= MAX_SMALL_SIDE else 'dearkd_tiny_patch16_224 --lr 5e-4'
+    return (f'python train.py {data}{channels} -c data_free --model {student}'
+            f' --kd-model-name {shlex.quote(args.model)}{checkpoint}{map_flag}')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
