@@ -23,6 +23,8 @@ def options(driver, cell):
     argv = driver.command(cell)
     if cell.program == 'train':
         return vars(parse_args(build_parser(), build_config_parser(), argv[1:])[0])
+    if cell.program == 'merge':
+        return dict(output=argv[1], folders=argv[2:])
     return vars({'data_free': data_free_parser, 'diversity': analysis_parser}[cell.program]().parse_args(argv[2:]))
 
 
