@@ -2,7 +2,7 @@
 from .aligner import Aligner
 from .capture import FeatureCapture, find_module
 from .checkpoint import load_model, resolve_teacher
-from .losses import dearkd_loss, hard_label_loss, hidden_loss
+from .losses import dearkd_loss, hard_label_loss, hidden_loss, soft_label_loss
 from .schedule import StageWeights, TwoStageSchedule
 from .task import DearKDTask, LabelStore, has_content_tokens
 from .teacher import Teacher, create_teacher, load_class_map, resolve_layer
@@ -30,4 +30,5 @@ __all__ = [
     'load_model',
     'resolve_layer',
     'resolve_teacher',
+    'soft_label_loss',
 ]

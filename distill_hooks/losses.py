@@ -4,7 +4,7 @@ from typing import Optional, Union
 import torch
 import torch.nn.functional as F
 
-__all__ = ['hidden_loss', 'hard_label_loss', 'dearkd_loss']
+__all__ = ['hidden_loss', 'hard_label_loss', 'soft_label_loss', 'dearkd_loss']
 
 
 def hidden_loss(
@@ -36,6 +36,19 @@ def hard_label_loss(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch
     """
     labels = teacher_logits if teacher_logits.ndim == 1 else teacher_logits.argmax(dim=-1)
     return F.cross_entropy(logits.float(), labels)
+
+
+def soft_label_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return the KL divergence of the teacher's soft labels and the student's (our option).
+
+    Args:
+        logits: The student's logits (B, classes).
+        teacher_logits: The teacher's logits (B, classes).
+        temperature: Temperature T of both softmaxes. The loss is multiplied by T squared, so that the size of its
+            gradient does not depend on T.
+    """
+    student, teacher = ((z.float() / temperature).log_softmax(dim=-1) for z in (logits, teacher_logits))
+    return F.kl_div(student, teacher, reduction='batchmean', log_target=True) * temperature ** 2
 
 
 def dearkd_loss(

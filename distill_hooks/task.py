@@ -13,13 +13,14 @@ from timm.utils import unwrap_model
 
 from .aligner import Aligner
 from .answers import agreement
-from .losses import dearkd_loss, hard_label_loss, hidden_loss
+from .losses import dearkd_loss, hard_label_loss, hidden_loss, soft_label_loss
 from .schedule import TwoStageSchedule
 from .teacher import FeatureSpec, Teacher, require_same_teacher, resolve_layer
 
 __all__ = ['DearKDTask', 'DearKDTrainable', 'LabelStore', 'has_content_tokens']
 
 DEFAULT_HOOKS = ('4',)
+LABELS = ('dataset', 'teacher')
 # A standard deviation from fewer images is a poor estimate; our choice
 MIN_IMAGES_FOR_STD = 16
 
@@ -219,6 +220,10 @@ class DearKDTask(TrainingTask):
             its own keeps these, in the order of the hooks.
         normalize_features: Divide the teacher's maps by their standard deviation per channel. The first batch sets it,
             with a tenth of the mean deviation as the minimum. Our choice: beta then means the same for all teachers.
+        labels: Labels of `head`: 'dataset', or 'teacher' for the teacher's answers in both stages (our option). With
+            'teacher', both heads have one loss, and `criterion` and the labels of the data set have no effect.
+        soft_temperature: Learn soft labels of this temperature from the teacher, see `soft_label_loss`. None learns its
+            hard labels, as in the paper.
         device: Device of the task.
         dtype: Dtype of the teacher and of the task's own layers.
         verbose: Log the hooks and the schedule.
@@ -249,11 +254,16 @@ class DearKDTask(TrainingTask):
             criterion_kwargs: Optional[Dict[str, Any]] = None,
             hooks: Sequence[str] = DEFAULT_HOOKS,
             normalize_features: bool = True,
+            labels: str = 'dataset',
+            soft_temperature: Optional[float] = None,
             device: Optional[torch.device] = None,
             dtype: Optional[torch.dtype] = None,
             verbose: bool = True,
     ) -> None:
         super().__init__(device=device, dtype=dtype, verbose=verbose)
+        if labels not in LABELS:
+            raise ValueError(f'Unknown labels {labels!r}, expected one of {", ".join(LABELS)}.')
+        self.labels, self.soft_temperature = labels, soft_temperature
         student = cast(VisionTransformer, unwrap_model(student_model))
         self.schedule = schedule
         self.criterion = resolve_classification_loss(criterion, self.device, criterion_kwargs=criterion_kwargs)
@@ -293,7 +303,8 @@ class DearKDTask(TrainingTask):
             names.append('logit_loss')
         if self.schedule.uses_features:
             names.append('hidden_loss')
-        return names + (['teacher_agreement'] if 'logit_loss' in names else [])
+        has_labels = 'logit_loss' in names or self.labels == 'teacher'
+        return names + (['teacher_agreement'] if has_labels else [])
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> 'DearKDTask':
         result = super()._apply(fn, *args, **kwargs)
@@ -392,6 +403,12 @@ class DearKDTask(TrainingTask):
         if self.normalize_features and 'feature_std' in state:
             self.feature_std = [std.to(self.device) for std in state['feature_std']]
 
+    def _label_loss(self, logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+        """Return the loss of logits with the teacher's hard or soft labels."""
+        if self.soft_temperature is None:
+            return hard_label_loss(logits, teacher_logits)
+        return soft_label_loss(logits, teacher_logits, self.soft_temperature)
+
     def _fix_feature_std(self, features: List[torch.Tensor]) -> None:
         """Set the standard deviation per channel (C,) from the batch of all processes."""
         self.feature_std = []
@@ -416,21 +433,23 @@ class DearKDTask(TrainingTask):
             self.feature_std.append(torch.where(std > 0, std, torch.ones_like(std)))
 
     def _ask_teacher(self, input: torch.Tensor) -> Tuple[Optional[torch.Tensor], List[torch.Tensor]]:
-        """Return the teacher's labels (B,) and feature maps of a batch: None and [] where the stage needs none.
+        """Return the teacher's answers and feature maps of a batch: None and [] where the stage needs none.
 
-        The teacher runs only as far as necessary. See `LabelStore` for labels that are known.
+        The answers are labels (B,), or logits (B, classes) for soft labels. The teacher runs only as far as necessary.
+        See `LabelStore` for labels that are known.
         """
-        store = self.label_store if self.weights.uses_labels else None
-        labels = store.take(len(input)) if store is not None else None
-        with_logits, with_features = self.weights.uses_labels and labels is None, self.weights.uses_features
+        uses_labels = self.weights.uses_labels or self.labels == 'teacher'
+        store = self.label_store if uses_labels else None
+        answers = store.take(len(input)) if store is not None else None
+        with_logits, with_features = uses_labels and answers is None, self.weights.uses_features
         if not with_logits and not with_features:
-            return labels, []
+            return answers, []
         logits, features = self.teacher(input, with_features=with_features, with_logits=with_logits)
         if with_logits:
-            labels = logits.argmax(dim=-1)
+            answers = logits.argmax(dim=-1) if self.soft_temperature is None else logits
             if store is not None:
                 store.put(logits)
-        return labels, features
+        return answers, features
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Compute the losses of one batch.
@@ -441,16 +460,21 @@ class DearKDTask(TrainingTask):
 
         Returns:
             'loss' (Eq. 6 or 7), 'output' (the student's logits) and the losses of the stage: 'ce_loss', 'logit_loss',
-            'hidden_loss'. With 'logit_loss', 'teacher_agreement' is the share of the images whose label (the larger
-            one, after Mixup) is the teacher's answer.
+            'hidden_loss'. With labels of the teacher, 'ce_loss' is the loss of `head` with them. While its labels are
+            used, 'teacher_agreement' is the share of the images whose label (the larger one, after Mixup) is the
+            teacher's answer.
         """
         alpha, beta = self.weights.alpha, self.weights.beta
-        teacher_labels, features = self._ask_teacher(input)
+        answers, features = self._ask_teacher(input)
         logits, dist_logits, aligned = self.trainable_module(input, [f.shape[-2:] for f in features])
 
-        losses = {'ce_loss': self.criterion(logits, target)}
-        if dist_logits is not None and teacher_labels is not None:
-            losses['logit_loss'] = hard_label_loss(dist_logits, teacher_labels)
+        losses: Dict[str, Any] = {}
+        if self.labels == 'teacher' and answers is not None:
+            losses['ce_loss'] = self._label_loss(logits, answers)
+        else:
+            losses['ce_loss'] = self.criterion(logits, target)
+        if dist_logits is not None and answers is not None:
+            losses['logit_loss'] = self._label_loss(dist_logits, answers)
         if features:
             if self.normalize_features and self.feature_std is None:
                 self._fix_feature_std(features)
@@ -459,8 +483,8 @@ class DearKDTask(TrainingTask):
                 self._hidden_loss(a, f, std) for a, f, std in zip(aligned, features, stds)) / len(features)
         loss = dearkd_loss(
             losses['ce_loss'], losses.get('logit_loss', 0.), losses.get('hidden_loss', 0.), alpha, beta)
-        if teacher_labels is not None:
-            losses['teacher_agreement'] = agreement(teacher_labels, target)
+        if answers is not None:
+            losses['teacher_agreement'] = agreement(answers, target)
         return {'loss': loss, 'output': logits, **losses}
 
 

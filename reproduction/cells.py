@@ -41,6 +41,8 @@ class Scale:
         adi: Further arguments of data_free for ADI.
         intra: Further arguments of data_free for intra-divergence.
         data_free: Further arguments of the students of table 5.
+        synthetic: Arguments of the students of table 5 with the recipe `data_free`; empty if there are none.
+        num_generated: Images of each set of a generator.
         teacher_name: timm's name of the teacher, if it is not trained.
         untaught: Arguments that turn the recipe's teacher off.
     """
@@ -63,6 +65,8 @@ class Scale:
     adi: Tuple[str, ...] = ()
     intra: Tuple[str, ...] = ()
     data_free: Tuple[str, ...] = ()
+    synthetic: Tuple[str, ...] = ()
+    num_generated: int = 0
     teacher_name: str = ''
     untaught: Tuple[str, ...] = ()
 
@@ -88,7 +92,9 @@ SCALES = {scale.name: scale for scale in (
         ('4:2',), ('--model', '{teacher}'),
         ('--resolutions', '32:4:0.3', '--classes-per-batch', '10', '--images-per-class', '3', '--jitter', '4',
          '--bn-norm', 'absolute', '--bn-weight', '0.05', '--tv-weight', '1e-4', *DEEP_INVERSION),
-        adi_weights('10'), intra_weights('50')),
+        adi_weights('10'), intra_weights('50'),
+        synthetic=('--in-chans', '1', '--epochs', '2', '--train-batches-per-epoch', '4', '--workers', '0'),
+        num_generated=60),
     Scale(
         'small', 'fashion_mnist', 'fashion_mnist/tuning', 60000, 10000, 'reproduction/small.yaml',
         'dearkd_nano_patch4_32',
@@ -99,7 +105,9 @@ SCALES = {scale.name: scale for scale in (
         ('--model', 'efficientnet_lite0', '--checkpoint', '{data}/efficientnet_lite0.pth'),
         ('--resolutions', '32:200:0.2', '--classes-per-batch', '10', '--images-per-class', '6', '--jitter', '2',
          '--bn-norm', 'relative', '--bn-weight', '0.05', '--tv-weight', '0.003', *DEEP_INVERSION),
-        adi_weights('30'), intra_weights('0.1')),  # see `inversion` in data_free.py
+        adi_weights('30'), intra_weights('0.1'),  # see `inversion` in data_free.py
+        synthetic=('--in-chans', '1', '--epochs', '40', '--train-batches-per-epoch', '32', '--workers', '0'),
+        num_generated=8640),
     Scale(
         'imagenet', 'imagenet', '', 1281167, 50000, 'recipes/dearkd_300e.yaml', 'dearkd_tiny_patch16_224', (), (), 300,
         (0.1, 0.25, 0.5, 1.0), 1.0, 600_000, ('4:2',),
@@ -127,7 +135,7 @@ class Cell:
         cost: Estimate of the time, in training images of a plain ViT over all epochs.
         seed: Seed of the run.
         needs: Cells to run first.
-        program: 'train', 'distill', 'data_free' or 'diversity'.
+        program: 'train', 'distill', 'data_free', 'merge' or 'diversity'.
     """
     name: str
     data: str

@@ -1,5 +1,6 @@
 """Define the tables of images that are synthesised from a CNN."""
-from typing import Dict, List, Sequence, Tuple
+from dataclasses import replace
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from reproduction.cells import (
     Cell,
@@ -23,6 +24,11 @@ MODES: Dict[str, Tuple[str, float, float]] = {
     'adi': ('ADI', 70.1, 0.683),
     'intra': ('DF-DearKD (intra-divergence)', 71.2, 0.692),
 }
+# Sets beside those of the paper
+GENERATED = {'generator': 'Generator', 'generator_intra': 'Generator, intra-divergence'}
+ROUNDS = 'ADI, 3 rounds'
+NUM_ROUNDS = 3
+FILLS = ('edge', 'black')  # columns
 REAL = 'real images'
 # Share of the images to which a CNN gives over half of its probability for their class: the CNN that they were
 # synthesised from, and one with other weights
@@ -55,6 +61,85 @@ def inversion_cell(
         argv += ['--student', f'{{runs}}/{needs[-1].name}']
     cost = num_images * (80. if mode == 'adi' else 40.)
     return Cell(name, data, (*argv, *weights), cost, seed, tuple(needs), 'data_free')
+
+
+def generator_cell(scale: Scale, mode: str, seed: int) -> Cell:
+    """Return a set of images of a generator. A pilot chooses its weights."""
+    diversity = 'intra' if mode == 'generator_intra' else 'none'
+    needs = (teacher_cell(scale), cnn_cell(scale, 0))
+    argv = (
+        '--model', '{teacher}', '--generator', '--num-images', str(scale.num_generated), '--diversity', diversity,
+        '--verifier', f'{{runs}}/{needs[1].name}', '--min-prob', '0',
+        *(('--resolutions', '32:4:0.01', '--images-per-class', '6') if scale.name == 'smoke' else ()))
+    return Cell(
+        f'images-{mode}-seed{seed}', scale.data, argv, scale.num_generated * 8., seed, needs,  # type: ignore[arg-type]
+        'data_free')
+
+
+def round_cells(scale: Scale, number: int, seed: int) -> List[Cell]:
+    """Return the images of each round of ADI up to a number. Later rounds compete with the latest student."""
+    count = scale.num_synthetic // NUM_ROUNDS
+    first = inversion_cell(scale, f'images-round1-seed{seed}', scale.data, 'none', seed, count, ())
+    if number == 1:
+        return [first]
+    student = recipe_student(scale, f'round{number - 1}', merged_cell(scale, number - 1, seed), FILLS[0], seed)
+    name = f'images-round{number}-seed{seed}'
+    cell = inversion_cell(scale, name, scale.data, 'adi', seed + 100 * number, count, scale.adi)
+    argv = list(cell.argv)
+    argv[argv.index('--student') + 1] = f'{{runs}}/{student.name}'
+    cell = replace(cell, argv=tuple(argv), needs=(*cell.needs[:-1], student), seed=seed + 100 * number)
+    return [*round_cells(scale, number - 1, seed), cell]
+
+
+def merged_cell(scale: Scale, number: int, seed: int) -> Cell:
+    """Return the images of the first rounds of ADI in one folder."""
+    cells = round_cells(scale, number, seed)
+    return Cell(
+        f'images-rounds{number}-seed{seed}', scale.data, tuple(f'{{runs}}/{cell.name}' for cell in cells), 100., seed,
+        tuple(cells), 'merge')
+
+
+def recipe_student(scale: Scale, name: str, images: Optional[Cell], fill: str, seed: int) -> Cell:
+    """Return the student of the recipe `data_free` on synthetic images; on real ones if there are none."""
+    argv: Tuple[str, ...] = (
+        '-c', 'recipes/data_free.yaml', '--model', scale.student, '--kd-model-name', '{teacher}', *scale.synthetic,
+        '--affine-aug', fill, '--val-interval', '40')
+    if images is None:
+        fraction = str(round(scale.num_synthetic / scale.num_train, 4))
+        argv += ('--train-fraction', fraction, '--fraction-seed', str(seed))
+    teacher = teacher_cell(scale)
+    needs = tuple(cell for cell in (teacher, images) if cell is not None)
+    return Cell(
+        f'recipe_{fill}-{name}-seed{seed}', f'/{images.name}' if images else scale.data, argv, 45_000., seed, needs)
+
+
+def recipe_sets(scale: Scale, seed: int) -> Dict[str, Tuple[str, Optional[Cell]]]:
+    """Return the name and the images of each row of the recipe `data_free`, by label."""
+    sets: Dict[str, Tuple[str, Optional[Cell]]] = {
+        MODES[mode][0]: (mode, image_cell(scale, mode, seed)) for mode in ('none', 'intra')}
+    sets[ROUNDS] = ('rounds', merged_cell(scale, NUM_ROUNDS, seed))
+    sets.update({label: (mode, generator_cell(scale, mode, seed)) for mode, label in GENERATED.items()})
+    sets[REAL] = ('real', None)
+    return sets
+
+
+def recipe_entries(scale: Scale, seeds: Sequence[int]) -> List[Entry]:
+    """Return the students of the recipe `data_free`, in a column for each fill."""
+    by_seed = {seed: recipe_sets(scale, seed) for seed in seeds}
+    return [
+        Entry(label, fill, tuple(recipe_student(scale, *by_seed[seed][label], fill, seed) for seed in seeds), None,
+              'real' if label == REAL else f'synthetic {fill}')
+        for label in by_seed[seeds[0]] for fill in FILLS]
+
+
+def recipe_claims() -> List[Claim]:
+    """Return the paper's order under the recipe `data_free`, and our own comparisons."""
+    none, intra = MODES['none'][0], MODES['intra'][0]
+    pairs = [
+        (ROUNDS, none), (intra, ROUNDS), (intra, none), (GENERATED['generator'], none),
+        (GENERATED['generator_intra'], GENERATED['generator']), (REAL, GENERATED['generator'])]
+    return [Claim(f'{higher} > {lower} (recipe `data_free`, {fill})', (higher, fill), (lower, fill))
+            for fill in FILLS for higher, lower in pairs]
 
 
 def synthetic_student_cell(scale: Scale, mode: str, seed: int) -> Cell:
@@ -139,18 +224,26 @@ def table5(scale: Scale, seeds: Sequence[int]) -> Table:
             '\n- The images are synthesised from the teacher itself; the paper uses two CNNs. No image is rejected.'
             '\n- The images resemble the crops that the CNN was trained on, and are cropped again for the student. This'
             ' may widen the gap to real images.')
+    if scale.synthetic:
+        note += (
+            '\n- `top-1`: the recipe of table 2, with the class that an image was made for as the label. `edge` and'
+            f' `black`: the recipe `data_free` with this fill. {ROUNDS}: images against the current student, whose'
+            f' recipe has the fill `edge`. Generators make {scale.num_generated} images. A pilot chooses its weights.')
+    recipe = bool(scale.synthetic)
     return Table(
         'Data-free (table 5)', note,
         [*entries, Entry(REAL, 'top-1', real, None, 'real'),
-         Entry(REAL, 'teacher agreement', real, None, 'labels', 'teacher_agreement', 2)],
-        [*_ordered('top-1'), Claim('Real images > DF-DearKD', (REAL, 'top-1'), intra)])
+         Entry(REAL, 'teacher agreement', real, None, 'labels', 'teacher_agreement', 2),
+         *(recipe_entries(scale, seeds) if recipe else [])],
+        [*_ordered('top-1'), Claim('Real images > DF-DearKD', (REAL, 'top-1'), intra),
+         *(recipe_claims() if recipe else [])])
 
 
 def distance_cell(scale: Scale, mode: str, seed: int) -> Cell:
     """Return a measurement of the distance between images of a class; real images if there is no mode."""
     need, data = teacher_cell(scale), scale.data  # the teacher may measure the distance
     if mode:
-        need = image_cell(scale, mode, seed)
+        need = (generator_cell if mode in GENERATED else image_cell)(scale, mode, seed)
         data = f'/{need.name}'
     return Cell(
         f'distance-{mode or "real"}-seed{seed}', data, scale.diversity, 1000., seed, (need,) if need else (),
@@ -164,15 +257,20 @@ def table6(scale: Scale, seeds: Sequence[int]) -> Table:
         cnn = scale.diversity[scale.diversity.index('--model') + 1].strip('{}')
         metric = (f'mean squared distance between features of `{cnn}` (the paper\'s figures are LPIPS, on another'
                   ' scale)')
+    generated = GENERATED if scale.num_generated else {}
     distances = [
         Entry(label, 'distance', tuple(distance_cell(scale, mode, seed) for seed in seeds[:2]), lpips, noise,
               'distance', 3)
         for label, mode, lpips, noise in (
             (REAL, '', 0.708, 'real'),
-            *((label, mode, lpips, 'synthetic') for mode, (label, _, lpips) in MODES.items()))]
+            *((label, mode, lpips, 'synthetic') for mode, (label, _, lpips) in MODES.items()),
+            *((label, mode, None, 'synthetic') for mode, label in generated.items()))]
     looks = [
         Entry(label, column, tuple(image_cell(scale, mode, seed) for seed in seeds[:2]), None, key, key)
         for mode, (label, *_) in MODES.items() for column, key in IMAGE_FIGURES.items()]
+    looks += [
+        Entry(label, column, tuple(generator_cell(scale, mode, seed) for seed in seeds[:2]), None, key, key)
+        for mode, label in generated.items() for column, key in IMAGE_FIGURES.items()]
     return Table(
         'Diversity (table 6)',
         f'- Distance between two images of a class: {metric}.\n- Pixel noise also increases the distance. A larger'

@@ -33,6 +33,9 @@ from timm_dearkd.files import write_bytes
 __all__ = ['Driver', 'count_processes', 'git_commit', 'is_taught']
 
 
+ALONE = ('merge', 'diversity')  # programs that one process runs
+
+
 def git_commit() -> str:
     """Return the commit of the code, with a '+' if there are uncommitted changes; '' outside of a clone."""
     def git(*args: str) -> str:
@@ -114,7 +117,8 @@ class Driver:
 
     def has_output(self, cell: Cell) -> bool:
         """Return whether the output that other cells need exists, with the cell's current definition."""
-        name, log = 'manifest.json' if cell.program == 'data_free' else 'model_best.safetensors', self.read_log(cell)
+        names = dict(data_free='manifest.json', merge='merged.json')
+        name, log = names.get(cell.program, 'model_best.safetensors'), self.read_log(cell)
         teacher = self.teacher_weights() if is_taught(cell) else ''
         return (self.work / cell.name / name).exists() and (
             log.get('definition'), log.get('teacher', '')) == (definition(cell), teacher)
@@ -141,6 +145,8 @@ class Driver:
                     f'{work}/{cell.name}']
         if cell.program == 'data_free':
             return ['-m', 'timm_dearkd.data_free', f'{work}/{cell.name}', *argv, '--seed', str(cell.seed), '--resume']
+        if cell.program == 'merge':
+            return ['reproduction/merge.py', f'{work}/{cell.name}', *argv]
         if cell.program == 'diversity':
             return ['-m', 'timm_dearkd.analysis', 'diversity', data, *argv, '--seed', str(cell.seed), '--output',
                     f'{work}/{cell.name}/diversity.json', '--overwrite']
@@ -249,9 +255,10 @@ class Driver:
             if commit not in log['commits']:
                 log['commits'].append(commit)
             command, start = self.command(cell), time.monotonic()
+            launcher = [sys.executable] if cell.program in ALONE else self.launcher
             try:
                 self.write_log(cell, log)
-                self.execute([*([sys.executable] if cell.program == 'diversity' else self.launcher), *command], output)
+                self.execute([*launcher, *command], output)
             finally:
                 log['seconds'] += time.monotonic() - start
                 self.write_log(cell, log)
@@ -271,14 +278,14 @@ class Driver:
             write_bytes(self.results / f'{cell.name}.distances.csv', distances.read_bytes())
         for name in TEACHER_FILES if cell.name == 'teacher' else ():
             write_bytes(self.results / cell.name / name, (folder / name).read_bytes())
-        if cell.program == 'data_free':
+        if cell.program in ('data_free', 'merge'):
             link = folder / 'validation'
             link.unlink(missing_ok=True)
             link.symlink_to(validation_folder(self.data / cell.data))
 
     def shell_line(self, cell: Cell) -> str:
         """Return the command as a user would type it."""
-        alone = self.launcher == [sys.executable] or cell.program == 'diversity'
+        alone = self.launcher == [sys.executable] or cell.program in ALONE
         return shlex.join([*(['python'] if alone else self.launcher), *self.command(cell)])
 
     def write_log(self, cell: Cell, log: Dict[str, Any]) -> None:

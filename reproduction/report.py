@@ -39,15 +39,16 @@ STATISTICS = (
 
 def markdown(table: Table, figures: Dict[Key, Figure]) -> List[str]:
     """Return the lines of a table, with the paper's figures in brackets and differences from the reference row."""
-    columns = list(dict.fromkeys(entry.column for entry in table.entries))
     paper = {(entry.row, entry.column): entry.paper for entry in table.entries}
+    shown = [key for key, value in paper.items() if key in figures or value is not None]  # others have not been run
+    columns = list(dict.fromkeys(column for _, column in shown))
     reference = (table.reference, columns[0])
     numbers = Counter(len(figure.by_seed) for figure in figures.values())
     usual = numbers.most_common(1)[0][0]
     header = [*columns, f'difference from {table.reference}'] if reference in figures else columns
     lines = [f'Seeds: {usual}{", unless a cell has another number" if len(numbers) > 1 else ""}.', '',
              '| | ' + ' | '.join(header) + ' |', '| --- ' * (len(header) + 1) + '|']
-    for row in dict.fromkeys(entry.row for entry in table.entries):
+    for row in dict.fromkeys(row for row, _ in shown):
         cells = []
         for key in ((row, column) for column in columns):
             parts = []

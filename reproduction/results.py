@@ -21,7 +21,9 @@ RESULTS = ROOT / 'reproduction' / 'results'
 # Kept with the results, because another machine would train a different teacher
 TEACHER_FILES = ('model_best.safetensors', 'config.json')
 # Main figure of each program, and its log line
-FIGURES = {'top1': '{:.2f} %', 'distance': 'distance {:.3f}', 'sure': '{:.0f} % of the images recognised'}
+FIGURES = {
+    'top1': '{:.2f} %', 'distance': 'distance {:.3f}', 'sure': '{:.0f} % of the images recognised',
+    'merged': '{:.0f} images'}
 
 
 def read_result(path: Path) -> Optional[Dict[str, Any]]:
@@ -86,6 +88,11 @@ def image_figures(folder: Path) -> Dict[str, Any]:
                 kept=sum(image['kept'] for image in images))
 
 
+def merged_figures(folder: Path) -> Dict[str, Any]:
+    """Return the number of images of a merged folder."""
+    return json.loads((folder / 'merged.json').read_text())
+
+
 def distance_figures(folder: Path) -> Dict[str, Any]:
     """Return the mean distance between images of a class."""
     measured, = json.loads((folder / 'diversity.json').read_text())['folders'].values()
@@ -94,7 +101,8 @@ def distance_figures(folder: Path) -> Dict[str, Any]:
 
 # Reads the figures in the folder of a run, by program
 READERS: Dict[str, Callable[[Path], Dict[str, Any]]] = {
-    'train': student_figures, 'distill': distill_figures, 'data_free': image_figures, 'diversity': distance_figures}
+    'train': student_figures, 'distill': distill_figures, 'data_free': image_figures, 'merge': merged_figures,
+    'diversity': distance_figures}
 
 
 class Figure(NamedTuple):

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -104,6 +105,32 @@ def test_two_processes_make_the_same_images(whole, make, tmp_path):
     assert pixels(tmp_path / 'images') == pixels(whole[0])
 
 
+GENERATOR = (
+    '--generator', '--diversity', 'none', '--resolutions', '32:4:0.01', '--num-images', '12', '--bn-weight', '2')
+
+
+def test_a_generator_keeps_the_promises(make, cnn, tmp_path, caplog):
+    """Killed and resumed, or in two processes, it makes the same images. A resumed run has no second pilot."""
+    caplog.set_level('INFO')
+    quick = [*QUICK[3:], *GENERATOR]  # QUICK without its resolutions
+    main([str(tmp_path / 'whole'), '--model', str(cnn), *quick])
+    settings = json.loads((tmp_path / 'whole' / 'settings.json').read_text())
+    assert settings['bn_norm'] == 'averaged' and settings['mirror'] in (True, False)
+    assert 'Pilot: with a BatchNorm weight of 2,' in caplog.text and settings['bn_weight'] == 2.
+    assert len(pixels(tmp_path / 'whole')) == 12 and (tmp_path / 'whole' / 'samples.png').exists()
+    shutil.copytree(tmp_path / 'whole', tmp_path / 'killed')
+    (tmp_path / 'killed' / 'batches' / '000001.json').unlink()
+    (tmp_path / 'killed' / 'manifest.json').unlink()
+    caplog.clear()
+    main([str(tmp_path / 'killed'), '--model', str(cnn), *quick, '--resume'])
+    assert 'Pilot' not in caplog.text
+    assert pixels(tmp_path / 'killed') == pixels(tmp_path / 'whole')
+    result = make(tmp_path / 'two', *GENERATOR, run=run_ranks)
+    assert result.returncode == 0, result.stderr
+    assert pixels(tmp_path / 'two') == pixels(tmp_path / 'whole')
+    assert json.loads((tmp_path / 'two' / 'settings.json').read_text())['mirror'] == settings['mirror']
+
+
 def test_train_reads_them(whole, train_cli, cnn, tmp_path):
     out, _ = whole
     result = train_cli(
@@ -202,6 +229,7 @@ ERRORS = {
         ['--model', 'test_vit', '--checkpoint', 'VIT', '--resolutions', '160:5:0.1'], 'has no BatchNorm layers'),
     'student': (['--diversity', 'adi'], "'adi' needs a student"),
     'names': (['--class-names', 'NAMES'], 'has 1 names, expected 3'),
+    'generator': (['--generator'], '--generator has one phase'),
     'other run': (['OTHER', '--seed', '1'], 'made with another seed'),
     'again': (['OTHER'], 'Add --resume'),
     'not empty': (['FULL'], 'not a data set of this command'),
@@ -243,10 +271,11 @@ def test_a_grey_cnn_and_a_class_without_images(train_cli, tmp_path, capsys, capl
     assert (out / 'kd_class_map.txt').read_text() == ''.join(f'{name} {name}\n' for name in present)
     assert all(Image.open(path).mode == 'L' for path in (out / 'train').rglob('*.png'))
     command = said.split('python train.py ')[1].split()
-    flags = command[command.index('--in-chans'):-1]
+    assert command[command.index('-c'):][:4] == ['-c', 'data_free', '--model', 'dearkd_nano_patch4_32']
+    flags = command[command.index('--in-chans'):]
     result = train_cli(
-        *flags, '--batch-size', '2', '--val-split', '', '--epochs', '1', '--output', tmp_path,
-        '--experiment', 'x', data=out)
+        *flags, '--val-split', '', '--epochs', '1', '--train-batches-per-epoch', '2', '--batch-size', '2', '--output',
+        tmp_path, '--experiment', 'x', data=out)
     assert result.returncode == 0, result.stderr
 
 

@@ -15,7 +15,8 @@ from conftest import SMALL, start_forked
 EXACT = (
     '--epochs', '3', '--dearkd-stage1-epochs', '1', '--mixup', '0.5', '--cutmix', '0.5', '--aa', 'rand-m9-mstd0.5-inc1',
     '--reprob', '0.5', '--drop', '0.1', '--drop-path', '0.2', '--dearkd-rpe-drop', '0.1', '--model-ema',
-    '--model-ema-decay', '0.8', '--sched-on-updates', '--log-interval', '4', '--checkpoint-hist', '1',
+    '--model-ema-decay', '0.8', '--sched-on-updates', '--log-interval', '4', '--checkpoint-hist', '1', '--affine-aug',
+    'edge', '--dearkd-labels', 'teacher',
 )
 
 

@@ -72,6 +72,12 @@ ERRORS = {
     'flag of timm': (
         ['--distill-loss-weight', '3', '--kd-model-name', 'TEACHER'],
         '--distill-loss-weight goes with --kd-distill-type logit or feature or token, this run has dearkd'),
+    'temperature of hard labels': (
+        ['--kd-temperature', '2', '--kd-model-name', 'TEACHER'], 'Add --dearkd-soft-labels'),
+    'labels of nobody': (['-c', 'data_free'], '--dearkd-labels needs a teacher: add --kd-model-name NAME'),
+    'labels and loss': (
+        ['--dearkd-labels', 'teacher', '--bce-loss', '--kd-model-name', 'TEACHER'], 'does not go with --bce-loss'),
+    'augmentation': (['--affine-aug', 'edge', '--no-aug'], '--affine-aug augments, and --no-aug does not'),
     'temperature of nobody': (['--kd-temperature', '2'], '--kd-temperature needs a teacher'),
     'sizes': (['--train-img-sizes', '32', '40'], 'Set --train-img-sizes 32'),
     'fixed size': (

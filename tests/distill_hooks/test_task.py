@@ -292,6 +292,59 @@ def test_soft_labels():
     torch.testing.assert_close(task.eval()(images, soft)['loss'], hard(images, labels)['loss'])
 
 
+@pytest.mark.parametrize('epoch', EPOCHS.values())
+@pytest.mark.parametrize('temperature', [None, 4.])
+def test_labels_of_the_teacher(temperature, epoch):
+    """Both heads learn the teacher's answer to the image that the student sees, in both stages."""
+    task = make(labels='teacher', soft_temperature=temperature).eval()
+    task.set_epoch(epoch)
+    images, labels = batch()
+    result = task(images, labels)
+    answers = task.teacher.model(task.teacher.prepare_input(images))
+    heads = task.trainable_module(images, [f.shape[-2:] for f in task.teacher(images)[1]])[:2]
+    for name, logits in zip(('ce_loss', 'logit_loss'), heads):
+        if logits is None:
+            assert epoch == 9 and name not in result
+        elif temperature is None:
+            torch.testing.assert_close(result[name], F.cross_entropy(logits, answers.argmax(1)))
+        else:
+            p, q = (answers / 4.).softmax(1), (logits / 4.).softmax(1)
+            torch.testing.assert_close(result[name], 16 * (p * (p / q).log()).sum(1).mean(), rtol=1e-3, atol=1e-4)
+    assert set(result) - {'output'} <= set(task.log_names)
+
+
+@pytest.mark.parametrize('temperature', [None, 4.])
+@pytest.mark.parametrize('mixed', [False, True])
+def test_labels_of_the_data_set_have_no_effect_beside_the_teachers(mixed, temperature):
+    """A student learns the same weights from shuffled labels, also from those of Mixup."""
+    states = []
+    for order in (torch.arange(8), torch.randperm(8)):
+        torch.manual_seed(1)
+        images, labels = batch(8)
+        labels = labels[order]
+        if mixed:
+            images, labels = 0.7 * images + 0.3 * images.flip(0), 0.7 * F.one_hot(labels, 5) + 0.3 * F.one_hot(
+                labels.flip(0), 5)
+        task = make(schedule=TwoStageSchedule(3, 1), labels='teacher', soft_temperature=temperature,
+                    criterion_kwargs=dict(soft_targets=mixed)).train()
+        optimizer = create_optimizer_v2(task.get_trainable_module(), 'adamw', lr=1e-3)
+        for epoch in range(3):
+            task.set_epoch(epoch)
+            optimizer.zero_grad()
+            task(images, labels)['loss'].backward()
+            optimizer.step()
+        states.append(task.get_trainable_module().state_dict())
+    assert all(value.equal(states[1][key]) for key, value in states[0].items())
+
+
+def test_labels_of_the_teacher_without_its_features():
+    """The teacher runs even where no other loss needs it."""
+    task = make(schedule=TwoStageSchedule(2, 2, alpha=1., beta=0.), labels='teacher')
+    result = task(*batch())
+    assert set(result) == {'loss', 'output', 'ce_loss', 'teacher_agreement'}
+    assert set(result) - {'output'} == set(task.log_names)
+
+
 def test_grey_student_and_ready_teacher():
     cnn = timm.create_model('test_resnet', num_classes=5)
     task = make(teacher=cnn, student_kwargs=dict(in_chans=1))

@@ -27,6 +27,8 @@ def options(driver, cell):
     if cell.program == 'distill':
         _, argv = distill_parser().parse_known_args(argv[3:])
         return vars(parse_args(build_parser(), build_config_parser(), argv)[0])
+    if cell.program == 'merge':
+        return dict(output=argv[1], folders=argv[2:])
     return vars({'data_free': data_free_parser, 'diversity': analysis_parser}[cell.program]().parse_args(argv[2:]))
 
 

@@ -6,7 +6,8 @@ from helpers import SEEDS, make_driver, options
 
 from reproduction.cells import ROOT, SCALES, teacher_cell
 from reproduction.driver import is_taught
-from reproduction.results import RESULTS, Results
+from reproduction.merge import main as merge
+from reproduction.results import RESULTS, Results, merged_figures
 from reproduction.tables import CHOOSING, TABLES, tables_of
 from timm_dearkd.engine.label_cache import IMAGE_OPTIONS
 
@@ -119,6 +120,54 @@ def test_rows_are_the_commands_that_they_say(tmp_path, monkeypatch):
                 assert not made['student'] and made['diversity'] == {'DeepInversion': 'none'}.get(entry.row, 'intra')
             if made['diversity'] == 'intra':  # Eq. 13's weights
                 assert made['ep_weight'] / made['triplet_weight'] == pytest.approx(50 / 0.5)
+
+
+def test_rows_of_the_recipe_are_the_commands_that_they_say(tmp_path, monkeypatch):
+    """The fill is the column, the images are the row's, and each round of ADI competes with the student before."""
+    monkeypatch.chdir(ROOT)
+    driver = make_driver(tmp_path, 'small')
+    entries = [entry for entry in TABLES['table5'](driver.scale, SEEDS).entries if entry.column in ('edge', 'black')]
+    assert len(entries) == 12
+    for entry in entries:
+        assert [cell.seed for cell in entry.cells] == SEEDS
+        found = options(driver, entry.cells[0])
+        assert found['affine_aug'] == entry.column and found['dearkd_labels'] == 'teacher'
+        assert found['epochs'] * found['train_batches_per_epoch'] * found['batch_size'] >= 40_000
+        images = [need for need in entry.cells[0].needs if need.name != 'teacher']
+        if entry.row == 'real images':
+            assert not images and found['train_fraction'] * 60000 == 1500
+            continue
+        made = options(driver, images[0])
+        if images[0].program == 'data_free':
+            assert made['generator'] == entry.row.startswith('Generator')
+            assert made['diversity'] == ('intra' if 'ntra' in entry.row else 'none')
+            if made['generator']:
+                assert made['bn_weight'] is None and made['ep_weight'] is None  # by the pilot, and the defaults
+            continue
+        rounds = images[0].needs
+        assert made['folders'] == [f'{driver.path(driver.work)}/{cell.name}' for cell in rounds] and len(rounds) == 3
+        assert len({cell.seed for cell in rounds}) == 3
+        for before, (first, later) in enumerate(zip(rounds, rounds[1:]), start=1):
+            student, = (need for need in later.needs if need.name.startswith('recipe_'))
+            assert options(driver, later)['student'].endswith(student.name)
+            merged, = (need for need in student.needs if need.program == 'merge')
+            assert merged.needs == rounds[:before] and first in merged.needs
+
+
+def test_folders_are_merged(tmp_path, capsys):
+    for folder, name, content in (('a', 'x', '1'), ('b', 'x', '2'), ('b', 'y', '3')):
+        path = tmp_path / folder / 'train' / f'class {name}' / '0.png'
+        path.parent.mkdir(parents=True)
+        path.write_text(content)
+    for _ in range(2):
+        merge([str(tmp_path / name) for name in ('out', 'a', 'b')])
+        found = {str(path.relative_to(tmp_path / 'out' / 'train')): path.read_text()
+                 for path in (tmp_path / 'out').rglob('*.png')}
+        assert found == {'class x/0-0.png': '1', 'class x/1-0.png': '2', 'class y/1-0.png': '3'}
+    assert merged_figures(tmp_path / 'out') == dict(merged=3)
+    with pytest.raises(SystemExit):
+        merge([str(tmp_path / 'out'), str(tmp_path / 'nothing')])
+    assert 'no images in' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('name', list(SCALES))

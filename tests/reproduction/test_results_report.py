@@ -60,11 +60,15 @@ def test_the_table_of_the_readme_is_that_of_table_2(tmp_path, report):
 def test_every_claim_of_the_tables_is_a_row_with_its_verdict(report):
     """The paper's claims are in the first table, and only those; a verdict is the sign of what is in the row."""
     rows, found = rows_of(report), Results(SCALES['small'], RESULTS / 'small', SEEDS)
-    first = rows.pop('')
+    first, count = rows.pop(''), 0
     for table in found.tables.values():
         figures = {(e.row, e.column): found.figure(e) for e in table.entries}
         paper = {(e.row, e.column): e.paper for e in table.entries}
         for claim in table.claims:
+            if not all(figures[key] for key in claim.factors):
+                assert '(recipe `data_free`' in claim.text, 'All other cells have been run.'
+                continue
+            count += 1
             assert len(figures[claim.higher].by_seed) > 1
             published = not claim.than and paper[claim.higher] and paper[claim.lower] and (
                 paper[claim.higher] > paper[claim.lower])
@@ -76,7 +80,7 @@ def test_every_claim_of_the_tables_is_a_row_with_its_verdict(report):
                 assert float(row[1].split()[0]) == pytest.approx(paper[claim.higher] - paper[claim.lower], abs=1e-9)
     assert sum(row[1] == 'grows in stage II' for row in first) == 2
     assert len(rows['Attention distance over the epochs (figure 4)']) == 6
-    assert len(first) + sum(map(len, rows.values())) == 8 + sum(len(table.claims) for table in found.tables.values())
+    assert len(first) + sum(map(len, rows.values())) == 8 + count
     counts = dict.fromkeys(('reproduced', 'contradicted', 'inconclusive'), 0)
     for section, group in {'': first, **rows}.items():
         for *_, difference, verdict in group:

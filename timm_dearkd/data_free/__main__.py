@@ -21,9 +21,11 @@ from distill_hooks.teacher import input_normalisation, weights_fingerprint
 from timm_dearkd.commands import add_device, natural_int, positive_int, run_command
 from timm_dearkd.engine.process import Precision, Ranks, check_backend, compile_errors, select_device
 from timm_dearkd.files import write_bytes
+from timm_dearkd.settings import MAX_SMALL_SIDE
 
 from .classes import match_classes, parse_classes, read_class_names
-from .dataset import FORMATS, SyntheticSet
+from .dataset import FORMATS, SyntheticSet, read_settings
+from .generator import GENERATOR_WEIGHTS, GeneratorInverter, run_pilot
 from .inversion import (
     DIVERSITIES,
     Augmentation,
@@ -86,18 +88,20 @@ def _add_image_arguments(parser: argparse.ArgumentParser) -> None:
         help='images to make, rounded up to whole batches')
     add('--classes', nargs='+', metavar='INDEX', help='class indices, or ranges such as 0-9 (default: all)')
     add('--class-names', metavar='FILE', help="names of the CNN's classes, one per line (default: those it knows)")
-    add('--classes-per-batch', type=positive_int, default=6, metavar='N',
-        help='different classes in a batch (default: %(default)s)')
-    add('--images-per-class', type=positive_int, default=7, metavar='N',
-        help='images of each class in a batch (default: %(default)s)')
+    add('--generator', action='store_true',
+        help='train a generator for each batch instead of optimising pixels: far cheaper per image')
+    add('--classes-per-batch', type=positive_int, metavar='N',
+        help='different classes in a batch (default: 6; --generator: 20)')
+    add('--images-per-class', type=positive_int, metavar='N',
+        help='images of each class in a batch (default: 7; --generator: 96)')
     add('--resolutions', nargs='+', type=_resolution, metavar='SIZE:STEPS:LR',
-        help='phases (default: SIZE/2:2000:0.5 SIZE:2000:0.01, where SIZE is --img-size)')
+        help='phases (default: SIZE/2:2000:0.5 SIZE:2000:0.01, where SIZE is --img-size; --generator: SIZE:400:0.005)')
     add('--img-size', type=positive_int, metavar='N',
         help="side length of the images in pixels, without --resolutions (default: the CNN's)")
 
 
 def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
-    defaults = LossWeights()
+    paper, ours = LossWeights(), GENERATOR_WEIGHTS
     add = parser.add_argument
     add('--diversity', default='intra', choices=DIVERSITIES,
         help='none (DeepInversion), adi (competes with --student) or intra (the paper) (default: %(default)s)')
@@ -112,13 +116,32 @@ def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
         ('first-bn', 'first BatchNorm layer (the others have 1)'), ('ep', 'easiest-positive loss'),
         ('triplet', 'triplet loss'), ('adi', 'competition with --student'),
     ):
-        add(f'--{name}-weight', type=float, default=getattr(defaults, name.replace('-', '_')), metavar='W',
-            help=f'weight of the {text} (default: %(default)s)')
-    add('--margin', type=float, default=defaults.margin, help='margin of the triplet loss (default: %(default)s)')
-    add('--adi-temperature', type=float, default=defaults.adi_temperature, metavar='T',
+        values = [getattr(weights, name.replace('-', '_')) for weights in (paper, ours)]
+        other = f'; --generator: {"by a pilot" if name == "bn" else values[1]}' if values[0] != values[1] else ''
+        add(f'--{name}-weight', type=float, metavar='W', help=f'weight of the {text} (default: {values[0]}{other})')
+    add('--latent', default='raw', choices=('raw', 'normalized'),
+        help='features that --diversity intra compares: as they are, or of length 1 (default: %(default)s)')
+    add('--margin', type=float, default=paper.margin, help='margin of the triplet loss (default: %(default)s)')
+    add('--adi-temperature', type=float, default=paper.adi_temperature, metavar='T',
         help='softmax temperature of --diversity adi (default: %(default)s)')
-    add('--bn-norm', default='absolute', choices=('absolute', 'relative'),
-        help="relative divides differences by the layer's own deviation and variance (default: %(default)s)")
+    add('--bn-norm', choices=BN_NORMS,
+        help="relative divides differences by the layer's own deviation and variance; averaged also takes the mean over"
+        ' channels and layers (default: absolute; --generator: averaged)')
+
+
+BN_NORMS = ('absolute', 'relative', 'averaged')
+WEIGHTS = ('tv', 'l2', 'bn', 'first_bn', 'ep', 'triplet', 'adi')
+
+
+def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
+    """Return the options with the defaults of --generator or of the optimisation of pixels."""
+    preset = GENERATOR_WEIGHTS if args.generator else LossWeights()
+    defaults: Dict[str, Any] = {f'{name}_weight': getattr(preset, name) for name in WEIGHTS}
+    defaults.update(
+        classes_per_batch=20 if args.generator else 6, images_per_class=96 if args.generator else 7,
+        bn_norm='averaged' if args.generator else 'absolute')
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    return argparse.Namespace(**{**vars(args), **defaults, **given})
 
 
 def build_inverter(args: argparse.Namespace, model: Any, names: Sequence[str], precision: Precision) -> Inverter:
@@ -131,18 +154,21 @@ def build_inverter(args: argparse.Namespace, model: Any, names: Sequence[str], p
         precision: Device and autocast type.
     """
     size = args.img_size or resolve_model_data_config(model)['input_size'][-1]
-    resolutions = args.resolutions or [Resolution(size // 2, 2000, 0.5), Resolution(size, 2000, 0.01)]
+    phases = [Resolution(size // 2, 2000, 0.5), Resolution(size, 2000, 0.01)]
+    resolutions = args.resolutions or ([Resolution(size, 400, 0.005)] if args.generator else phases)
     competitor = None
     if args.student:
         student = load_model(args.student, args.student_checkpoint, device=precision.device)
         competitor = Competitor(student, match_classes(student, names, 'student'))
     mean, std = _normalisation(model)
     jitter = max(r.size for r in resolutions) // 8 if args.jitter is None else args.jitter
-    return Inverter(
+    return (GeneratorInverter if args.generator else Inverter)(
         model, mean, std, resolutions,
         LossWeights(
             args.tv_weight, args.l2_weight, args.bn_weight, args.first_bn_weight, args.ep_weight, args.triplet_weight,
-            args.margin, args.adi_weight, args.adi_temperature, bn_relative=args.bn_norm == 'relative'),
+            args.margin, args.adi_weight, args.adi_temperature, bn_relative=args.bn_norm != 'absolute',
+            bn_averaged=args.bn_norm == 'averaged', smoothing=GENERATOR_WEIGHTS.smoothing if args.generator else 0.,
+            normalized_latent=args.latent == 'normalized'),
         args.diversity, competitor, Augmentation(jitter, flip=not args.no_flip), tuple(args.betas),
         Execution(precision.autocast, args.channels_last, args.torchcompile))
 
@@ -192,6 +218,8 @@ def make_batch(
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     check_backend(args.torchcompile)
+    given_bn_weight = args.bn_weight
+    args = fill_defaults(args)
     device, ranks = select_device(args.device)
     precision = Precision(device, torch.bfloat16 if args.amp else None)
     model: Any = load_model(args.model, args.checkpoint, device=device)
@@ -206,6 +234,8 @@ def run(args: argparse.Namespace) -> None:
         verifier = load_model(args.verifier, args.verifier_checkpoint, device=device)
     judge = Judge(model, verifier, names, *_normalisation(model), args.min_prob)
     judge.check_size(inverter.size)
+    if isinstance(inverter, GeneratorInverter):
+        choose_by_pilot(args, inverter, indices, given_bn_weight is not None, ranks)
     networks = [m for m in (model, inverter.student, verifier) if m is not None]
     dataset = SyntheticSet(
         args.output, {index: names[index] for index in indices}, _settings(args, inverter, networks), args.format,
@@ -222,6 +252,35 @@ def run(args: argparse.Namespace) -> None:
         while not all(dataset.is_done(batch) for batch in todo):  # the other processes may take hours longer
             time.sleep(0.2)
         report(args, dataset, inverter)
+
+
+def choose_by_pilot(
+        args: argparse.Namespace,
+        inverter: GeneratorInverter,
+        classes: Sequence[int],
+        keep_bn: bool,
+        ranks: Ranks,
+) -> None:
+    """Choose the BatchNorm weight and the mirroring of a generator by a short pilot; a resumed run keeps them.
+
+    Args:
+        args: Options. The choices are written into them.
+        inverter: Trains the generators. The choices are set.
+        classes: Class indices to choose from.
+        keep_bn: Keep the BatchNorm weight.
+        ranks: This process among all. The first one decides.
+    """
+    saved = read_settings(args.output) if args.resume else {}
+    choice = [(saved['bn_weight'], saved['mirror']) if 'mirror' in saved else None]
+    if choice[0] is None and ranks.is_primary:
+        targets, = batch_targets(1, classes, args.classes_per_batch, args.images_per_class, args.seed)
+        weights = [args.bn_weight] if keep_bn else None
+        choice = [run_pilot(inverter, targets, args.seed, weights, mirror=not args.no_flip)]
+    if ranks.distributed:
+        dist.broadcast_object_list(choice)
+    assert choice[0] is not None
+    args.bn_weight, args.mirror = choice[0] if not keep_bn else (args.bn_weight, choice[0][1])
+    inverter.set_choices(args.bn_weight, args.mirror)
 
 
 def _settings(args: argparse.Namespace, inverter: Inverter, networks: Sequence[torch.nn.Module]) -> Dict[str, Any]:
@@ -343,17 +402,18 @@ def report(args: argparse.Namespace, dataset: SyntheticSet, inverter: Inverter) 
     missing = len(dataset.classes) - len(class_map)
     if missing:
         _logger.warning(f'{missing} of {len(dataset.classes)} classes have no image that was kept.')
-    print(f'Train on them: {train_command(args, str(dataset.root), class_map, inverter.model)}')
+    print(f'Train on them: {train_command(args, str(dataset.root), class_map, inverter.model, inverter.size)}')
 
 
-def train_command(args: argparse.Namespace, folder: str, class_map: Sequence[int], model: Any) -> str:
-    """Return the train.py command that trains on the images, without student options.
+def train_command(args: argparse.Namespace, folder: str, class_map: Sequence[int], model: Any, size: int) -> str:
+    """Return the train.py command that trains a student on the images.
 
     Args:
         args: Options of this command.
         folder: Folder of the data set.
         class_map: The CNN's class for each class of the data set.
         model: The CNN.
+        size: Side length of the images.
     """
     root = shlex.quote(folder)
     data = f'{root} --val-split ""' if args.format == 'folder' else (
@@ -362,7 +422,9 @@ def train_command(args: argparse.Namespace, folder: str, class_map: Sequence[int
     checkpoint = f' --kd-teacher-checkpoint {shlex.quote(args.checkpoint)}' if args.checkpoint else ''
     channels = {1: ' --in-chans 1', 2: ' --in-chans 2 --input-img-mode LA', 3: '',
                 4: ' --in-chans 4 --input-img-mode RGBA'}[model.in_chans]
-    return f'python train.py {data}{channels} --kd-model-name {shlex.quote(args.model)}{checkpoint}{map_flag} ...'
+    student = 'dearkd_nano_patch4_32' if size <= MAX_SMALL_SIDE else 'dearkd_tiny_patch16_224 --lr 5e-4'
+    return (f'python train.py {data}{channels} -c data_free --model {student}'
+            f' --kd-model-name {shlex.quote(args.model)}{checkpoint}{map_flag}')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

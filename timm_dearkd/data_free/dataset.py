@@ -16,7 +16,7 @@ from timm_dearkd.files import write_bytes, write_table
 
 from .look import encode_png
 
-__all__ = ['FORMATS', 'SyntheticSet', 'folder_name']
+__all__ = ['FORMATS', 'SyntheticSet', 'folder_name', 'read_settings']
 
 FORMATS = ('folder', 'wds')
 
@@ -54,9 +54,8 @@ class SyntheticSet:
         self._check(resume)
 
     def _check(self, resume: bool) -> None:
-        path = self.root / 'settings.json'
-        if path.exists():
-            saved = json.loads(path.read_text())
+        saved = read_settings(str(self.root))
+        if saved:
             keys = {*saved, *self.settings} - {'versions', 'num_images'}
             differing = sorted(key for key in keys if saved.get(key) != self.settings.get(key))
             if differing:
@@ -201,6 +200,12 @@ class SyntheticSet:
             name='train', num_samples=len(kept), filenames=[f'train/{shard}' for shard in counts],
             shard_lengths=list(counts.values()))
         write_bytes(self.root / '_info.json', json.dumps(dict(splits=dict(train=split))).encode())
+
+
+def read_settings(root: str) -> Dict[str, Any]:
+    """Return the settings of the images in a folder; {} if there are none."""
+    path = Path(root) / 'settings.json'
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def folder_name(name: str, index: int) -> str:

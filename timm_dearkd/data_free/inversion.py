@@ -32,7 +32,7 @@ class Resolution(NamedTuple):
 class LossWeights:
     """Weights and settings of the losses.
 
-    They are the paper's, except `first_bn`, `margin`, `adi`, `adi_temperature` and `bn_relative`, which are ours.
+    They are the paper's, except `first_bn`, `margin`, `adi`, `adi_temperature` and the last four, which are ours.
     `adi` is for small images; DeepInversion's code takes 0.2 for ImageNet's 224 pixels.
     """
     tv: float = 1e-4
@@ -45,6 +45,9 @@ class LossWeights:
     adi: float = 10.
     adi_temperature: float = 3.
     bn_relative: bool = False
+    bn_averaged: bool = False
+    smoothing: float = 0.
+    normalized_latent: bool = False
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,8 @@ class Inverter:
         self.student_classes = None
         if competitor is not None and competitor.classes is not None:
             self.student_classes = torch.tensor(competitor.classes, device=self.device)
-        self._stats = BatchNormStats(self.model, self.weights.bn_relative, self.weights.first_bn)
+        self._stats = BatchNormStats(
+            self.model, self.weights.bn_relative, self.weights.first_bn, self.weights.bn_averaged)
         self._features: List[torch.Tensor] = []
         self._handles = []
         if diversity == 'intra':
@@ -252,7 +256,7 @@ class Inverter:
             logits = self.model(images)
             student_logits = self._compete(images)
         terms = dict(
-            ce=F.cross_entropy(logits.float(), targets),
+            ce=F.cross_entropy(logits.float(), targets, label_smoothing=weights.smoothing),
             bn=self._stats.loss(),
             tv=total_variation(images),
             l2=l2_prior(images),
@@ -260,6 +264,8 @@ class Inverter:
         loss = terms['ce'] + weights.bn * terms['bn'] + weights.tv * terms['tv'] + weights.l2 * terms['l2']
         if self.diversity == 'intra':
             features = self._features.pop()
+            if weights.normalized_latent:
+                features = F.normalize(features.float(), dim=1)
             terms['diversity'] = intra_divergence_loss(features, targets, weights.ep, weights.triplet, weights.margin)
             loss = loss + terms['diversity']
         if student_logits is not None:

@@ -78,6 +78,8 @@ class BatchNormStats:
         relative: Divide the differences of means by the layer's running deviation, and those of variances by its
             running variance (our option, `--bn-norm relative`).
         first_weight: Weight of the first layer. The other layers have 1.
+        averaged: Take root mean squares over channels instead of norms, and the mean over layers instead of the sum
+            (our option). With `relative`, the value then means the same for all CNNs.
 
     Raises:
         ValueError: If the model has no BatchNorm layers.
@@ -91,7 +93,13 @@ class BatchNormStats:
         ```
     """
 
-    def __init__(self, model: nn.Module, relative: bool = False, first_weight: float = 1.) -> None:
+    def __init__(
+            self,
+            model: nn.Module,
+            relative: bool = False,
+            first_weight: float = 1.,
+            averaged: bool = False,
+    ) -> None:
         layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         layers = [m for m in layers if m.running_mean is not None]
         if not layers:
@@ -108,6 +116,8 @@ class BatchNormStats:
         self._scales = scales if relative else torch.ones_like(scales)
         self._weights = means.new_ones(len(layers))
         self._weights[0] = first_weight
+        if averaged:
+            self._weights /= self._sizes.sqrt() * self._weights.sum()
         self._moments: Dict[nn.Module, Tuple[torch.Tensor, torch.Tensor]] = {}
         self._handles = [m.register_forward_pre_hook(self._measure) for m in layers]
 

@@ -228,6 +228,8 @@ def _build_distillation(
             build_schedule(args, args.epochs),
             hooks=args.dearkd_hooks,
             normalize_features=args.dearkd_normalize_features,
+            labels=args.dearkd_labels,
+            soft_temperature=args.kd_temperature if args.dearkd_soft_labels else None,
             **common,
         )
     else:

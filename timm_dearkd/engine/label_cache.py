@@ -37,7 +37,7 @@ IMAGE_OPTIONS = (
     'dataset', 'input_key', 'input_img_mode', 'train_fraction', 'fraction_seed', 'fraction_keep', 'no_prefetcher',
     'train_img_sizes', 'train_batch_sizes', 'train_size_probs', 'train_size_schedule', 'train_size_schedule_spread',
     'train_size_random_mix', 'train_batches_per_epoch', 'batch_size', 'seed', 'no_aug', 'train_crop_mode', 'scale',
-    'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'aa',
+    'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'aa', 'affine_aug',
     'aug_repeats', 'aug_splits', 'reprob', 'remode', 'recount', 'resplit', 'mixup', 'cutmix', 'cutmix_minmax',
     'mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch', 'kd_teacher_img_size')
 
@@ -259,7 +259,9 @@ def build_label_cache(args, trainer: Trainer, dataset: Any, data_config: Dict[st
             ' on the workers. Remove the flag.')
     if num_classes > MISSING:
         raise ValueError(f'--kd-label-cache takes up to {MISSING} classes, the teacher has {num_classes}.')
-    if 'logit_loss' not in task.log_names:
+    if task.soft_temperature is not None:
+        raise ValueError('--kd-label-cache keeps hard labels. Remove the flag, or --dearkd-soft-labels.')
+    if 'teacher_agreement' not in task.log_names:
         raise ValueError(
             '--kd-label-cache: this run uses no labels of the teacher. Remove the flag, or set --dearkd-alpha below 1.')
 

@@ -17,6 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 from torchvision.transforms import Compose
 
 from ..distances import attention_layers
+from .augmentation import AffineJitter, add_affine
 from .data import image_mode, open_validation_set, spread
 from .process import SINGLE, Ranks, init_worker
 from .seeding import EpochBatchSampler, SeededCollate, SeededDataset, SeededErasing
@@ -104,6 +105,7 @@ def create_train_loader(
         image_sizes: Sequence[Any] = (),
         schedule: Optional[Dict[str, Any]] = None,
         stream_kwargs: Optional[Dict[str, Any]] = None,
+        affine: Optional[AffineJitter] = None,
         **kwargs: Any,
 ) -> 'TrainLoader':
     """Create the training loader of batches on the device.
@@ -121,6 +123,7 @@ def create_train_loader(
         image_sizes: Sizes (pixels, or height and width) to choose from for each batch; empty takes that of the model.
         schedule: Arguments of timm's `ScheduledBatchSampler`, which chooses.
         stream_kwargs: Arguments of timm's `create_loader` that only streams need.
+        affine: Applied to each image before timm's augmentation.
         **kwargs: Augmentation and worker arguments of timm's `create_loader`.
 
     Raises:
@@ -134,19 +137,21 @@ def create_train_loader(
         collate_fn = partial(_collate_and_mix, mixup) if mixup is not None else default_collate
     if isinstance(dataset, IterableDataset):
         if image_sizes or kwargs.get('num_aug_splits'):
-            flags = '--train-img-sizes and --train-batches-per-epoch' if image_sizes else '--aug-splits'
-            raise ValueError(f'{flags} cannot be used with a streamed data set. Remove the flag.')
+            flag = '--train-img-sizes' if image_sizes else '--aug-splits'
+            raise ValueError(f'{flag} cannot be used with a streamed data set. Remove the flag.')
         loader = _create_loader(
             dataset, data_config, device=device, batch_size=batch_size, is_training=True, collate_fn=collate_fn,
             persistent_workers=not mixup_off_epoch,  # its collate function would not hear of it
             **kwargs, **(stream_kwargs or {}))
+        if affine is not None:
+            loader.dataset.transform = add_affine(loader.dataset.transform, affine)
         return TrainLoader(loader, mixup=mixup, mixup_off_epoch=mixup_off_epoch)
     batches = _build_batches(dataset, batch_size, seed, ranks, num_aug_repeats, schedule)
     if not image_sizes:  # which --train-batches-per-epoch sets, too
         _log_unused_images(len(batches.sampler), batch_size, ranks.world_size, even=mixup is not None)
     collate_fn = SeededCollate(collate_fn, seed, mixup, mixup_off_epoch)
     return _create_seeded_loader(
-        dataset, data_config, batches, collate_fn, device, seed, ranks, image_sizes, **kwargs)
+        dataset, data_config, batches, collate_fn, device, seed, ranks, image_sizes, affine, **kwargs)
 
 
 def _build_batches(
@@ -180,6 +185,7 @@ def _create_seeded_loader(
         seed: int,
         ranks: Ranks,
         image_sizes: Sequence[Any],
+        affine: Optional[AffineJitter] = None,
         *,
         use_prefetcher: bool,
         img_dtype: torch.dtype = torch.float32,
@@ -204,6 +210,8 @@ def _create_seeded_loader(
                 (channels, *to_2tuple(size)), is_training=True, use_prefetcher=use_prefetcher,
                 separate=num_aug_splits > 0, **normalisation, **erasing, **augmentation)
             for size in image_sizes or [image_size]]
+        if affine is not None:
+            transforms = [add_affine(transform, affine) for transform in transforms]
         augmented = _augment(dataset, transforms, num_aug_splits, scheduled=bool(image_sizes))
         _convert_images(dataset, channels)
         loader: Any = DataLoader(
@@ -411,7 +419,12 @@ def build_train_loader(
 ) -> TrainLoader:
     """Build the training loader, with --train-img-sizes and --train-batch-sizes."""
     set_image_mode(dataset, image_mode(args, data_config))
-    sizes = args.train_img_sizes or (args.train_batches_per_epoch and [data_config['input_size'][-2:]]) or ()
+    num_batches = args.train_batches_per_epoch
+    if num_batches and isinstance(dataset, IterableDataset):
+        _logger.warning(
+            '--train-batches-per-epoch has no effect on a streamed data set. An epoch reads all of its images.')
+        num_batches = None
+    sizes = args.train_img_sizes or (num_batches and [data_config['input_size'][-2:]]) or ()
     schedule = dict(
         batch_sizes=args.train_batch_sizes or [args.batch_size] * len(sizes),
         choice_weights=args.train_size_probs,
@@ -419,7 +432,7 @@ def build_train_loader(
         schedule_epochs=args.epochs,
         schedule_spread=args.train_size_schedule_spread,
         schedule_random_mix=args.train_size_random_mix,
-        num_batches=args.train_batches_per_epoch,
+        num_batches=num_batches,
     )
     return create_train_loader(
         dataset,
@@ -433,6 +446,7 @@ def build_train_loader(
         schedule=schedule,
         stream_kwargs=dict(
             worker_seeding=args.worker_seeding, use_multi_epochs_loader=args.use_multi_epochs_loader),
+        affine=AffineJitter(args.affine_aug, data_config['mean']) if args.affine_aug else None,
         num_aug_splits=args.aug_splits,
         no_aug=args.no_aug,
         re_prob=args.reprob,

@@ -16,6 +16,7 @@ from timm.utils import ParseKwargs
 
 from distill_hooks.checkpoint import nearest_names, training_args
 
+from .augmentation import FILLS
 from .checkpoints import find_checkpoint
 from .process import check_backend, default_workers
 from .tracking import check_available
@@ -42,7 +43,8 @@ _WEIGHTS = ('distill_loss_weight', 'task_loss_weight')
 _TAUGHT = {
     'dearkd': (
         'dearkd_stage1_epochs', 'dearkd_stage2', 'dearkd_alpha', 'dearkd_beta', 'dearkd_hooks',
-        'dearkd_normalize_features', 'kd_teacher_img_size', 'kd_class_map', 'kd_label_cache'),
+        'dearkd_normalize_features', 'dearkd_labels', 'dearkd_soft_labels', 'kd_temperature', 'kd_teacher_img_size',
+        'kd_class_map', 'kd_label_cache'),
     'logit': ('kd_loss_type', 'kd_temperature', 'kd_teacher_img_size', 'kd_class_map', *_WEIGHTS),
     'feature': ('kd_student_feature_dim', 'kd_teacher_feature_dim', 'kd_teacher_img_size', *_WEIGHTS),
     'token': ('kd_token_distill_type', 'kd_temperature', 'kd_teacher_img_size', 'kd_class_map', *_WEIGHTS),
@@ -150,6 +152,10 @@ def _add_dearkd(group) -> None:
         help='student block and teacher stage or module that teaches it, e.g. 4, 4:2 or 4:s2.b4')
     add('--dearkd-normalize-features', action=argparse.BooleanOptionalAction, default=True,
         help="divide the teacher's feature maps by their standard deviation per channel (default: on)")
+    add('--dearkd-labels', default='dataset', choices=('dataset', 'teacher'),
+        help="labels of the head in Eq. 6 and 7: the data set's, or the teacher's answer to the augmented image")
+    add('--dearkd-soft-labels', action=argparse.BooleanOptionalAction, default=False,
+        help="learn the teacher's soft labels (KL divergence, --kd-temperature) instead of its decision")
     add('--dearkd-rpe-drop', type=float, metavar='RATE', help="dropout rate of MHCA's positional scores (default: 0)")
     add('--dearkd-rpe-drop-mode', choices=('element', 'query'),
         help='drop single scores, or all scores of a token, which is faster (default: element)')
@@ -326,6 +332,8 @@ def _add_augmentation(group) -> None:
     add('--grayscale-prob', type=SHARE, help='probability of a grey image (default: 0)')
     add('--gaussian-blur-prob', type=SHARE, help='probability of a blur (default: 0)')
     add('--aa', metavar='NAME', help='AutoAugment policy, e.g. rand-m9-mstd0.5-inc1 (default: none)')
+    add('--affine-aug', choices=FILLS, metavar='FILL',
+        help='random zoom in and out, rotation, shear, shift and gamma; FILL of the border: edge, black or mean')
     add('--aug-repeats', type=_limit(float, '1 or more; 0 switches them off', lambda value: value == 0 or value >= 1),
         default=0, metavar='N', help='augmentations of each image per epoch (default: once)')
     add('--aug-splits', type=int, default=0, metavar='N', help='augment every image N times, the first time lightly')
@@ -637,6 +645,8 @@ def _check_combinations(args: argparse.Namespace) -> None:
         raise ValueError('--eval-only looks at validation images. Set --val-split.')
     if args.resume == 'auto' and not args.experiment:
         raise ValueError('--resume auto resumes the run in the folder of --experiment, so it needs --experiment NAME.')
+    if args.affine_aug and args.no_aug:
+        raise ValueError('--affine-aug augments, and --no-aug does not. Remove one of them.')
     if args.layer_decay is not None and args.sched == 'none':
         raise ValueError('--layer-decay is applied by the schedule, and --sched is none. Set --sched constant.')
     if args.sched == 'plateau' and args.sched_on_updates:
@@ -670,6 +680,9 @@ def _check_teacher(args: argparse.Namespace) -> None:
         if getattr(args, key) and not args.kd_model_name:
             raise ValueError(f'{_flag(key)} needs the architecture of the teacher: add --kd-model-name NAME.')
     taught = [key for keys in _TAUGHT.values() for key in keys]
+    if args.dearkd_labels == 'teacher' and (args.bce_loss or args.jsd_loss):
+        flag = '--bce-loss' if args.bce_loss else '--jsd-loss'
+        raise ValueError(f'--dearkd-labels teacher does not go with {flag}: it has its own loss. Remove one of them.')
     for key in _given(args, taught) if args.kd_model_name is None else ():
         raise ValueError(
             f'{_flag(key)} needs a teacher: add --kd-model-name NAME. An empty name ("") trains without a teacher.')
@@ -688,6 +701,11 @@ def check_distillation(args: argparse.Namespace, distill_type: str) -> None:
         raise ValueError(
             '--torchscript does not go with --kd-distill-type token, which trains two heads that TorchScript merges.'
             ' Use --torchcompile.')
+    hard = distill_type == 'dearkd' and not args.dearkd_soft_labels and args.kd_distill_type is None
+    if hard and _given(args, ['kd_temperature']):
+        raise ValueError(
+            '--kd-temperature is the temperature of soft labels, and DearKD learns hard ones. Add --dearkd-soft-labels,'
+            ' or remove the flag.')
     others = dict.fromkeys(key for keys in _TAUGHT.values() for key in keys if key not in _TAUGHT[distill_type])
     for key in _given(args, list(others)):
         kinds = ' or '.join(kind for kind, keys in _TAUGHT.items() if key in keys)

@@ -162,6 +162,25 @@ def test_batch_norm_statistics(relative, channels_last):
         assert logits.equal(net(x)) and stats.loss() > 0
 
 
+def test_averaged_statistics_do_not_depend_on_widths():
+    """Root mean squares over channels, and a mean over layers by their weights, with loops."""
+    net, x = Net().double(), numbers(3, 3, 9, 8)
+    taps = []
+    net(x, taps)
+    terms = []
+    for tap, bn in zip(taps, (net.bn1, net.bn2)):
+        means, variances = [], []
+        for channel, values in enumerate(tap.transpose(0, 1).flatten(1)):
+            mean, var = bn.running_mean[channel].item(), bn.running_var[channel].item() + bn.eps
+            means.append(((values.mean().item() - mean) / math.sqrt(var)) ** 2)
+            variances.append(((values.var(correction=0).item() - bn.running_var[channel].item()) / var) ** 2)
+        terms.append(math.sqrt(np.mean(means)) + math.sqrt(np.mean(variances)))
+    for first, expected in ((1., np.mean(terms)), (3., (3 * terms[0] + terms[1]) / 4)):
+        with BatchNormStats(net, relative=True, first_weight=first, averaged=True) as stats:
+            net(x)
+            assert stats.loss().item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_gradient_of_batch_norm_statistics():
     """With the loss of the logits at the same time, against autograd through the plain definition."""
     net, x = Net().double(), numbers(3, 3, 9, 8)

@@ -43,14 +43,17 @@ def test_targets_go_round():
     assert batch_targets(2, [4], 6, 2)[1].tolist() == [4, 4]
 
 
-def test_the_sum_is_equation_8():
-    weights = LossWeights(tv=0.1, l2=0.2, bn=0.3, ep=4., triplet=5., margin=2.)
+@pytest.mark.parametrize('normalized', [False, True])
+def test_the_sum_is_equation_8(normalized):
+    weights = LossWeights(tv=0.1, l2=0.2, bn=0.3, ep=4., triplet=5., margin=2., normalized_latent=normalized)
     inverter = make(weights=weights)
     images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     losses = inverter.losses(images, TARGETS)
     with torch.no_grad():
         features = inverter.model.forward_head(inverter.model.forward_features(images), pre_logits=True)
         logits = inverter.model(images)
+        if normalized:
+            features = features / features.square().sum(1, keepdim=True).sqrt()
     expected = F.cross_entropy(logits, TARGETS) + 0.3 * losses['bn'] + 0.1 * total_variation(images)
     expected = expected + 0.2 * l2_prior(images) + intra_divergence_loss(features, TARGETS, 4., 5., 2.)
     torch.testing.assert_close(losses['loss'], expected, rtol=1e-5, atol=1e-5)

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import FakeData
 
+from timm_dearkd.engine.augmentation import AffineJitter
 from timm_dearkd.engine.data import open_dataset
 from timm_dearkd.engine.loader import _loader_kwargs, create_eval_loader, create_train_loader
 from timm_dearkd.engine.process import SINGLE, Ranks
@@ -48,7 +49,9 @@ def test_mixup_until_it_is_off(image_folder, prefetcher, workers):
     assert {value for _, target in loader for value in target.unique().tolist()} == {0., 1.}
 
 
-AUGMENTED = dict(re_prob=0.9, re_mode='pixel', auto_augment='rand-m9-mstd0.5-inc1', color_jitter=0.4, scale=(0.1, 1.))
+AUGMENTED = dict(
+    re_prob=0.9, re_mode='pixel', auto_augment='rand-m9-mstd0.5-inc1', color_jitter=0.4, scale=(0.1, 1.),
+    affine=AffineJitter('edge'))
 
 
 def load(folder, epochs, prefetcher=True, workers=0, **kwargs):

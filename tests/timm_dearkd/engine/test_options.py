@@ -166,7 +166,7 @@ def test_an_unknown_recipe_is_one_line_with_the_names(name, tmp_path, monkeypatc
         parse('--config', name)
     assert e.value.code == 2
     assert capsys.readouterr().err == (
-        f'train.py: error: --config is {name!r}, expected a YAML file or the name of a recipe: dearkd_1000e,'
+        f'train.py: error: --config is {name!r}, expected a YAML file or the name of a recipe: data_free, dearkd_1000e,'
         ' dearkd_300e, digits, finetune_cars, finetune_cifar10, finetune_cifar100, finetune_flowers, small_folder.\n')
 
 

@@ -1,0 +1,128 @@
+"""The generator of images, on a small CNN."""
+import pytest
+import timm
+import torch
+
+import timm_dearkd  # noqa: F401
+from timm_dearkd.data_free import generator as module
+from timm_dearkd.data_free.generator import GENERATOR_WEIGHTS, Generator, GeneratorInverter, random_views, run_pilot
+from timm_dearkd.data_free.inversion import Augmentation, Execution, Resolution
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+TARGETS = torch.tensor([1, 3]).repeat_interleave(5)
+
+
+@pytest.fixture(autouse=True)
+def _short_periods(monkeypatch):
+    monkeypatch.setattr(module, 'RESET_STEPS', 6)
+    monkeypatch.setattr(module, 'BATCH_SIZE', 8)
+
+
+def make(seed=0, steps=24, model=None, weights=GENERATOR_WEIGHTS, **kwargs):
+    torch.manual_seed(seed)
+    if model is None:
+        model = timm.create_model('test_resnet', num_classes=4)
+        for _ in range(2):
+            model.train()(torch.randn(8, 3, 32, 32))  # statistics of its own
+    return GeneratorInverter(
+        model, MEAN, STD, [Resolution(32, steps, 0.01)], weights, 'none', augmentation=Augmentation(0),
+        check_interval=6, **kwargs)
+
+
+@pytest.mark.parametrize('size', [8, 28, 32, 64, 96, 224])
+@pytest.mark.parametrize('in_chans', [1, 3])
+def test_images_of_any_size(size, in_chans):
+    generator = Generator(7, in_chans, size)
+    images = generator(torch.randn(2, module.NOISE), torch.tensor([0, 6]))
+    assert images.shape == (2, in_chans, size, size) and images.min() >= 0 and images.max() <= 1
+    assert not images[0].equal(images[1])
+
+
+def test_images_are_valid_and_come_closer():
+    with make() as inverter:
+        checks = []
+        state = torch.get_rng_state()
+        images = inverter.run(TARGETS, 0, lambda step, losses: checks.append((step, losses)))
+        assert torch.get_rng_state().equal(state)
+        assert images.equal(inverter.run(TARGETS, 0)) and not images.equal(inverter.run(TARGETS, 1))
+    assert images.shape == (10, 3, 32, 32)
+    pixels = images * torch.tensor(STD).view(1, 3, 1, 1) + torch.tensor(MEAN).view(1, 3, 1, 1)
+    assert pixels.min() >= -1e-6 and pixels.max() <= 1 + 1e-6
+    assert [step for step, _ in checks] == [6, 12, 18, 24] and checks[-1][1]['loss'] < checks[0][1]['loss']
+    assert len({image.numpy().tobytes() for image in images}) == 10
+    assert not any(m._forward_pre_hooks for m in inverter.model.modules())
+
+
+def test_the_cnn_is_left_alone():
+    inverter = make(steps=6, execution=Execution(channels_last=True))
+    before = {k: v.clone() for k, v in inverter.model.state_dict().items()}
+    assert inverter.run(TARGETS, 0).isfinite().all()
+    assert all(v.equal(before[k]) for k, v in inverter.model.state_dict().items())
+    assert all(p.grad is None for p in inverter.model.parameters())
+
+
+def test_every_image_comes_once_and_every_part_has_all_classes():
+    for count, num_parts in ((10, 2), (96, 6), (3, 4)):
+        places = [chunk for part in range(num_parts) for chunk in module._chunks(count, part, num_parts)]
+        assert sorted(torch.cat(places).tolist()) == list(range(count))
+    targets = torch.arange(4).repeat_interleave(12)
+    for chunk in module._chunks(48, 1, 3):
+        assert targets[chunk].unique().numel() == 4
+    assert module._harvest_steps(24) == [18, 24] and module._harvest_steps(6) == [6]
+    assert module._harvest_steps(20) == [18, 20] and module._harvest_steps(3) == [3]
+
+
+def test_views_are_crops():
+    """Of a linear ramp, a crop has linear values inside the range; a mirror image has a falling ramp."""
+    ramp = torch.linspace(-1, 1, 33).expand(64, 1, 33, 33).clone().requires_grad_()
+    views = random_views(ramp, flip=True)
+    slopes = views[..., 16, 20] - views[..., 16, 10]
+    assert (slopes < 0).any() and (slopes > 0).any()
+    steps = views[:, 0, 16, 2:-2].diff(dim=-1)
+    torch.testing.assert_close(steps, steps[:, :1].expand_as(steps), atol=1e-5, rtol=0)
+    full = 2 / 32
+    assert ((steps[:, 0].abs() > full * 0.6 ** 0.5 - 1e-3) & (steps[:, 0].abs() < full + 1e-3)).all()
+    assert (random_views(ramp, flip=False)[..., 16, 20] > random_views(ramp, flip=False)[..., 16, 10]).all()
+    views.sum().backward()
+    assert ramp.grad.abs().sum() > 0
+
+
+class Mirrored(torch.nn.Module):
+    """A CNN that takes the left half of the image for the class, or the whole image."""
+
+    def __init__(self, whole):
+        super().__init__()
+        self.norm, self.whole = torch.nn.BatchNorm2d(3), whole
+
+    def forward(self, x):
+        means = self.norm(x)[..., :None if self.whole else x.shape[-1] // 2].mean((2, 3))
+        return 20 * torch.cat([means[:, :2] - means[:, 2:], means[:, 2:]], dim=1)
+
+
+@pytest.mark.parametrize('whole', [True, False])
+def test_the_pilot_finds_out_whether_mirror_images_are_alike(whole, caplog):
+    caplog.set_level('INFO')
+    inverter = make(model=Mirrored(whole))
+    weight, mirror = run_pilot(inverter, torch.arange(3).repeat_interleave(8), 0, weights=[0.], mirror=True)
+    assert weight == 0. and mirror >= whole and 'Pilot: with a BatchNorm weight of 0' in caplog.text
+    assert not run_pilot(inverter, TARGETS % 3, 0, weights=[0.], mirror=False)[1]
+    assert inverter.resolutions[0].steps == 24
+
+
+def test_the_pilot_takes_the_largest_weight_that_leaves_the_classes():
+    inverter = make(steps=30)
+    weight, _ = run_pilot(inverter, TARGETS, 0, weights=[1e6, 1e-3])
+    assert weight == 1e-3
+
+
+def test_a_loss_that_is_not_finite_ends_the_batch():
+    inverter = make()
+    inverter.set_choices(float('inf'), mirror=True)
+    assert inverter.run(TARGETS, 0) is None
+
+
+def test_errors():
+    with pytest.raises(ValueError, match='--generator has one phase'):
+        GeneratorInverter(
+            timm.create_model('test_resnet'), MEAN, STD, [Resolution(16, 1, 0.1), Resolution(32, 1, 0.1)],
+            diversity='none')
