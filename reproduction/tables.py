@@ -160,7 +160,7 @@ def defaults(scale: Scale, seeds: Sequence[int]) -> Table:
             distill_part('kept', second, '--teacher', '{teacher}', needs=cnn)),
         f'{scale.data}, {100 * second:g} %, no teacher given': (
             pupil_cell(scale, 'dearkd', seed), distill_part('own', second)),
-        'digits, 125 images': (None, distill(
+        'digits, 125 images, teacher of 1,257': (None, distill(
             'digits', 'digits', 125, '--train-split', 'train_10pct', '--teacher', f'{{runs}}/{digits_cnn.name}',
             needs=[digits_cnn])),
         'stamps (colour), 618 images, no teacher given': (None, distill('stamps', 'stamps', 618))}

@@ -37,9 +37,9 @@ IMAGE_OPTIONS = (
     'dataset', 'input_key', 'input_img_mode', 'train_fraction', 'fraction_seed', 'fraction_keep', 'no_prefetcher',
     'train_img_sizes', 'train_batch_sizes', 'train_size_probs', 'train_size_schedule', 'train_size_schedule_spread',
     'train_size_random_mix', 'train_batches_per_epoch', 'batch_size', 'seed', 'no_aug', 'train_crop_mode', 'scale',
-    'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'aa', 'affine_aug',
-    'aug_repeats', 'aug_splits', 'reprob', 'remode', 'recount', 'resplit', 'mixup', 'cutmix', 'cutmix_minmax',
-    'mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch', 'kd_teacher_img_size')
+    'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'aa',
+    'affine_aug', 'aug_repeats', 'aug_splits', 'reprob', 'remode', 'recount', 'resplit', 'mixup', 'cutmix',
+    'cutmix_minmax', 'mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch', 'kd_teacher_img_size')
 
 
 class LabelCache:
