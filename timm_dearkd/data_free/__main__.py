@@ -93,7 +93,7 @@ def _add_image_arguments(parser: argparse.ArgumentParser) -> None:
     add('--classes-per-batch', type=positive_int, metavar='N',
         help='different classes in a batch (default: 6; --generator: 20)')
     add('--images-per-class', type=positive_int, metavar='N',
-        help='images of each class in a batch (default: 7; --generator: 96)')
+        help='images of each class in a batch (default: 7; --generator: 192)')
     add('--resolutions', nargs='+', type=_resolution, metavar='SIZE:STEPS:LR',
         help='phases (default: SIZE/2:2000:0.5 SIZE:2000:0.01, where SIZE is --img-size; --generator: SIZE:400:0.005)')
     add('--img-size', type=positive_int, metavar='N',
@@ -138,7 +138,7 @@ def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
     preset = GENERATOR_WEIGHTS if args.generator else LossWeights()
     defaults: Dict[str, Any] = {f'{name}_weight': getattr(preset, name) for name in WEIGHTS}
     defaults.update(
-        classes_per_batch=20 if args.generator else 6, images_per_class=96 if args.generator else 7,
+        classes_per_batch=20 if args.generator else 6, images_per_class=192 if args.generator else 7,
         bn_norm='averaged' if args.generator else 'absolute')
     given = {key: value for key, value in vars(args).items() if value is not None}
     return argparse.Namespace(**{**vars(args), **defaults, **given})

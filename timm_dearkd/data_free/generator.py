@@ -18,8 +18,8 @@ _logger = logging.getLogger(__name__)
 
 # Our choices. `bn` is chosen by `run_pilot`
 GENERATOR_WEIGHTS = LossWeights(tv=0., l2=0., bn=10., bn_relative=True, bn_averaged=True, smoothing=0.1)
-PILOT_WEIGHTS = (160., 80., 40., 20., 10., 5., 2.5)
-PILOT_STEPS = 100
+PILOT_WEIGHTS = (10., 5., 2.5, 1., 0.5)
+PILOT_STEPS = 50
 MIN_RECOGNISED = 0.9  # of the pilot's images, by the CNN
 MIRROR_AGREEMENT = 0.75  # share of the pilot's images whose mirror image gets the same class
 NOISE = EMBEDDING = 32  # values per image
