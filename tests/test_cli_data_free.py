@@ -14,7 +14,7 @@ from conftest import run_process, run_python, run_ranks, start_forked
 from PIL import Image
 
 from timm_dearkd.commands import run_command
-from timm_dearkd.data_free.__main__ import main
+from timm_dearkd.data_free.__main__ import main, run_script
 from timm_dearkd.data_free.classes import match_classes
 from timm_dearkd.distances import read_log
 from timm_dearkd.engine.loader import build_distance_images, build_eval_loader
@@ -252,7 +252,7 @@ def test_errors_are_one_line_and_status_2(case, whole, cnn, tmp_path, capsys):
         args = [str(tmp_path / 'new'), *args]
     before = pixels(whole[0])
     with pytest.raises(SystemExit) as e:
-        run_command('data_free', main, [args[0], '--model', str(cnn), *QUICK, '--num-images', '24', *args[1:]])
+        run_script([args[0], '--model', str(cnn), *QUICK, '--num-images', '24', *args[1:]])
     err = capsys.readouterr().err.strip().splitlines()
     assert e.value.code == 2 and 'data-free: error: ' in err[-1] and message in err[-1]
     assert pixels(whole[0]) == before and not (tmp_path / 'new').exists()
