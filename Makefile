@@ -20,7 +20,7 @@ test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m slow
 
 test-integrations: $(INSTALLED)
-	$(VENV)/bin/python -m pip install --quiet transformers
+	$(VENV)/bin/python -m pip install --quiet -e '.[app]' playwright transformers
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m integrations
 
 lint: $(INSTALLED)

@@ -1,9 +1,11 @@
 """A whole training step of DearKD beside what it is made of, and timm's token distillation beside the same.
 
 What is compared takes turns in one process (A B C A B C ...), and the figures are medians. The steps are those of
-train.py's loop: losses, their means, the check for finite ones, backward, clipping, AdamW. "Parts" are the student's
-step on labels alone and the teacher's forward, measured apart; the last column is the whole step over their sum.
-One thread by default, so that the figures are those of a core. Weights are random.
+train.py's loop: losses, their means, the check for finite ones, backward, clipping, AdamW. In two rows the step needs
+no more than the teacher's feature map: with known labels (--kd-label-cache), and with alpha = 1, which uses none.
+"Student" and "teacher" are the parts, measured apart: the student's step on labels alone, and the teacher's forward, in
+these two rows up to the map. "Speed" is in relation to the first row. One thread by default, so that the figures are
+those of a core. Weights are random.
 
     python benchmarks/train_step.py                       # some minutes on a slow core
     python benchmarks/train_step.py --teacher regnety_160 --batch-size 4
@@ -11,7 +13,8 @@ One thread by default, so that the figures are those of a core. Weights are rand
 """
 import argparse
 import logging
-from typing import Any, Callable, Iterable, Optional, cast
+from functools import partial
+from typing import Any, Callable, Dict, Iterable, Optional, cast
 
 import timm
 import torch
@@ -63,18 +66,62 @@ def make_step(task: TrainingTask, batch, args, precision: Precision) -> Callable
     return lambda: trainer.train_epoch(0)
 
 
-def make_forward(model, images: torch.Tensor, args, precision: Precision) -> Callable[[], None]:
-    """A forward of the teacher."""
-    model = model.to(precision.device).eval()
-    if args.channels_last:
-        model, images = (x.to(memory_format=torch.channels_last) for x in (model, images))
-    if args.compile:
-        model = torch.compile(model)
-
+def make_forward(function: Callable[..., object], images: torch.Tensor, precision: Precision) -> Callable[[], None]:
+    """Return a function that runs the teacher."""
     def run() -> None:
         with torch.no_grad(), precision.autocast():
-            model(images)
+            function(images)
     return run
+
+
+class KnownLabels:
+    """A `LabelStore` with the same labels for every batch, which stay on the device."""
+
+    def __init__(self, labels: torch.Tensor) -> None:
+        self.labels = labels
+
+    def take(self, batch_size: int) -> torch.Tensor:
+        return self.labels
+
+    def put(self, logits: torch.Tensor) -> None:
+        pass
+
+
+def make_steps(batch, args, precision: Precision) -> Dict[str, Callable[[], object]]:
+    """Return the steps and their parts by name."""
+    device = precision.device
+
+    def student(name: str) -> torch.nn.Module:
+        return timm.create_model(name).to(device)
+
+    def teacher() -> torch.nn.Module:
+        return timm.create_model(args.teacher).to(device).eval().requires_grad_(False)
+
+    def dearkd(shared: Teacher, alpha: float = 0.5) -> DearKDTask:
+        return DearKDTask(student(args.student), shared, TwoStageSchedule(epochs=1, alpha=alpha), device=device)
+
+    whole_model: nn.Module = Teacher(teacher()).model
+    images = batch[0]
+    if args.channels_last:
+        whole_model, images = (x.to(memory_format=torch.channels_last) for x in (whole_model, images))
+    folded = Teacher.for_student(student(args.student), teacher())
+    tasks: Dict[str, TrainingTask] = {'dearkd': dearkd(folded)}
+    folded.fold_batchnorm((3, 224, 224))  # as train.py does
+    if args.amp_dtype:
+        folded.store_weights(getattr(torch, args.amp_dtype))
+    tasks['cached'] = cached = dearkd(folded)
+    cached.label_store = KnownLabels(batch[1])
+    tasks.update(
+        alpha_1=dearkd(folded, alpha=1.),
+        student=ClassificationTask(student(args.student), device=device),
+        token=TokenDistillationTask(
+            student(args.beside), teacher_model=teacher(), distill_type='hard', device=device),
+        beside=ClassificationTask(student(args.beside), device=device),
+    )
+    steps = {name: make_step(task, batch, args, precision) for name, task in tasks.items()}
+    steps['teacher'] = make_forward(torch.compile(whole_model) if args.compile else whole_model, images, precision)
+    steps['truncated'] = make_forward(partial(folded, with_logits=False), images, precision)
+    return steps
 
 
 def main() -> None:
@@ -100,35 +147,18 @@ def main() -> None:
         torch.randn(args.batch_size, 3, 224, 224, device=device),
         torch.randint(1000, (args.batch_size,), device=device))
 
-    def student(name: str) -> torch.nn.Module:
-        return timm.create_model(name).to(device)
-
-    def teacher() -> torch.nn.Module:
-        return timm.create_model(args.teacher).to(device).eval().requires_grad_(False)
-
-    dearkd = DearKDTask(student(args.student), teacher(), TwoStageSchedule(epochs=1), device=device)
-    dearkd.teacher.fold_batchnorm((3, 224, 224))  # as train.py does
-    if args.amp_dtype:
-        dearkd.teacher.store_weights(precision.amp_dtype)
-    token = TokenDistillationTask(
-        student(args.beside), teacher_model=teacher(), distill_type='hard', device=device)
-    steps = {
-        'dearkd': make_step(dearkd, batch, args, precision),
-        'student': make_step(ClassificationTask(student(args.student), device=device), batch, args, precision),
-        'token': make_step(token, batch, args, precision),
-        'beside': make_step(ClassificationTask(student(args.beside), device=device), batch, args, precision),
-        'teacher': make_forward(Teacher(teacher()).model, batch[0], args, precision),
-    }
-    seconds = medians(steps, args.rounds, device)
-
+    seconds = medians(make_steps(batch, args, precision), args.rounds, device)
     print(f'{args.teacher} teaches; {device}, batch {args.batch_size}, {args.amp_dtype or "float32"}; milliseconds')
-    print('| step | whole | student | teacher | whole / (student + teacher) |\n| --- | --- | --- | --- | --- |')
-    for name, whole, part in (
-            (f'DearKD, {args.student}', 'dearkd', 'student'),
-            (f"timm's token distillation, {args.beside}", 'token', 'beside')):
-        parts = seconds[part] + seconds['teacher']
-        print(f'| {name} | {1e3 * seconds[whole]:.0f} | {1e3 * seconds[part]:.0f} | {1e3 * seconds["teacher"]:.0f}'
-              f' | {seconds[whole] / parts:.3f} |')
+    print('| step | whole | student | teacher | whole / (student + teacher) | speed |')
+    print('| --- | --- | --- | --- | --- | --- |')
+    for name, whole, student, teacher in (
+            (f'DearKD, {args.student}', 'dearkd', 'student', 'teacher'),
+            ('DearKD, labels cached', 'cached', 'student', 'truncated'),
+            ('DearKD, alpha = 1', 'alpha_1', 'student', 'truncated'),
+            (f"timm's token distillation, {args.beside}", 'token', 'beside', 'teacher')):
+        parts = seconds[student] + seconds[teacher]
+        print(f'| {name} | {1e3 * seconds[whole]:.0f} | {1e3 * seconds[student]:.0f} | {1e3 * seconds[teacher]:.0f}'
+              f' | {seconds[whole] / parts:.3f} | {seconds["dearkd"] / seconds[whole]:.2f} |')
 
 
 if __name__ == '__main__':

@@ -4,7 +4,7 @@ from .capture import FeatureCapture, find_module
 from .checkpoint import load_model, resolve_teacher
 from .losses import dearkd_loss, hard_label_loss, hidden_loss, soft_label_loss
 from .schedule import StageWeights, TwoStageSchedule
-from .task import DearKDTask, has_content_tokens
+from .task import DearKDTask, LabelStore, has_content_tokens
 from .teacher import Teacher, create_teacher, load_class_map, resolve_layer
 from .timm_tasks import FeatureTask, LogitTask, TimmTeacher, TokenTask
 
@@ -13,6 +13,7 @@ __all__ = [
     'DearKDTask',
     'FeatureCapture',
     'FeatureTask',
+    'LabelStore',
     'LogitTask',
     'StageWeights',
     'Teacher',

@@ -26,15 +26,16 @@ class ClassOrder(NamedTuple):
         return [label for label, answer in enumerate(self.answers) if answer != label]
 
 
-def agreement(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def agreement(answers: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Return the share of images whose label is the teacher's answer, on the device.
 
     Args:
-        logits: The teacher's logits (B, classes).
+        answers: The teacher's logits (B, classes), or its labels (B,).
         target: Class indices (B,), or soft labels (B, classes), of which the largest counts.
     """
     labels = target if target.ndim == 1 else target.argmax(dim=1)
-    return (logits.argmax(dim=1) == labels).float().mean()
+    answers = answers if answers.ndim == 1 else answers.argmax(dim=1)
+    return (answers == labels).float().mean()
 
 
 def count_answers(counts: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:

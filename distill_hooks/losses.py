@@ -28,8 +28,14 @@ def hidden_loss(
 
 
 def hard_label_loss(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
-    """Return the cross-entropy of logits with the teacher's hard labels (Eq. 5)."""
-    return F.cross_entropy(logits.float(), teacher_logits.argmax(dim=-1))
+    """Return the cross-entropy of logits with the teacher's hard labels (Eq. 5).
+
+    Args:
+        logits: Logits of `head_dist` (B, classes).
+        teacher_logits: The teacher's logits (B, classes), or its labels (B,).
+    """
+    labels = teacher_logits if teacher_logits.ndim == 1 else teacher_logits.argmax(dim=-1)
+    return F.cross_entropy(logits.float(), labels)
 
 
 def soft_label_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -16,9 +16,14 @@ class StageWeights(NamedTuple):
         return self.beta > 0.
 
     @property
+    def uses_labels(self) -> bool:
+        """Whether the loss needs the teacher's labels."""
+        return self.alpha < 1.
+
+    @property
     def uses_teacher(self) -> bool:
         """Whether the loss needs the teacher at all."""
-        return self.alpha < 1. or self.uses_features
+        return self.uses_labels or self.uses_features
 
 
 class TwoStageSchedule:

@@ -1,6 +1,6 @@
 """DearKD as a timm training task."""
 import logging
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Union, cast
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Protocol, Sequence, Set, Tuple, Union, cast
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from .losses import dearkd_loss, hard_label_loss, hidden_loss, soft_label_loss
 from .schedule import TwoStageSchedule
 from .teacher import FeatureSpec, Teacher, require_same_teacher, resolve_layer
 
-__all__ = ['DearKDTask', 'DearKDTrainable', 'has_content_tokens']
+__all__ = ['DearKDTask', 'DearKDTrainable', 'LabelStore', 'has_content_tokens']
 
 DEFAULT_HOOKS = ('4',)
 LABELS = ('dataset', 'teacher')
@@ -185,6 +185,20 @@ class DearKDTrainable(nn.Module):
         return logits, dist_logits, aligned
 
 
+class LabelStore(Protocol):
+    """Known labels of the teacher, for the attribute `label_store` of a `DearKDTask`.
+
+    The task calls `take` for every batch whose labels it needs, in the order of the batches. Where the labels are
+    known, the teacher computes its feature maps alone, or does not run at all.
+    """
+
+    def take(self, batch_size: int) -> Optional[torch.Tensor]:
+        """Return the labels (B,) of the next batch on the device, or None to run the teacher."""
+
+    def put(self, logits: torch.Tensor) -> None:
+        """Take the teacher's logits (B, classes) of the batch for which `take` returned None."""
+
+
 class DearKDTask(TrainingTask):
     """Early knowledge distillation of a CNN into any timm ViT (Eq. 4 to 7).
 
@@ -271,6 +285,7 @@ class DearKDTask(TrainingTask):
             device=self.device,
             dtype=self.dtype,
         )
+        self.label_store: Optional[LabelStore] = None
         self.feature_std: Optional[List[torch.Tensor]] = None
         self.normalize_features = normalize_features
         self._ddp_kwargs: Optional[Dict[str, Any]] = None
@@ -288,7 +303,8 @@ class DearKDTask(TrainingTask):
             names.append('logit_loss')
         if self.schedule.uses_features:
             names.append('hidden_loss')
-        return names + (['teacher_agreement'] if len(names) > 2 or self.labels == 'teacher' else [])
+        has_labels = 'logit_loss' in names or self.labels == 'teacher'
+        return names + (['teacher_agreement'] if has_labels else [])
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> 'DearKDTask':
         result = super()._apply(fn, *args, **kwargs)
@@ -416,6 +432,25 @@ class DearKDTask(TrainingTask):
             std = torch.maximum(std, std.mean() / 10)
             self.feature_std.append(torch.where(std > 0, std, torch.ones_like(std)))
 
+    def _ask_teacher(self, input: torch.Tensor) -> Tuple[Optional[torch.Tensor], List[torch.Tensor]]:
+        """Return the teacher's answers and feature maps of a batch: None and [] where the stage needs none.
+
+        The answers are labels (B,), or logits (B, classes) for soft labels. The teacher runs only as far as necessary.
+        See `LabelStore` for labels that are known.
+        """
+        uses_labels = self.weights.uses_labels or self.labels == 'teacher'
+        store = self.label_store if uses_labels else None
+        answers = store.take(len(input)) if store is not None else None
+        with_logits, with_features = uses_labels and answers is None, self.weights.uses_features
+        if not with_logits and not with_features:
+            return answers, []
+        logits, features = self.teacher(input, with_features=with_features, with_logits=with_logits)
+        if with_logits:
+            answers = logits.argmax(dim=-1) if self.soft_temperature is None else logits
+            if store is not None:
+                store.put(logits)
+        return answers, features
+
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Compute the losses of one batch.
 
@@ -425,24 +460,21 @@ class DearKDTask(TrainingTask):
 
         Returns:
             'loss' (Eq. 6 or 7), 'output' (the student's logits) and the losses of the stage: 'ce_loss', 'logit_loss',
-            'hidden_loss'. With labels of the teacher, 'ce_loss' is the loss of `head` with them. While the teacher is
+            'hidden_loss'. With labels of the teacher, 'ce_loss' is the loss of `head` with them. While its labels are
             used, 'teacher_agreement' is the share of the images whose label (the larger one, after Mixup) is the
             teacher's answer.
         """
         alpha, beta = self.weights.alpha, self.weights.beta
-        features: List[torch.Tensor] = []
-        uses_teacher = self.weights.uses_teacher or self.labels == 'teacher'
-        if uses_teacher:
-            teacher_logits, features = self.teacher(input, with_features=self.weights.uses_features)
+        answers, features = self._ask_teacher(input)
         logits, dist_logits, aligned = self.trainable_module(input, [f.shape[-2:] for f in features])
 
         losses: Dict[str, Any] = {}
-        if self.labels == 'teacher':
-            losses['ce_loss'] = self._label_loss(logits, teacher_logits)
+        if self.labels == 'teacher' and answers is not None:
+            losses['ce_loss'] = self._label_loss(logits, answers)
         else:
             losses['ce_loss'] = self.criterion(logits, target)
-        if dist_logits is not None:
-            losses['logit_loss'] = self._label_loss(dist_logits, teacher_logits)
+        if dist_logits is not None and answers is not None:
+            losses['logit_loss'] = self._label_loss(dist_logits, answers)
         if features:
             if self.normalize_features and self.feature_std is None:
                 self._fix_feature_std(features)
@@ -451,8 +483,8 @@ class DearKDTask(TrainingTask):
                 self._hidden_loss(a, f, std) for a, f, std in zip(aligned, features, stds)) / len(features)
         loss = dearkd_loss(
             losses['ce_loss'], losses.get('logit_loss', 0.), losses.get('hidden_loss', 0.), alpha, beta)
-        if uses_teacher:
-            losses['teacher_agreement'] = agreement(teacher_logits, target)
+        if answers is not None:
+            losses['teacher_agreement'] = agreement(answers, target)
         return {'loss': loss, 'output': logits, **losses}
 
 

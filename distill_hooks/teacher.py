@@ -16,6 +16,7 @@ from .capture import FeatureCapture, find_module
 from .checkpoint import load_model, resolve_teacher, training_args
 from .errors import first_line
 from .fold import fold_batchnorm
+from .truncate import truncate
 
 __all__ = [
     'FeatureSpec', 'Teacher', 'create_teacher', 'load_class_map', 'resolve_layer', 'resolve_teacher', 'training_args',
@@ -153,6 +154,7 @@ class Teacher(nn.Module):
     shift: torch.Tensor
     class_map: Optional[torch.Tensor]
     input_size: Optional[Tuple[int, int, int]] = None  # the student's (C, H, W), if known
+    weights_hash = ''  # of the weights as they were loaded, set by `prepare`
 
     def __init__(
             self,
@@ -189,7 +191,9 @@ class Teacher(nn.Module):
         self.register_buffer('shift', shift.float().view(1, -1, 1, 1), persistent=False)
 
         self.capture = FeatureCapture(model, layers)
+        self._truncated: Tuple[nn.Module, ...] = ()  # a tuple, so that the view is no submodule
         self._run = self._forward
+        self._run_features = self._features
         self._run_pooled = self._pooled
         self.eval()
 
@@ -258,6 +262,7 @@ class Teacher(nn.Module):
         capture = FeatureCapture(self.model, layers)
         self.capture.close()
         self.capture = capture
+        self._truncated = ()
 
     def _set_class_map(self, class_map: Sequence[int]) -> None:
         count = self.num_classes
@@ -277,6 +282,7 @@ class Teacher(nn.Module):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the forward with its hooks. Takes the arguments of `torch.compile`."""
         self._run = torch.compile(self._forward, *args, **kwargs)
+        self._run_features = torch.compile(self._features, *args, **kwargs)
         self._run_pooled = torch.compile(self._pooled, *args, **kwargs)
 
     def store_weights(self, dtype: torch.dtype) -> None:
@@ -298,6 +304,7 @@ class Teacher(nn.Module):
             The number of folded BatchNorm modules.
         """
         noise = self._noise(input_size)
+        self._truncated = ()
 
         def run() -> List[torch.Tensor]:
             logits, features = self._forward(noise, with_features=True)
@@ -336,10 +343,42 @@ class Teacher(nn.Module):
             logits = logits.index_select(1, self.class_map)
         return logits, self._take_features() if with_features else []
 
+    def _features(self, x: torch.Tensor) -> List[torch.Tensor]:
+        self.capture.enabled = True
+        self._truncated[0](self.prepare_input(x))
+        return self._take_features()
+
+    def _truncate(self, x: torch.Tensor) -> None:
+        """Find the modules that the feature maps do not need."""
+        def run(model: nn.Module) -> List[torch.Tensor]:
+            self._truncated = (model,)
+            return self._features(x)
+
+        self._truncated = (truncate(self.model, self.layers, run),)
+
     @torch.no_grad()
-    def forward(self, x: torch.Tensor, with_features: bool = True) -> Tuple[torch.Tensor, List[torch.Tensor]]:
-        """Return logits (B, classes) and maps (B, C, h, w) for the student's input."""
-        return self._run(x, with_features)
+    def forward(
+            self,
+            x: torch.Tensor,
+            with_features: bool = True,
+            with_logits: bool = True,
+    ) -> Tuple[Optional[torch.Tensor], List[torch.Tensor]]:
+        """Return logits (B, classes) and maps (B, C, h, w) for the student's input.
+
+        Without logits, the model stops after the last of `layers`. The maps are the same, bit for bit.
+
+        Args:
+            x: The student's input (B, C, H, W).
+            with_features: Return the maps of `layers`, else [].
+            with_logits: Return the logits, else None.
+        """
+        if with_logits:
+            return self._run(x, with_features)
+        if not (with_features and self.layers):
+            return None, []
+        if not self._truncated:
+            self._truncate(x[:1])
+        return None, self._run_features(x)
 
     def _pooled(self, x: torch.Tensor) -> torch.Tensor:
         model: Any = self.model
@@ -447,7 +486,7 @@ class Teacher(nn.Module):
         """
         if uses_classes:
             self._check_classes(cast(int, student.num_classes))
-        fingerprint = self.fingerprint()
+        fingerprint, self.weights_hash = self.fingerprint(), weights_fingerprint(self.model)
         self.model.to(dtype)
         self.to(device)
         input_size = self.input_size or get_model_input_config(student)['input_size']

@@ -4,14 +4,14 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import yaml
 
 __all__ = [
     'FIGURE4', 'METHODS', 'ROOT', 'RPE_DROP', 'SCALES', 'STAGE1', 'TAUGHT', 'Cell', 'CellError', 'Scale', 'adi_weights',
-    'cnn_cell', 'definition', 'hidden_loss', 'intra_weights', 'methods', 'read_recipe', 'stages', 'student_cell',
-    'students', 'teacher_cell', 'training_cost', 'two_stages',
+    'cnn_cell', 'definition', 'hidden_loss', 'image_arguments', 'intra_weights', 'methods', 'read_recipe', 'stages',
+    'student_cell', 'students', 'teacher_cell', 'training_cost', 'two_stages',
 ]
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,7 +135,7 @@ class Cell:
         cost: Estimate of the time, in training images of a plain ViT over all epochs.
         seed: Seed of the run.
         needs: Cells to run first.
-        program: 'train', 'data_free', 'merge' or 'diversity'.
+        program: 'train', 'distill', 'data_free', 'merge' or 'diversity'.
     """
     name: str
     data: str
@@ -150,6 +150,21 @@ class CellError(Exception):
     """Reason why a cell has no result."""
 
 
+# Arguments of train.py that change neither the images nor the teacher's labels, besides those of DearKD
+STUDENT_FLAGS = {'--model', '--model-kwargs', '--epochs', '--lr', '--val-interval', '--track-attention-distance'}
+
+
+def image_arguments(argv: Sequence[str]) -> List[str]:
+    """Return the arguments of a run that may change its images or its teacher."""
+    kept: List[str] = []
+    is_kept = True
+    for arg in argv:
+        if arg.startswith('-'):
+            is_kept = arg not in STUDENT_FLAGS and 'dearkd-' not in arg
+        kept += [arg] if is_kept else []
+    return kept
+
+
 @functools.lru_cache(maxsize=None)
 def _read(path: Path) -> Any:
     return yaml.safe_load(path.read_text())
@@ -157,9 +172,12 @@ def _read(path: Path) -> Any:
 
 def read_recipe(cell: Cell) -> Optional[Dict[str, Any]]:
     """Return the options in the recipe of a cell; None if it has no recipe."""
-    if '-c' not in cell.argv:
+    if '-c' in cell.argv:
+        name = cell.argv[cell.argv.index('-c') + 1]
+    elif cell.program == 'distill':
+        name = 'recipes/small_folder.yaml'
+    else:
         return None
-    name = cell.argv[cell.argv.index('-c') + 1]
     return _read(ROOT / name if (ROOT / name).exists() else ROOT / 'timm_dearkd' / name)  # as train.py finds it
 
 

@@ -1,6 +1,7 @@
 """Run cells in parallel processes, skip finished cells and resume unfinished ones."""
 import argparse
 import fcntl
+import hashlib
 import itertools
 import json
 import os
@@ -15,7 +16,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence, Set, TextIO
 
-from reproduction.cells import ROOT, Cell, CellError, Scale, definition, read_recipe, teacher_cell
+from reproduction.cells import (
+    ROOT,
+    Cell,
+    CellError,
+    Scale,
+    definition,
+    image_arguments,
+    read_recipe,
+    teacher_cell,
+)
 from reproduction.prepare import validation_folder
 from reproduction.results import FIGURES, READERS, TEACHER_FILES, read_result, weights_hash
 from timm_dearkd.files import write_bytes
@@ -89,6 +99,7 @@ class Driver:
         self.threads = max(1, (os.cpu_count() or 1) // jobs)
         self.processes: Set[subprocess.Popen] = set()
         self.stopping = False
+        self.labels_read = self.labels_computed = 0
         self.cost = self.seconds = 0.  # of the cells that finished, for the estimate of the time left
 
     def result_path(self, name: str) -> Path:
@@ -129,6 +140,9 @@ class Driver:
         for name, value in (('{runs}', work), ('{data}', self.path(self.data)), ('{teacher}', self.teacher())):
             argv = [arg.replace(name, value) for arg in argv]
         data = self.path(self.work / cell.data[1:] if cell.data.startswith('/') else self.data / cell.data)
+        if cell.program == 'distill':
+            return ['-m', 'timm_dearkd', 'distill', data, *argv, '--seed', str(cell.seed), '--output',
+                    f'{work}/{cell.name}']
         if cell.program == 'data_free':
             return ['-m', 'timm_dearkd.data_free', f'{work}/{cell.name}', *argv, '--seed', str(cell.seed), '--resume']
         if cell.program == 'merge':
@@ -137,8 +151,24 @@ class Driver:
             return ['-m', 'timm_dearkd.analysis', 'diversity', data, *argv, '--seed', str(cell.seed), '--output',
                     f'{work}/{cell.name}/diversity.json', '--overwrite']
         return [
-            'train.py', data, *argv, *self.accumulation(cell), '--seed', str(cell.seed), '--output', work,
-            '--experiment', cell.name, '--resume', 'auto']
+            'train.py', data, *argv, *self.accumulation(cell), *self.label_cache(cell, argv), '--seed', str(cell.seed),
+            '--output', work, '--experiment', cell.name, '--resume', 'auto']
+
+    def label_cache(self, cell: Cell, argv: Sequence[str]) -> List[str]:
+        """Return the arguments for the teacher's labels, which cells with the same images and teacher share.
+
+        Args:
+            cell: A run of train.py.
+            argv: Its arguments, without placeholders.
+        """
+        teacher = dict(zip(argv, argv[1:])).get('--kd-model-name')
+        if not teacher or cell.data.startswith('/'):  # each student has synthetic images of its own
+            return []
+        parts = [
+            cell.data, cell.seed, image_arguments(argv), read_recipe(cell), weights_hash(ROOT / teacher),
+            count_processes(self.launcher)]
+        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+        return ['--kd-label-cache', f'{self.path(self.work)}/labels/{key}']
 
     def accumulation(self, cell: Cell) -> List[str]:
         """Return the arguments that give several processes the batch size of one process.
@@ -297,6 +327,8 @@ class Driver:
             print(f'{cell.name}: {problem}', flush=True)
             return problem
         self.cost, self.seconds = self.cost + cell.cost, self.seconds + result['seconds']
+        self.labels_read += result.get('labels_read', 0)
+        self.labels_computed += result.get('labels_computed', 0)
         figure, = (text.format(result[key]) for key, text in FIGURES.items() if key in result)
         print(f'{cell.name}: {figure} ({len(left)} cells{self.time_left(left)})', flush=True)
         return ''
@@ -310,6 +342,7 @@ class Driver:
             print('Stopped. Run the same command to resume.', file=sys.stderr)
             return False
         todo = self.missing(cells)
+        self.labels_read = self.labels_computed = 0
         print(f'{len(cells)} cells, {sum(cell.name not in todo for cell in cells)} finished', flush=True)
         waiting, failed = dict(todo), {}  # type: ignore[var-annotated]
         futures: Dict[Future, Cell] = {}
@@ -330,6 +363,10 @@ class Driver:
                         failed[cell.name] = problem
                     else:
                         finished.add(cell.name)
+        labels = self.labels_read + self.labels_computed
+        if labels:
+            print(f'The teacher labelled {self.labels_computed} of {labels} images. The other labels'
+                  f' ({100 * self.labels_read / labels:.0f} %) were in {self.path(self.work)}/labels.', flush=True)
         for name, problem in failed.items():
             print(f'No result: {name}: {problem}', file=sys.stderr)
         if self.stopping:

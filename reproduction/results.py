@@ -1,5 +1,6 @@
 """Read and keep the results of the cells: one JSON file each, and the files of the teacher."""
 import csv
+import functools
 import hashlib
 import json
 import statistics
@@ -11,7 +12,10 @@ from reproduction.cells import ROOT, CellError, Scale, definition
 from reproduction.table import Entry, Key, Table
 from reproduction.tables import collect_cells, tables_of
 
-__all__ = ['FIGURES', 'READERS', 'RESULTS', 'TEACHER_FILES', 'Figure', 'Results', 'read_result', 'weights_hash']
+__all__ = [
+    'FIGURES', 'READERS', 'RESULTS', 'TEACHER_FILES', 'Figure', 'Results', 'distill_figures', 'read_result',
+    'weights_hash',
+]
 
 RESULTS = ROOT / 'reproduction' / 'results'
 # Kept with the results, because another machine would train a different teacher
@@ -36,14 +40,26 @@ def read_result(path: Path) -> Optional[Dict[str, Any]]:
     return None
 
 
+@functools.lru_cache(maxsize=None)
+def _file_hash(path: Path, modified: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
 def weights_hash(folder: Path) -> str:
     """Return the first digits of the SHA-256 of a run's weights; '' if there are none."""
     path = folder / 'model_best.safetensors'
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else ''
+    return _file_hash(path, path.stat().st_mtime_ns) if path.exists() else ''
+
+
+def label_counts(folder: Path) -> Dict[str, int]:
+    """Return how many of the teacher's labels a run read and computed, if it has a label cache."""
+    path = folder / 'run.json'
+    results = json.loads(path.read_text()).get('results', {}) if path.exists() else {}
+    return {name: results[name] for name in ('labels_read', 'labels_computed') if name in results}
 
 
 def student_figures(folder: Path) -> Dict[str, Any]:
-    """Return top-1 after the last epoch and at each evaluation, and the teacher agreement."""
+    """Return top-1 after the last epoch and at each evaluation, the teacher agreement, and `label_counts`."""
     with open(folder / 'summary.csv', newline='') as f:
         rows = list(csv.DictReader(f))
     if not rows or None in rows[-1] or not rows[-1].get('eval_top1'):
@@ -51,8 +67,14 @@ def student_figures(folder: Path) -> Dict[str, Any]:
     evaluated = {int(row['epoch']) + 1: float(row['eval_top1']) for row in rows if row['eval_top1']}
     agreement = [row['train_teacher_agreement'] for row in rows if row.get('train_teacher_agreement')]
     return dict(
-        top1=evaluated[max(evaluated)], top1_by_epoch=evaluated,
+        top1=evaluated[max(evaluated)], top1_by_epoch=evaluated, **label_counts(folder),
         **(dict(teacher_agreement=float(agreement[-1])) if agreement else {}))
+
+
+def distill_figures(folder: Path) -> Dict[str, Any]:
+    """Return the figures of a student of `timm-dearkd distill`, and the top-1 of its teacher."""
+    results = json.loads((folder / 'student' / 'run.json').read_text())['results']
+    return dict(student_figures(folder / 'student'), teacher_top1=results['teacher_top1'])
 
 
 def image_figures(folder: Path) -> Dict[str, Any]:
@@ -79,7 +101,8 @@ def distance_figures(folder: Path) -> Dict[str, Any]:
 
 # Reads the figures in the folder of a run, by program
 READERS: Dict[str, Callable[[Path], Dict[str, Any]]] = {
-    'train': student_figures, 'data_free': image_figures, 'merge': merged_figures, 'diversity': distance_figures}
+    'train': student_figures, 'distill': distill_figures, 'data_free': image_figures, 'merge': merged_figures,
+    'diversity': distance_figures}
 
 
 class Figure(NamedTuple):

@@ -70,7 +70,7 @@ def main() -> None:
         if args.list:
             print('\n'.join(lines))
             return
-        prepare_data(scale, args.data, {cell.program for cell in cells})
+        prepare_data(scale, args.data, [*driver.missing(cells).values()])
     except (OSError, ValueError, subprocess.CalledProcessError) as e:
         parser.error(' '.join(str(e).split()))
     for signum in (signal.SIGINT, signal.SIGTERM):

@@ -255,7 +255,7 @@ def test_errors_are_one_line_and_status_2(case, whole, cnn, tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         run_command('data_free', main, [args[0], '--model', str(cnn), *QUICK, '--num-images', '24', *args[1:]])
     err = capsys.readouterr().err.strip().splitlines()
-    assert e.value.code == 2 and 'data_free: error: ' in err[-1] and message in err[-1]
+    assert e.value.code == 2 and 'data-free: error: ' in err[-1] and message in err[-1]
     assert pixels(whole[0]) == before and not (tmp_path / 'new').exists()
 
 

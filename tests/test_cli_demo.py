@@ -1,6 +1,7 @@
 """The scripts behind `make demo`, in small."""
 import os
-import shlex
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, run_python
@@ -43,16 +44,19 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_report(out):
-    """The demo's commands with fewer epochs, then its table and picture."""
-    script = (ROOT / 'examples' / 'digits.sh').read_text()
-    script = script.replace('--track', '--epochs 2 --track').replace('--epochs 15', '--epochs 1')
-    commands = [line for line in script.replace('\\\n', ' ').splitlines() if line.startswith('python')]
-    assert len(commands) == 5
-    for command in commands[1:]:
-        result = run_python(*shlex.split(command.replace('$OUT', str(out)))[1:])
-        assert result.returncode == 0, result.stderr
-    table = [line for line in result.stdout.splitlines() if line.startswith('|')]
+def test_the_whole_script(tmp_path):
+    """The demo with fewer epochs: its table and picture, and the folder of somebody else that it refuses."""
+    env = dict(os.environ, PATH=f'{os.path.dirname(sys.executable)}{os.pathsep}{os.environ["PATH"]}')
+    command = ['sh', 'examples/digits.sh', tmp_path / 'out', '3', '--epochs', '2']
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    table = [line for line in result.stdout.splitlines() if line.startswith('|') and line.count('|') == 6]
     assert [row.split('|')[1].strip() for row in table[2:]] == ['CNN teacher', 'plain ViT', 'DearKD student']
     assert [row.split('|')[3].strip() for row in table[2:]] == ['1,257', '125', '125']
-    assert (out / 'digits.png').stat().st_size > 10_000
+    assert (tmp_path / 'out' / 'digits.png').stat().st_size > 10_000
+
+    (tmp_path / 'mine' / 'student').mkdir(parents=True)
+    command[2] = tmp_path / 'mine'
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert result.returncode == 2 and (tmp_path / 'mine' / 'student').exists()
+    assert 'runs of something else' in result.stderr

@@ -1,6 +1,7 @@
 """`timm-dearkd`, as users call it."""
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from conftest import run_python
 from PIL import Image
 
 import timm_dearkd.train
+from reproduction.results import distill_figures
 from timm_dearkd.cli import COMMANDS
 from timm_dearkd.engine.optimizer import epochs_for
 from timm_dearkd.settings import is_mirrored_alike
@@ -41,6 +43,14 @@ def distilled(photos, tmp_path_factory):
     return output, result
 
 
+def copy_of(distilled, folder):
+    """The runs and the split, as if they had been written to another folder."""
+    shutil.copytree(distilled[0], folder, symlinks=True)
+    for args in folder.glob('*/args.yaml'):
+        args.write_text(args.read_text().replace(str(distilled[0]), str(folder)))
+    return folder
+
+
 def test_a_flat_folder_becomes_a_student(photos, distilled):
     """The CNN, the student, their table, and options that train.py reads again."""
     output, result = distilled
@@ -57,6 +67,7 @@ def test_a_flat_folder_becomes_a_student(photos, distilled):
     assert float(table[3][2].split()[0]) == pytest.approx(best, abs=0.05)
     teacher_top1 = json.loads((output / 'student' / 'run.json').read_text())['results']['teacher_top1']
     assert float(table[2][2].split()[0]) == pytest.approx(teacher_top1, abs=0.05)
+    assert distill_figures(output)['teacher_top1'] == teacher_top1  # as reproduction/ reads the folder
     assert (output / 'student' / 'report.html').is_file()
 
 
@@ -71,7 +82,7 @@ def test_the_same_call_again_returns_the_run(photos, distilled, monkeypatch):
     assert model.pretrained_cfg['label_names'] == ['blue', 'green', 'red']
 
 
-def test_options_in_python(photos, tmp_path, monkeypatch):
+def test_options_in_python(photos, distilled, tmp_path, monkeypatch):
     """Unknown names and wrong values raise, a file of options is read, and a switch can be off."""
     with pytest.raises(TypeError, match="'epoch'"):
         timm_dearkd.distill(str(photos), epoch=4)
@@ -83,13 +94,55 @@ def test_options_in_python(photos, tmp_path, monkeypatch):
     for options in (dict(config=tmp_path / 'mine.yaml'), dict(report=False, batch_size=6, lr=0.001)):
         with pytest.raises(ZeroDivisionError):
             timm_dearkd.distill(
-                str(photos), teacher='test_resnet', output=str(tmp_path / 'out'), device='cpu', **options)
+                str(photos), teacher=str(distilled[0] / 'teacher'), output=str(tmp_path / 'out'), device='cpu',
+                **options)
+        args = timm_dearkd.train._parse_args(started[-1])[0]
+        assert (args.lr, args.batch_size, args.report) == (0.001, 6, 'config' in options)
     with monkeypatch.context() as patch:
         patch.setenv('WORLD_SIZE', '2')
         with pytest.raises(ValueError, match='one process'):
             timm_dearkd.distill(str(photos))
-    assert len(started) == 2 and all('--model=test_resnet' in argv and '--hflip=0.0' in argv for argv in started)
-    assert all(argv[1:3] == ['-c', 'small_folder'] for argv in started)
+    assert started[1][1:3] == ['-c', 'small_folder']
+
+
+def test_the_cnn_sees_the_students_images(photos, tmp_path, monkeypatch):
+    """The same part of them, in the same precision and with as many channels; and no mirror images."""
+    started = []
+    monkeypatch.setattr(timm_dearkd.train, 'prepare', lambda argv: started.append(argv) or (lambda: 1 / 0))
+    shared = dict(train_fraction=0.5, fraction_seed=1, in_chans=1, deterministic=True, seed=3)
+    with pytest.raises(ZeroDivisionError):
+        timm_dearkd.distill(
+            str(photos), teacher='test_resnet', output=str(tmp_path / 'out'), device='cpu', **shared)
+    argv, = started
+    args = timm_dearkd.train._parse_args(argv)[0]
+    assert (args.model, args.hflip, args.experiment) == ('test_resnet', 0., 'teacher')
+    assert {name: getattr(args, name) for name in shared} == shared
+
+
+def test_a_finished_student_needs_no_teacher(photos, distilled, tmp_path, monkeypatch, caplog):
+    """It is returned although the CNN's folder is gone, unless files of the last epoch are missing."""
+    monkeypatch.setattr(timm_dearkd.train, 'prepare', lambda argv: lambda: 1 / 0)
+    output = copy_of(distilled, tmp_path / 'out')
+    (output / 'teacher').rename(tmp_path / 'moved')
+    options = dict(output=str(output), device='cpu', workers=0)
+    assert timm_dearkd.distill(str(photos), epochs=4, **options).summary()['student'] > 0
+    with pytest.raises(ValueError, match='kd_model_name'):  # another teacher, before one is trained
+        timm_dearkd.distill(str(photos), teacher=str(tmp_path / 'moved'), epochs=4, **options)
+    (tmp_path / 'moved').rename(output / 'teacher')
+    (output / 'student' / 'model_best.safetensors').unlink()
+    with pytest.raises(ZeroDivisionError):
+        timm_dearkd.distill(str(photos), epochs=4, **options)
+
+
+def test_a_run_that_was_told_to_stop_early_goes_on(photos, distilled, tmp_path, monkeypatch):
+    monkeypatch.setattr(timm_dearkd.train, 'prepare', lambda argv: lambda: 1 / 0)
+    output = copy_of(distilled, tmp_path / 'out')
+    args = output / 'student' / 'args.yaml'
+    args.write_text(args.read_text().replace('stop_epoch: null', 'stop_epoch: 3'))
+    lines = (output / 'student' / 'summary.csv').read_text().splitlines(keepends=True)
+    (output / 'student' / 'summary.csv').write_text(''.join(lines[:-1]))
+    with pytest.raises(ZeroDivisionError):
+        timm_dearkd.distill(str(photos), output=str(output), epochs=4, device='cpu', workers=0)
 
 
 def test_the_recipe_fills_in_what_the_users_file_leaves_open(photos, distilled, tmp_path, monkeypatch):
@@ -103,6 +156,18 @@ def test_the_recipe_fills_in_what_the_users_file_leaves_open(photos, distilled, 
                 config=tmp_path / 'mine.yaml')
         args = timm_dearkd.train._parse_args(started[-1])[0]
         assert (args.opt, args.weight_decay, args.lr, args.batch_size) == ('adamw', 0.05, lr, batch)
+
+
+def test_grey_images_are_announced_with_one_mean(tmp_path, monkeypatch, caplog):
+    for name in 'ab':
+        (tmp_path / 'grey' / name).mkdir(parents=True)
+        for i in range(5):
+            Image.new('L', (9, 9), 20 * i).save(tmp_path / 'grey' / name / f'{i}.png')
+    monkeypatch.setattr(timm_dearkd.train, 'prepare', lambda argv: lambda: 1 / 0)
+    with caplog.at_level('INFO'), pytest.raises(ZeroDivisionError):
+        timm_dearkd.distill(str(tmp_path / 'grey'), output=str(tmp_path / 'out'), device='cpu')
+    chosen = [line for line in caplog.messages if 'in chans 1' in line]
+    assert len(chosen) == 2 and all('mean 0.5, std 0.5' in line for line in chosen)
 
 
 def test_train_py_repeats_the_student(distilled, tmp_path):
@@ -126,14 +191,26 @@ def test_train_py_repeats_the_student(distilled, tmp_path):
     (['PHOTOS', '--kd-model-name', 'resnet18'], "does not take 'kd_model_name'. Give teacher"),
     (['PHOTOS', '--output', 'DONE', '--epochs', '4', '--lr', '1'], 'other options: lr 0.002 → 1.0'),
     (['PHOTOS', '--output', 'DONE', '--epochs', '4', '--teacher', 'CNN', '--student', 'test_vit'], 'other options'),
-    (['PHOTOS', '--teacher', 'resnet999'], 'resnet999'),
+    (['PHOTOS', '--teacher', 'resnet999'], "No folder and no timm model 'resnet999'"),
+    (['PHOTOS', '--teacher', 'nowhere/cnn'], "No folder and no timm model 'nowhere/cnn'. Give --teacher a run folder"),
+    (['PHOTOS', '--kd-teacher-checkpoint', 'cnn.pth'], 'Name their architecture with --teacher'),
+    (['PHOTOS', 'photos'], 'in quotes if its name has spaces'),
+    (['PHOTOS', '--student', 'vit_tiny_patch16_224.foo'], "Unknown student 'vit_tiny_patch16_224.foo'"),
+    (['PHOTOS', '--student', 'resnet18', '--kd-distill-type', 'dearkd'], 'no content tokens'),  # no CNN is trained
+    (['PHOTOS', '--dearkd-hooks', '99'], '99'),
+    (['ONE'], 'has one class'),
+    (['SPLITS'], 'named like splits: test, train'),
     (['PHOTOS', '--student', 'resnet18', '--teacher', 'CNN', '--kd-distill-type', 'dearkd'], 'no content tokens'),
     (['PHOTOS', '--lr', 'much'], '--lr'),
     (['EMPTY'], 'No images'),
 ])
 def test_errors_are_one_line_and_status_2(args, message, photos, distilled, tmp_path):
     (tmp_path / 'empty').mkdir()
-    places = {'PHOTOS': photos, 'CNN': distilled[0] / 'teacher', 'EMPTY': tmp_path / 'empty', 'DONE': distilled[0]}
+    for folder in ('one/photos', 'splits/train', 'splits/test'):
+        shutil.copytree(photos / 'red', tmp_path / folder)
+    places = {
+        'PHOTOS': photos, 'CNN': distilled[0] / 'teacher', 'DONE': distilled[0], 'EMPTY': tmp_path / 'empty',
+        'ONE': tmp_path / 'one', 'SPLITS': tmp_path / 'splits'}
     output = () if '--output' in args else ('--output', tmp_path / 'out')
     result = run_python(
         '-m', 'timm_dearkd', 'distill', *(places.get(arg, arg) for arg in args), *output, '--device', 'cpu')
@@ -175,11 +252,11 @@ def test_help_lists_every_command_once():
 
 
 def test_the_recipe_chooses_the_epochs_unless_they_are_given(image_folder, tmp_path):
-    """`-c small_folder` of train.py: 700 / 45^(1/4) epochs for 45 images in whole batches of 15."""
+    """`-c small_folder` of train.py: 1,000 updates of 15 images for 45 images."""
     common = (
         '-m', 'timm_dearkd', 'train', image_folder, '-c', 'small_folder', '--model', 'test_dearkd', '--img-size', '32',
         '--device', 'cpu', '-j', '0', '-b', '15', '--stop-epoch', '1', '--output', tmp_path, '--experiment')
-    for name, given, epochs in (('auto', (), 270), ('given', ('--epochs', '7'), 7)):
+    for name, given, epochs in (('auto', (), 334), ('given', ('--epochs', '7'), 7)):
         result = run_python(*common, name, *given)
         assert result.returncode == 0, result.stderr
         assert (f'--auto-epochs: {epochs} epochs' in result.stderr) == (name == 'auto')
@@ -200,6 +277,7 @@ def test_an_unknown_command_is_one_line():
 
 
 def test_fewer_images_get_more_epochs_and_fewer_updates():
-    epochs = [epochs_for(count) for count in (125, 600, 1500, 6000, 50000)]
-    updates = [count * number for count, number in zip((125, 600, 1500, 6000, 50000), epochs)]
-    assert epochs == sorted(epochs, reverse=True) and updates == sorted(updates)
+    counts = (24, 48, 125, 600, 1500, 6000, 50000)
+    epochs = [epochs_for(count, count // 24) for count in counts]
+    updates = [number * (count // 24) for count, number in zip(counts, epochs)]
+    assert epochs == sorted(epochs, reverse=True) and updates == sorted(updates) and updates[0] == 1000

@@ -8,6 +8,7 @@ import os
 import signal
 import time
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -124,6 +125,33 @@ def test_a_plain_cnn_in_two_processes(train_cli, tmp_path):
     assert metrics['num_images'] == 12
     for key in ('top1', 'loss'):
         assert metrics[key] == pytest.approx(float(last[f'eval_{key}']), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_labels_that_are_kept(train_cli, command, tmp_path):
+    """Each process has its own files. A wrong label of one stops both, and one process cannot read those of two."""
+    labels = tmp_path / 'labels'
+
+    def run(name, *args, start=run_ranks):
+        return train_cli(
+            *command, *args, '-b', '4', '--mixup', '0.5', '--reprob', '0.5', '--kd-label-cache', labels, '--output',
+            tmp_path, '--experiment', name, start=start)
+
+    for name in ('writes', 'reads'):
+        result = run(name)
+        assert result.returncode == 0, result.stderr
+    assert 'Labels of the teacher: 136 read (94 %), 8 computed.' in result.stderr
+    ours, theirs = weights(tmp_path / 'reads'), weights(tmp_path / 'writes')
+    assert all(value.equal(theirs[name]) for name, value in ours.items())
+    assert rows(tmp_path / 'reads') == rows(tmp_path / 'writes')
+    assert sorted(path.name for path in labels.iterdir()) == [
+        *(f'epoch{epoch:04}-rank{rank}.npy' for epoch in range(3) for rank in range(2)), 'manifest.json']
+    path = labels / 'epoch0000-rank1.npy'
+    np.save(path, (np.load(path) + 1) % 3)
+    result = run('wrong')
+    assert result.returncode == 2 and result.stderr.count('of 8 labels are not the answers of the teacher') == 2
+    result = run('one', start=run_python)
+    assert result.returncode == 2 and 'processes 2 → 1. Name another folder' in result.stderr.splitlines()[-1]
 
 
 def test_a_loss_that_is_not_finite_stops_both(train_cli, tmp_path):

@@ -110,6 +110,23 @@ def test_signals_end_the_run_at_a_checkpoint(signum, to_group, exact_cli, whole,
     assert_same_run(tmp_path / 'run', whole)
 
 
+def test_labels_that_are_kept(exact_cli, whole, tmp_path):
+    """A run that writes the teacher's labels, stopped and resumed within stage I, and one that reads them."""
+    command = ('--kd-label-cache', tmp_path / 'labels', '--output', tmp_path, '--experiment')
+    process = exact_cli(*command, 'writes', '--recovery-interval', '1', start=start_forked)
+    wait_for(tmp_path / 'writes' / 'recovery-0-2.pth.tar', process)
+    os.kill(process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    for name, args in (('writes', ['--resume', 'auto']), ('reads', ['--workers', '2', '--amp-dtype', 'bfloat16'])):
+        result = exact_cli(*command, name, *args)
+        assert result.returncode == 0, result.stderr
+        assert_same_run(tmp_path / name, whole)
+    # 6 batches of 8 in three epochs. The first batch is checked
+    line, = (line for line in result.stderr.splitlines() if line.startswith('Labels of the teacher'))
+    assert line.startswith('Labels of the teacher: 136 read (94 %), 8 computed.')
+
+
 def test_a_signal_in_the_evaluation(exact_cli, whole, tmp_path):
     """It is left at once; the epoch goes on with it, exactly."""
     command = (

@@ -7,11 +7,11 @@ import os
 import shlex
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import timm
 import torch
-import torch.nn as nn
 import yaml
 from timm.models import get_model_input_config
 from timm.task import ClassificationTask, TrainingTask
@@ -24,12 +24,13 @@ from distill_hooks.task import has_content_tokens
 from . import train
 from .analysis.report import check_available as check_report
 from .analysis.runs import Run, open_run
-from .engine.checkpoints import changed_options
+from .engine.checkpoints import EXPORT_NAME, changed_options
 from .engine.optimizer import epochs_for
-from .engine.options import find_config, given_options, options_to_argv, parse_args, resolve_args
-from .engine.process import Interrupted, Precision, TrainingError, find_device
+from .engine.options import check_distillation, find_config, given_options, options_to_argv, parse_args, resolve_args
+from .engine.process import Interrupted, Precision, TrainingError, default_workers, find_device
+from .engine.student import create_student
 from .images import Images, look_at, prepare_splits
-from .settings import choose_cnn, choose_student, choose_training, cnn_epochs, is_mirrored_alike
+from .settings import choose_batch_size, choose_cnn, choose_student, choose_training, cnn_epochs, is_mirrored_alike
 
 __all__ = ['distill']
 
@@ -37,10 +38,14 @@ _logger = logging.getLogger(__name__)
 
 # Options of train.py that the CNN takes from the user, too
 SHARED_OPTIONS = (
-    'train_split', 'val_split', 'train_fraction', 'device', 'workers', 'seed', 'class_map', 'num_classes', 'input_key')
+    'train_split', 'val_split', 'train_fraction', 'fraction_seed', 'fraction_keep', 'class_map', 'num_classes',
+    'input_key', 'in_chans', 'device', 'amp', 'amp_dtype', 'workers', 'seed', 'deterministic')
+# Options of the student that the teacher decides
+FROM_TEACHER = ('in_chans', 'mean', 'std', 'kd_teacher_img_size', 'hflip')
 # Options that `distill` sets itself, and what to give instead
 OWN_OPTIONS = dict(
-    data='the folder', data_dir='the folder', dataset='a folder of images', model='student', kd_model_name='teacher',
+    data='one folder, first, and in quotes if its name has spaces', data_dir='the folder first',
+    dataset='a folder of images', model='student', kd_model_name='teacher',
     output='output', experiment='output', resume='the same call, which resumes', eval_only='timm-dearkd train',
     input_size='img_size')
 
@@ -66,7 +71,7 @@ class Step:
         return os.path.join(self.args.output, self.args.experiment)
 
     def is_finished(self) -> bool:
-        """Return whether the run has all its epochs.
+        """Return whether the run has all its epochs, and the files of the last one.
 
         Raises:
             ValueError: If the folder has a run with other options.
@@ -78,13 +83,19 @@ class Step:
         if changed:
             raise ValueError(
                 f'{self.folder!r} has a run with other options: {changed}. Set another --output, or remove the folder.')
-        return run.state == 'finished'
+        summary, last, export = (run.folder / name for name in ('summary.csv', 'last.pth.tar', EXPORT_NAME))
+        done = int(run.rows[-1]['epoch']) + 1 if run.rows else 0
+        # the row of an epoch is written before its checkpoint
+        return (done >= (self.args.stop_epoch or self.args.epochs) and last.exists() and export.exists()
+                and last.stat().st_mtime >= summary.stat().st_mtime)
 
     def describe(self) -> str:
-        """Return the chosen options and their values, in words."""
+        """Return the chosen options and their values, in words, with those of the recipe that matter most."""
         texts = []
-        for key in self.chosen:
+        for key in dict.fromkeys([*self.chosen, 'opt', 'lr', 'weight_decay', 'workers']):
             value = getattr(self.args, key)
+            if key == 'workers' and value is None:
+                value = default_workers()
             if isinstance(value, dict):
                 value = ' '.join(f'{name}={item}' for name, item in value.items())
             elif isinstance(value, (list, tuple)):
@@ -137,7 +148,10 @@ class Planner:
     ) -> None:
         self.data, self.output, self.images, self.device = data, output, images, device
         self.user, self.given, self.user_args = list(user), set(given), parse(user)
-        self.epochs = self.user_args.epochs if 'epochs' in self.given else epochs_for(images.num_train)
+        batch_size = self.user_args.batch_size if 'batch_size' in self.given else choose_batch_size(images.num_train)
+        self.epochs = self.user_args.epochs
+        if 'epochs' not in self.given:
+            self.epochs = epochs_for(images.num_train, images.num_train // batch_size)
         self.sizes = choose_student(student, images, device)
         self.size: int = self.user_args.img_size or self.sizes['img_size']
         self.reports = True
@@ -158,45 +172,70 @@ class Planner:
 
         It sees no mirror images, so that its answers to them tell whether the student may.
         """
-        training = choose_training(self.images, 1 if self.images.is_grey else 3, self.device, cnn_epochs(self.epochs))
+        in_chans = self.user_args.in_chans or (1 if self.images.is_grey else 3)
+        training = choose_training(self.images, in_chans, self.device, cnn_epochs(self.epochs))
         shared = {key: getattr(self.user_args, key) for key in SHARED_OPTIONS if key in self.given}
         return self._step(
             'teacher', dict(choose_cnn(name, self.size), **training, hflip=0.), options_to_argv(shared, train.parser),
             list(shared))
 
-    def student(self, teacher: str, cnn: Any, is_trained: bool) -> Step:
+    def ask_teacher(self, cnn: Any, is_trained: bool = True) -> Dict[str, Any]:
+        """Return the options of the student that its CNN decides. An untrained one does not decide on mirroring."""
+        channels, size, _ = get_model_input_config(cnn)['input_size']
+        in_chans = self.user_args.in_chans or (1 if self.images.is_grey or channels == 1 else 3)
+        options: Dict[str, Any] = dict(in_chans=in_chans)
+        if channels == in_chans:
+            options.update({key: list(cnn.pretrained_cfg[key]) for key in ('mean', 'std')})
+        if max(size, self.size) > 1.5 * min(size, self.size):  # far from its training size, it gives wrong labels
+            options['kd_teacher_img_size'] = size
+        if is_trained:
+            options['hflip'] = 0.5 if is_mirrored_alike(cnn, self.images.samples) else 0.
+        return options
+
+    def student(self, teacher: str, from_teacher: Dict[str, Any]) -> Step:
         """Plan the distillation.
 
         Args:
             teacher: Name or run folder of the CNN.
-            cnn: The CNN.
-            is_trained: Whether the CNN is trained already.
+            from_teacher: See `ask_teacher`.
         """
-        channels, size, _ = get_model_input_config(cnn)['input_size']
-        in_chans = self.user_args.in_chans or (1 if self.images.is_grey or channels == 1 else 3)
-        chosen = dict(self.sizes, kd_model_name=teacher, **choose_training(
-            self.images, in_chans, self.device, self.epochs))
-        if channels == in_chans:
-            chosen.update({key: list(cnn.pretrained_cfg[key]) for key in ('mean', 'std')})
-        if max(size, self.size) > 1.5 * min(size, self.size):  # far from its training size, it gives wrong labels
-            chosen['kd_teacher_img_size'] = size
-        if is_trained:
-            chosen['hflip'] = 0.5 if is_mirrored_alike(cnn, self.images.samples) else 0.
+        training = choose_training(self.images, from_teacher['in_chans'], self.device, self.epochs)
+        chosen = {**self.sizes, 'kd_model_name': teacher, **training, **from_teacher}
         return self._step('student', chosen, self.user, sorted(self.given))
 
+    def student_in_folder(self, teacher: str) -> Optional[Step]:
+        """Return the student of an earlier call, as this call would train it; None if there is none."""
+        folder = os.path.join(self.output, 'student')
+        if not os.path.exists(os.path.join(folder, 'args.yaml')):
+            return None
+        args = open_run(folder).args
+        return self.student(teacher, {key: args[key] for key in FROM_TEACHER if args.get(key) is not None})
 
-def seconds_per_image(
-        model: nn.Module,
-        teacher: Optional[Teacher],
-        shape: Tuple[int, int, int, int],
-        precision: Precision,
-) -> float:
-    """Time training steps on noise of a shape (B, C, H, W): the faster of the second and the third of three."""
-    device = precision.device
-    x, labels = torch.randn(shape, device=device), torch.zeros(shape[0], dtype=torch.long, device=device)
-    task: TrainingTask = ClassificationTask(model, device=device, verbose=False)
-    if teacher is not None and has_content_tokens(model):
-        task = DearKDTask(model, teacher, TwoStageSchedule(1), device=device, verbose=False)
+
+def build_task(step: Step, cnn: Any, device: torch.device) -> TrainingTask:
+    """Build a run's task with new weights.
+
+    Raises:
+        ValueError: If model, teacher and options do not fit together.
+    """
+    if step.name == 'teacher':
+        return ClassificationTask(cnn, device=device, verbose=False)
+    args = step.args
+    model = create_student(args, cnn.num_classes, timm.create_model)
+    kind = args.kd_distill_type or ('dearkd' if has_content_tokens(model) else 'logit')
+    check_distillation(args, kind)
+    if kind != 'dearkd':
+        return ClassificationTask(model, device=device, verbose=False)
+    teacher = Teacher(cnn, in_chans=args.in_chans, img_size=args.kd_teacher_img_size)
+    return DearKDTask(model, teacher, TwoStageSchedule(1), hooks=args.dearkd_hooks, device=device, verbose=False)
+
+
+def estimate_minutes(step: Step, task: TrainingTask, images: Images, device: torch.device) -> float:
+    """Return the expected minutes of a run: the faster of the second and the third of three steps on noise counts."""
+    args = step.args
+    precision = Precision(device, getattr(torch, args.amp_dtype) if args.amp else None)
+    x = torch.randn(args.batch_size, args.in_chans, args.img_size, args.img_size, device=device)
+    labels = torch.zeros(len(x), dtype=torch.long, device=device)
     task.train()
     times = []
     for _ in range(3):
@@ -204,33 +243,23 @@ def seconds_per_image(
         with precision.autocast():
             loss = task(x, labels)['loss']
         loss.backward()
-        if device.type == 'cuda':
-            torch.cuda.synchronize()
+        if device.type != 'cpu':
+            torch.accelerator.synchronize(device)
         times.append(time.monotonic() - began)
-    return min(times[1:]) / shape[0]
-
-
-def estimate_minutes(step: Step, images: Images, cnn: Any, device: torch.device) -> float:
-    """Return the expected minutes of a run, from three training steps on noise."""
-    args = step.args
-    size = args.img_size or get_model_input_config(timm.create_model(args.model))['input_size'][1]
-    kwargs = dict(args.model_kwargs, in_chans=args.in_chans, num_classes=cnn.num_classes)
-    if step.name == 'student':
-        kwargs['img_size'] = size
-    model, teacher = timm.create_model(args.model, **kwargs), None
-    if step.name == 'student':
-        teacher = Teacher(cnn, in_chans=args.in_chans, img_size=args.kd_teacher_img_size)
-    precision = Precision(device, getattr(torch, args.amp_dtype) if args.amp else None)
-    seconds = seconds_per_image(model, teacher, (args.batch_size, args.in_chans, size, size), precision)
     num_evaluated = images.num_validation * args.epochs / args.val_interval
-    return (args.epochs * images.num_train + num_evaluated / 3) * seconds / 60
+    return (args.epochs * images.num_train + num_evaluated / 3) * min(times[1:]) / len(x) / 60
 
 
 def log_step(step: Step, images: Images, cnn: Any, device: torch.device) -> None:
-    """Log what was chosen for a run, and the expected time."""
+    """Log what was chosen for a run, and the expected time.
+
+    Raises:
+        ValueError: If model, teacher and options do not fit together.
+    """
     _logger.info(f'{step.name.capitalize()}: {step.describe()}.')
+    task = build_task(step, cnn, device)
     try:
-        minutes = f'{max(1., estimate_minutes(step, images, cnn, device)):.0f} minutes'
+        minutes = f'{max(1., estimate_minutes(step, task, images, device)):.0f} min'
     except (AssertionError, RuntimeError, TypeError, ValueError) as e:
         minutes = f'an unknown time ({one_line(e)[:80]})'
     _logger.info(f'Expected time of the {step.name} on {device}: about {minutes}.')
@@ -264,13 +293,13 @@ def distill(
     """Train a vision transformer on a folder of images, with a CNN as the teacher.
 
     Everything that is chosen is logged before training. The same call resumes an interrupted run, and returns a
-    finished one. What is chosen, and by which rules, is ours and not the paper's.
+    finished one. The choices are ours, not the paper's.
 
     Args:
         data: Folder with one folder of images per class, or with such folders in `train` and `validation`. Without
             these two, a fifth of each class is for validation.
-        teacher: Output folder of a run of train.py, or an `hf-hub:` name. A CNN given by its timm name is trained on
-            the images first, from its pretrained weights. None trains a small CNN first.
+        teacher: Output folder of a run of train.py, one of its checkpoints, or an `hf-hub:` name. A CNN given by its
+            timm name is trained on the images first, from its pretrained weights. None trains a small CNN first.
         output: Folder for the runs, `teacher` and `student`. None is `output/distill/NAME` for the folder NAME.
         student: timm name of the student. None chooses one by the size of the images and the device.
         **train_options: Options of train.py, such as `epochs=100`. They replace those that are chosen.
@@ -311,9 +340,37 @@ def check_options(user: Sequence[str], given: Sequence[str], student: Optional[s
     given = sorted({*given, *given_options(train.parser, flags), *(name.replace('-', '_') for name in in_file)})
     for name in sorted({*given} & OWN_OPTIONS.keys()):
         raise ValueError(f'distill does not take {name!r}. Give {OWN_OPTIONS[name]}.')
-    if student and not timm.is_model(student.split('.')[0]):
+    if student and not is_known(student):
         raise ValueError(f'Unknown student {student!r}. The nearest names: {nearest_names(student)}.')
     return given
+
+
+def is_known(name: str) -> bool:
+    """Return whether timm has a model of this name, and its weights if the name has a tag."""
+    try:
+        return timm.is_model(name) and timm.get_pretrained_cfg(name) is not None
+    except RuntimeError:  # an unknown tag
+        return False
+
+
+def find_teacher(planner: Planner, name: Optional[str], checkpoint: Optional[str]) -> Tuple[str, Optional[Step]]:
+    """Return the name or the folder of the teacher, and the run that trains it; None for a trained one.
+
+    Raises:
+        ValueError: If the name is neither of a trained model nor of one that timm can train.
+    """
+    if name is None and checkpoint:
+        raise ValueError('--kd-teacher-checkpoint has weights alone. Name their architecture with --teacher.')
+    if name is not None and os.path.exists(name):
+        return os.path.abspath(name), None
+    if name is not None and (':' in name or checkpoint):
+        return name, None
+    if name is not None and not is_known(name):
+        raise ValueError(
+            f'No folder and no timm model {name!r}. Give --teacher a run folder, hf-hub:ORG/NAME, or a name of timm,'
+            f' such as {nearest_names(name) or "resnet18"}.')
+    step = planner.teacher(name)
+    return step.folder, step
 
 
 def prepare_distillation(
@@ -349,44 +406,50 @@ def prepare_distillation(
     except ValueError as e:
         planner.reports = False
         _logger.warning(f'No report.html: {e}')
-    first = None
-    if teacher is None or not (os.path.exists(teacher) or ':' in teacher or args.kd_teacher_checkpoint):
-        first = planner.teacher(teacher)
-        resolve_args(first.args)
-        teacher = first.folder
-    elif os.path.exists(teacher):
-        teacher = os.path.abspath(teacher)
-    to_train = first if first is not None and not first.is_finished() else None
-    cnn = load_model(teacher, args.kd_teacher_checkpoint).eval() if to_train is None else create_cnn(to_train, images)
-    step = planner.student(teacher, cnn, is_trained=to_train is None)
-    resolve_args(step.args)  # its errors come before the CNN is trained
+    name, first = find_teacher(planner, teacher, args.kd_teacher_checkpoint)
+    step = planner.student_in_folder(name)
+    if step is not None and step.is_finished():
+        _logger.info(f'The student is trained already, in {step.folder!r}.')
+        return partial(finish, step, first, images, {})
     _logger.info(
         f'Images: {images.num_train} for training and {images.num_validation} for validation in {root!r},'
         f' {images.num_classes} classes, {images.side} pixels, {"grey" if images.is_grey else "colour"}.')
-    if to_train is not None:
-        log_step(to_train, images, cnn, device)
+    if first is not None and not first.is_finished():
+        resolve_args(first.args)
+        cnn = create_cnn(first, images)
+        step = planner.student(name, planner.ask_teacher(cnn, is_trained=False))
+        resolve_args(step.args)  # its errors come before the CNN is trained
+        log_step(first, images, cnn, device)
         log_step(step, images, cnn, device)
         _logger.info('The trained teacher decides whether the student sees mirror images.')
-        train_cnn = train.prepare(to_train.argv)
-        return lambda: run_both(planner, to_train, train_cnn, images)
-    if step.is_finished():
-        _logger.info(f'The student is trained already, in {step.folder!r}.')
-        return lambda: finish(step, images, {})
+        return partial(run_both, planner, first, train.prepare(first.argv), images)
+    cnn = load_model(name, args.kd_teacher_checkpoint).eval()
+    step = step or planner.student(name, planner.ask_teacher(cnn))
+    resolve_args(step.args)
     log_step(step, images, cnn, device)
-    train_student = train.prepare(step.argv)
-    return lambda: finish(step, images, {'student': run_step(step, train_student)})
+    return partial(run_student, step, train.prepare(step.argv), first, images, {})
 
 
 def run_both(planner: Planner, first: Step, train_cnn: Callable[[], Any], images: Images) -> Run:
     """Train the CNN, and then the student."""
     minutes = {'teacher': run_step(first, train_cnn)}
-    step = planner.student(first.folder, load_model(first.folder).eval(), is_trained=True)
+    step = planner.student(first.folder, planner.ask_teacher(load_model(first.folder).eval()))
     try:
         train_student = train.prepare(step.argv)
     except ValueError as e:
         raise TrainingError(str(e)) from e
-    minutes['student'] = run_step(step, train_student)
-    return finish(step, images, minutes)
+    return run_student(step, train_student, first, images, minutes)
+
+
+def run_student(
+        step: Step,
+        train_student: Callable[[], Any],
+        first: Optional[Step],
+        images: Images,
+        minutes: Dict[str, float],
+) -> Run:
+    """Train the student, and finish."""
+    return finish(step, first, images, {**minutes, 'student': run_step(step, train_student)})
 
 
 def create_cnn(step: Step, images: Images) -> Any:
@@ -395,20 +458,31 @@ def create_cnn(step: Step, images: Images) -> Any:
     model: Any = timm.create_model(
         args.model, num_classes=args.num_classes or images.num_classes, in_chans=args.in_chans, **args.model_kwargs)
     model.pretrained_cfg['input_size'] = (args.in_chans, args.img_size, args.img_size)
+    model.pretrained_cfg.update({key: value for key in ('mean', 'std') if (value := getattr(args, key)) is not None})
     return model.eval()
 
 
-def finish(step: Step, images: Images, minutes: Dict[str, float]) -> Run:
-    """Print the accuracies and the next commands, and return the student's run."""
+def finish(step: Step, first: Optional[Step], images: Images, minutes: Dict[str, float]) -> Run:
+    """Print the accuracies and the next commands, and return the student's run.
+
+    Args:
+        step: The student.
+        first: Its teacher, if `distill` trained it.
+        images: The images.
+        minutes: Minutes of what this call trained.
+    """
     run = open_run(step.folder)
-    print('| model | training images | top-1 | minutes |\n| --- | --- | --- | --- |')
+    print('| model | training images | top-1 | minutes of this call |\n| --- | --- | --- | --- |')
     for name, top1 in run.summary().items():
-        count = images.num_train if name == 'student' or name in minutes else ''
+        count = images.num_train if name == 'student' or first is not None else ''
         print(f'| {name} | {count} | {top1:.1f} % | {f"{minutes[name]:.1f}" if name in minutes else ""} |')
-    folder = os.path.relpath(step.folder)
+    folder = step.folder
+    if folder.startswith(os.path.join(os.getcwd(), '')):
+        folder = os.path.relpath(folder)
     if os.path.exists(os.path.join(folder, 'report.html')):
         print(f'\nReport:   {os.path.join(folder, "report.html")}')
-    print(f"""Load:     import timm, timm_dearkd; timm.create_model('local-dir:{folder}', pretrained=True)
+    print(f"""Load:     import timm, timm_dearkd; timm.create_model({f'local-dir:{folder}'!r}, pretrained=True)
+Try:      timm-dearkd app {shlex.quote(folder)}
 Predict:  timm-dearkd predict PHOTO_OR_FOLDER --model {shlex.quote(folder)}
 Push:     timm-dearkd push {shlex.quote(folder)} --repo ORG/NAME""")
     return run
@@ -422,7 +496,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog='Any FLAG of timm-dearkd train can be added, such as --epochs 100. It replaces what is chosen.')
     add = parser.add_argument
     add('data', metavar='DATA', help='folder with one folder of images per class')
-    add('--teacher', metavar='NAME', help='run folder, hf-hub: name, or timm name of a CNN to train first'
+    add('--teacher', metavar='NAME', help='run folder or checkpoint, hf-hub: name, or timm name of a CNN to train first'
         ' (default: train a small CNN first)')
     add('--student', metavar='NAME', help='timm name of the student (default: by image size and device)')
     add('--output', metavar='DIR', help='folder of the runs (default: output/distill/NAME)')

@@ -19,6 +19,7 @@ COMMANDS: Dict[str, Dict[str, Tuple[str, str, Tuple[str, ...]]]] = {
     'Look at runs and models': {
         'report': ('write the HTML page of a run', 'analysis.__main__', ('report',)),
         'compare': ('compare runs', 'analysis.__main__', ('compare',)),
+        'app': ('open a local page: drop an image, see classes and attention', 'analysis.__main__', ('app',)),
         'predict': ('classify images', 'analysis.__main__', ('predict',)),
         'attention-map': ('draw where each head looks', 'analysis.__main__', ('attention-map',)),
         'attention-distance': ('measure how far each layer looks', 'analysis.__main__', ('attention-distance',)),

@@ -114,7 +114,7 @@ def export(model: Any, kind: str, path: Path, img_size: Optional[int] = None) ->
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command."""
-    parser = argparse.ArgumentParser(prog='python -m timm_dearkd.export', description='Export a trained model')
+    parser = argparse.ArgumentParser(prog='timm-dearkd export', description='Export a trained model')
     add = parser.add_argument
     add('model', metavar='RUN_OR_MODEL', help='output folder of train.py, or a timm name')
     add('--checkpoint', metavar='FILE', help='weights of the model (default: its pretrained ones)')

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Mapping, Sequence
 
-__all__ = ['append_row', 'write_bytes', 'write_table', 'write_text']
+__all__ = ['append_row', 'create_file', 'write_bytes', 'write_table', 'write_text']
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -18,6 +18,21 @@ def write_bytes(path: Path, content: bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def create_file(path: Path, content: bytes) -> None:
+    """Write a file atomically, unless it exists. Of several processes, the first one writes it."""
+    if path.exists():
+        return
+    complete = path.with_name(f'.{path.name}.{os.getpid()}.new')
+    write_bytes(complete, content)
+    try:
+        os.link(complete, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        os.replace(complete, path)
+    complete.unlink(missing_ok=True)
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:

@@ -293,7 +293,7 @@ def push(run_folder: str, repo: str, private: bool = False, license: Optional[st
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command."""
     parser = argparse.ArgumentParser(
-        prog='python -m timm_dearkd.hub', description='Share models on the Hugging Face Hub')
+        prog='timm-dearkd', description='Share models on the Hugging Face Hub')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
     add = commands.add_parser('push', help='push a run').add_argument
     add('run', metavar='RUN', help='output folder of train.py')

@@ -30,6 +30,7 @@ _logger = logging.getLogger(__name__)
 # Our choices
 VALIDATION_SHARE = 0.2
 NUM_SAMPLES = 64  # images that are opened
+SPLIT_NAMES = ('train', 'training', 'val', 'valid', 'validation', 'test', 'testing', 'eval')
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def look_at(data: str, train_split: str, val_split: str, train_fraction: float =
     scan = scan_folder(split_folder(data, train_split))
     if not scan.images:
         raise ValueError(f'No images in {scan.root!r}. Put the images into one folder per class: {data}/CLASS/IMAGE.')
+    _check_classes(scan)
     chosen = [scan.images[i * len(scan.images) // NUM_SAMPLES][0] for i in range(NUM_SAMPLES)]
     samples, sides, modes = [], [], set()
     for path in dict.fromkeys(chosen):
@@ -90,6 +92,16 @@ def look_at(data: str, train_split: str, val_split: str, train_fraction: float =
 def _has_class_folders(folder: str) -> bool:
     with os.scandir(folder) as entries:
         return any(entry.is_dir() and not entry.name.startswith('.') for entry in entries)
+
+
+def _check_classes(scan: FolderScan) -> None:
+    names = sorted(scan.names)
+    if len(names) < 2:
+        raise ValueError(f'{scan.root!r} has one class, {names[0]!r}. Expected two or more folders with images.')
+    if sum(name.casefold() in SPLIT_NAMES for name in names) > 1:
+        raise ValueError(
+            f'The folders with images in {scan.root!r} are named like splits: {", ".join(names)}. Put the images of'
+            f' each class into a folder of its own: {scan.root}/train/CLASS/IMAGE.')
 
 
 def prepare_splits(data: str, output: str) -> str:
@@ -116,6 +128,7 @@ def prepare_splits(data: str, output: str) -> str:
     if not scan.images:
         raise ValueError(f'No images in {root!r}. Put the images into one folder per class: {root}/CLASS/IMAGE.')
     check_class_folders(scan, is_training=True)
+    _check_classes(scan)
     warn_of_other_types(scan)
     split_images(scan, Path(output) / 'data')
     return os.path.join(output, 'data')

@@ -35,6 +35,7 @@ from timm_dearkd.analysis.report import write_report
 from timm_dearkd.engine.checkpoints import EXPORT_NAME, Position, read_classes, resume_run
 from timm_dearkd.engine.data import UNKNOWN_CLASSES, build_datasets, class_names, classes_of
 from timm_dearkd.engine.distillation import build_schedule, build_task, check_teacher, log_changed_stages
+from timm_dearkd.engine.label_cache import build_label_cache
 from timm_dearkd.engine.loader import (
     TrainLoader,
     build_distance_images,
@@ -59,7 +60,7 @@ from timm_dearkd.engine.process import (
     use_deterministic_kernels,
 )
 from timm_dearkd.engine.recorder import Recorder, build_recorder, describe_run, print_results
-from timm_dearkd.engine.run_folder import RunFolder, complete_export, export_model, on_primary
+from timm_dearkd.engine.run_folder import RunFolder, complete_export, export_model, on_primary, record_results
 from timm_dearkd.engine.seeding import set_rng_state
 from timm_dearkd.engine.student import build_evaluation, build_student, warn_of_new_weights
 
@@ -177,6 +178,7 @@ def build_run_in(
     if start.epoch >= epochs.stop:
         raise ValueError(f'Nothing to train: the run ends after epoch {epochs.stop}, and {start.epoch} are done.')
 
+    trainer.labels = build_label_cache(args, trainer, train_set, data_config)
     if args.torchcompile:
         task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
         task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
@@ -318,6 +320,10 @@ def fit(
                 log_expected_end(epoch, epochs, timed, time.monotonic() - began, eval_seconds)
     if recorder.saver is not None:
         complete_run(args, recorder.folder, recorder.export, recorder.export_ema, trainer.precision.device)
+        if trainer.labels is not None:
+            _logger.info(trainer.labels.describe())
+            record_results(
+                recorder.folder, labels_read=trainer.labels.num_read, labels_computed=trainer.labels.num_computed)
         log_results(recorder, args.eval_metric)
 
 
@@ -454,7 +460,7 @@ def report(folder: str, device: torch.device) -> None:
     except Exception as e:
         _logger.warning(
             f'The report could not be written ({type(e).__name__}: {one_line(e)}). The run is complete.'
-            f' Once that is fixed: python -m timm_dearkd.analysis report {shlex.quote(folder)}')
+            f' Once that is fixed: timm-dearkd report {shlex.quote(folder)}')
 
 
 def evaluate_epoch(args, trainer: Trainer, validator: Optional[Validator], label: str) -> Dict[str, float]:

@@ -18,7 +18,7 @@ PHASES: Tuple[Phase, ...] = (
     Phase(2, 'phase2_precision', 40, 'Error of MHCA against float64, pair by pair'),
     Phase(3, 'phase3_syncs', 30, 'Synchronisations of a training step; DDP; CUDA graphs'),
     Phase(4, 'phase4_models', 125, 'Whole models against DeiT and ConViT'),
-    Phase(5, 'phase5_stage1', 75, 'Step of stage I against its parts'),
+    Phase(5, 'phase5_stage1', 90, 'Step of stage I against its parts'),
     Phase(6, 'phase6_training', 85, 'train.py over both stages'),
     Phase(7, 'phase7_data_free', 50, 'Step of data_free against the bare CNN'),
 )

@@ -1,11 +1,11 @@
-"""Phase 5: a step of stage I against its parts, layouts, the teacher with BatchNorm folded, peak memory."""
+"""Phase 5: a step of stage I against its parts, known labels, layouts, the teacher with BatchNorm folded, memory."""
 from typing import Any, Callable, Dict
 
 import timm
 import torch
 import torch.nn as nn
 from timing import medians
-from train_step import make_trainer
+from train_step import KnownLabels, make_trainer
 
 from distill_hooks import Teacher
 
@@ -33,6 +33,9 @@ def run(check: Check) -> None:
         peak_memory(check)
     with check.part('stage I'):
         stage_1(check)
+    if check.has_time('step of stage I, labels cached', 0 if check.toy else 15):
+        with check.part('labels cached'):
+            cached_labels(check)
     if check.has_time('teacher', 0 if check.toy else 8):
         with check.part('teacher'):
             teacher_forms(check)
@@ -59,8 +62,8 @@ def epoch(check: Check, task: Any, channels_last: bool) -> Callable[[], Any]:
     return lambda: trainer.train_epoch(0)
 
 
-def make_forward(check: Check, model: nn.Module, channels_last: bool) -> Callable[[], Any]:
-    """The teacher's forward under autocast."""
+def make_forward(check: Check, model: nn.Module, channels_last: bool, **kwargs: Any) -> Callable[[], Any]:
+    """The teacher's forward under autocast, with further arguments."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     images = make_batches(check, 1, batch_size(check), sizes(check)['size'])[0][0].contiguous(
         memory_format=memory_format)
@@ -68,7 +71,7 @@ def make_forward(check: Check, model: nn.Module, channels_last: bool) -> Callabl
 
     def forward() -> torch.Tensor:
         with torch.no_grad(), check.precision(torch.bfloat16).autocast():
-            return model(images)
+            return model(images, **kwargs)
     return forward
 
 
@@ -109,6 +112,29 @@ def stage_1(check: Check) -> None:
             f'step of stage I, {layout}', whole / (alone + seconds['teacher']), 'x student + teacher', at_most(1.05),
             is_speed=True, ms=milliseconds(dict(whole=whole, student=alone, teacher=seconds['teacher'])))
         check.free()
+
+
+def cached_labels(check: Check) -> None:
+    """The step with known labels, and with alpha = 1, against the student's step and the teacher up to its map."""
+    models = sizes(check)
+    student = {key: value for key, value in models.items() if key in ('student', 'size')}
+    cached = make_dearkd(check, **models)
+    cached.label_store = KnownLabels(make_batches(check, 1, batch_size(check), models['size'])[0][1])
+    functions = dict(
+        whole=epoch(check, make_dearkd(check, **models), True),
+        cached=epoch(check, cached, True),
+        alpha_1=epoch(check, make_dearkd(check, alpha=1., **models), True),
+        student=epoch(check, make_student_task(check, **student), True),
+        truncated=make_forward(check, cached.teacher, True, with_logits=False),
+    )
+    seconds = medians(functions, 1 if check.toy else 5, check.device, warmup=1 if check.toy else 2)
+    seconds = {name: time if name == 'truncated' else time / num_steps(check) for name, time in seconds.items()}
+    parts, details = seconds['student'] + seconds['truncated'], milliseconds(seconds)
+    for name, key in (('labels cached', 'cached'), ('alpha = 1', 'alpha_1')):
+        check.row(
+            f'step of stage I, {name}', seconds[key] / parts, 'x student + teacher up to the map', at_most(1.03),
+            is_speed=True, ms=details)
+        check.row(f'speed with {name}', seconds['whole'] / seconds[key], 'x the step of stage I', ms=details)
 
 
 def teacher_forms(check: Check) -> None:

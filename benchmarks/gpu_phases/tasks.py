@@ -29,6 +29,7 @@ def make_dearkd(
         amp: bool = True,
         epoch: int = STAGE_1,
         hook: str = '2',
+        alpha: float = 0.5,
         **student_kwargs: Any,
 ) -> DearKDTask:
     """DearKD's task, with the teacher's weights as train.py stores them.
@@ -41,13 +42,14 @@ def make_dearkd(
         amp: The task runs under bfloat16.
         epoch: One of stage I or of stage II.
         hook: Student block that learns from the teacher's features.
+        alpha: Weight of the label loss in stage I.
         **student_kwargs: Arguments of the student.
     """
     torch.manual_seed(0)
     cnn = create(teacher, check).eval().requires_grad_(False)
     model = create(student, check, img_size=size, **student_kwargs)
     task = DearKDTask(
-        model, cnn, TwoStageSchedule(epochs=6, stage1_epochs=3), hooks=[hook], device=check.device,
+        model, cnn, TwoStageSchedule(epochs=6, stage1_epochs=3, alpha=alpha), hooks=[hook], device=check.device,
         verbose=False)
     task.teacher.fold_batchnorm((3, size, size))
     if amp:

@@ -43,3 +43,8 @@ def test_soft_label_loss_is_a_divergence():
 def test_total_is_equation_6():
     loss = dearkd_loss(torch.tensor(2.), torch.tensor(3.), torch.tensor(5.), alpha=0.25, beta=0.5)
     assert loss.item() == 0.25 * 2 + 0.75 * 3 + 0.5 * 5
+
+
+def test_hard_labels_may_be_known():
+    logits, teacher = torch.randn(5, 3), torch.randn(5, 3)
+    assert hard_label_loss(logits, teacher.argmax(1)).equal(hard_label_loss(logits, teacher))

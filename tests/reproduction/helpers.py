@@ -8,6 +8,7 @@ from reproduction.cells import SCALES, definition
 from reproduction.driver import Driver
 from reproduction.tables import TABLES
 from timm_dearkd.analysis.__main__ import build_parser as analysis_parser
+from timm_dearkd.api import build_parser as distill_parser
 from timm_dearkd.data_free.__main__ import build_parser as data_free_parser
 from timm_dearkd.engine.options import build_config_parser, build_parser, parse_args
 
@@ -23,6 +24,9 @@ def options(driver, cell):
     argv = driver.command(cell)
     if cell.program == 'train':
         return vars(parse_args(build_parser(), build_config_parser(), argv[1:])[0])
+    if cell.program == 'distill':
+        _, argv = distill_parser().parse_known_args(argv[3:])
+        return vars(parse_args(build_parser(), build_config_parser(), argv)[0])
     if cell.program == 'merge':
         return dict(output=argv[1], folders=argv[2:])
     return vars({'data_free': data_free_parser, 'diversity': analysis_parser}[cell.program]().parse_args(argv[2:]))

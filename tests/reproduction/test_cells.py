@@ -9,13 +9,14 @@ from reproduction.driver import is_taught
 from reproduction.merge import main as merge
 from reproduction.results import RESULTS, Results, merged_figures
 from reproduction.tables import CHOOSING, TABLES, tables_of
+from timm_dearkd.engine.label_cache import IMAGE_OPTIONS
 
 
 @pytest.mark.parametrize('name', list(SCALES))
 def test_every_cell_is_a_command_that_can_be_parsed(name, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     driver = make_driver(tmp_path, name)
-    commands = {}
+    commands, images = {}, {}
 
     def and_needs(cell):
         return [cell, *(other for need in cell.needs for other in and_needs(need))]
@@ -27,9 +28,13 @@ def test_every_cell_is_a_command_that_can_be_parsed(name, tmp_path, monkeypatch)
             continue
         command = driver.command(cell)
         assert not any('{' in word for word in command), command
-        options(driver, cell)
+        found = options(driver, cell)
         commands[cell.name] = command
+        if found.get('kd_label_cache'):  # runs that share the teacher's labels have the same images and teacher
+            facts = [found[key] for key in (*IMAGE_OPTIONS, 'data', 'train_split', 'img_size', 'kd_model_name')]
+            assert images.setdefault(found['kd_label_cache'], facts) == facts
     # and a command has one name
+    assert len({repr(facts) for facts in images.values()}) == len(images)
     bare = [tuple(w for w in command if w != name) for name, command in commands.items()]
     assert len(set(bare)) == len(bare)
 
@@ -46,7 +51,10 @@ def test_methods_differ_in_what_the_tables_say_and_share_the_rest(name, tmp_path
     assert vit['model_kwargs'] == hard['model_kwargs'] == {'num_mhca_blocks': 0}
     assert 'num_mhca_blocks' not in dearkd['model_kwargs']
     assert hard['dearkd_beta'] == 0 and dearkd['dearkd_beta'] == 10
-    method = {'kd_model_name', 'model_kwargs', 'dearkd_beta', 'dearkd_hooks', 'dearkd_stage1_epochs', 'experiment'}
+    assert hard['kd_label_cache'] == dearkd['kd_label_cache'] and not vit['kd_label_cache']
+    method = {
+        'kd_model_name', 'kd_label_cache', 'model_kwargs', 'dearkd_beta', 'dearkd_hooks', 'dearkd_stage1_epochs',
+        'experiment'}
     for other in (hard, dearkd):
         assert {key for key in vit if vit[key] != other[key]} <= method
     for table, make in tables_of(driver.scale).items():
@@ -69,9 +77,9 @@ def test_a_teacher_of_no_more_images_than_its_student(tmp_path, monkeypatch):
         assert (student['train_fraction'], student['fraction_seed'], student['data_dir'], student['epochs']) \
             == (teacher['train_fraction'], teacher['fraction_seed'], teacher['data_dir'], teacher['epochs'])
         different = {key for key in student if student[key] != other[key]}
-        assert different == {'kd_model_name', 'experiment', 'track_attention_distance'}
+        assert different == {'kd_model_name', 'kd_label_cache', 'experiment', 'track_attention_distance'}
     different = {key for key in teacher if teacher[key] != student[key] and not key.startswith('dearkd_')}
-    assert different == {'model', 'model_kwargs', 'val_interval', 'experiment', 'kd_model_name'}
+    assert different == {'model', 'model_kwargs', 'val_interval', 'experiment', 'kd_model_name', 'kd_label_cache'}
     all_images = options(driver, teacher_cell(driver.scale))
     assert all_images['model_kwargs'] == teacher['model_kwargs'] and all_images['model'] == teacher['model']
 
@@ -171,7 +179,7 @@ def test_claims_are_about_figures_that_the_tables_have(name):
         assert len(keys) == len(made.entries)
         assert all(claim.factors.keys() <= keys for claim in made.claims)
         assert all(sum(claim.factors.values()) == 0 for claim in made.claims)
-        needs_none = table in ('recipes', 'longer', 'inversion', 'figure4')
+        needs_none = table in ('defaults', 'recipes', 'longer', 'inversion', 'figure4')
         assert made.claims or needs_none or made.reference in {row for row, _ in keys}
 
 

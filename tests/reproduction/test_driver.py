@@ -33,6 +33,8 @@ def driver(tmp_path, monkeypatch):
         (folder / 'summary.csv').write_text('epoch,train_teacher_agreement,eval_top1\n0,0.8,\n1,0.9,50.5\n2,,49.5\n')
         (folder / 'model_best.safetensors').touch()
         (folder / 'config.json').write_text('{}')
+        if '--kd-label-cache' in command:
+            (folder / 'run.json').write_text('{"results": {"labels_read": 30, "labels_computed": 10}}')
 
     monkeypatch.setattr(driver, 'execute', execute)
     return driver
@@ -52,9 +54,24 @@ def test_what_is_there_is_skipped_and_what_needs_a_failure_waits(driver, capsys)
     result = json.loads((driver.results / 'dearkd-0.05-seed0.json').read_text())
     assert result['top1'] == 49.5 and result['top1_by_epoch'] == {'2': 50.5, '3': 49.5}
     assert result['teacher_agreement'] == 0.9 and result['seed'] == 0 and result['commits'] == [git_commit()]
-    assert '--kd-model-name' in result['command']
+    assert '--kd-model-name' in result['command'] and (result['labels_read'], result['labels_computed']) == (30, 10)
+    count = sum(bool(cell.needs) for cell in cells)
+    labels = f'The teacher labelled {10 * count} of {40 * count} images. The other labels (75 %) were in '
+    assert labels in capsys.readouterr().out
     driver.ran = []
     assert driver.run(cells) and not driver.ran
+    assert 'labelled' not in capsys.readouterr().out
+
+
+def test_labels_of_another_teacher_are_in_another_folder(driver):
+    cell = next(cell for cell in collect_cells(driver.scale, ['table2'], [0]) if cell.needs)
+    folders = set()
+    for weights in ('one', 'other', 'one'):
+        (driver.work / 'teacher').mkdir(parents=True, exist_ok=True)
+        (driver.work / 'teacher' / 'model_best.safetensors').write_text(weights)
+        command = driver.command(cell)
+        folders.add(command[command.index('--kd-label-cache') + 1])
+    assert len(folders) == 2
 
 
 def test_a_changed_cell_starts_anew_and_the_report_leaves_its_figure_out(driver):

@@ -10,17 +10,17 @@ from timm.utils import setup_default_logging
 
 from timm_dearkd.commands import run_command
 
-from . import attention_distance, attention_map, compare, diversity, predict, report, throughput
+from . import app, attention_distance, attention_map, compare, diversity, predict, report, throughput
 
 TOOLS = {
-    'attention-distance': attention_distance, 'attention-map': attention_map, 'compare': compare,
+    'app': app, 'attention-distance': attention_distance, 'attention-map': attention_map, 'compare': compare,
     'diversity': diversity, 'predict': predict, 'report': report, 'throughput': throughput,
 }
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command, with a subcommand for each tool."""
-    parser = argparse.ArgumentParser(prog='python -m timm_dearkd.analysis', description='Measure data sets and models')
+    parser = argparse.ArgumentParser(prog='timm-dearkd', description='Measure data sets and models')
     subparsers = parser.add_subparsers(dest='tool', metavar='TOOL', required=True)
     for name, tool in TOOLS.items():
         summary = (tool.__doc__ or '').splitlines()[0]

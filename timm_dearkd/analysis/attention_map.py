@@ -154,7 +154,7 @@ def _radius(alpha: float) -> float:
 def seen_image(model: nn.Module, tensor: torch.Tensor) -> Image.Image:
     """Return a model's normalised input (C, H, W) as an image."""
     mean, std = (values.float().view(-1, 1, 1) for values in input_normalisation(model, len(tensor)))
-    return to_pil_image((tensor.cpu() * std + mean).clamp(0, 1))
+    return to_pil_image((tensor.cpu() * std + mean).clamp(0, 1), mode=image_transform(model)[1])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,7 @@ from .inputs import (
     output_files,
 )
 
-__all__ = ['Prediction', 'mistakes_first', 'plot_predictions', 'predict']
+__all__ = ['Prediction', 'mistakes_first', 'plot_predictions', 'predict', 'top_classes']
 
 _logger = logging.getLogger(__name__)
 
@@ -68,6 +68,12 @@ class _Inputs(Dataset):
             return place, None, None
 
 
+def top_classes(logits: torch.Tensor, topk: int) -> Tuple[List[List[int]], List[List[float]]]:
+    """Return the most probable classes (B, topk) of logits, and their probabilities."""
+    probs, classes = logits.float().softmax(dim=-1).topk(min(topk, logits.shape[-1]))
+    return classes.tolist(), probs.tolist()
+
+
 def predict(
         model: nn.Module,
         dataset: Any,
@@ -103,8 +109,7 @@ def predict(
             continue
         with torch.inference_mode():
             logits = model(torch.stack([image for _, _, image in readable]).to(device))
-            probs, classes = logits.float().softmax(dim=-1).topk(min(topk, logits.shape[-1]))
-        for (place, label, _), c, p in zip(readable, classes.tolist(), probs.tolist()):
+        for (place, label, _), c, p in zip(readable, *top_classes(logits, topk)):
             predictions.append(Prediction(place, None if label is None else int(label), c, p))
     model.train(was_training)
     return predictions

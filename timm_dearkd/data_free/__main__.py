@@ -59,7 +59,7 @@ def _resolution(text: str) -> Resolution:
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command."""
     parser = argparse.ArgumentParser(
-        prog='python -m timm_dearkd.data_free', description='Make training images from a CNN (DF-DearKD)')
+        prog='timm-dearkd data-free', description='Make training images from a CNN (DF-DearKD)')
     _add_image_arguments(parser)
     _add_loss_arguments(parser)
     add = parser.add_argument

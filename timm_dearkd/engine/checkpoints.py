@@ -233,7 +233,7 @@ _FREE_OPTIONS = {
     'resume', 'start_epoch', 'stop_epoch', 'save_epochs', 'output', 'experiment', 'workers', 'pin_mem', 'log_interval',
     'recovery_interval', 'checkpoint_hist', 'device', 'no_ddp_bb', 'report', 'torchcompile', 'torchcompile_mode',
     'save_images', 'log_tensorboard', 'log_wandb', 'wandb_project', 'wandb_tags', 'wandb_resume_id',
-    'validation_batch_size', 'no_resume_opt', 'local_rank'}
+    'validation_batch_size', 'no_resume_opt', 'local_rank', 'kd_label_cache'}
 
 
 def changed_options(before: Dict[str, Any], now: Dict[str, Any]) -> str:

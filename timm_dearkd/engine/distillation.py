@@ -37,7 +37,10 @@ from .loader import model_dtype
 from .loop import Validator
 from .options import check_distillation
 
-__all__ = ['TeacherCheck', 'build_schedule', 'build_task', 'check_teacher', 'label_names', 'log_changed_stages']
+__all__ = [
+    'TeacherCheck', 'build_schedule', 'build_task', 'check_teacher', 'label_names', 'load_teacher',
+    'log_changed_stages',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -157,6 +160,44 @@ def _match_classes(teacher: Any, names: Sequence[str], num_classes: int) -> Opti
     return None
 
 
+def load_teacher(
+        student: nn.Module,
+        data_config: Dict[str, Any],
+        name: str,
+        checkpoint: Optional[str] = None,
+        *,
+        img_size: Optional[int] = None,
+        class_map: Optional[str] = None,
+        names: Sequence[str] = (),
+) -> Teacher:
+    """Load the teacher of a student, with its classes in the student's order.
+
+    Args:
+        student: The student.
+        data_config: timm's preprocessing configuration of the student.
+        name: See `distill_hooks.load_model`.
+        checkpoint: See `distill_hooks.load_model`.
+        img_size: Size at which the teacher sees the images; None is the student's.
+        class_map: File of a class map; None matches the classes by name.
+        names: Names of the student's classes; () keeps the teacher's classes.
+
+    Raises:
+        FileNotFoundError: If a file does not exist.
+        ValueError: If the teacher does not load or does not fit the student.
+    """
+    model = create_teacher(name, checkpoint)
+    indices = load_class_map(class_map) if class_map else _match_classes(model, names, cast(Any, student).num_classes)
+    return Teacher.for_student(
+        student,
+        model,
+        img_size=img_size,
+        class_map=indices,
+        mean=data_config['mean'],
+        std=data_config['std'],
+        input_size=data_config['input_size'],
+    )
+
+
 def _build_distillation(
         args,
         distill_type: str,
@@ -170,18 +211,14 @@ def _build_distillation(
     Raises:
         ValueError: If the teacher, the student and the options do not fit together.
     """
-    loaded = create_teacher(args.kd_model_name, args.kd_teacher_checkpoint)
-    class_map = load_class_map(args.kd_class_map) if args.kd_class_map else None
-    if class_map is None and distill_type != 'feature':
-        class_map = _match_classes(loaded, names, cast(Any, model).num_classes)
-    teacher = Teacher.for_student(
+    teacher = load_teacher(
         model,
-        loaded,
+        data_config,
+        args.kd_model_name,
+        args.kd_teacher_checkpoint,
         img_size=args.kd_teacher_img_size,
-        class_map=class_map,
-        mean=data_config['mean'],
-        std=data_config['std'],
-        input_size=data_config['input_size'],
+        class_map=args.kd_class_map,
+        names=names if distill_type != 'feature' else (),
     )
     task: TrainingTask
     if distill_type == 'dearkd':
@@ -203,7 +240,7 @@ def _build_distillation(
     if args.kd_teacher_img_size is None:
         for size in args.train_img_sizes or ():
             teacher.probe((data_config['input_size'][0], size, size))
-    _log_teacher_size(args, loaded, data_config['input_size'])
+    _log_teacher_size(args, teacher.model, data_config['input_size'])
     teacher.fold_batchnorm(data_config['input_size'])
     if args.amp:
         teacher.store_weights(getattr(torch, args.amp_dtype))

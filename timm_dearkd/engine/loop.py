@@ -261,6 +261,7 @@ class Trainer:
         skip_nan_steps: Largest number of updates to skip in the run because a loss is not finite.
         loss_scale: Factor on the loss of a batch by its size; None is 1.
         synchronize: Wait for the device after every update.
+        labels: A `LabelCache` that the task reads.
         on_log: Called at each log line with the epoch, the update, the mean losses, the rates and the images.
         on_update: Called after every update with the epoch, the number of the update, counted from 1, and whether it
             is the epoch's last.
@@ -277,6 +278,7 @@ class Trainer:
     skip_nan_steps: int = 0
     loss_scale: Optional[Callable[[int], float]] = None
     synchronize: bool = False
+    labels: Any = None
     on_log: Optional[Callable[[int, int, Dict[str, float], Dict[str, float], torch.Tensor], Any]] = None
     on_update: Optional[Callable[[int, int, bool], Any]] = None
     meter: LossMeter = field(init=False)
@@ -312,6 +314,8 @@ class Trainer:
         num_batches, first = len(self.loader), first_update * self.grad_accum_steps
         if hasattr(self.loader, 'set_epoch'):
             self.loader.set_epoch(epoch, first)
+        if self.labels is not None:
+            self.labels.set_epoch(epoch, first)
         clock, finite = _Clock(self._timer), None
         self.step.optimizer.zero_grad()
         self._running_stats = RunningStats(cast(nn.Module, self.task.get_trainable_module()))
@@ -363,6 +367,8 @@ class Trainer:
         if last or update % self.log_interval == 0 or done == 1:
             losses = self.meter.means()
             self.check_finite(epoch)
+            if self.labels is not None:
+                self.labels.save()
             rates = clock.read(self.ranks.world_size)
             if self.ranks.is_primary:
                 self._log(epoch, update, losses, rates)

@@ -1,5 +1,6 @@
 """The optimizer and the learning-rate schedule, from the options."""
 import logging
+import math
 from typing import Any, Dict, cast
 
 import torch
@@ -18,7 +19,7 @@ __all__ = ['build_optimizer', 'build_scheduler', 'epochs_for', 'warn_of_short_ru
 
 _logger = logging.getLogger(__name__)
 
-MIN_UPDATES = 1000  # of a run without a warning; our choice
+MIN_UPDATES = 1000  # of a run without a warning, and with --auto-epochs; our choice
 
 
 def build_optimizer(args, task: TrainingTask, device: torch.device, ranks: Ranks) -> torch.optim.Optimizer:
@@ -60,12 +61,17 @@ def _takes_fused(args) -> bool:
     return optimizer_class in (torch.optim.Adam, torch.optim.AdamW)  # Adagrad's is only for CPUs in older versions
 
 
-def epochs_for(num_images: int) -> int:
+def epochs_for(num_images: int, num_updates: int) -> int:
     """Return the number of epochs for a number of training images: 700 / num_images^(1/4).
 
-    Fewer images get more epochs, but fewer updates. The rule is ours, see docs/training.md.
+    Fewer images get more epochs, but fewer updates: at least 10 epochs and 1,000 updates. The rule is ours, see
+    docs/training.md.
+
+    Args:
+        num_images: Images per epoch.
+        num_updates: Updates per epoch.
     """
-    return max(10, round(700 / max(1, num_images) ** 0.25))
+    return max(10, round(700 / max(1, num_images) ** 0.25), math.ceil(MIN_UPDATES / max(1, num_updates)))
 
 
 def build_scheduler(args, optimizer: torch.optim.Optimizer, num_updates: int, num_images: int, start: Position):
@@ -84,7 +90,7 @@ def build_scheduler(args, optimizer: torch.optim.Optimizer, num_updates: int, nu
     rates = [group['lr'] for group in optimizer.param_groups]
     kwargs = scheduler_kwargs(args)
     if args.auto_epochs:
-        epochs = epochs_for(num_images)
+        epochs = epochs_for(num_images, num_updates)
         kwargs.update(num_epochs=epochs)
         _logger.info(f'--auto-epochs: {epochs} epochs for {num_images} images per epoch.')
     lr_scheduler, num_epochs = create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=num_updates)
@@ -114,11 +120,11 @@ def warn_of_short_run(args, num_epochs: int, num_updates: int, num_images: int, 
     if is_dearkd and args.opt == 'sgd':
         _logger.warning(
             f'--opt sgd, the default, with a learning rate of {args.lr or args.lr_base:g} hardly trains a ViT. Try'
-            ' -c small_folder, or --opt adamw --lr 1e-3.')
-    elif is_dearkd and total < MIN_UPDATES and num_epochs < epochs_for(num_images):
+            ' -c small_folder (with --lr 5e-4 for a larger model than nano).')
+    elif is_dearkd and total < MIN_UPDATES:
         _logger.warning(
-            f'The run has {total} updates, too few for a ViT. Set more --epochs, or use -c small_folder, which chooses'
-            f' {epochs_for(num_images)} epochs.')
+            f'The run has {total} updates, too few for a ViT. Set more --epochs: -c small_folder takes'
+            f' {epochs_for(num_images, num_updates)}.')
     if args.sched != 'none' and args.warmup_epochs >= num_epochs:
         _logger.warning(
             f'All of the {num_epochs} epochs are warm-up, from a learning rate of {args.warmup_lr:g}. Set fewer'

@@ -44,7 +44,7 @@ _TAUGHT = {
     'dearkd': (
         'dearkd_stage1_epochs', 'dearkd_stage2', 'dearkd_alpha', 'dearkd_beta', 'dearkd_hooks',
         'dearkd_normalize_features', 'dearkd_labels', 'dearkd_soft_labels', 'kd_temperature', 'kd_teacher_img_size',
-        'kd_class_map'),
+        'kd_class_map', 'kd_label_cache'),
     'logit': ('kd_loss_type', 'kd_temperature', 'kd_teacher_img_size', 'kd_class_map', *_WEIGHTS),
     'feature': ('kd_student_feature_dim', 'kd_teacher_feature_dim', 'kd_teacher_img_size', *_WEIGHTS),
     'token': ('kd_token_distill_type', 'kd_temperature', 'kd_teacher_img_size', 'kd_class_map', *_WEIGHTS),
@@ -139,6 +139,8 @@ def _add_dearkd(group) -> None:
     add('--kd-teacher-img-size', type=int, metavar='N',
         help="side length in pixels at which the teacher sees the images (default: the student's)")
     add('--kd-class-map', metavar='FILE', help="the teacher's class index per line, for each of the student's classes")
+    add('--kd-label-cache', metavar='FOLDER',
+        help="read the teacher's labels from this folder, and add those that are missing")
     add('--kd-distill-type', choices=('dearkd', 'logit', 'feature', 'token'),
         help="kind of distillation (default: dearkd if the student has tokens, else timm's logit)")
     add('--dearkd-stage1-epochs', type=int, metavar='N', help='epochs of stage I (default: 5/6 of the epochs)')
@@ -302,7 +304,8 @@ def _add_schedule(group) -> None:
     add('--warmup-lr', type=float, default=1e-5, help='learning rate at the start of the warm-up')
     add('--min-lr', type=float, default=0, help='learning rate at the end of a cycle')
     add('--epochs', type=POSITIVE_INT, default=300, help='epochs of the run, without --cooldown-epochs')
-    add('--auto-epochs', action='store_true', help='choose the epochs by the number of images: 700 / n^(1/4)')
+    add('--auto-epochs', action='store_true',
+        help='choose the epochs by the number of images: 700 / n^(1/4), at least 1,000 updates')
     add('--epoch-repeats', type=float, default=0., help='passes over a streamed data set per epoch')
     add('--start-epoch', type=NON_NEGATIVE_INT, help='first epoch, from 0 (default: after those of the checkpoint)')
     add('--stop-epoch', type=int, metavar='N', help='stop after N epochs; schedules stay those of the whole run')
@@ -688,7 +691,8 @@ def _check_teacher(args: argparse.Namespace) -> None:
 def check_distillation(args: argparse.Namespace, distill_type: str) -> None:
     """Refuse options of another kind of distillation than the student gets.
 
-    If the command names the kind, as it may over a recipe, such options only give a warning, a class map excepted.
+    If the command names the kind, as it may over a recipe, such options only give a warning. Those that name files do
+    not.
 
     Raises:
         ValueError: If there is such an option, or the kind does not go with TorchScript.
@@ -706,7 +710,7 @@ def check_distillation(args: argparse.Namespace, distill_type: str) -> None:
     for key in _given(args, list(others)):
         kinds = ' or '.join(kind for kind, keys in _TAUGHT.items() if key in keys)
         message = f'{_flag(key)} goes with --kd-distill-type {kinds}, this run has {distill_type}'
-        if args.kd_distill_type is None or key == 'kd_class_map':
+        if args.kd_distill_type is None or key in ('kd_class_map', 'kd_label_cache'):
             raise ValueError(f'{message}. Remove it, or choose the kind with --kd-distill-type.')
         _logger.warning(f'{message}. It has no effect.')
 

@@ -126,6 +126,8 @@ class Recorder:
             raise Interrupted(stop.signum, self.saver.curr_recovery_file if self.saver is not None else '')
 
     def _save_recovery(self, epoch: int, update: int) -> None:
+        if self.trainer.labels is not None:  # a run that resumes here does not see the images again
+            self.trainer.labels.save()
         self._collect_state(progress=dict(
             update=update,
             images_per_update=self.images_per_update,

@@ -26,7 +26,7 @@ from .image_folder import class_order, normal_name
 from .loader import model_dtype
 from .run_folder import why_no_config
 
-__all__ = ['build_evaluation', 'build_student', 'warn_of_new_weights']
+__all__ = ['build_evaluation', 'build_student', 'create_student', 'warn_of_new_weights']
 
 _logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def build_student(
         num_classes = count_classes(dataset)
         if num_classes is not None:
             _logger.info(f'--num-classes not given: {num_classes}, as the data set has.')
-    model = _create_student(args, num_classes, create_model)
+    model = create_student(args, num_classes, create_model)
     _complete_attributes(model, num_classes)
     if not args.eval_only:  # evaluation matches the labels with the model's later
         if num_classes is None:
@@ -77,7 +77,7 @@ def build_student(
     return model, data_config
 
 
-def _create_student(args, num_classes: Optional[int], create_model: Callable[..., Any]) -> Any:
+def create_student(args, num_classes: Optional[int], create_model: Callable[..., Any]) -> Any:
     """Create the model, with the arguments that the options give it.
 
     Raises:
