@@ -25,10 +25,10 @@ make_images() {
     ln -sfn ../data/validation "$OUT/$name/validation"
 }
 
-# a DearKD student, the same for all
+# a DearKD student, the same for all; the generator's pilot finds out that digits are not mirrored
 train_student() {
     data=$1; name=$2; shift 2
-    python train.py "$OUT/$data" -c data_free --model dearkd_nano_patch4_32 --in-chans 1 \
+    python train.py "$OUT/$data" -c data_free --model dearkd_nano_patch4_32 --in-chans 1 --hflip 0 \
         --kd-model-name "local-dir:$OUT/teacher" --epochs 20 --val-interval 20 --workers 0 --seed "$SEED" \
         --output "$OUT" --experiment "student_$name" --resume auto "$@"
 }

@@ -162,7 +162,8 @@ class Driver:
             argv: Its arguments, without placeholders.
         """
         teacher = dict(zip(argv, argv[1:])).get('--kd-model-name')
-        if not teacher or cell.data.startswith('/'):  # each student has synthetic images of its own
+        is_soft = (read_recipe(cell) or {}).get('dearkd_soft_labels')  # the cache keeps hard labels
+        if not teacher or is_soft or cell.data.startswith('/'):  # each student has synthetic images of its own
             return []
         parts = [
             cell.data, cell.seed, image_arguments(argv), read_recipe(cell), weights_hash(ROOT / teacher),

@@ -109,7 +109,7 @@ GENERATOR = (
     '--generator', '--diversity', 'none', '--resolutions', '32:4:0.01', '--num-images', '12', '--bn-weight', '2')
 
 
-def test_a_generator_keeps_the_promises(make, cnn, tmp_path, caplog):
+def test_a_generator_keeps_the_promises(make, cnn, tmp_path, caplog, capsys):
     """Killed and resumed, or in two processes, it makes the same images. A resumed run has no second pilot."""
     caplog.set_level('INFO')
     quick = [*QUICK[3:], *GENERATOR]  # QUICK without its resolutions
@@ -117,6 +117,7 @@ def test_a_generator_keeps_the_promises(make, cnn, tmp_path, caplog):
     settings = json.loads((tmp_path / 'whole' / 'settings.json').read_text())
     assert settings['bn_norm'] == 'averaged' and settings['mirror'] in (True, False)
     assert 'Pilot: with a BatchNorm weight of 2,' in caplog.text and settings['bn_weight'] == 2.
+    assert ('--hflip 0' in capsys.readouterr().out) == (not settings['mirror'])
     assert len(pixels(tmp_path / 'whole')) == 12 and (tmp_path / 'whole' / 'samples.png').exists()
     shutil.copytree(tmp_path / 'whole', tmp_path / 'killed')
     (tmp_path / 'killed' / 'batches' / '000001.json').unlink()

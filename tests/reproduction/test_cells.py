@@ -131,6 +131,7 @@ def test_rows_of_the_recipe_are_the_commands_that_they_say(tmp_path, monkeypatch
     for entry in entries:
         assert [cell.seed for cell in entry.cells] == SEEDS
         found = options(driver, entry.cells[0])
+        assert not (found['dearkd_soft_labels'] and found['kd_label_cache'])  # which keeps hard labels
         assert found['affine_aug'] == entry.column and found['dearkd_labels'] == 'teacher'
         assert found['epochs'] * found['train_batches_per_epoch'] * found['batch_size'] >= 40_000
         images = [need for need in entry.cells[0].needs if need.name != 'teacher']

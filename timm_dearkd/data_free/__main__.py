@@ -220,6 +220,7 @@ def run(args: argparse.Namespace) -> None:
     check_backend(args.torchcompile)
     given_bn_weight = args.bn_weight
     args = fill_defaults(args)
+    args.mirror = not args.no_flip
     device, ranks = select_device(args.device)
     precision = Precision(device, torch.bfloat16 if args.amp else None)
     model: Any = load_model(args.model, args.checkpoint, device=device)
@@ -423,8 +424,9 @@ def train_command(args: argparse.Namespace, folder: str, class_map: Sequence[int
     channels = {1: ' --in-chans 1', 2: ' --in-chans 2 --input-img-mode LA', 3: '',
                 4: ' --in-chans 4 --input-img-mode RGBA'}[model.in_chans]
     student = 'dearkd_nano_patch4_32' if size <= MAX_SMALL_SIDE else 'dearkd_tiny_patch16_224 --lr 5e-4'
+    flip = '' if args.mirror else ' --hflip 0'
     return (f'python train.py {data}{channels} -c data_free --model {student}'
-            f' --kd-model-name {shlex.quote(args.model)}{checkpoint}{map_flag}')
+            f' --kd-model-name {shlex.quote(args.model)}{checkpoint}{map_flag}{flip}')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
