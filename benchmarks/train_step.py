@@ -107,6 +107,8 @@ def make_steps(batch, args, precision: Precision) -> Dict[str, Callable[[], obje
     folded = Teacher.for_student(student(args.student), teacher())
     tasks: Dict[str, TrainingTask] = {'dearkd': dearkd(folded)}
     folded.fold_batchnorm((3, 224, 224))  # as train.py does
+    if device.type == 'cpu':
+        folded.model.to(memory_format=torch.channels_last)
     if args.amp_dtype:
         folded.store_weights(getattr(torch, args.amp_dtype))
     tasks['cached'] = cached = dearkd(folded)

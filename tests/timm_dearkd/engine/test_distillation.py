@@ -12,7 +12,7 @@ from distill_hooks import (
     load_class_map,
 )
 from timm_dearkd.engine.checkpoints import Position
-from timm_dearkd.engine.distillation import check_teacher, log_changed_stages
+from timm_dearkd.engine.distillation import build_task, check_teacher, log_changed_stages
 from timm_dearkd.engine.loop import Validator
 from timm_dearkd.engine.process import Precision
 from timm_dearkd.train import _parse_args
@@ -70,6 +70,20 @@ def test_a_teacher_in_another_order_is_told_before_training(tmp_path, caplog, ki
     mended = Teacher(Answers([1, 0, 2]), class_map=load_class_map(str(path)))
     caplog.clear()
     assert check(kind, mended, tmp_path).top1 == 100 and 'another order' not in caplog.text
+
+
+def test_a_teacher_on_a_cpu_is_stored_in_its_fast_layout(cnn):
+    """Its answers are those of timm's model."""
+    args, _ = _parse_args(['DIR', '--model', 'test_vit', '--kd-model-name', f'local-dir:{cnn}'])
+    student = timm.create_model('test_vit', num_classes=3, img_size=32)
+    config = dict(input_size=(3, 32, 32), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    task = build_task(args, student, config, torch.device('cpu'), soft_targets=False)
+    weight = task.teacher.model.get_submodule('layer1.0.conv1').weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    model = timm.create_model(f'local-dir:{cnn}', pretrained=True).eval()
+    images = torch.randn(4, 3, 32, 32)
+    expected = model(task.teacher.prepare_input(images))
+    torch.testing.assert_close(task.teacher(images)[0], expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize('batch_size', [1, 2, 24])
