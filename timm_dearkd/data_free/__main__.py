@@ -4,7 +4,8 @@ import logging
 import math
 import shlex
 import time
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from dataclasses import replace
+from typing import Any, Callable, Collection, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import timm
@@ -93,7 +94,7 @@ def _add_image_arguments(parser: argparse.ArgumentParser) -> None:
     add('--classes-per-batch', type=positive_int, metavar='N',
         help='different classes in a batch (default: 6; --generator: 20)')
     add('--images-per-class', type=positive_int, metavar='N',
-        help='images of each class in a batch (default: 7; --generator: 192)')
+        help='images of each class in a batch (default: 7; --generator: up to 192)')
     add('--resolutions', nargs='+', type=_resolution, metavar='SIZE:STEPS:LR',
         help='phases (default: SIZE/2:2000:0.5 SIZE:2000:0.01, where SIZE is --img-size; --generator: SIZE:400:0.005)')
     add('--img-size', type=positive_int, metavar='N',
@@ -103,8 +104,9 @@ def _add_image_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     paper, ours = LossWeights(), GENERATOR_WEIGHTS
     add = parser.add_argument
-    add('--diversity', default='intra', choices=DIVERSITIES,
-        help='none (DeepInversion), adi (competes with --student) or intra (the paper) (default: %(default)s)')
+    add('--diversity', choices=DIVERSITIES,
+        help='none (DeepInversion), adi (competes with --student) or intra (the paper) (default: intra; --generator:'
+        ' none)')
     add('--student', metavar='NAME', help='competitor of --diversity adi')
     add('--student-checkpoint', metavar='FILE', help='weights of --student (default: its pretrained ones)')
     add('--verifier', metavar='NAME', help='keep only images to whose class this network gives --min-prob')
@@ -117,7 +119,8 @@ def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
         ('triplet', 'triplet loss'), ('adi', 'competition with --student'),
     ):
         values = [getattr(weights, name.replace('-', '_')) for weights in (paper, ours)]
-        other = f'; --generator: {"by a pilot" if name == "bn" else values[1]}' if values[0] != values[1] else ''
+        own = 'by a pilot' if name in ('bn', 'ep', 'triplet', 'adi') else values[1]
+        other = f'; --generator: {own}' if own != values[0] else ''
         add(f'--{name}-weight', type=float, metavar='W', help=f'weight of the {text} (default: {values[0]}{other})')
     add('--latent', default='raw', choices=('raw', 'normalized'),
         help='features that --diversity intra compares: as they are, or of length 1 (default: %(default)s)')
@@ -138,10 +141,19 @@ def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
     preset = GENERATOR_WEIGHTS if args.generator else LossWeights()
     defaults: Dict[str, Any] = {f'{name}_weight': getattr(preset, name) for name in WEIGHTS}
     defaults.update(
-        classes_per_batch=20 if args.generator else 6, images_per_class=192 if args.generator else 7,
+        classes_per_batch=20 if args.generator else 6, diversity='none' if args.generator else 'intra',
         bn_norm='averaged' if args.generator else 'absolute')
     given = {key: value for key, value in vars(args).items() if value is not None}
     return argparse.Namespace(**{**vars(args), **defaults, **given})
+
+
+def _images_per_class(args: argparse.Namespace, num_classes: int) -> int:
+    """Return the images of each class in a batch: the default, or fewer if a generator shall make fewer."""
+    if not args.generator:
+        return 7
+    saved = read_settings(args.output) if args.resume else {}
+    needed = math.ceil(args.num_images / min(args.classes_per_batch, num_classes))
+    return saved.get('images_per_class', min(192, needed))
 
 
 def build_inverter(args: argparse.Namespace, model: Any, names: Sequence[str], precision: Precision) -> Inverter:
@@ -218,13 +230,15 @@ def make_batch(
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     check_backend(args.torchcompile)
-    given_bn_weight = args.bn_weight
+    given = [name for name in WEIGHTS if getattr(args, f'{name}_weight') is not None]
     args = fill_defaults(args)
     args.mirror = not args.no_flip
     device, ranks = select_device(args.device)
     precision = Precision(device, torch.bfloat16 if args.amp else None)
     model: Any = load_model(args.model, args.checkpoint, device=device)
     indices = parse_classes(args.classes, model.num_classes)
+    if args.images_per_class is None:
+        args.images_per_class = _images_per_class(args, len(indices))
     names = read_class_names(args.class_names, model)
     if not 1 <= model.in_chans <= 4:
         raise ValueError(f'--model takes {model.in_chans} channels, expected 1 (grey) to 4. Choose another CNN.')
@@ -236,7 +250,7 @@ def run(args: argparse.Namespace) -> None:
     judge = Judge(model, verifier, names, *_normalisation(model), args.min_prob)
     judge.check_size(inverter.size)
     if isinstance(inverter, GeneratorInverter):
-        choose_by_pilot(args, inverter, indices, given_bn_weight is not None, ranks)
+        choose_by_pilot(args, inverter, indices, given, ranks)
     networks = [m for m in (model, inverter.student, verifier) if m is not None]
     dataset = SyntheticSet(
         args.output, {index: names[index] for index in indices}, _settings(args, inverter, networks), args.format,
@@ -259,29 +273,32 @@ def choose_by_pilot(
         args: argparse.Namespace,
         inverter: GeneratorInverter,
         classes: Sequence[int],
-        keep_bn: bool,
+        kept: Collection[str],
         ranks: Ranks,
 ) -> None:
-    """Choose the BatchNorm weight and the mirroring of a generator by a short pilot; a resumed run keeps them.
+    """Choose the weights and the mirroring of a generator by a short pilot; a resumed run keeps them.
 
     Args:
         args: Options. The choices are written into them.
         inverter: Trains the generators. The choices are set.
         classes: Class indices to choose from.
-        keep_bn: Keep the BatchNorm weight.
+        kept: Weights that were given.
         ranks: This process among all. The first one decides.
     """
     saved = read_settings(args.output) if args.resume else {}
-    choice = [(saved['bn_weight'], saved['mirror']) if 'mirror' in saved else None]
-    if choice[0] is None and ranks.is_primary:
+    if 'mirror' in saved:
+        chosen = {name: saved[f'{name}_weight'] for name in WEIGHTS if name not in kept}
+        choice = [(replace(inverter.weights, **chosen), saved['mirror'])]
+    elif ranks.is_primary:
         targets, = batch_targets(1, classes, args.classes_per_batch, args.images_per_class, args.seed)
-        weights = [args.bn_weight] if keep_bn else None
-        choice = [run_pilot(inverter, targets, args.seed, weights, mirror=not args.no_flip)]
+        choice = [run_pilot(inverter, targets, args.seed, kept, mirror=not args.no_flip)]
+    else:
+        choice = [(inverter.weights, False)]
     if ranks.distributed:
         dist.broadcast_object_list(choice)
-    assert choice[0] is not None
-    args.bn_weight, args.mirror = choice[0] if not keep_bn else (args.bn_weight, choice[0][1])
-    inverter.set_choices(args.bn_weight, args.mirror)
+    weights, args.mirror = choice[0]
+    inverter.set_choices(weights, args.mirror)
+    vars(args).update({f'{name}_weight': getattr(weights, name) for name in WEIGHTS})
 
 
 def _settings(args: argparse.Namespace, inverter: Inverter, networks: Sequence[torch.nn.Module]) -> Dict[str, Any]:

@@ -2,7 +2,7 @@
 import logging
 import math
 from dataclasses import replace
-from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Collection, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from timm_dearkd.engine.seeding import seeded
 
-from .inversion import Augmentation, Inverter, LossWeights, Resolution
+from .inversion import Augmentation, Inverter, LossWeights, OnCheck, Resolution
 
 __all__ = ['GENERATOR_WEIGHTS', 'Generator', 'GeneratorInverter', 'random_views', 'run_pilot']
 
@@ -19,6 +19,7 @@ _logger = logging.getLogger(__name__)
 # Our choices. `bn` is chosen by `run_pilot`
 GENERATOR_WEIGHTS = LossWeights(tv=0., l2=0., bn=10., bn_relative=True, bn_averaged=True, smoothing=0.1)
 PILOT_WEIGHTS = (10., 5., 2.5, 1., 0.5)
+PILOT_SCALES = (1., 0.1, 0.01, 0.001)  # of the diversity loss
 PILOT_STEPS = 50
 MIN_RECOGNISED = 0.9  # of the pilot's images, by the CNN
 MIRROR_AGREEMENT = 0.75  # share of the pilot's images whose mirror image gets the same class
@@ -101,16 +102,16 @@ class GeneratorInverter(Inverter):
         if len(self.resolutions) != 1:
             raise ValueError('--generator has one phase. Set one --resolutions SIZE:STEPS:LR.')
 
-    def set_choices(self, bn_weight: float, mirror: bool) -> None:
-        """Set the weight of the BatchNorm loss, and whether the CNN sees mirror images."""
-        self.weights = replace(self.weights, bn=bn_weight)
+    def set_choices(self, weights: LossWeights, mirror: bool) -> None:
+        """Set the weights of the losses, and whether the CNN sees mirror images."""
+        self.weights = weights
         self.augmentation = Augmentation(self.augmentation.jitter, flip=mirror)
 
     def run(
             self,
             targets: torch.Tensor,
             seed: int,
-            on_check: Optional[Callable[[int, Dict[str, float]], None]] = None,
+            on_check: Optional[OnCheck] = None,
     ) -> Optional[torch.Tensor]:
         """Train a generator and make a batch of images with it. See `Inverter.run`."""
         with seeded(seed, device=self.device):
@@ -119,7 +120,7 @@ class GeneratorInverter(Inverter):
     def _run(
             self,
             targets: torch.Tensor,
-            on_check: Optional[Callable[[int, Dict[str, float]], None]],
+            on_check: Optional[OnCheck],
     ) -> Optional[torch.Tensor]:
         size, steps, lr = self.resolutions[0]
         classes, labels = targets.unique(return_inverse=True)
@@ -134,12 +135,8 @@ class GeneratorInverter(Inverter):
             optimizer.zero_grad()
             losses['loss'].backward()
             optimizer.step()
-            if step % self.check_interval == 0 or step == steps:
-                values = dict(zip(losses, torch.stack([v.detach().float() for v in losses.values()]).tolist()))
-                if on_check is not None:
-                    on_check(step, values)
-                if not math.isfinite(values['loss']):
-                    return None
+            if (step == steps or step % self.check_interval == 0) and not self._check(step, losses, on_check):
+                return None
             if step in ends:
                 with torch.no_grad():
                     for places in _chunks(len(targets), ends.index(step), len(ends)):
@@ -174,41 +171,78 @@ def run_pilot(
         inverter: GeneratorInverter,
         targets: torch.Tensor,
         seed: int,
-        weights: Optional[Sequence[float]] = None,
+        kept: Collection[str] = (),
         mirror: bool = True,
-) -> Tuple[float, bool]:
-    """Choose the BatchNorm weight and the mirroring for a CNN by short trainings, and log the choices.
+) -> Tuple[LossWeights, bool]:
+    """Choose the loss weights and the mirroring for a CNN by short trainings, log the choices and set them.
 
-    The weight is the largest with which the CNN still recognises `MIN_RECOGNISED` of the images. Mirror images are seen
-    if the CNN gives most images and their mirror images the same class.
+    The BatchNorm weight comes first, without the diversity loss. It is the largest with which the CNN recognises
+    `MIN_RECOGNISED` of the images; if there is none, the one with which it recognises most. The weights of the
+    diversity loss then are the largest in the same sense. Mirror images are seen if the CNN gives most images and their
+    mirror images the same class.
 
     Args:
         inverter: Trains the generators.
         targets: Classes (B,) of the pilot's images.
         seed: Random seed.
-        weights: Weights to try, from the largest; None tries `PILOT_WEIGHTS`.
+        kept: Names in `LossWeights` that stay as they are.
         mirror: Mirror images are allowed.
+
+    Returns:
+        The weights, and whether mirror images are seen.
+
+    Raises:
+        ValueError: If the losses of all trainings are not finite.
     """
-    resolutions, weights = inverter.resolutions, weights or PILOT_WEIGHTS
+    resolutions, first = inverter.resolutions, inverter.weights
     size, steps, lr = resolutions[0]
     inverter.resolutions = [Resolution(size, min(PILOT_STEPS, steps), lr)]
-    recognised = agreement = 0.
-    for weight in weights:
-        inverter.set_choices(weight, mirror=False)
+    scaled = () if inverter.diversity == 'none' else ('adi',) if inverter.diversity == 'adi' else ('ep', 'triplet')
+    off = replace(first, **dict.fromkeys(scaled, 0.))  # type: ignore[arg-type]
+    chosen, result = _choose(inverter, targets, seed, [off] if 'bn' in kept else [
+        replace(off, bn=weight) for weight in PILOT_WEIGHTS])
+    if scaled:
+        free = [name for name in scaled if name not in kept]
+        chosen, result = _choose(inverter, targets, seed, [
+            replace(first, bn=chosen.bn, **{name: getattr(first, name) * scale for name in free})
+            for scale in (PILOT_SCALES if free else (1.,))])
+    inverter.resolutions = resolutions
+    mirror = mirror and result.mirrored >= MIRROR_AGREEMENT
+    inverter.set_choices(chosen, mirror)
+    flags = ', '.join(f'--{name}-weight {getattr(chosen, name):g}' for name in ('bn', *scaled))
+    _logger.info(
+        f'Pilot: {flags}. The CNN recognises {100 * result.recognised:.0f} % of the images and gives'
+        f' {100 * result.mirrored:.0f} % of their mirror images the same class. Images are'
+        f' {"" if mirror else "not "}mirrored.')
+    return chosen, mirror
+
+
+class _Result(NamedTuple):
+    """Share of images that the CNN recognises, and of those whose mirror image has the same class for it."""
+    recognised: float
+    mirrored: float
+
+
+def _choose(
+        inverter: GeneratorInverter,
+        targets: torch.Tensor,
+        seed: int,
+        candidates: Sequence[LossWeights],
+) -> Tuple[LossWeights, _Result]:
+    """Return the first weights with which the CNN recognises `MIN_RECOGNISED` of the images, else the best ones."""
+    results: Dict[LossWeights, _Result] = {}
+    for weights in candidates:
+        inverter.set_choices(weights, mirror=False)
         images = inverter.run(targets, seed)
         if images is None:
             continue
         with torch.no_grad():
             answers, mirrored = (
                 inverter.model(x.to(inverter.device)).argmax(1).cpu() for x in (images, images.flip(3)))
-        recognised = (answers == targets).float().mean().item()
-        agreement = (answers == mirrored).float().mean().item()
-        if recognised >= MIN_RECOGNISED:
-            break
-    inverter.resolutions = resolutions
-    mirror = mirror and agreement >= MIRROR_AGREEMENT
-    _logger.info(
-        f'Pilot: with a BatchNorm weight of {weight:g}, the CNN recognises {100 * recognised:.0f} % of the images. It'
-        f' gives {100 * agreement:.0f} % of the mirror images the same class, so images are'
-        f' {"" if mirror else "not "}mirrored.')
-    return weight, mirror
+        results[weights] = _Result(*((answers == other).float().mean().item() for other in (targets, mirrored)))
+        if results[weights].recognised >= MIN_RECOGNISED:
+            return weights, results[weights]
+    if not results:
+        raise ValueError('The losses of the pilot are not finite. Choose other weights, or another CNN.')
+    best = max(results, key=lambda weights: results[weights].recognised)
+    return best, results[best]

@@ -1,5 +1,6 @@
 """Optimisation of images for a CNN (section 4, Eq. 8, based on DeepInversion)."""
 import contextlib
+import math
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -19,6 +20,7 @@ __all__ = [
 ]
 
 DIVERSITIES = ('none', 'adi', 'intra')
+OnCheck = Callable[[int, Dict[str, float]], None]
 
 
 class Resolution(NamedTuple):
@@ -283,7 +285,7 @@ class Inverter:
             self,
             targets: torch.Tensor,
             seed: int,
-            on_check: Optional[Callable[[int, Dict[str, float]], None]] = None,
+            on_check: Optional[OnCheck] = None,
     ) -> Optional[torch.Tensor]:
         """Make a batch of images.
 
@@ -312,13 +314,18 @@ class Inverter:
                 with torch.no_grad():
                     torch.clamp(images, self.low, self.high, out=images)
                 step += 1
-                if step % self.check_interval == 0 or i + 1 == resolution.steps:
-                    values = dict(zip(losses, torch.stack([v.detach().float() for v in losses.values()]).tolist()))
-                    if on_check is not None:
-                        on_check(step, values)
-                    if not torch.isfinite(torch.tensor(values['loss'])):
-                        return None
+                is_last = i + 1 == resolution.steps
+                if (is_last or step % self.check_interval == 0) and not self._check(step, losses, on_check):
+                    return None
         return images.detach()
+
+    @staticmethod
+    def _check(step: int, losses: Dict[str, torch.Tensor], on_check: Optional[OnCheck]) -> bool:
+        """Pass the losses to `on_check`. Return whether their sum is finite."""
+        values = dict(zip(losses, torch.stack([v.detach().float() for v in losses.values()]).tolist()))
+        if on_check is not None:
+            on_check(step, values)
+        return math.isfinite(values['loss'])
 
     def _view(self, images: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
         """Pool, shift and mirror the images for a step."""

@@ -1,4 +1,6 @@
 """The generator of images, on a small CNN."""
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -18,14 +20,14 @@ def _short_periods(monkeypatch):
     monkeypatch.setattr(module, 'BATCH_SIZE', 8)
 
 
-def make(seed=0, steps=24, model=None, weights=GENERATOR_WEIGHTS, **kwargs):
+def make(seed=0, steps=24, model=None, weights=GENERATOR_WEIGHTS, diversity='none', **kwargs):
     torch.manual_seed(seed)
     if model is None:
         model = timm.create_model('test_resnet', num_classes=4)
         for _ in range(2):
             model.train()(torch.randn(8, 3, 32, 32))  # statistics of its own
     return GeneratorInverter(
-        model, MEAN, STD, [Resolution(32, steps, 0.01)], weights, 'none', augmentation=Augmentation(0),
+        model, MEAN, STD, [Resolution(32, steps, 0.01)], weights, diversity, augmentation=Augmentation(0),
         check_interval=6, **kwargs)
 
 
@@ -102,22 +104,35 @@ class Mirrored(torch.nn.Module):
 @pytest.mark.parametrize('whole', [True, False])
 def test_the_pilot_finds_out_whether_mirror_images_are_alike(whole, caplog):
     caplog.set_level('INFO')
-    inverter = make(model=Mirrored(whole))
-    weight, mirror = run_pilot(inverter, torch.arange(3).repeat_interleave(8), 0, weights=[0.], mirror=True)
-    assert weight == 0. and mirror >= whole and 'Pilot: with a BatchNorm weight of 0' in caplog.text
-    assert not run_pilot(inverter, TARGETS % 3, 0, weights=[0.], mirror=False)[1]
+    inverter = make(model=Mirrored(whole), weights=replace(GENERATOR_WEIGHTS, bn=0.))
+    weights, mirror = run_pilot(inverter, torch.arange(3).repeat_interleave(8), 0, kept=['bn'])
+    assert weights.bn == 0. and mirror >= whole and 'Pilot: --bn-weight 0.' in caplog.text
+    assert inverter.weights == weights and inverter.augmentation.flip == mirror
+    assert not run_pilot(inverter, TARGETS % 3, 0, kept=['bn'], mirror=False)[1]
     assert inverter.resolutions[0].steps == 24
 
 
-def test_the_pilot_takes_the_largest_weight_that_leaves_the_classes():
-    inverter = make(steps=30)
-    weight, _ = run_pilot(inverter, TARGETS, 0, weights=[1e6, 1e-3])
-    assert weight == 1e-3
+def test_the_pilot_takes_the_largest_weights_that_leave_the_classes(monkeypatch):
+    monkeypatch.setattr(module, 'PILOT_WEIGHTS', (1e6, 1e-3))
+    monkeypatch.setattr(module, 'PILOT_SCALES', (1., 1e-9))
+    inverter = make(steps=18, weights=replace(GENERATOR_WEIGHTS, ep=1e6), diversity='intra')
+    weights, _ = run_pilot(inverter, TARGETS, 0)
+    assert weights.bn == 1e-3 and weights.ep == pytest.approx(1e-3) and weights.triplet == pytest.approx(5e-10)
+    assert run_pilot(inverter, TARGETS, 0, kept=['bn', 'ep', 'triplet'])[0] == weights
+
+
+def test_the_pilot_takes_the_best_weight_if_all_are_bad(monkeypatch):
+    """A CNN that always has another answer recognises nothing, and one with infinite losses ends the pilot."""
+    monkeypatch.setattr(module, 'PILOT_WEIGHTS', (float('inf'), 1e6, 1e5))
+    assert run_pilot(make(steps=12), TARGETS, 0)[0].bn in (1e6, 1e5)
+    monkeypatch.setattr(module, 'PILOT_WEIGHTS', (float('inf'),))
+    with pytest.raises(ValueError, match='The losses of the pilot are not finite'):
+        run_pilot(make(steps=12), TARGETS, 0)
 
 
 def test_a_loss_that_is_not_finite_ends_the_batch():
     inverter = make()
-    inverter.set_choices(float('inf'), mirror=True)
+    inverter.set_choices(replace(GENERATOR_WEIGHTS, bn=float('inf')), mirror=True)
     assert inverter.run(TARGETS, 0) is None
 
 
