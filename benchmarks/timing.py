@@ -7,7 +7,7 @@ import torch
 
 
 def elapsed(function: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of one call: CUDA events on a GPU, the host's clock elsewhere."""
+    """Return the seconds of one call: CUDA events on a GPU, core-seconds on a CPU (other programs do not count)."""
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -16,11 +16,14 @@ def elapsed(function: Callable[[], object], device: torch.device) -> float:
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3
-    sync = torch.accelerator.synchronize if device.type != 'cpu' else lambda: None
-    sync()
+    if device.type == 'cpu':
+        begin = time.process_time()
+        function()
+        return time.process_time() - begin
+    torch.accelerator.synchronize()
     begin = time.perf_counter()
     function()
-    sync()
+    torch.accelerator.synchronize()
     return time.perf_counter() - begin
 
 

@@ -8,6 +8,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 __all__ = ['fold_batchnorm']
 
+MAX_ERROR = 1e-4  # relative to the largest output; ResNets, RegNetY and EfficientNets stay below 4e-6
+
 
 def _find_pairs(
         model: nn.Module,
@@ -65,7 +67,7 @@ def fold_batchnorm(model: nn.Module, run: Callable[[], List[torch.Tensor]]) -> i
             weight, bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
         rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
         setattr(*parents[bn], rest)
-    if any((a - b).abs().max() > 1e-3 * b.abs().max() for a, b in zip(run(), expected)):
+    if not all((a - b).abs().max() <= MAX_ERROR * b.abs().max() for a, b in zip(run(), expected)):
         for conv, weight, bias, bn in originals:
             conv.weight, conv.bias = weight, bias
             setattr(*parents[bn], bn)

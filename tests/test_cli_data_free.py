@@ -105,8 +105,7 @@ def test_two_processes_make_the_same_images(whole, make, tmp_path):
     assert pixels(tmp_path / 'images') == pixels(whole[0])
 
 
-GENERATOR = (
-    '--generator', '--diversity', 'none', '--resolutions', '32:4:0.01', '--num-images', '12', '--bn-weight', '2')
+GENERATOR = ('--generator', '--resolutions', '32:4:0.01', '--num-images', '12', '--bn-weight', '2')
 
 
 def test_a_generator_keeps_the_promises(make, cnn, tmp_path, caplog, capsys):
@@ -116,7 +115,7 @@ def test_a_generator_keeps_the_promises(make, cnn, tmp_path, caplog, capsys):
     main([str(tmp_path / 'whole'), '--model', str(cnn), *quick])
     settings = json.loads((tmp_path / 'whole' / 'settings.json').read_text())
     assert settings['bn_norm'] == 'averaged' and settings['mirror'] in (True, False)
-    assert 'Pilot: with a BatchNorm weight of 2,' in caplog.text and settings['bn_weight'] == 2.
+    assert 'Pilot: --bn-weight 2. ' in caplog.text and settings['bn_weight'] == 2. and settings['diversity'] == 'none'
     assert ('--hflip 0' in capsys.readouterr().out) == (not settings['mirror'])
     assert len(pixels(tmp_path / 'whole')) == 12 and (tmp_path / 'whole' / 'samples.png').exists()
     shutil.copytree(tmp_path / 'whole', tmp_path / 'killed')
@@ -130,6 +129,15 @@ def test_a_generator_keeps_the_promises(make, cnn, tmp_path, caplog, capsys):
     assert result.returncode == 0, result.stderr
     assert pixels(tmp_path / 'two') == pixels(tmp_path / 'whole')
     assert json.loads((tmp_path / 'two' / 'settings.json').read_text())['mirror'] == settings['mirror']
+
+
+def test_a_small_set_of_a_generator_is_one_batch(cnn, tmp_path, caplog):
+    caplog.set_level('INFO')
+    main([str(tmp_path / 'images'), '--model', str(cnn), *GENERATOR, '--diversity', 'intra'])
+    settings = json.loads((tmp_path / 'images' / 'settings.json').read_text())
+    assert f'Pilot: --bn-weight 2, --ep-weight {settings["ep_weight"]:g}, --triplet-weight' in caplog.text
+    assert settings['triplet_weight'] == pytest.approx(settings['ep_weight'] / 100) and settings['ep_weight'] <= 50
+    assert len(pixels(tmp_path / 'images')) == 12 and 'rounded up' not in caplog.text
 
 
 def test_train_reads_them(whole, train_cli, cnn, tmp_path):

@@ -148,12 +148,12 @@ def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def _images_per_class(args: argparse.Namespace, num_classes: int) -> int:
-    """Return the images of each class in a batch: the default, or fewer if a generator shall make fewer."""
+    """Return the default of --images-per-class: for a generator, up to 192 in batches of equal size."""
     if not args.generator:
         return 7
     saved = read_settings(args.output) if args.resume else {}
     needed = math.ceil(args.num_images / min(args.classes_per_batch, num_classes))
-    return saved.get('images_per_class', min(192, needed))
+    return saved.get('images_per_class', math.ceil(needed / math.ceil(needed / 192)))
 
 
 def build_inverter(args: argparse.Namespace, model: Any, names: Sequence[str], precision: Precision) -> Inverter:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any, Dict, Optional
@@ -27,6 +28,7 @@ __all__ = ['IMAGE_OPTIONS', 'LabelCache', 'build_label_cache', 'describe_files',
 
 _logger = logging.getLogger(__name__)
 
+MANIFEST = 'labels.json'
 MISSING = 65535  # in a file; so there are at most 65535 classes
 # Our choices. In bfloat16, EfficientNet-Lite0 gave 9 % of 192 augmented and mixed photographs another label, but only
 # 0.5 % by more than this share of the logits' spread. Two pixels of shift changed 22 % by more.
@@ -99,9 +101,9 @@ class LabelCache:
             return missing
         try:
             labels = np.load(path)
-        except (EOFError, OSError, ValueError):
+        except Exception:  # NumPy raises half a dozen kinds for damaged files
             labels = None
-        is_valid = labels is not None and labels.dtype == np.uint16 and labels.shape == self.shape and bool(
+        is_valid = isinstance(labels, np.ndarray) and labels.dtype == np.uint16 and labels.shape == self.shape and bool(
             ((labels < self.num_classes) | (labels == MISSING)).all())
         if not is_valid:
             _logger.warning(f'{path} has no labels of this run. The teacher computes them again.')
@@ -128,23 +130,25 @@ class LabelCache:
             logits = logits.float()
             best = logits.amax(dim=1)
             margin = best - logits.gather(1, row.long().unsqueeze(1)).squeeze(1)
-            self._checked[0] += (margin > MARGIN * (best - logits.mean(dim=1))).sum()
+            self._checked[0] += (~(margin <= MARGIN * (best - logits.mean(dim=1)))).sum()  # NaN is wrong, too
             self._checked[1] += len(logits)
         else:
-            row.copy_(logits.argmax(dim=1))
+            row.copy_(logits.argmax(dim=1).where(logits.isfinite().all(dim=1), MISSING))
             self._is_new = True
 
     def save(self) -> None:
         """Write the new labels. All processes must call this together.
 
         Raises:
-            TrainingError: If more than `MAX_WRONG` of the labels that were compared are not the teacher's answers.
+            TrainingError: If more than `MAX_WRONG` of the labels that were compared are not the teacher's answers, by
+                three standard deviations.
         """
         checked = self._checked.clone()
         if self.ranks.distributed:
             dist.all_reduce(checked)
         wrong, count = checked.tolist()
-        if wrong > MAX_WRONG * count:
+        expected = MAX_WRONG * count
+        if wrong > expected + 3 * math.sqrt(expected):
             raise TrainingError(
                 f'--kd-label-cache {self.folder}: {wrong} of {count} labels are not the answers of the teacher (epoch'
                 f' {self.epoch}). The images or the teacher have changed, or libraries that read and transform images.'
@@ -180,8 +184,11 @@ def describe_files(dataset: Any) -> str:
     samples = getattr(reader, 'samples', None) or ()
     for place, *_ in samples:
         if isinstance(place, str):
-            name = place[len(str(reader.root)):]
-            num_bytes = os.path.getsize(place) if os.path.exists(place) else -1  # a link may lead nowhere
+            name = os.path.relpath(place, reader.root)
+            try:
+                num_bytes = os.path.getsize(place)
+            except OSError:  # a link may lead nowhere
+                num_bytes = -1
         else:  # of a tar file
             name, num_bytes = place.name, place.size
         size += num_bytes
@@ -201,6 +208,8 @@ def describe_labels(args, trainer: Trainer, dataset: Any, data_config: Dict[str,
     erases_on_device = args.reprob > 0 and not args.no_aug and not args.no_prefetcher
     facts = dict(
         teacher=teacher.weights_hash,
+        teacher_architecture=getattr(teacher.model, 'pretrained_cfg', {}).get('architecture'),
+        teacher_normalisation=[teacher.scale.flatten().tolist(), teacher.shift.flatten().tolist()],
         class_map=None if class_map is None else hashlib.sha256(repr(class_map.tolist()).encode()).hexdigest()[:12],
         image_files=describe_files(dataset),
         **{name: getattr(args, name) for name in IMAGE_OPTIONS},
@@ -224,15 +233,18 @@ def open_folder(folder: str, facts: Dict[str, Any]) -> None:
     Raises:
         ValueError: If the folder cannot be created, or its labels are of other images or of another teacher.
     """
-    path = Path(folder, 'manifest.json')
+    path = Path(folder, MANIFEST)
     try:
+        if Path(folder).is_dir() and not path.exists() and os.listdir(folder):
+            raise ValueError(
+                f'--kd-label-cache {folder!r} has other files and no {MANIFEST}. Name another folder.')
         create_file(path, json.dumps(facts, indent=1).encode())
         found = json.loads(path.read_text())
     except OSError as e:
         raise ValueError(f'--kd-label-cache {folder!r} cannot be used ({e.strerror}). Name another folder.') from e
-    except ValueError:
+    except json.JSONDecodeError:
         found = None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or 'image_files' not in found:
         raise ValueError(f'--kd-label-cache: {str(path)!r} cannot be read. Remove the folder, or name another one.')
     changed = ', '.join(
         f'{name} {found.get(name)} → {facts.get(name)}' for name in {**found, **facts}

@@ -15,7 +15,14 @@ import timm_dearkd  # noqa: F401
 from distill_hooks import DearKDTask, TwoStageSchedule
 from timm_dearkd import train
 from timm_dearkd.engine import label_cache
-from timm_dearkd.engine.label_cache import IMAGE_OPTIONS, LabelCache, build_label_cache, describe_files, open_folder
+from timm_dearkd.engine.label_cache import (
+    IMAGE_OPTIONS,
+    MISSING,
+    LabelCache,
+    build_label_cache,
+    describe_files,
+    open_folder,
+)
 from timm_dearkd.engine.loop import Stepper, Trainer
 from timm_dearkd.engine.options import build_parser
 from timm_dearkd.engine.process import Precision, TrainingError
@@ -140,20 +147,37 @@ def test_labels_that_are_not_the_teachers_stop_the_run(tmp_path):
     cache.put(close)
     cache.save()
     close[0, 0] = 4.
+    close[1] = float('nan')
     cache.set_epoch(0)
     assert cache.take(6) is None
     cache.put(close)
-    with pytest.raises(TrainingError, match=r'--kd-label-cache .*: 1 of 12 labels are not the answers.*\(epoch 0\).'):
+    with pytest.raises(TrainingError, match=r'--kd-label-cache .*: 2 of 12 labels are not the answers.*\(epoch 0\).'):
         cache.save()
     assert fill(make_cache(tmp_path), 0, LABELS)[3] == LABELS[3]
 
 
-@pytest.mark.parametrize('content', ['truncated', 'other shape', 'other type', 'too many classes'])
+def test_answers_that_are_not_finite_are_not_kept(tmp_path):
+    cache = make_cache(tmp_path)
+    cache.set_epoch(0)
+    assert cache.take(6) is None
+    logits = logits_of(LABELS[0])
+    logits[2, 1] = float('inf')
+    cache.put(logits)
+    cache.save()
+    known = np.load(tmp_path / 'epoch0000-rank0.npy')[0] != MISSING
+    assert known.tolist() == [True, True, False, True, True, True]
+
+
+@pytest.mark.parametrize('content', ['truncated', 'zip', 'header', 'other shape', 'other type', 'too many classes'])
 def test_a_file_that_is_none_is_computed_again(content, tmp_path, caplog):
     fill(make_cache(tmp_path), 1, LABELS)
     path = tmp_path / 'epoch0001-rank0.npy'
     if content == 'truncated':
         path.write_bytes(path.read_bytes()[:-3])
+    elif content == 'zip':
+        path.write_bytes(b'PK\3\4' + path.read_bytes())
+    elif content == 'header':
+        path.write_bytes(path.read_bytes().replace(b'shape', b'sh\'pe'))
     else:
         np.save(path, dict(zip(['other shape', 'other type', 'too many classes'], [
             np.zeros((4, 5), np.uint16), np.zeros((4, 6), np.int64), np.full((4, 6), 5, np.uint16)]))[content])
@@ -216,7 +240,7 @@ def test_a_folder_knows_what_its_labels_belong_to(prepare, image_folder, cnn, tm
     with pytest.raises(ValueError, match='teacher: reprob 0.0 → 0.1, erasing_device None → cpu. Name'):
         prepare('--reprob', '0.1')
     other = shutil.copytree(image_folder, tmp_path / 'other')
-    prepare(data=other)  # the same files in another place
+    prepare(data=f'{other}/')  # the same files in another place
     (other / 'train' / 'rust' / '3.png').write_bytes((other / 'train' / 'rust' / '2.png').read_bytes() + b' ')
     with pytest.raises(ValueError, match=r'teacher: image_files 48 \(\d+ bytes, .*\) → 48 \(\d+ bytes, '):
         prepare(data=other)
@@ -224,7 +248,7 @@ def test_a_folder_knows_what_its_labels_belong_to(prepare, image_folder, cnn, tm
     torch.save({name: value + 1 for name, value in state.items()}, tmp_path / 'other.pth')
     with pytest.raises(ValueError, match='teacher: teacher [0-9a-f]+ → [0-9a-f]+. Name'):
         prepare('--kd-teacher-checkpoint', tmp_path / 'other.pth')
-    assert os.listdir(tmp_path / 'labels') == ['manifest.json']
+    assert os.listdir(tmp_path / 'labels') == ['labels.json']
 
 
 @pytest.mark.parametrize('args,message', [
@@ -249,10 +273,14 @@ def test_what_cannot_be_cached(tmp_path):
     (tmp_path / 'file').touch()
     with pytest.raises(ValueError, match="--kd-label-cache '.*file' cannot be used"):
         open_folder(str(tmp_path / 'file'), {})
-    for content in ('', '[1]'):
-        (tmp_path / 'manifest.json').write_text(content)
-        with pytest.raises(ValueError, match='manifest.json. cannot be read. Remove the folder'):
+    (tmp_path / 'file').unlink()
+    for content in ('', '[1]', '{"images": []}'):
+        (tmp_path / 'labels.json').write_text(content)
+        with pytest.raises(ValueError, match='labels.json. cannot be read. Remove the folder'):
             open_folder(str(tmp_path), {})
+    (tmp_path / 'labels.json').rename(tmp_path / 'photo.png')
+    with pytest.raises(ValueError, match='has other files and no labels.json. Name another folder'):
+        open_folder(str(tmp_path), {})
 
 
 def test_data_sets_that_are_no_files():
