@@ -3,6 +3,7 @@ import argparse
 import csv
 import json
 from pathlib import Path
+from typing import List
 
 import yaml
 from PIL import Image
@@ -10,9 +11,13 @@ from PIL import Image
 from timm_dearkd.data_free.look import contact_sheet
 
 NAMES = {
-    'none': 'DeepInversion', 'adi': 'adaptive DeepInversion (ADI)', 'intra': 'DF-DearKD (intra-divergence)',
-    'real': 'real images',
+    'pixels': 'DeepInversion', 'generator': 'generator', 'real': 'real images',
 }
+
+
+def pick(paths: List[Path]) -> List[Path]:
+    """Return two paths far apart: neighbours of a generator look alike."""
+    return [paths[0], paths[len(paths) // 2]]
 
 
 def main() -> None:
@@ -24,7 +29,7 @@ def main() -> None:
         Path(folder).parent.name if Path(folder).name == 'train' else Path(folder).name: result
         for folder, result in json.loads((out / 'diversity.json').read_text())['folders'].items()
     }
-    print('\n| training images | images | that the CNN is sure of | distance within a class | student, top-1 |')
+    print('\n| training images | images | recognised by the CNN | distance within a class | student, top-1 |')
     print('| --- | --- | --- | --- | --- |')
     for name, label in NAMES.items():
         with open(out / f'student_{name}' / 'summary.csv', newline='') as f:
@@ -44,7 +49,7 @@ def main() -> None:
     for name, label in NAMES.items():
         folder = out / ('data' if name == 'real' else name) / 'train'
         rows[label.split(' ')[0]] = [
-            Image.open(path) for digit in range(10) for path in sorted((folder / str(digit)).glob('*.png'))[:2]]
+            Image.open(path) for digit in range(10) for path in pick(sorted((folder / str(digit)).glob('*.png')))]
     (out / 'images.png').write_bytes(contact_sheet(rows))
     print(f'\nPicture: {out / "images.png"}')
 

@@ -188,17 +188,32 @@ WEIGHT_DECISIONS = tuple(
                               ('weight of the competition, ADI (% recognised)', 'adi', '30')))
 
 
+# The paper's weights under several readings of its losses: features as they are or of length 1, BatchNorm distances
+# absolute or relative
+ABSOLUTE = ('--bn-norm', 'absolute', '--tv-weight', '1e-4')
+LENGTH_1 = ('--latent', 'normalized')
+READINGS: Dict[str, Tuple[str, Tuple[str, ...]]] = {
+    'raw-50': ('the paper\'s 50, absolute BatchNorm', (*ABSOLUTE, *intra_weights('50'))),
+    'normalized-50': ('50, absolute BatchNorm, features of length 1', (*ABSOLUTE, *intra_weights('50'), *LENGTH_1)),
+    'normalized-50-relative': ('50, features of length 1', (*intra_weights('50'), *LENGTH_1)),
+    'normalized-5-relative': ('5, features of length 1', (*intra_weights('5'), *LENGTH_1)),
+    'normalized-1-relative': ('1, features of length 1', (*intra_weights('1'), *LENGTH_1)),
+}
+
+
 def inversion(scale: Scale, seeds: Sequence[int]) -> Table:
     """Return the weights of the diversity losses that were tried."""
     make = dict(intra=intra_weights, adi=adi_weights)
     tried: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {MODES['none'][0]: ('none', 'none', ())}
     for mode, weights in WEIGHTS.items():
         tried.update({f'{MODES[mode][0]}, {w}': (f'{mode}-{w}', mode, make[mode](w)) for w in weights})
+    tried.update({f'{MODES["intra"][0]}, {label}': (name, 'intra', argv) for name, (label, argv) in READINGS.items()})
     return Table(
         'Weights of the diversity losses, without real images',
         '120 images each. DF-DearKD: weight of the easiest positive; the triplet has a hundredth of it, as in the'
-        ' paper. ADI: weight of the competition. An image is recognised if the CNN gives its class a probability above'
-        ' 0.5. Three images are 2.5 points. The other CNN was not used to choose.',
+        ' paper. ADI: weight of the competition. BatchNorm distances are relative unless a row says otherwise. An image'
+        ' is recognised if the CNN gives its class a probability above 0.5. Three images are 2.5 points. The other CNN'
+        ' was not used to choose.',
         [Entry(row, column, (inversion_cell(
             scale, f'tuning-images-{name}-seed{seeds[0]}', scale.tuning_data, mode, seeds[0], 120, argv),), None, key,
             key)
