@@ -1,12 +1,11 @@
 """Geometric augmentation of synthetic images."""
 import math
-from typing import Any, Sequence
+from typing import Any, Sequence, Tuple
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import Compose
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 __all__ = ['FILLS', 'AffineJitter', 'add_affine']
 
@@ -28,32 +27,38 @@ class AffineJitter:
 
     def __init__(self, fill: str = 'edge', mean: Sequence[float] = (0.,)) -> None:
         self.fill = fill
-        self.mean = torch.tensor(mean).view(-1, 1, 1)
+        self.mean = tuple(round(255 * value) for value in mean)
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}(fill={self.fill!r})'
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        pixels = pil_to_tensor(image).float() / 255
-        outside = self.mean if self.fill == 'mean' else 0.
-        height, width = pixels.shape[1:]
-        grid = F.affine_grid(self._draw_map(height, width), [1, 1, height, width], align_corners=False)
-        mode = 'border' if self.fill == 'edge' else 'zeros'
-        moved = F.grid_sample((pixels - outside)[None], grid, padding_mode=mode, align_corners=False)[0] + outside
+        matrix, offset = self._draw_map(*image.size)
+        size, outside = image.size, self.mean if self.fill == 'mean' else (0,) * len(image.getbands())
+        if self.fill == 'edge':
+            reach = max(size)  # of the map over the border, at most
+            x, y = (np.arange(-reach, side + reach).clip(0, side - 1) for side in size)
+            image, offset = Image.fromarray(np.asarray(image)[y[:, None], x]), offset + reach
+        coefficients = *matrix[0], offset[0], *matrix[1], offset[1]
+        bands = [  # one by one, because Pillow multiplies colours by alpha
+            band.transform(size, Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR, fillcolor=fill)
+            for band, fill in zip(image.split(), outside)]
+        moved = Image.merge(image.mode, bands)
         gamma = math.exp(_uniform(GAMMA))
-        return to_pil_image((moved.clamp(0, 1) ** gamma * 255).round().to(torch.uint8), image.mode)
+        table = (np.linspace(0, 1, 256) ** gamma * 255).round().astype(np.uint8)
+        return Image.fromarray(table[np.asarray(moved)])
 
     @staticmethod
-    def _draw_map(height: int, width: int) -> torch.Tensor:
-        """Draw the map from places in the result to places in the image, in half sides (1, 2, 3)."""
+    def _draw_map(width: int, height: int) -> Tuple[np.ndarray, np.ndarray]:
+        """Draw the map from places in the result to places in the image, in pixels: a matrix (2, 2) and an offset."""
         angle, shear = (math.radians(_uniform(ANGLE)) for _ in range(2))
-        rotation = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-        slant = torch.tensor([[1., math.tan(shear)], [0., 1.]])
-        zoom = torch.tensor([math.exp(_uniform(ZOOM)) for _ in range(2)])
-        pixels = torch.tensor([width, height], dtype=torch.float)
-        matrix = rotation @ slant @ torch.diag(zoom) * pixels / pixels[:, None]
-        shift = torch.tensor([2 * _uniform(SHIFT) for _ in range(2)])
-        return torch.cat([matrix, shift[:, None]], dim=1)[None]
+        rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        slant = np.array([[1., math.tan(shear)], [0., 1.]])
+        zoom = np.diag([math.exp(_uniform(ZOOM)) for _ in range(2)])
+        matrix = rotation @ slant @ zoom
+        centre = np.array([width, height]) / 2
+        shift = np.array([_uniform(SHIFT) for _ in range(2)]) * (width, height)
+        return matrix, centre + shift - matrix @ centre
 
 
 def _uniform(limit: float) -> float:
