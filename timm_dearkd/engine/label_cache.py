@@ -271,8 +271,6 @@ def build_label_cache(args, trainer: Trainer, dataset: Any, data_config: Dict[st
             ' on the workers. Remove the flag.')
     if num_classes > MISSING:
         raise ValueError(f'--kd-label-cache takes up to {MISSING} classes, the teacher has {num_classes}.')
-    if task.soft_temperature is not None:
-        raise ValueError('--kd-label-cache keeps hard labels. Remove the flag, or --dearkd-soft-labels.')
     if 'teacher_agreement' not in task.log_names:
         raise ValueError(
             '--kd-label-cache: this run uses no labels of the teacher. Remove the flag, or set --dearkd-alpha below 1.')

@@ -706,6 +706,8 @@ def check_distillation(args: argparse.Namespace, distill_type: str) -> None:
         raise ValueError(
             '--kd-temperature is the temperature of soft labels, and DearKD learns hard ones. Add --dearkd-soft-labels,'
             ' or remove the flag.')
+    if args.kd_label_cache and args.dearkd_soft_labels:
+        raise ValueError('--kd-label-cache keeps hard labels. Remove the flag, or --dearkd-soft-labels.')
     others = dict.fromkeys(key for keys in _TAUGHT.values() for key in keys if key not in _TAUGHT[distill_type])
     for key in _given(args, list(others)):
         kinds = ' or '.join(kind for kind, keys in _TAUGHT.items() if key in keys)

@@ -254,6 +254,7 @@ def test_a_folder_knows_what_its_labels_belong_to(prepare, image_folder, cnn, tm
 @pytest.mark.parametrize('args,message', [
     (['--kd-distill-type', 'logit'], '--kd-label-cache goes with --kd-distill-type dearkd, this run has logit'),
     (['--dearkd-alpha', '1'], '--kd-label-cache: this run uses no labels of the teacher.'),
+    (['--dearkd-soft-labels'], '--kd-label-cache keeps hard labels.'),
     (['--kd-model-name', 'a'], "Unknown model 'a'"),
 ])
 def test_runs_without_hard_labels_are_refused(args, message, prepare, tmp_path):
