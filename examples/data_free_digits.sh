@@ -13,7 +13,7 @@ export OMP_NUM_THREADS=1
 
 # the demo's CNN, trained for longer and on mixed images too: what it then makes looks more like digits
 test -d "$OUT/data" || python examples/digits_data.py "$OUT/data" --seed "$SEED"
-OMP_NUM_THREADS=2 python train.py "$OUT/data" -c digits --model test_resnet --img-size 32 \
+python train.py "$OUT/data" -c digits --model test_resnet --img-size 32 \
     --batch-size 64 --epochs 40 --mixup 0.3 --cutmix 0.5 --smoothing 0.1 --val-interval 40 --seed "$SEED" \
     --output "$OUT" --experiment teacher --resume auto
 
