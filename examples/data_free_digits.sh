@@ -28,9 +28,9 @@ make_images() {
 # a DearKD student, the same for all; the generator's pilot finds out that digits are not mirrored
 train_student() {
     data=$1; name=$2; shift 2
-    python train.py "$OUT/$data" -c data_free --model dearkd_nano_patch4_32 --in-chans 1 --hflip 0 \
-        --kd-model-name "local-dir:$OUT/teacher" --epochs 20 --val-interval 20 --workers 0 --seed "$SEED" \
-        --output "$OUT" --experiment "student_$name" --resume auto "$@"
+    python train.py "$OUT/$data" -c data_free --model dearkd_nano_patch4_32 --model-kwargs patch_size=8 \
+        --kd-model-name "local-dir:$OUT/teacher" --in-chans 1 --hflip 0 --epochs 20 --val-interval 20 --workers 0 \
+        --seed "$SEED" --output "$OUT" --experiment "student_$name" --resume auto "$@"
 }
 
 make_images pixels --num-images 480 --classes-per-batch 10 --images-per-class 6 --resolutions 32:130:0.3 --jitter 2 \
