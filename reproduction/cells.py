@@ -9,7 +9,8 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import yaml
 
 __all__ = [
-    'FIGURE4', 'METHODS', 'ROOT', 'RPE_DROP', 'SCALES', 'STAGE1', 'TAUGHT', 'Cell', 'CellError', 'Scale', 'adi_weights',
+    'FIGURE4', 'METHODS', 'ROOT', 'RPE_DROP', 'SCALES', 'STAGE1', 'TABLE2', 'TAUGHT', 'Cell', 'CellError', 'Scale',
+    'adi_weights',
     'cnn_cell', 'definition', 'hidden_loss', 'image_arguments', 'intra_weights', 'methods', 'read_recipe', 'stages',
     'student_cell', 'students', 'teacher_cell', 'training_cost', 'two_stages',
 ]
@@ -192,11 +193,17 @@ def definition(cell: Cell) -> str:
 # Arguments of each method, besides the shared recipe. Defaults are written out, so that a result keeps its meaning
 # when a default of train.py changes.
 PLAIN = ('--model-kwargs', 'num_mhca_blocks=0')
-TAUGHT = ('--kd-model-name', '{teacher}', '--dearkd-alpha', '0.5')
+TEACHER = ('--kd-model-name', '{teacher}')
+TAUGHT = (*TEACHER, '--dearkd-alpha', '0.5')
 NO_HIDDEN = ('--dearkd-beta', '0')
 RPE_DROP = ('--dearkd-rpe-drop', '0.1', '--dearkd-rpe-drop-mode', 'element')  # the paper's dropout, at our rate
 STAGE1 = 5 / 6  # share of the epochs in the paper's recipe of 300
+SOFT = ('--kd-temperature', '4')
+TIMM_WEIGHTS = ('--distill-loss-weight', '1', '--task-loss-weight', '1')
 METHODS = {'vit': 'ViT', 'hard': 'ViT, hard-label distillation', 'dearkd': 'DearKD'}
+TABLE2 = {
+    'vit': METHODS['vit'], 'hard': METHODS['hard'], 'soft': 'ViT, soft-label distillation',
+    'feature': 'ViT, feature distillation', 'dearkd': METHODS['dearkd'], 'dearkd_soft': 'DearKD with soft labels'}
 # The last two end stage I at half of the epochs, because the learning rate is small in the last sixth
 FIGURE4 = {
     **METHODS, 'mhca': 'MHCA without a teacher', 'mhca_hidden': 'DearKD in one stage',
@@ -221,8 +228,9 @@ def two_stages(scale: Scale, share: float, kind: str) -> Tuple[str, ...]:
 
 
 def methods(scale: Scale) -> Dict[str, Tuple[str, ...]]:
-    """Return the arguments of the rows of table 1; 'vit', 'hard' and 'dearkd' are the methods of table 2."""
+    """Return the arguments of the rows of tables 1 and 2."""
     one_stage, hidden = stages(scale, 1.), hidden_loss(scale.hooks)
+    dearkd = TAUGHT + hidden + stages(scale, STAGE1)
     return {
         'vit': PLAIN + scale.untaught,
         'mhca': scale.untaught,
@@ -230,7 +238,11 @@ def methods(scale: Scale) -> Dict[str, Tuple[str, ...]]:
         'mhca_hard': TAUGHT + NO_HIDDEN + one_stage,
         'hidden': PLAIN + TAUGHT + hidden + one_stage,
         'mhca_hidden': TAUGHT + hidden + one_stage,
-        'dearkd': TAUGHT + hidden + stages(scale, STAGE1),
+        'dearkd': dearkd,
+        'dearkd_soft': (*dearkd, '--dearkd-soft-labels', *SOFT),
+        # timm's own tasks
+        'soft': (*PLAIN, *TEACHER, '--kd-distill-type', 'logit', *SOFT, *TIMM_WEIGHTS),
+        'feature': (*PLAIN, *TEACHER, '--kd-distill-type', 'feature', *TIMM_WEIGHTS),
     }
 
 
