@@ -2,7 +2,7 @@
 import functools
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -23,7 +23,7 @@ class Scale:
     """Size of the experiments.
 
     Args:
-        name: 'smoke', 'small' or 'imagenet'.
+        name: 'smoke', 'small', 'cifar10' or 'imagenet'.
         data: Folder of the images below the driver's data folder, with `train` and `validation`.
         tuning_data: Folder for tuning, with training images only. If empty, nothing is tuned at this scale.
         num_train: Training images in `data`.
@@ -46,6 +46,8 @@ class Scale:
         num_generated: Images of each set of a generator.
         teacher_name: timm's name of the teacher, if it is not trained.
         untaught: Arguments that turn the recipe's teacher off.
+        tables: Names of its tables; empty if it has all that its other fields allow.
+        photos: Name of the image folder of the table `photos`; empty if the scale has no such table.
     """
     name: str
     data: str
@@ -70,6 +72,8 @@ class Scale:
     num_generated: int = 0
     teacher_name: str = ''
     untaught: Tuple[str, ...] = ()
+    tables: Tuple[str, ...] = ()
+    photos: str = ''
 
 
 # Shared by all inversions. Defaults are written out, as in `hidden_loss` below.
@@ -108,7 +112,7 @@ SCALES = {scale.name: scale for scale in (
          '--bn-norm', 'relative', '--bn-weight', '0.05', '--tv-weight', '0.003', *DEEP_INVERSION),
         adi_weights('30'), intra_weights('0.1'),  # see `inversion` in data_free.py
         synthetic=('--in-chans', '1', '--epochs', '40', '--train-batches-per-epoch', '32', '--workers', '0'),
-        num_generated=8640),
+        num_generated=8640, photos='stamps'),
     Scale(
         'imagenet', 'imagenet', '', 1281167, 50000, 'recipes/dearkd_300e.yaml', 'dearkd_tiny_patch16_224', (), (), 300,
         (0.1, 0.25, 0.5, 1.0), 1.0, 600_000, ('4:2',),
@@ -122,6 +126,10 @@ SCALES = {scale.name: scale for scale in (
                    '--dearkd-stage2', 'ce', '--batch-size', '128', '--val-interval', '1000'),
         teacher_name='regnety_160.deit_in1k', untaught=('--kd-model-name', '')),
 )}
+# Colour images, for which nothing was tuned
+SCALES['cifar10'] = replace(
+    SCALES['small'], name='cifar10', data='cifar10', tuning_data='', num_train=50000,
+    recipe='reproduction/cifar10.yaml', tables=('table1', 'table2'), photos='')
 
 
 @dataclass(frozen=True)

@@ -240,7 +240,8 @@ TABLES: Dict[str, Callable[[Scale, Sequence[int]], Table]] = {  # in the order o
 def tables_of(scale: Scale) -> Dict[str, Callable[[Scale, Sequence[int]], Table]]:
     """Return the tables of a scale: no choices without tuning images, no own teacher if timm has its weights."""
     missing = (() if scale.tuning_data else (*CHOOSING, 'longer', 'defaults')) + (() if scale.cnn else ('own_teacher',))
-    return {name: make for name, make in TABLES.items() if name not in missing}
+    missing += () if scale.photos else ('photos',)
+    return {name: make for name, make in TABLES.items() if name in (scale.tables or TABLES) and name not in missing}
 
 
 def collect_cells(scale: Scale, names: Sequence[str], seeds: Sequence[int]) -> List[Cell]:

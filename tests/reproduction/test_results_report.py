@@ -208,7 +208,8 @@ def test_no_report_without_results(tmp_path, capsys):
 
 
 def test_another_scale_has_its_own_report(tmp_path):
-    write_results(tmp_path / 'results', SCALES['smoke'], {('table2', 'ViT', '5 %'): [50.]})
-    write_report(SCALES['smoke'], tmp_path / 'results', SEEDS, tmp_path / 'RESULTS-smoke.md')
-    assert 'reproduction/plots/smoke/table2.png' in (tmp_path / 'RESULTS-smoke.md').read_text()
-    assert (tmp_path / 'reproduction/plots/smoke/table2.png').exists()
+    for name in ('smoke', 'cifar10'):  # the latter has no figure 4
+        write_results(tmp_path / name, SCALES[name], {('table2', 'ViT', '5 %'): [50.]})
+        write_report(SCALES[name], tmp_path / name, SEEDS, tmp_path / f'RESULTS-{name}.md')
+        assert f'reproduction/plots/{name}/table2.png' in (tmp_path / f'RESULTS-{name}.md').read_text()
+        assert (tmp_path / f'reproduction/plots/{name}/table2.png').exists()
