@@ -131,7 +131,8 @@ def test_the_patient_cnn_is_that_of_distill_with_the_epochs_of_the_student(tmp_p
         argv = driver.command(cnn.cells[0])
         user = distill_parser().parse_known_args(argv[3:])[1]
         images = Images(round(60000 * share), 10000, 10, 28, True, [])
-        planner = Planner(argv[3], 'out', images, None, torch.device('cpu'), user, ['train_fraction', 'fraction_seed'])
+        planner = Planner(argv[3], 'out', images, None, torch.device('cpu'), user, [
+            'device', 'fraction_seed', 'seed', 'train_fraction'])
         planned, found = vars(planner.teacher(None).args), options(driver, patient.cells[0])
         assert found['epochs'] == planner.epochs > planned['epochs']
         different = {key for key in found if found[key] != planned[key]}
