@@ -2,19 +2,22 @@
 import functools
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import yaml
 
 __all__ = [
-    'FIGURE4', 'METHODS', 'ROOT', 'RPE_DROP', 'SCALES', 'STAGE1', 'TAUGHT', 'Cell', 'CellError', 'Scale', 'adi_weights',
-    'cnn_cell', 'definition', 'hidden_loss', 'image_arguments', 'intra_weights', 'methods', 'read_recipe', 'stages',
-    'student_cell', 'students', 'teacher_cell', 'training_cost', 'two_stages',
+    'FIGURE4', 'LITE0', 'LITE0_TIMM', 'METHODS', 'NO_HIDDEN', 'PLAIN', 'ROOT', 'RPE_DROP', 'SCALES', 'STAGE1', 'TABLE2',
+    'TAUGHT', 'Cell', 'CellError', 'Scale', 'adi_weights', 'cnn_cell', 'definition', 'hidden_loss', 'image_arguments',
+    'intra_weights', 'methods', 'read_recipe', 'stages', 'student_cell', 'students', 'teacher_cell', 'training_cost',
+    'two_stages',
 ]
 
 ROOT = Path(__file__).resolve().parents[1]
+# ImageNet weights of EfficientNet-Lite0, as in their package and under timm's names
+LITE0, LITE0_TIMM = '{data}/efficientnet_lite0.pth', '{data}/efficientnet_lite0.safetensors'
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Scale:
     """Size of the experiments.
 
     Args:
-        name: 'smoke', 'small' or 'imagenet'.
+        name: 'smoke', 'small', 'cifar10' or 'imagenet'.
         data: Folder of the images below the driver's data folder, with `train` and `validation`.
         tuning_data: Folder for tuning, with training images only. If empty, nothing is tuned at this scale.
         num_train: Training images in `data`.
@@ -45,6 +48,8 @@ class Scale:
         num_generated: Images of each set of a generator.
         teacher_name: timm's name of the teacher, if it is not trained.
         untaught: Arguments that turn the recipe's teacher off.
+        tables: Names of its tables; empty if it has all that its other fields allow.
+        photos: Name of the image folder of the table `photos`; empty if the scale has no such table.
     """
     name: str
     data: str
@@ -69,6 +74,8 @@ class Scale:
     num_generated: int = 0
     teacher_name: str = ''
     untaught: Tuple[str, ...] = ()
+    tables: Tuple[str, ...] = ()
+    photos: str = ''
 
 
 # Shared by all inversions. Defaults are written out, as in `hidden_loss` below.
@@ -102,12 +109,12 @@ SCALES = {scale.name: scale for scale in (
         ('--epochs', '15', '--batch-size', '64', '--warmup-epochs', '1', '--reprob', '0'),
         40, (0.01, 0.025, 0.05, 0.1), 0.025, 1500, ('4:2',),
         # an ImageNet CNN from a package, which differs from the CNN that the images are synthesised from
-        ('--model', 'efficientnet_lite0', '--checkpoint', '{data}/efficientnet_lite0.pth'),
+        ('--model', 'efficientnet_lite0', '--checkpoint', LITE0),
         ('--resolutions', '32:200:0.2', '--classes-per-batch', '10', '--images-per-class', '6', '--jitter', '2',
          '--bn-norm', 'relative', '--bn-weight', '0.05', '--tv-weight', '0.003', *DEEP_INVERSION),
         adi_weights('30'), intra_weights('0.1'),  # see `inversion` in data_free.py
         synthetic=('--in-chans', '1', '--epochs', '40', '--train-batches-per-epoch', '32', '--workers', '0'),
-        num_generated=8640),
+        num_generated=8640, photos='stamps'),
     Scale(
         'imagenet', 'imagenet', '', 1281167, 50000, 'recipes/dearkd_300e.yaml', 'dearkd_tiny_patch16_224', (), (), 300,
         (0.1, 0.25, 0.5, 1.0), 1.0, 600_000, ('4:2',),
@@ -121,6 +128,10 @@ SCALES = {scale.name: scale for scale in (
                    '--dearkd-stage2', 'ce', '--batch-size', '128', '--val-interval', '1000'),
         teacher_name='regnety_160.deit_in1k', untaught=('--kd-model-name', '')),
 )}
+# Colour images, for which nothing was tuned
+SCALES['cifar10'] = replace(
+    SCALES['small'], name='cifar10', data='cifar10', tuning_data='', num_train=50000,
+    recipe='reproduction/cifar10.yaml', tables=('table1', 'table2'), photos='')
 
 
 @dataclass(frozen=True)
@@ -192,11 +203,17 @@ def definition(cell: Cell) -> str:
 # Arguments of each method, besides the shared recipe. Defaults are written out, so that a result keeps its meaning
 # when a default of train.py changes.
 PLAIN = ('--model-kwargs', 'num_mhca_blocks=0')
-TAUGHT = ('--kd-model-name', '{teacher}', '--dearkd-alpha', '0.5')
+TEACHER = ('--kd-model-name', '{teacher}')
+TAUGHT = (*TEACHER, '--dearkd-alpha', '0.5')
 NO_HIDDEN = ('--dearkd-beta', '0')
 RPE_DROP = ('--dearkd-rpe-drop', '0.1', '--dearkd-rpe-drop-mode', 'element')  # the paper's dropout, at our rate
 STAGE1 = 5 / 6  # share of the epochs in the paper's recipe of 300
+SOFT = ('--kd-temperature', '4')
+TIMM_WEIGHTS = ('--distill-loss-weight', '1', '--task-loss-weight', '1')
 METHODS = {'vit': 'ViT', 'hard': 'ViT, hard-label distillation', 'dearkd': 'DearKD'}
+TABLE2 = {
+    'vit': METHODS['vit'], 'hard': METHODS['hard'], 'soft': 'ViT, soft-label distillation',
+    'feature': 'ViT, feature distillation', 'dearkd': METHODS['dearkd'], 'dearkd_soft': 'DearKD with soft labels'}
 # The last two end stage I at half of the epochs, because the learning rate is small in the last sixth
 FIGURE4 = {
     **METHODS, 'mhca': 'MHCA without a teacher', 'mhca_hidden': 'DearKD in one stage',
@@ -221,8 +238,9 @@ def two_stages(scale: Scale, share: float, kind: str) -> Tuple[str, ...]:
 
 
 def methods(scale: Scale) -> Dict[str, Tuple[str, ...]]:
-    """Return the arguments of the rows of table 1; 'vit', 'hard' and 'dearkd' are the methods of table 2."""
+    """Return the arguments of the rows of tables 1 and 2."""
     one_stage, hidden = stages(scale, 1.), hidden_loss(scale.hooks)
+    dearkd = TAUGHT + hidden + stages(scale, STAGE1)
     return {
         'vit': PLAIN + scale.untaught,
         'mhca': scale.untaught,
@@ -230,7 +248,11 @@ def methods(scale: Scale) -> Dict[str, Tuple[str, ...]]:
         'mhca_hard': TAUGHT + NO_HIDDEN + one_stage,
         'hidden': PLAIN + TAUGHT + hidden + one_stage,
         'mhca_hidden': TAUGHT + hidden + one_stage,
-        'dearkd': TAUGHT + hidden + stages(scale, STAGE1),
+        'dearkd': dearkd,
+        'dearkd_soft': (*dearkd, '--dearkd-soft-labels', *SOFT),
+        # timm's own tasks
+        'soft': (*PLAIN, *TEACHER, '--kd-distill-type', 'logit', *SOFT, *TIMM_WEIGHTS),
+        'feature': (*PLAIN, *TEACHER, '--kd-distill-type', 'feature', *TIMM_WEIGHTS),
     }
 
 

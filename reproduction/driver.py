@@ -162,8 +162,10 @@ class Driver:
             argv: Its arguments, without placeholders.
         """
         teacher = dict(zip(argv, argv[1:])).get('--kd-model-name')
-        is_soft = (read_recipe(cell) or {}).get('dearkd_soft_labels')  # the cache keeps hard labels
-        if not teacher or is_soft or cell.data.startswith('/'):  # each student has synthetic images of its own
+        # the cache keeps hard labels, and is for DearKD
+        is_soft = (read_recipe(cell) or {}).get('dearkd_soft_labels') or '--dearkd-soft-labels' in argv
+        is_other = is_soft or '--kd-distill-type' in argv
+        if not teacher or is_other or cell.data.startswith('/'):  # each student has synthetic images of its own
             return []
         parts = [
             cell.data, cell.seed, image_arguments(argv), read_recipe(cell), weights_hash(ROOT / teacher),

@@ -7,6 +7,7 @@ from typing import Dict, List, Optional, Tuple
 from reproduction.cells import FIGURE4, STAGE1, Cell, Scale
 from reproduction.results import Figure, Results
 from reproduction.significance import Estimate, Finding, measure_change
+from reproduction.table import Entry
 from timm_dearkd.analysis.attention_distance import plot_over_epochs
 from timm_dearkd.analysis.figures import render
 from timm_dearkd.distances import DistanceHistory, read_log
@@ -24,10 +25,15 @@ def stage1_epochs(scale: Scale, cell: Cell) -> int:
     return int(cell.argv[cell.argv.index(flag) + 1]) if flag in cell.argv else scale.epochs
 
 
+def list_runs(found: Results) -> List[Tuple[str, Entry]]:
+    """Return the names and entries of the figure; [] if the scale has none."""
+    return list(zip(FIGURE4, found.tables['figure4'].entries)) if 'figure4' in found.tables else []
+
+
 def read_histories(scale: Scale, found: Results, results: Path) -> Histories:
     """Return the complete attention distance logs."""
     histories: Histories = {}
-    for name, entry in zip(FIGURE4, found.tables['figure4'].entries):
+    for name, entry in list_runs(found):
         for cell in entry.cells:
             history = read_log(results / f'{cell.name}.distances.csv') if cell.name in found.cells else None
             if history is not None and set(range(scale.epochs)) <= set(history.epochs):
@@ -46,8 +52,7 @@ class Figure4:
 
     def __init__(self, scale: Scale, found: Results, results: Path) -> None:
         self.runs, self.last = read_histories(scale, found, results), scale.epochs
-        self.ends = {name: stage1_epochs(scale, entry.cells[0])
-                     for name, entry in zip(FIGURE4, found.tables['figure4'].entries)}
+        self.ends = {name: stage1_epochs(scale, entry.cells[0]) for name, entry in list_runs(found)}
         self.half, self.most = round(scale.epochs / 2), round(scale.epochs * STAGE1)
         taught = int(scale.hooks[0].split(':')[0])  # the block that learns from the CNN's features
         self.depths: Dict[str, Optional[int]] = {'all layers': None, f'layers 1 to {taught}': taught}

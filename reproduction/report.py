@@ -3,13 +3,14 @@ import argparse
 import re
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from reproduction.cells import METHODS, SCALES, Scale  # noqa: E402
+from reproduction.cells import METHODS, SCALES, TABLE2, Scale  # noqa: E402
 from reproduction.choices import DECISIONS  # noqa: E402
 from reproduction.data_free import WEIGHT_DECISIONS  # noqa: E402
 from reproduction.figure4 import Figure4  # noqa: E402
@@ -77,6 +78,8 @@ def plot_lines(
     figure, ((axes,),) = new_figure(size=size)
     for (label, places), color in zip(lines.items(), colors):
         known = {x: measure(table, figures, {key: 1.}) for key, x in places.items() if key in figures}
+        if not known:
+            continue
         axes.errorbar(
             list(known), [point.value for point in known.values()], [point.margin for point in known.values()],
             marker='o', capsize=3, color=color, label=label)
@@ -90,9 +93,10 @@ def plot_lines(
 def plot_table2(table: Table, figures: Dict[Key, Figure]) -> bytes:
     """Plot top-1 over the share of the images, one line per method."""
     shares = {column: float(column.split()[0]) for _, column in figures}
-    lines = {method: {(method, column): share for column, share in shares.items()} for method in METHODS.values()}
+    colors = dict(vit='tab:gray', hard='tab:green', dearkd='tab:blue', soft='tab:orange')
+    lines = {TABLE2[name]: {(TABLE2[name], column): share for column, share in shares.items()} for name in colors}
     return plot_lines(
-        table, figures, lines, (6, 3.6), ('tab:gray', 'tab:green', 'tab:blue'), xscale='log',
+        table, figures, lines, (6, 3.6), list(colors.values()), xscale='log',
         xticks=sorted(shares.values()), xticklabels=[f'{tick:g} %' for tick in sorted(shares.values())],
         xlabel='share of the training images')
 
@@ -209,9 +213,9 @@ def write_section(
 
 
 def update_readme(readme: Path, found: Results) -> None:
-    """Write table 2, without the paper's figures, between the marks in README.md."""
+    """Write the complete rows of table 2, without the paper's figures, between the marks in README.md."""
     table = found.tables['table2']
-    lines = [line for line in markdown(table, found.figures(table)) if line.startswith('|')]
+    lines = [line for line in markdown(table, found.figures(table)) if line.startswith('|') and '|  |' not in line]
     rows = [re.sub(r' \[[\d.]+\]', '', line) for line in lines]
     begin, end = '<!-- results: begin -->\n', '<!-- results: end -->'
     before, rest = readme.read_text(encoding='utf-8').split(begin)
@@ -248,11 +252,13 @@ def write_report(scale: Scale, results: Path, seeds: Sequence[int], output: Path
 def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--scale', default='small', choices=list(SCALES), help='default: small')
+    parser.add_argument('--photos', metavar='NAME', help='name of the folder of the table photos (default: stamps)')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='seeds to read (default: 0 1 2)')
     parser.add_argument('--results', type=Path, help='folder of the results (default: reproduction/results/SCALE)')
     parser.add_argument('--output', type=Path, help='file to write (default: RESULTS.md, or RESULTS-SCALE.md)')
     args = parser.parse_args(argv)
     scale = SCALES[args.scale]
+    scale = replace(scale, photos=args.photos) if args.photos and scale.photos else scale
     output = args.output or ROOT / ('RESULTS.md' if scale.name == 'small' else f'RESULTS-{scale.name}.md')
     results = args.results or RESULTS / scale.name
     write_report(scale, results, args.seeds, output)

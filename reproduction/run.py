@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Dict, List, Sequence
 
@@ -50,12 +51,18 @@ def main() -> None:
     parser.add_argument('--launcher', help='command that starts a cell: "torchrun --nproc_per_node 8" (with --jobs 1)')
     parser.add_argument('--data', type=Path, default=ROOT / 'output/reproduction/data',
                         help='folder of the data sets (default: output/reproduction/data)')
+    parser.add_argument('--photos', type=Path, metavar='FOLDER',
+                        help='image folder of the table photos (default: the stamps of Tux Paint)')
     parser.add_argument('--work', type=Path, help='folder of the runs (default: output/reproduction/SCALE)')
     parser.add_argument('--results', type=Path, help='folder of the results (default: reproduction/results/SCALE)')
     parser.add_argument('--list', action='store_true', help='print the commands without running them')
     args = parser.parse_args()
 
     scale = SCALES[args.scale]
+    if args.photos and not scale.photos:
+        parser.error(f'--photos is for scales with the table photos, and --scale {scale.name} has none. Remove it.')
+    if args.photos:
+        scale = replace(scale, photos=args.photos.resolve().name)
     tables = list(tables_of(scale)) if 'all' in args.tables else args.tables
     missing = [name for name in tables if name not in tables_of(scale)]
     if missing:
@@ -70,7 +77,7 @@ def main() -> None:
         if args.list:
             print('\n'.join(lines))
             return
-        prepare_data(scale, args.data, [*driver.missing(cells).values()])
+        prepare_data(scale, args.data, [*driver.missing(cells).values()], args.photos)
     except (OSError, ValueError, subprocess.CalledProcessError) as e:
         parser.error(' '.join(str(e).split()))
     for signum in (signal.SIGINT, signal.SIGTERM):

@@ -1,12 +1,17 @@
 """Define the tables of students on real images, and list all tables: cells, the paper's figures, claims."""
 from dataclasses import replace
-from typing import Callable, Dict, List, Sequence
+from typing import Callable, Dict, List, Sequence, Tuple
 
 from reproduction.cells import (
     FIGURE4,
+    LITE0_TIMM,
     METHODS,
+    NO_HIDDEN,
+    PLAIN,
     RPE_DROP,
     STAGE1,
+    TABLE2,
+    TAUGHT,
     Cell,
     Scale,
     cnn_cell,
@@ -20,6 +25,7 @@ from reproduction.choices import choices, first_choices, recipes
 from reproduction.data_free import inversion, table5, table6
 from reproduction.table import AGREEMENT, HIDDEN, Claim, Entry, Table
 from timm_dearkd.engine.optimizer import epochs_for
+from timm_dearkd.settings import choose_batch_size
 
 __all__ = ['CHOOSING', 'TABLES', 'collect_cells', 'tables_of']
 
@@ -38,9 +44,9 @@ def table1(scale: Scale, seeds: Sequence[int]) -> Table:
     note = (f'Students on {100 * scale.ablation_fraction:g} % of the images. The paper has no row for hard labels with'
             ' MHCA alone. The weight of the hidden loss was chosen for students with MHCA.')
     return Table('Ablation (table 1)', note, [
-        Entry(labels[name], 'top-1', students(scale, name, argv, scale.ablation_fraction, seeds), paper.get(name),
-              HIDDEN if name in ('hidden', 'mhca_hidden', 'dearkd') else '')
-        for name, argv in methods(scale).items()
+        Entry(label, 'top-1', students(scale, name, methods(scale)[name], scale.ablation_fraction, seeds),
+              paper.get(name), HIDDEN if name in ('hidden', 'mhca_hidden', 'dearkd') else '')
+        for name, label in labels.items()
     ], [
         claim('MHCA alone improves the plain ViT', 'mhca', 'vit'),
         claim('Hard labels improve the plain ViT', 'hard', 'vit'),
@@ -53,17 +59,24 @@ def table1(scale: Scale, seeds: Sequence[int]) -> Table:
 
 
 def table2(scale: Scale, seeds: Sequence[int]) -> Table:
-    """Return three methods at four sizes of the training set, the largest with at most two seeds."""
-    paper = {
+    """Return four methods at four sizes of the training set, the largest with at most two seeds, and two at one."""
+    paper: Dict[str, Sequence[float]] = {
         'vit': (40.5, 61.1, 68.3, 72.2), 'hard': (50.3, 64.3, 71.6, 74.5), 'dearkd': (54.3, 67.1, 72.3, 74.8)}
     columns = [f'{100 * fraction:g} %' for fraction in scale.fractions]
-    vit, hard, dearkd = METHODS.values()
+    vit, hard, soft, feature, dearkd, dearkd_soft = TABLE2.values()
     claims = []
     for column in columns:
         claims += [
             Claim(f'{column} of the images: hard labels > plain ViT', (hard, column), (vit, column)),
             Claim(f'{column} of the images: DearKD > hard labels', (dearkd, column), (hard, column)),
-            Claim(f'{column} of the images: DearKD > plain ViT', (dearkd, column), (vit, column))]
+            Claim(f'{column} of the images: DearKD > plain ViT', (dearkd, column), (vit, column)),
+            Claim(f'{column} of the images: soft labels > hard labels', (soft, column), (hard, column)),
+            Claim(f'{column} of the images: DearKD > soft labels', (dearkd, column), (soft, column))]
+    one_size = f'{100 * scale.ablation_fraction:g} %'
+    claims += [
+        Claim(f'{one_size} of the images: DearKD > feature distillation', (dearkd, one_size), (feature, one_size)),
+        Claim(f'{one_size} of the images: DearKD with soft labels > DearKD', (dearkd_soft, one_size),
+              (dearkd, one_size))]
     for fewer, more, shares in zip(columns, columns[1:], zip(scale.fractions, scale.fractions[1:])):
         if shares[1] == 2 * shares[0]:
             claims.append(Claim(
@@ -78,12 +91,15 @@ def table2(scale: Scale, seeds: Sequence[int]) -> Table:
     return Table(
         'Data efficiency (table 2)',
         'The paper uses 10, 25, 50 and 100 % of ImageNet. Its plain ViT is a DeiT-Ti with 3 heads, and its hard labels'
-        ' have their own distillation token. Here the three methods have the same heads. The methods with a teacher'
-        ' learn its labels from the pooled tokens.', [
-            Entry(METHODS[name], column, students(
-                scale, name, methods(scale)[name], fraction, seeds[:2] if i == 3 else seeds), paper[name][i],
-                column + (HIDDEN if name == 'dearkd' else ''))
-            for i, (column, fraction) in enumerate(zip(columns, scale.fractions)) for name in METHODS],
+        ' have their own distillation token. Here all methods have the same heads. Those with a teacher learn its'
+        ' labels from the pooled tokens.\n\n'
+        'Soft labels and features are timm\'s `--kd-distill-type logit` (KL divergence, temperature 4) and `feature`'
+        ' (pooled features), with timm\'s weights: 1 for each of the two losses.', [
+            Entry(label, column, students(
+                scale, name, methods(scale)[name], fraction, seeds[:2] if i == 3 else seeds),
+                paper[name][i] if name in paper else None, column + (HIDDEN if 'dearkd' in name else ''))
+            for i, (column, fraction) in enumerate(zip(columns, scale.fractions)) for name, label in TABLE2.items()
+            if fraction == scale.ablation_fraction or name not in ('feature', 'dearkd_soft')],
         claims)
 
 
@@ -111,8 +127,62 @@ def pupil_cell(scale: Scale, method: str, seed: int) -> Cell:
     return replace(cell, argv=argv, needs=(cnn,))
 
 
+def distill_cell(
+        scale: Scale,
+        name: str,
+        data: str,
+        num_images: float,
+        seed: int,
+        *argv: str,
+        needs: Sequence[Cell] = (),
+) -> Cell:
+    """Return a student of `timm-dearkd distill` without flags, on a CPU."""
+    cost = 1.3 * num_images * epochs_for(round(num_images), round(num_images / 32)) + 2 * scale.num_eval
+    return Cell(
+        f'defaults_{name}-seed{seed}', data, ('--device', 'cpu', *argv), cost, seed, tuple(needs), 'distill')
+
+
+def distill_part(scale: Scale, name: str, share: float, seed: int, *argv: str, needs: Sequence[Cell] = ()) -> Cell:
+    """Return such a student on a share of the images."""
+    return distill_cell(
+        scale, f'{name}-{share:g}', scale.data, scale.num_train * share, seed, *argv, '--train-fraction', str(share),
+        '--fraction-seed', str(seed), needs=needs)
+
+
+def patient_cnn_cell(scale: Scale, share: float, seed: int) -> Cell:
+    """Return the CNN that `distill` trains on a share of grey images, but with as many updates as its student."""
+    num_images = round(scale.num_train * share)
+    batch_size = choose_batch_size(num_images)
+    epochs = epochs_for(num_images, num_images // batch_size)
+    argv = (
+        '-c', 'recipes/small_folder.yaml', *scale.cnn, '--img-size', '32', '--in-chans', '1', '--mean', '0.5', '--std',
+        '0.5', '--hflip', '0', '--batch-size', str(batch_size), '--epochs', str(epochs), '--warmup-epochs',
+        str(epochs // 20), '--val-interval', str(epochs), '--train-fraction', str(share), '--fraction-seed', str(seed))
+    return Cell(f'patient_cnn-{share:g}-seed{seed}', scale.data, argv, num_images * epochs / 3, seed)
+
+
+def equal_updates(scale: Scale, seeds: Sequence[int]) -> Tuple[List[Entry], List[Claim]]:
+    """Return the students of `distill`, their CNNs, and CNNs with as many updates, at the two smallest sizes."""
+    entries, claims = [], []
+    for share in scale.fractions[:2]:
+        text = f'{100 * share:g} %, `distill`'
+        own = tuple(distill_part(scale, 'own', share, seed) for seed in seeds)
+        patient = tuple(patient_cnn_cell(scale, share, seed) for seed in seeds)
+        cnn, longer_cnn, student = (
+            f'{text}: {row}' for row in ('its CNN', 'this CNN with the updates of the student', 'DearKD'))
+        entries += [
+            Entry(cnn, 'top-1', own, None, text, 'teacher_top1'), Entry(longer_cnn, 'top-1', patient, None, text),
+            Entry(student, 'top-1', own, None, f'{text} {HIDDEN}'),
+            Entry(student, 'teacher agreement', own, None, f'{text} labels', 'teacher_agreement', 2)]
+        claims += [
+            Claim(f'{text}: DearKD > its CNN', (student, 'top-1'), (cnn, 'top-1')),
+            Claim(f'{text}: DearKD > a CNN with as many updates', (student, 'top-1'), (longer_cnn, 'top-1')),
+            Claim(f'{text}: more updates improve the CNN', (longer_cnn, 'top-1'), (cnn, 'top-1'))]
+    return entries, claims
+
+
 def own_teacher(scale: Scale, seeds: Sequence[int]) -> Table:
-    """Return students whose teacher was trained on their own images alone, with at most two seeds."""
+    """Return students whose teacher was trained on their own images alone: with at most two seeds, or by `distill`."""
     rows = {
         'ViT': students(scale, 'vit', methods(scale)['vit'], scale.ablation_fraction, seeds),
         'CNN trained on the same images': tuple(cnn_cell(scale, seed) for seed in seeds[:2]),
@@ -121,17 +191,22 @@ def own_teacher(scale: Scale, seeds: Sequence[int]) -> Table:
         'DearKD with the CNN trained on all images': students(
             scale, 'dearkd', methods(scale)['dearkd'], scale.ablation_fraction, seeds)}
     vit, cnn, hard, dearkd, _ = ((row, 'top-1') for row in rows)
+    entries, claims = equal_updates(scale, seeds) if scale.tuning_data else ([], [])
+    note = (
+        '\n\nRows with `distill` are `timm-dearkd distill` without flags (recipe `small_folder`), which trains the CNN'
+        ' for 0.4 times the epochs of the student. The other CNN differs in the epochs and the warm-up alone.'
+    ) if entries else ''
     return Table(
         'A teacher that has seen no more than the student',
         f'Students on {100 * scale.ablation_fraction:g} % of the images. The teacher of the other tables was trained on'
         ' all images. The CNN here has the same architecture, and it was trained on its student\'s images with the'
-        f' student\'s recipe and epochs. Nothing was tuned for it. {AGREEMENT}',
+        f' student\'s recipe and epochs. Nothing was tuned for it. {AGREEMENT}{note}',
         [Entry(row, 'top-1', cells, None, HIDDEN if row.startswith('DearKD') else '') for row, cells in rows.items()]
         + [Entry(row, 'teacher agreement', cells, None, 'labels', 'teacher_agreement', 2)
-           for row, cells in rows.items()], [
+           for row, cells in rows.items()] + entries, [
             Claim('DearKD > plain ViT', dearkd, vit),
             Claim('DearKD > hard labels of the same CNN', dearkd, hard),
-            Claim('DearKD > its teacher', dearkd, cnn)])
+            Claim('DearKD > its teacher', dearkd, cnn), *claims])
 
 
 def defaults(scale: Scale, seeds: Sequence[int]) -> Table:
@@ -140,30 +215,21 @@ def defaults(scale: Scale, seeds: Sequence[int]) -> Table:
     digits_cnn = Cell('digits_teacher', 'digits', (
         '-c', 'recipes/digits.yaml', '--model', 'test_resnet', '--img-size', '32', '--batch-size', '64',
         '--epochs', '15'), 6e3)
-
-    def distill(name: str, data: str, num_images: float, *argv: str, needs: Sequence[Cell] = ()) -> Cell:
-        cost = 1.3 * num_images * epochs_for(round(num_images), round(num_images / 32)) + 2 * scale.num_eval
-        argv = ('--device', 'cpu', *argv)
-        return Cell(f'defaults_{name}-seed{seed}', data, argv, cost, seed, tuple(needs), 'distill')
-
-    def distill_part(name: str, fraction: float, *argv: str, needs: Sequence[Cell] = ()) -> Cell:
-        return distill(f'{name}-{fraction:g}', scale.data, scale.num_train * fraction, *argv, '--train-fraction',
-                       str(fraction), '--fraction-seed', str(seed), needs=needs)
-
     cnn = [cell for cell in [teacher_cell(scale)] if cell is not None]
     rows = {
         f'{scale.data}, {100 * first:g} %': (
             student_cell(scale, 'dearkd', methods(scale)['dearkd'], first, seed),
-            distill_part('kept', first, '--teacher', '{teacher}', needs=cnn)),
+            distill_part(scale, 'kept', first, seed, '--teacher', '{teacher}', needs=cnn)),
         f'{scale.data}, {100 * second:g} %': (
             student_cell(scale, 'dearkd', methods(scale)['dearkd'], second, seed),
-            distill_part('kept', second, '--teacher', '{teacher}', needs=cnn)),
+            distill_part(scale, 'kept', second, seed, '--teacher', '{teacher}', needs=cnn)),
         f'{scale.data}, {100 * second:g} %, no teacher given': (
-            pupil_cell(scale, 'dearkd', seed), distill_part('own', second)),
-        'digits, 125 images, teacher of 1,257': (None, distill(
-            'digits', 'digits', 125, '--train-split', 'train_10pct', '--teacher', f'{{runs}}/{digits_cnn.name}',
-            needs=[digits_cnn])),
-        'stamps (colour), 618 images, no teacher given': (None, distill('stamps', 'stamps', 618))}
+            pupil_cell(scale, 'dearkd', seed), distill_part(scale, 'own', second, seed)),
+        'digits, 125 images, teacher of 1,257': (None, distill_cell(
+            scale, 'digits', 'digits', 125, seed, '--train-split', 'train_10pct', '--teacher',
+            f'{{runs}}/{digits_cnn.name}', needs=[digits_cnn])),
+        'stamps (colour), 618 images, no teacher given': (None, distill_cell(
+            scale, 'stamps', 'stamps', 618, seed))}
     entries = []
     for row, (recipe, cell) in rows.items():
         entries += [Entry(row, f'{scale.epochs} epochs (table 2)', (recipe,))] if recipe else []
@@ -175,6 +241,42 @@ def defaults(scale: Scale, seeds: Sequence[int]) -> Table:
         ' stamps, small drawings and photographs of Tux Paint in 12 classes. Without a teacher, `distill` trains a CNN'
         " on the student's images first. The first column is DearKD of table 2, with 4x4 patches instead of 8x8.",
         entries)
+
+
+def photo_cell(scale: Scale, name: str, argv: Sequence[str], cost: float, seed: int = 0) -> Cell:
+    """Return a run on the image folder, at 64 pixels."""
+    argv = ('-c', 'recipes/small_folder.yaml', '--img-size', '64', '--val-interval', '1000', *argv)
+    return Cell(f'photos_{scale.photos}_{name}', f'photos/{scale.photos}', argv, cost, seed)
+
+
+def photos(scale: Scale, seeds: Sequence[int]) -> Table:
+    """Return students on any image folder, with an ImageNet CNN as the teacher."""
+    cnn = photo_cell(scale, 'cnn', (
+        '--model', 'efficientnet_lite0', '--pretrained-path', LITE0_TIMM, '--lr', '2e-4'), 9e4)
+    kinds: Dict[str, Tuple[str, ...]] = {
+        'vit': (), 'hard': TAUGHT + NO_HIDDEN, 'soft': methods(scale)['soft'][len(PLAIN):],
+        'dearkd': (*TAUGHT, '--dearkd-beta', '10')}
+
+    def student(name: str, fraction: float, seed: int) -> Cell:
+        argv = [arg.replace('{teacher}', f'{{runs}}/{cnn.name}') for arg in kinds[name]]
+        cell = photo_cell(scale, f'{name}-{fraction:g}-seed{seed}', (
+            '--model', scale.student, *(PLAIN if name != 'dearkd' else PLAIN[:1]), 'patch_size=8', '--train-fraction',
+            str(fraction), '--fraction-seed', str(seed), *argv), 4e4 if fraction < 1 else 9e4, seed)
+        return replace(cell, needs=(cnn,) if argv else ())
+
+    columns = {f'{100 * fraction:g} %': fraction for fraction in (0.25, 1.)}
+    dearkd = TABLE2['dearkd']
+    return Table(
+        'A folder of colour images',
+        f'The folder `{scale.photos}` at 64x64 pixels; `--photos` takes any other. The CNN was trained on ImageNet and'
+        ' fine-tuned on all training images. The students have the recipe `small_folder`, with 8x8 patches. Nothing'
+        ' was tuned. Hard labels fade out in the last sixth of the epochs, as in DearKD.', [
+            Entry('EfficientNet-Lite0, fine-tuned', '100 %', (cnn,), None, 'CNN'),
+            *(Entry(TABLE2[name], column, tuple(student(name, fraction, seed) for seed in seeds), None,
+                    column + (HIDDEN if name == 'dearkd' else ''))
+              for column, fraction in columns.items() for name in kinds)],
+        [Claim(f'{column} of the images: DearKD > {TABLE2[name]}', (dearkd, column), (TABLE2[name], column))
+         for column in columns for name in ('vit', 'hard', 'soft')])
 
 
 def table7(scale: Scale, seeds: Sequence[int]) -> Table:
@@ -221,15 +323,16 @@ def figure4(scale: Scale, seeds: Sequence[int]) -> Table:
 
 CHOOSING = ('recipes', 'first_choices', 'choices', 'inversion')
 TABLES: Dict[str, Callable[[Scale, Sequence[int]], Table]] = {  # in the order of the report
-    'table1': table1, 'table2': table2, 'defaults': defaults, 'longer': longer, 'table5': table5, 'table6': table6,
-    'table7': table7, 'own_teacher': own_teacher, 'figure4': figure4, 'recipes': recipes,
+    'table1': table1, 'table2': table2, 'defaults': defaults, 'photos': photos, 'longer': longer, 'table5': table5,
+    'table6': table6, 'table7': table7, 'own_teacher': own_teacher, 'figure4': figure4, 'recipes': recipes,
     'first_choices': first_choices, 'choices': choices, 'inversion': inversion}
 
 
 def tables_of(scale: Scale) -> Dict[str, Callable[[Scale, Sequence[int]], Table]]:
     """Return the tables of a scale: no choices without tuning images, no own teacher if timm has its weights."""
     missing = (() if scale.tuning_data else (*CHOOSING, 'longer', 'defaults')) + (() if scale.cnn else ('own_teacher',))
-    return {name: make for name, make in TABLES.items() if name not in missing}
+    missing += () if scale.photos else ('photos',)
+    return {name: make for name, make in TABLES.items() if name in (scale.tables or TABLES) and name not in missing}
 
 
 def collect_cells(scale: Scale, names: Sequence[str], seeds: Sequence[int]) -> List[Cell]:

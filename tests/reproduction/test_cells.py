@@ -1,15 +1,24 @@
 """What the cells run, and what the tables claim of them; what they train is train.py's to test."""
+import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 from helpers import SEEDS, make_driver, options
+from timm.task import LogitDistillationTask
 
-from reproduction.cells import ROOT, SCALES, teacher_cell
+from reproduction.cells import METHODS, ROOT, SCALES, teacher_cell
 from reproduction.driver import is_taught
 from reproduction.merge import main as merge
 from reproduction.results import RESULTS, Results, merged_figures
 from reproduction.tables import CHOOSING, TABLES, tables_of
+from timm_dearkd.api import Planner
+from timm_dearkd.api import build_parser as distill_parser
 from timm_dearkd.engine.label_cache import IMAGE_OPTIONS
+from timm_dearkd.engine.options import check_distillation
+from timm_dearkd.images import Images
 
 
 @pytest.mark.parametrize('name', list(SCALES))
@@ -46,7 +55,7 @@ def test_methods_differ_in_what_the_tables_say_and_share_the_rest(name, tmp_path
     column = f'{100 * driver.scale.fractions[1]:g} %'
     vit, hard, dearkd = (
         options(driver, entry.cells[0]) for entry in TABLES['table2'](driver.scale, [1]).entries
-        if entry.column == column)
+        if entry.column == column and entry.row in METHODS.values())
     assert not vit['kd_model_name'] and hard['kd_model_name'] == dearkd['kd_model_name'] == driver.teacher()
     assert vit['model_kwargs'] == hard['model_kwargs'] == {'num_mhca_blocks': 0}
     assert 'num_mhca_blocks' not in dearkd['model_kwargs']
@@ -61,6 +70,33 @@ def test_methods_differ_in_what_the_tables_say_and_share_the_rest(name, tmp_path
         cells = [cell for entry in make(driver.scale, SEEDS).entries for cell in entry.cells]
         chooses = table in CHOOSING
         assert all(cell.data.endswith('tuning') == chooses for cell in cells)
+
+
+@pytest.mark.parametrize('name', ['small', 'imagenet'])
+def test_soft_labels_and_features_are_timms_with_its_default_weights(name, tmp_path, monkeypatch):
+    """The rows beside the paper's differ from hard labels in the kind of distillation alone."""
+    monkeypatch.chdir(ROOT)
+    driver = make_driver(tmp_path, name)
+    column = f'{100 * driver.scale.ablation_fraction:g} %'
+    entries = TABLES['table2'](driver.scale, SEEDS).entries
+    cells = {entry.row: entry.cells for entry in entries if entry.column == column}
+    found = {row: options(driver, of_row[0]) for row, of_row in cells.items()}
+    hard, soft, feature, dearkd, dearkd_soft = list(found.values())[1:]
+    assert len(cells['ViT, feature distillation']) == len(cells['ViT, hard-label distillation'])
+    assert (soft['kd_distill_type'], feature['kd_distill_type']) == ('logit', 'feature')
+    other = {'experiment', 'kd_distill_type', 'kd_label_cache', 'distill_loss_weight', 'task_loss_weight',
+             'track_attention_distance'}
+    for taught in (soft, feature):
+        assert taught['kd_label_cache'] is None and taught['kd_temperature'] == 4
+        assert {key for key in hard if hard[key] != taught[key]} <= other | {
+            key for key in hard if key.startswith('dearkd_')}
+        check_distillation(argparse.Namespace(**taught), taught['kd_distill_type'])
+    student, teacher = (timm.create_model('test_vit', num_classes=3) for _ in range(2))
+    task = LogitDistillationTask(student, teacher, device=torch.device('cpu'), verbose=False)
+    assert (soft['distill_loss_weight'], soft['task_loss_weight']) == (task.distill_loss_weight, task.task_loss_weight)
+    different = {key for key in dearkd if dearkd[key] != dearkd_soft[key]}
+    assert different - {'track_attention_distance'} == {'experiment', 'dearkd_soft_labels', 'kd_label_cache'}
+    assert dearkd_soft['dearkd_soft_labels'] and not dearkd_soft['kd_label_cache']
 
 
 def test_a_teacher_of_no_more_images_than_its_student(tmp_path, monkeypatch):
@@ -82,6 +118,47 @@ def test_a_teacher_of_no_more_images_than_its_student(tmp_path, monkeypatch):
     assert different == {'model', 'model_kwargs', 'val_interval', 'experiment', 'kd_model_name', 'kd_label_cache'}
     all_images = options(driver, teacher_cell(driver.scale))
     assert all_images['model_kwargs'] == teacher['model_kwargs'] and all_images['model'] == teacher['model']
+
+
+def test_the_patient_cnn_is_that_of_distill_with_the_epochs_of_the_student(tmp_path, monkeypatch):
+    """All options are those of the CNN that `distill` plans, but for what the number of epochs decides."""
+    monkeypatch.chdir(ROOT)
+    driver = make_driver(tmp_path, 'small')
+    entries = [e for e in TABLES['own_teacher'](driver.scale, SEEDS).entries if 'distill' in e.row]
+    for share in (0.01, 0.025):
+        cnn, patient, student, _ = (e for e in entries if e.row.startswith(f'{100 * share:g} %, '))
+        assert cnn.cells == student.cells and [cell.seed for cell in patient.cells] == SEEDS
+        argv = driver.command(cnn.cells[0])
+        user = distill_parser().parse_known_args(argv[3:])[1]
+        images = Images(round(60000 * share), 10000, 10, 28, True, [])
+        planner = Planner(argv[3], 'out', images, None, torch.device('cpu'), user, [
+            'device', 'fraction_seed', 'seed', 'train_fraction'])
+        planned, found = vars(planner.teacher(None).args), options(driver, patient.cells[0])
+        assert found['epochs'] == planner.epochs > planned['epochs']
+        different = {key for key in found if found[key] != planned[key]}
+        assert different == {'epochs', 'warmup_epochs', 'val_interval', 'output', 'experiment', 'device'}
+
+
+def test_photos_differ_in_the_method_and_have_a_cnn_from_imagenet(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    driver = make_driver(tmp_path, 'small')
+    cnn, *entries = TABLES['photos'](replace(driver.scale, photos='my cats'), SEEDS).entries
+    teacher = options(driver, cnn.cells[0])
+    assert teacher['pretrained_path'].endswith('.safetensors') and teacher['train_fraction'] == 1
+    assert [(entry.row, entry.column) for entry in entries] == [
+        (row, column) for column in ('25 %', '100 %')
+        for row in ('ViT', 'ViT, hard-label distillation', 'ViT, soft-label distillation', 'DearKD')]
+    for entry in entries:
+        found = options(driver, entry.cells[1])
+        assert found['data'] == f'{driver.data}/photos/my cats' == teacher['data']
+        assert f'{100 * found["train_fraction"]:g} %' == entry.column and found['fraction_seed'] == 1
+        assert found['auto_epochs'] and found['img_size'] == teacher['img_size'] == 64
+        assert ('num_mhca_blocks' in found['model_kwargs']) == entry.row.startswith('ViT')
+        assert found['model_kwargs']['patch_size'] == 8
+        assert bool(found['kd_model_name']) == bool(entry.cells[1].needs) == (entry.row != 'ViT')
+        assert found['kd_model_name'] in (None, f'{driver.path(driver.work)}/{cnn.cells[0].name}')
+        assert (found['kd_distill_type'] == 'logit') == ('soft' in entry.row)
+        assert bool(found['kd_label_cache']) == (entry.row in ('DearKD', 'ViT, hard-label distillation'))
 
 
 def test_rows_are_the_commands_that_they_say(tmp_path, monkeypatch):

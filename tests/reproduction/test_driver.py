@@ -55,7 +55,8 @@ def test_what_is_there_is_skipped_and_what_needs_a_failure_waits(driver, capsys)
     assert result['top1'] == 49.5 and result['top1_by_epoch'] == {'2': 50.5, '3': 49.5}
     assert result['teacher_agreement'] == 0.9 and result['seed'] == 0 and result['commits'] == [git_commit()]
     assert '--kd-model-name' in result['command'] and (result['labels_read'], result['labels_computed']) == (30, 10)
-    count = sum(bool(cell.needs) for cell in cells)
+    count = sum('--kd-label-cache' in driver.command(cell) for cell in cells)
+    assert 0 < count < sum(bool(cell.needs) for cell in cells)  # soft labels and features have no cache
     labels = f'The teacher labelled {10 * count} of {40 * count} images. The other labels (75 %) were in '
     assert labels in capsys.readouterr().out
     driver.ran = []
