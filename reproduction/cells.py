@@ -113,7 +113,8 @@ SCALES = {scale.name: scale for scale in (
         ('--resolutions', '32:200:0.2', '--classes-per-batch', '10', '--images-per-class', '6', '--jitter', '2',
          '--bn-norm', 'relative', '--bn-weight', '0.05', '--tv-weight', '0.003', *DEEP_INVERSION),
         adi_weights('30'), intra_weights('0.1'),  # see `inversion` in data_free.py
-        synthetic=('--in-chans', '1', '--epochs', '40', '--train-batches-per-epoch', '32', '--workers', '0'),
+        synthetic=('--in-chans', '1', '--model-kwargs', 'patch_size=8', '--epochs', '80', '--train-batches-per-epoch',
+                   '32', '--workers', '0'),
         num_generated=8640, photos='stamps'),
     Scale(
         'imagenet', 'imagenet', '', 1281167, 50000, 'recipes/dearkd_300e.yaml', 'dearkd_tiny_patch16_224', (), (), 300,

@@ -242,8 +242,9 @@ def table5(scale: Scale, seeds: Sequence[int]) -> Table:
     if scale.synthetic:
         note += (
             '\n- `top-1`: the recipe of table 2, with the class that an image was made for as the label. `edge` and'
-            f' `black`: the recipe `data_free` with this fill. {ROUNDS}: images against the current student, whose'
-            f' recipe has the fill `edge`. Generators make {scale.num_generated} images. A pilot chooses its weights.')
+            f' `black`: the recipe `data_free` with this fill, and 8x8 patches. {ROUNDS}: images against the current'
+            f' student, whose recipe has the fill `edge`. Generators make {scale.num_generated} images. A pilot chooses'
+            ' their weights.')
     recipe = bool(scale.synthetic)
     return Table(
         'Data-free (table 5)', note,
