@@ -115,7 +115,7 @@ def test_the_pilot_finds_out_whether_mirror_images_are_alike(whole, caplog):
 def test_the_pilot_takes_the_largest_weights_that_leave_the_classes(monkeypatch):
     monkeypatch.setattr(module, 'PILOT_WEIGHTS', (1e6, 1e-3))
     monkeypatch.setattr(module, 'PILOT_SCALES', (1., 1e-9))
-    inverter = make(steps=18, weights=replace(GENERATOR_WEIGHTS, ep=1e6), diversity='intra')
+    inverter = make(steps=30, weights=replace(GENERATOR_WEIGHTS, ep=1e6), diversity='intra')
     weights, _ = run_pilot(inverter, TARGETS, 0)
     assert weights.bn == 1e-3 and weights.ep == pytest.approx(1e-3) and weights.triplet == pytest.approx(5e-10)
     assert run_pilot(inverter, TARGETS, 0, kept=['bn', 'ep', 'triplet'])[0] == weights
