@@ -210,8 +210,9 @@ def run_pilot(
     mirror = mirror and result.mirrored >= MIRROR_AGREEMENT
     inverter.set_choices(chosen, mirror)
     flags = ', '.join(f'--{name}-weight {getattr(chosen, name):g}' for name in ('bn', *scaled))
-    _logger.info(
-        f'Pilot: {flags}. The CNN recognises {100 * result.recognised:.0f} % of the images and gives'
+    level = logging.INFO if result.recognised >= 0.5 else logging.WARNING
+    _logger.log(
+        level, f'Pilot: {flags}. The CNN recognises {100 * result.recognised:.0f} % of the images and gives'
         f' {100 * result.mirrored:.0f} % of their mirror images the same class. Images are'
         f' {"" if mirror else "not "}mirrored.')
     return chosen, mirror
