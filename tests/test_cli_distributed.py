@@ -145,7 +145,7 @@ def test_labels_that_are_kept(train_cli, command, tmp_path):
     assert all(value.equal(theirs[name]) for name, value in ours.items())
     assert rows(tmp_path / 'reads') == rows(tmp_path / 'writes')
     assert sorted(path.name for path in labels.iterdir()) == [
-        *(f'epoch{epoch:04}-rank{rank}.npy' for epoch in range(3) for rank in range(2)), 'manifest.json']
+        *(f'epoch{epoch:04}-rank{rank}.npy' for epoch in range(3) for rank in range(2)), 'labels.json']
     path = labels / 'epoch0000-rank1.npy'
     np.save(path, (np.load(path) + 1) % 3)
     result = run('wrong')
