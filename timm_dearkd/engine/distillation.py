@@ -242,7 +242,7 @@ def _build_distillation(
             teacher.probe((data_config['input_size'][0], size, size))
     _log_teacher_size(args, teacher.model, data_config['input_size'])
     teacher.fold_batchnorm(data_config['input_size'])
-    if common['device'].type == 'cpu':  # 1.2 to 1.9 times as fast for most CNNs, on one core; 0.96 for ConvNeXt
+    if common['device'].type == 'cpu':  # faster for most CNNs, a little slower for ConvNeXt
         teacher.model.to(memory_format=torch.channels_last)
     if args.amp:
         teacher.store_weights(getattr(torch, args.amp_dtype))

@@ -53,7 +53,7 @@ def test_the_map_is_that_of_grid_sample(fill, padding, monkeypatch):
 
 
 def test_the_largest_map_stays_within_the_padding():
-    """The places that the largest changes of one sign reach, in sides from the centre."""
+    """With the largest changes, of any signs, a map reaches less than the longer side over the border."""
     for signs in np.ndindex(*[2] * 6):
         numbers = iter([(1, -1)[sign] for sign in signs])
         with pytest.MonkeyPatch.context() as patch:
