@@ -33,8 +33,8 @@ train_student() {
         --seed "$SEED" --output "$OUT" --experiment "student_$name" --resume auto "$@"
 }
 
-make_images pixels --num-images 480 --classes-per-batch 10 --images-per-class 6 --resolutions 32:130:0.3 --jitter 2 \
-    --no-flip --tv-weight 0.07 --bn-weight 0.2
+make_images pixels --num-images 480 --classes-per-batch 10 --images-per-class 6 --resolutions 32:130:0.3 --no-flip \
+    --tv-weight 0.07 --bn-weight 0.2
 train_student pixels pixels &
 train_student data real --train-fraction 0.382
 wait $!
