@@ -39,7 +39,6 @@ def numbers(value):
     return [value] if isinstance(value, (int, float)) else []
 
 
-@pytest.mark.slow
 def test_toy_runs_every_phase_and_the_report_is_a_table(tmp_path):
     folder, document = tmp_path / 'out', tmp_path / 'table.md'
     result = run_python(SCRIPT, '--toy', '--out', folder)
