@@ -16,7 +16,7 @@ from reproduction.cells import (
 from reproduction.table import AGREEMENT, Claim, Decision, Entry, Table
 from timm_dearkd.data_free.inversion import LossWeights
 
-__all__ = ['WEIGHT_DECISIONS', 'inversion', 'table5', 'table6']
+__all__ = ['WEIGHT_DECISIONS', 'inversion', 'other_cnn', 'table5', 'table6']
 
 MODES: Dict[str, Tuple[str, float, float]] = {
     # label, the paper's top-1 (table 5) and LPIPS (table 6)
@@ -63,13 +63,14 @@ def inversion_cell(
     return Cell(name, data, (*argv, *weights), cost, seed, tuple(needs), 'data_free')
 
 
-def generator_cell(scale: Scale, mode: str, seed: int) -> Cell:
-    """Return a set of images of a generator. A pilot chooses its weights."""
+def generator_cell(scale: Scale, mode: str, seed: int, cnn: Optional[Cell] = None) -> Cell:
+    """Return a set of images of a generator, for the teacher or another CNN. A pilot chooses its weights."""
     diversity = 'intra' if mode == 'generator_intra' else 'none'
-    needs = (teacher_cell(scale), cnn_cell(scale, 0))
+    needs = (cnn or teacher_cell(scale), cnn_cell(scale, 0))
     argv = (
-        '--model', '{teacher}', '--generator', '--num-images', str(scale.num_generated), '--diversity', diversity,
-        '--verifier', f'{{runs}}/{needs[1].name}', '--min-prob', '0',
+        '--model', f'{{runs}}/{cnn.name}' if cnn else '{teacher}', '--generator', '--num-images',
+        str(scale.num_generated), '--diversity', diversity, '--verifier', f'{{runs}}/{needs[1].name}', '--min-prob',
+        '0',
         *(('--resolutions', '32:4:0.01', '--images-per-class', '6') if scale.name == 'smoke' else ()))
     return Cell(
         f'images-{mode}-seed{seed}', scale.data, argv, scale.num_generated * 8., seed, needs,  # type: ignore[arg-type]
@@ -99,16 +100,25 @@ def merged_cell(scale: Scale, number: int, seed: int) -> Cell:
         tuple(cells), 'merge')
 
 
-def recipe_student(scale: Scale, name: str, images: Optional[Cell], fill: str, seed: int) -> Cell:
-    """Return the student of the recipe `data_free` on synthetic images; on real ones if there are none."""
+def recipe_student(
+        scale: Scale,
+        name: str,
+        images: Optional[Cell],
+        fill: str,
+        seed: int,
+        cnn: Optional[Cell] = None,
+) -> Cell:
+    """Return the student of the recipe `data_free` on synthetic images; on real ones if there are none.
+
+    The teacher is that of the other tables unless there is a CNN.
+    """
     argv: Tuple[str, ...] = (
-        '-c', 'recipes/data_free.yaml', '--model', scale.student, '--kd-model-name', '{teacher}', *scale.synthetic,
-        '--affine-aug', fill, '--val-interval', '40')
+        '-c', 'recipes/data_free.yaml', '--model', scale.student, '--kd-model-name',
+        f'{{runs}}/{cnn.name}' if cnn else '{teacher}', *scale.synthetic, '--affine-aug', fill, '--val-interval', '40')
     if images is None:
         fraction = str(round(scale.num_synthetic / scale.num_train, 4))
         argv += ('--train-fraction', fraction, '--fraction-seed', str(seed))
-    teacher = teacher_cell(scale)
-    needs = tuple(cell for cell in (teacher, images) if cell is not None)
+    needs = tuple(cell for cell in (cnn or teacher_cell(scale), images) if cell is not None)
     return Cell(
         f'recipe_{fill}-{name}-seed{seed}', f'/{images.name}' if images else scale.data, argv, 45_000., seed, needs)
 
@@ -253,6 +263,27 @@ def table5(scale: Scale, seeds: Sequence[int]) -> Table:
          *(recipe_entries(scale, seeds) if recipe else [])],
         [*_ordered('top-1'), Claim('Real images > DF-DearKD', (REAL, 'top-1'), intra),
          *(recipe_claims() if recipe else [])])
+
+
+def other_cnn(scale: Scale, seeds: Sequence[int]) -> Table:
+    """Return a student of images of a generator, from a CNN of another kind; one seed."""
+    name, seed = 'regnety_002', seeds[0]
+    fraction = scale.fractions[-1]
+    argv = ('-c', scale.recipe, '--model', name, *scale.teacher, '--train-fraction', str(fraction), '--val-interval',
+            '1000')
+    epochs = int(scale.teacher[scale.teacher.index('--epochs') + 1])
+    cnn = Cell(f'other_cnn-{name}', scale.data, argv, scale.num_train * fraction * epochs)
+    images = generator_cell(scale, 'generator', seed, cnn)
+    images = replace(images, name=f'images-{name}-seed{seed}')
+    row = f'{name}, trained on {100 * fraction:g} % of the images'
+    looks = [Entry(row, column, (images,), None, key, key) for column, key in IMAGE_FIGURES.items()]
+    students = [Entry(row, f'student, {fill}', (recipe_student(scale, name, images, fill, seed, cnn),))
+                for fill in FILLS]
+    return Table(
+        'Data-free from a CNN of another kind',
+        f'`data_free --generator --num-images {scale.num_generated}` without other flags, and the recipe `data_free`'
+        ' with two fills. Nothing was chosen for this CNN.',
+        [Entry(row, 'CNN', (cnn,)), *looks, *students])
 
 
 def distance_cell(scale: Scale, mode: str, seed: int) -> Cell:

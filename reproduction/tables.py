@@ -22,7 +22,7 @@ from reproduction.cells import (
     two_stages,
 )
 from reproduction.choices import choices, first_choices, recipes
-from reproduction.data_free import inversion, table5, table6
+from reproduction.data_free import inversion, other_cnn, table5, table6
 from reproduction.table import AGREEMENT, HIDDEN, Claim, Entry, Table
 from timm_dearkd.engine.optimizer import epochs_for
 from timm_dearkd.settings import choose_batch_size
@@ -324,14 +324,14 @@ def figure4(scale: Scale, seeds: Sequence[int]) -> Table:
 CHOOSING = ('recipes', 'first_choices', 'choices', 'inversion')
 TABLES: Dict[str, Callable[[Scale, Sequence[int]], Table]] = {  # in the order of the report
     'table1': table1, 'table2': table2, 'defaults': defaults, 'photos': photos, 'longer': longer, 'table5': table5,
-    'table6': table6, 'table7': table7, 'own_teacher': own_teacher, 'figure4': figure4, 'recipes': recipes,
-    'first_choices': first_choices, 'choices': choices, 'inversion': inversion}
+    'table6': table6, 'other_cnn': other_cnn, 'table7': table7, 'own_teacher': own_teacher, 'figure4': figure4,
+    'recipes': recipes, 'first_choices': first_choices, 'choices': choices, 'inversion': inversion}
 
 
 def tables_of(scale: Scale) -> Dict[str, Callable[[Scale, Sequence[int]], Table]]:
     """Return the tables of a scale: no choices without tuning images, no own teacher if timm has its weights."""
     missing = (() if scale.tuning_data else (*CHOOSING, 'longer', 'defaults')) + (() if scale.cnn else ('own_teacher',))
-    missing += () if scale.photos else ('photos',)
+    missing += (() if scale.photos else ('photos',)) + (() if scale.num_generated else ('other_cnn',))
     return {name: make for name, make in TABLES.items() if name in (scale.tables or TABLES) and name not in missing}
 
 
