@@ -62,15 +62,16 @@ def _takes_fused(args) -> bool:
 
 
 def epochs_for(num_images: int, num_updates: int) -> int:
-    """Return the number of epochs for a number of training images: 220, from 1,500 images on 8500 / num_images^(1/2).
+    """Return the number of epochs for a number of training images: 700 / num_images^(1/4).
 
-    There are at least 10 epochs and 1,000 updates. The rule is ours, see docs/training.md.
+    Fewer images get more epochs, but fewer updates: at least 10 epochs and 1,000 updates. The rule is ours, see
+    docs/training.md.
 
     Args:
         num_images: Images per epoch.
         num_updates: Updates per epoch.
     """
-    return max(10, min(220, round(8500 / max(1, num_images) ** 0.5)), math.ceil(MIN_UPDATES / max(1, num_updates)))
+    return max(10, round(700 / max(1, num_images) ** 0.25), math.ceil(MIN_UPDATES / max(1, num_updates)))
 
 
 def build_scheduler(args, optimizer: torch.optim.Optimizer, num_updates: int, num_images: int, start: Position):

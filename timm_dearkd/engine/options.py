@@ -305,8 +305,7 @@ def _add_schedule(group) -> None:
     add('--min-lr', type=float, default=0, help='learning rate at the end of a cycle')
     add('--epochs', type=POSITIVE_INT, default=300, help='epochs of the run, without --cooldown-epochs')
     add('--auto-epochs', action='store_true',
-        help='choose the epochs by the number of images: 220, or 8500 / n^(1/2) for more than 1,500 images; at least 1,000'
-        ' updates')
+        help='choose the epochs by the number of images: 700 / n^(1/4), at least 1,000 updates')
     add('--epoch-repeats', type=float, default=0., help='passes over a streamed data set per epoch')
     add('--start-epoch', type=NON_NEGATIVE_INT, help='first epoch, from 0 (default: after those of the checkpoint)')
     add('--stop-epoch', type=int, metavar='N', help='stop after N epochs; schedules stay those of the whole run')

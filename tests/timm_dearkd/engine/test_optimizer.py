@@ -63,7 +63,7 @@ def test_a_loss_scale_does_not_meet_fused_momentum(flags, fused):
 @pytest.mark.parametrize('flags,epochs,is_dearkd,message', [
     ((), 300, True, '--opt sgd, the default'),
     ((), 300, False, ''),
-    (('--opt', 'adamw'), 30, True, 'The run has 600 updates, too few for a ViT.*takes 219'),
+    (('--opt', 'adamw'), 30, True, 'The run has 600 updates, too few for a ViT.*takes 141'),
     (('--opt', 'adamw'), 50, True, ''),
     (('--opt', 'adamw', '--warmup-epochs', '60'), 50, True, 'All of the 50 epochs are warm-up'),
 ])
