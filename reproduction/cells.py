@@ -110,8 +110,8 @@ SCALES = {scale.name: scale for scale in (
         40, (0.01, 0.025, 0.05, 0.1), 0.025, 1500, ('4:2',),
         # an ImageNet CNN from a package, which differs from the CNN that the images are synthesised from
         ('--model', 'efficientnet_lite0', '--checkpoint', LITE0),
-        ('--resolutions', '32:200:0.2', '--classes-per-batch', '10', '--images-per-class', '6', '--bn-norm', 'relative',
-         '--bn-weight', '0.05', '--tv-weight', '0.003', *DEEP_INVERSION),
+        ('--resolutions', '32:200:0.2', '--classes-per-batch', '10', '--images-per-class', '6', '--jitter', '2',
+         '--bn-norm', 'relative', '--bn-weight', '0.05', '--tv-weight', '0.003', *DEEP_INVERSION),
         adi_weights('30'), intra_weights('0.1'),  # see `inversion` in data_free.py
         synthetic=('--in-chans', '1', '--model-kwargs', 'patch_size=8', '--epochs', '80', '--train-batches-per-epoch',
                    '32', '--workers', '0'),
