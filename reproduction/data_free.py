@@ -63,18 +63,22 @@ def inversion_cell(
     return Cell(name, data, (*argv, *weights), cost, seed, tuple(needs), 'data_free')
 
 
+def path_of(cnn: Optional[Cell]) -> str:
+    """Return the argument for a CNN: its run, or the teacher if it is None."""
+    return f'{{runs}}/{cnn.name}' if cnn else '{teacher}'
+
+
 def generator_cell(scale: Scale, mode: str, seed: int, cnn: Optional[Cell] = None) -> Cell:
     """Return a set of images of a generator, for the teacher or another CNN. A pilot chooses its weights."""
     diversity = 'intra' if mode == 'generator_intra' else 'none'
     needs = (cnn or teacher_cell(scale), cnn_cell(scale, 0))
     argv = (
-        '--model', f'{{runs}}/{cnn.name}' if cnn else '{teacher}', '--generator', '--num-images',
-        str(scale.num_generated), '--diversity', diversity, '--verifier', f'{{runs}}/{needs[1].name}', '--min-prob',
-        '0',
+        '--model', path_of(cnn), '--generator', '--num-images', str(scale.num_generated), '--diversity', diversity,
+        '--verifier', path_of(needs[1]), '--min-prob', '0',
         *(('--resolutions', '32:4:0.01', '--images-per-class', '6') if scale.name == 'smoke' else ()))
+    name = f'images-{cnn.name if cnn else mode}-seed{seed}'
     return Cell(
-        f'images-{mode}-seed{seed}', scale.data, argv, scale.num_generated * 8., seed, needs,  # type: ignore[arg-type]
-        'data_free')
+        name, scale.data, argv, scale.num_generated * 8., seed, needs, 'data_free')  # type: ignore[arg-type]
 
 
 def round_cells(scale: Scale, number: int, seed: int) -> List[Cell]:
@@ -110,11 +114,11 @@ def recipe_student(
 ) -> Cell:
     """Return the student of the recipe `data_free` on synthetic images; on real ones if there are none.
 
-    The teacher is that of the other tables unless there is a CNN.
+    The teacher is `cnn`, or that of the other tables.
     """
     argv: Tuple[str, ...] = (
-        '-c', 'recipes/data_free.yaml', '--model', scale.student, '--kd-model-name',
-        f'{{runs}}/{cnn.name}' if cnn else '{teacher}', *scale.synthetic, '--affine-aug', fill, '--val-interval', '40')
+        '-c', 'recipes/data_free.yaml', '--model', scale.student, '--kd-model-name', path_of(cnn), *scale.synthetic,
+        '--affine-aug', fill, '--val-interval', '40')
     if images is None:
         fraction = str(round(scale.num_synthetic / scale.num_train, 4))
         argv += ('--train-fraction', fraction, '--fraction-seed', str(seed))
@@ -274,10 +278,9 @@ def other_cnn(scale: Scale, seeds: Sequence[int]) -> Table:
     epochs = int(scale.teacher[scale.teacher.index('--epochs') + 1])
     cnn = Cell(f'other_cnn-{name}', scale.data, argv, scale.num_train * fraction * epochs)
     images = generator_cell(scale, 'generator', seed, cnn)
-    images = replace(images, name=f'images-{name}-seed{seed}')
     row = f'{name}, trained on {100 * fraction:g} % of the images'
     looks = [Entry(row, column, (images,), None, key, key) for column, key in IMAGE_FIGURES.items()]
-    students = [Entry(row, f'student, {fill}', (recipe_student(scale, name, images, fill, seed, cnn),))
+    students = [Entry(row, f'student, {fill}', (recipe_student(scale, cnn.name, images, fill, seed, cnn),))
                 for fill in FILLS]
     return Table(
         'Data-free from a CNN of another kind',

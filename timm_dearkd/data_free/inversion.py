@@ -141,8 +141,8 @@ def spectator(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> 
 class Inverter:
     """Makes images of given classes from a classifier with BatchNorm.
 
-    The paper does not name the shifts, the flips, Adam's betas and the range of the pixels. They are DeepInversion's,
-    but our shifts repeat the border, where DeepInversion's wrap around: another CNN recognises more of the images.
+    The paper does not name the shifts, the flips, Adam's betas and the range of the pixels. They are DeepInversion's.
+    But our shifts repeat the border of the image, where DeepInversion's wrap around.
 
     Args:
         model: The CNN, which takes normalised images. It is frozen in place.
