@@ -65,8 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_loss_arguments(parser)
     add = parser.add_argument
     add('--betas', type=_beta, nargs=2, default=(0.5, 0.9), help="Adam's betas (default: 0.5 0.9)")
-    add('--jitter', type=natural_int, metavar='N',
-        help='largest random shift in pixels, at full size; repeats the border (default: size / 8)')
+    add('--jitter', type=natural_int, metavar='N', help='largest shift in pixels, at full size (default: size / 8)')
     add('--no-flip', action='store_true', help='do not mirror the images at random')
     add('--seed', type=natural_int, default=0, help='random seed (default: %(default)s)')
     add('--format', default='folder', choices=FORMATS,

@@ -142,7 +142,6 @@ class Inverter:
     """Makes images of given classes from a classifier with BatchNorm.
 
     The paper does not name the shifts, the flips, Adam's betas and the range of the pixels. They are DeepInversion's.
-    But our shifts repeat the border of the image, where DeepInversion's wrap around.
 
     Args:
         model: The CNN, which takes normalised images. It is frozen in place.
@@ -333,9 +332,9 @@ class Inverter:
         if size != self.size:
             images = F.interpolate(images, size=(size, size), mode='area')
         limit = self.augmentation.jitter * size // self.size
-        y, x = torch.randint(2 * limit + 1, (2,), generator=generator).tolist()
-        mirrored = torch.rand((), generator=generator).item() < 0.5
-        images = F.pad(images, (limit,) * 4, mode='replicate')[..., y:y + size, x:x + size]
-        if self.augmentation.flip and mirrored:
-            images = images.flip(3)
-        return images.contiguous(memory_format=self.memory_format)  # one layout, one compilation
+        dy, dx, mirrored = (
+            *torch.randint(-limit, limit + 1, (2,), generator=generator).tolist(),
+            torch.rand((), generator=generator).item() < 0.5,
+        )
+        images = torch.roll(images, shifts=(dy, dx), dims=(2, 3))
+        return images.flip(3) if self.augmentation.flip and mirrored else images
