@@ -47,6 +47,7 @@ def step(module: torch.nn.Module, x: torch.Tensor, train: bool, autocast) -> Cal
             module(x)
 
     module.train(train)
+    module.zero_grad(set_to_none=True)  # MHCA keeps no channels for inference while it has a gradient
     return run_train if train else run_eval
 
 

@@ -294,8 +294,8 @@ class AdaptiveRelPos(nn.Module):
 
         For inference on an accelerator: the check does not wait for the device. The cache is valid until identity,
         storage or version of alpha or delta change. PyTorch's fused optimizers do not change the version, but need a
-        gradient, so nothing is cached while a gradient exists. A write to `.data` is not detected. train() and eval()
-        clear the cache.
+        gradient, so nothing is cached while a gradient exists, and a forward that takes gradients clears the cache. So
+        do train() and eval(). A write to `.data` is not detected.
 
         Args:
             scale: Scale of the attention.
@@ -307,6 +307,7 @@ class AdaptiveRelPos(nn.Module):
         """
         parameters = [self._parameters.get(name) for name in ('alpha', 'delta')]
         if any(type(p) is not nn.Parameter or p.grad is not None or p.is_inference() for p in parameters):
+            self._channels_cache = None
             return None
         alpha, delta = (cast(nn.Parameter, p) for p in parameters)
         key = (scale, dtype, *((id(p), p.data_ptr(), p._version) for p in (alpha, delta)))
@@ -593,6 +594,7 @@ class ConvAttention(Attention):
         if torch.jit.is_tracing() or torch.compiler.is_compiling() or isinstance(self.rpe.alpha, torch.fx.Proxy):
             return None
         if self.training or self._takes_gradient():
+            self.rpe._channels_cache = None  # a fused optimizer may step next, and free the gradients
             return None
         return self.rpe.cached_channels(self.scale, dtype, self.head_dim)
 

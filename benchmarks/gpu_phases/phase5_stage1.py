@@ -104,7 +104,7 @@ def stage_1(check: Check) -> None:
         functions = dict(
             whole=epoch(check, make_dearkd(check, **models), channels_last),
             student=epoch(check, make_student_task(check, **student), channels_last),
-            teacher=make_forward(check, store(make_teacher(check)), channels_last),
+            teacher=make_forward(check, make_dearkd(check, **models).teacher, channels_last),
         )
         seconds = medians(functions, 1 if check.toy else 5, check.device, warmup=1 if check.toy else 2)
         whole, alone = (seconds[name] / num_steps(check) for name in ('whole', 'student'))

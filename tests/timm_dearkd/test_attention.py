@@ -485,6 +485,23 @@ def test_inference_on_an_accelerator_notices_changes(change, accelerator):
     assert after.equal(fresh(x)) and (after.dtype == torch.float64 or not torch.allclose(after, before))
 
 
+@pytest.mark.parametrize('fused', [False, True])
+def test_inference_between_the_steps_of_a_loop_that_stays_in_eval(fused, accelerator):
+    """A fused step changes no version, and no gradient is left of it."""
+    mhca = ConvAttention(64, 4, grid_size=(5, 5), qkv_bias=True).eval()
+    optimizer = torch.optim.AdamW(mhca.rpe.parameters(), lr=0.5, fused=fused)
+    x = torch.randn(2, 26, 64)
+    for _ in range(2):
+        with torch.no_grad():
+            before = mhca(x)
+        mhca(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            after = mhca(x)
+            assert after.equal(copy.deepcopy(mhca)(x)) and not torch.allclose(after, before)
+
+
 @torch.no_grad()
 def test_nothing_is_kept_where_a_change_could_not_be_told(accelerator):
     """With a gradient, which an optimizer may apply at any time, or with parametrised values."""
