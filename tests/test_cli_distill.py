@@ -14,7 +14,7 @@ import timm_dearkd.train
 from reproduction.results import distill_figures
 from timm_dearkd.cli import COMMANDS
 from timm_dearkd.engine.optimizer import epochs_for
-from timm_dearkd.settings import is_mirrored_alike
+from timm_dearkd.settings import choose_batch_size, is_mirrored_alike
 
 MODES = ('RGB', 'L', 'CMYK')
 
@@ -103,6 +103,30 @@ def test_options_in_python(photos, distilled, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match='one process'):
             timm_dearkd.distill(str(photos))
     assert started[1][1:3] == ['-c', 'small_folder']
+
+
+@pytest.mark.parametrize('options,labels,mixup', [
+    ({}, 'teacher', 0.8),
+    (dict(student='test_vit'), 'teacher', 0.8),
+    (dict(batch_size=7), 'teacher', 0.),
+    (dict(cutmix=0.5, mixup=0.1), 'teacher', 0.1),
+    (dict(dearkd_labels='dataset'), 'dataset', 0.),
+    (dict(kd_label_cache='labels'), 'dataset', 0.),
+    (dict(bce_loss=True), 'dataset', 0.),
+    (dict(kd_distill_type='logit'), 'dataset', 0.),
+    (dict(student='resnet18'), 'dataset', 0.),  # no patches, so timm's distillation
+])
+def test_a_given_teacher_labels_mixed_images(options, labels, mixup, photos, distilled, tmp_path, monkeypatch):
+    """Unless the user chooses the labels, or the student learns in another way than DearKD's."""
+    started = []
+    monkeypatch.setattr(timm_dearkd.train, 'prepare', lambda argv: started.append(argv) or (lambda: 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        timm_dearkd.distill(
+            str(photos), teacher=str(distilled[0] / 'teacher'), output=str(tmp_path / 'out'), device='cpu', **options)
+    args = timm_dearkd.train._parse_args(started[-1])[0]
+    assert (args.dearkd_labels, args.dearkd_soft_labels, args.mixup) == (labels, labels == 'teacher', mixup)
+    assert args.cutmix == (options.get('cutmix', 1.) if mixup else 0.)
+    assert timm_dearkd.train._parse_args(['-c', str(distilled[0] / 'student' / 'args.yaml')])[0].mixup == 0.  # its own
 
 
 def test_the_cnn_sees_the_students_images(photos, tmp_path, monkeypatch):
@@ -274,6 +298,11 @@ def test_an_unknown_command_is_one_line():
     result = run_python('-m', 'timm_dearkd', 'destill')
     assert result.returncode == 2
     assert "'destill'" in result.stderr and 'distill, train' in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_batches_are_even_and_waste_few_images():
+    """Mixup pairs the images of a batch up."""
+    assert [choose_batch_size(count) for count in (1, 2, 23, 48, 125, 600, 1500)] == [1, 2, 22, 24, 30, 30, 30]
 
 
 def test_fewer_images_get_more_epochs_and_fewer_updates():

@@ -30,7 +30,15 @@ from .engine.options import check_distillation, find_config, given_options, opti
 from .engine.process import Interrupted, Precision, TrainingError, default_workers, find_device
 from .engine.student import create_student
 from .images import Images, look_at, prepare_splits
-from .settings import choose_batch_size, choose_cnn, choose_student, choose_training, cnn_epochs, is_mirrored_alike
+from .settings import (
+    choose_batch_size,
+    choose_cnn,
+    choose_labels,
+    choose_student,
+    choose_training,
+    cnn_epochs,
+    is_mirrored_alike,
+)
 
 __all__ = ['distill']
 
@@ -192,24 +200,33 @@ class Planner:
             options['hflip'] = 0.5 if is_mirrored_alike(cnn, self.images.samples) else 0.
         return options
 
-    def student(self, teacher: str, from_teacher: Dict[str, Any]) -> Step:
+    def student(self, teacher: str, from_teacher: Dict[str, Any], is_own: bool) -> Step:
         """Plan the distillation.
 
         Args:
             teacher: Name or run folder of the CNN.
             from_teacher: See `ask_teacher`.
+            is_own: Whether `distill` trains the CNN. Such a CNN has seen no other images than the student, and teaches
+                hard labels.
+
+        Raises:
+            ValueError: If the student cannot be created.
         """
         training = choose_training(self.images, from_teacher['in_chans'], self.device, self.epochs)
         chosen = {**self.sizes, 'kd_model_name': teacher, **training, **from_teacher}
-        return self._step('student', chosen, self.user, sorted(self.given))
+        step = self._step('student', chosen, self.user, sorted(self.given))
+        labels = {} if is_own else choose_labels(self.given, step.args.batch_size)
+        if not labels or not has_content_tokens(create_student(step.args, self.images.num_classes, timm.create_model)):
+            return step
+        return self._step('student', {**chosen, **labels}, self.user, sorted(self.given))
 
-    def student_in_folder(self, teacher: str) -> Optional[Step]:
+    def student_in_folder(self, teacher: str, is_own: bool) -> Optional[Step]:
         """Return the student of an earlier call, as this call would train it; None if there is none."""
         folder = os.path.join(self.output, 'student')
         if not os.path.exists(os.path.join(folder, 'args.yaml')):
             return None
         args = open_run(folder).args
-        return self.student(teacher, {key: args[key] for key in FROM_TEACHER if args.get(key) is not None})
+        return self.student(teacher, {key: args[key] for key in FROM_TEACHER if args.get(key) is not None}, is_own)
 
 
 def build_task(step: Step, cnn: Any, device: torch.device) -> TrainingTask:
@@ -407,7 +424,7 @@ def prepare_distillation(
         planner.reports = False
         _logger.warning(f'No report.html: {e}')
     name, first = find_teacher(planner, teacher, args.kd_teacher_checkpoint)
-    step = planner.student_in_folder(name)
+    step = planner.student_in_folder(name, is_own=first is not None)
     if step is not None and step.is_finished():
         _logger.info(f'The student is trained already, in {step.folder!r}.')
         return partial(finish, step, first, images, {})
@@ -417,14 +434,14 @@ def prepare_distillation(
     if first is not None and not first.is_finished():
         resolve_args(first.args)
         cnn = create_cnn(first, images)
-        step = planner.student(name, planner.ask_teacher(cnn, is_trained=False))
+        step = planner.student(name, planner.ask_teacher(cnn, is_trained=False), is_own=True)
         resolve_args(step.args)  # its errors come before the CNN is trained
         log_step(first, images, cnn, device)
         log_step(step, images, cnn, device)
         _logger.info('The trained teacher decides whether the student sees mirror images.')
         return partial(run_both, planner, first, train.prepare(first.argv), images)
     cnn = load_model(name, args.kd_teacher_checkpoint).eval()
-    step = step or planner.student(name, planner.ask_teacher(cnn))
+    step = step or planner.student(name, planner.ask_teacher(cnn), is_own=first is not None)
     resolve_args(step.args)
     log_step(step, images, cnn, device)
     return partial(run_student, step, train.prepare(step.argv), first, images, {})
@@ -433,7 +450,7 @@ def prepare_distillation(
 def run_both(planner: Planner, first: Step, train_cnn: Callable[[], Any], images: Images) -> Run:
     """Train the CNN, and then the student."""
     minutes = {'teacher': run_step(first, train_cnn)}
-    step = planner.student(first.folder, planner.ask_teacher(load_model(first.folder).eval()))
+    step = planner.student(first.folder, planner.ask_teacher(load_model(first.folder).eval()), is_own=True)
     try:
         train_student = train.prepare(step.argv)
     except ValueError as e:

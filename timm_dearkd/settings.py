@@ -1,5 +1,5 @@
 """Options of train.py for a small folder of images, by their number and size. The choices are ours."""
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Collection, Dict, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -11,19 +11,23 @@ from .engine.image_folder import UNREADABLE
 from .images import Images
 
 __all__ = [
-    'choose_batch_size', 'choose_cnn', 'choose_student', 'choose_training', 'cnn_epochs', 'is_mirrored_alike',
-    'model_size',
+    'choose_batch_size', 'choose_cnn', 'choose_labels', 'choose_student', 'choose_training', 'cnn_epochs',
+    'is_mirrored_alike', 'model_size',
 ]
 
 MAX_SMALL_SIDE = 40  # pixels; images up to this size are trained at 32 pixels
 CNN_EPOCHS = 0.4  # of the student's
 MAX_EVALUATIONS = 20
+# Options that choose the student's labels, or do not go with those of the teacher
+OWN_LABELS = {
+    'dearkd_labels', 'dearkd_soft_labels', 'kd_distill_type', 'kd_label_cache', 'bce_loss', 'jsd_loss', 'aug_splits'}
 MIRROR_AGREEMENT = 0.75  # share of the images whose mirror image gets the same class
 
 
 def choose_batch_size(num_images: int) -> int:
-    """Return the batch size from 24 to 40 that skips the fewest images in an epoch, or fewer for fewer images."""
-    return min(num_images, min(range(24, 41), key=lambda size: (num_images % size, abs(size - 32))))
+    """Return the even batch size from 24 to 40 that skips the fewest images in an epoch, or less for fewer images."""
+    largest = max(1, num_images // 2 * 2)
+    return min(largest, min(range(24, 41, 2), key=lambda size: (num_images % size, abs(size - 32))))
 
 
 def model_size(name: str) -> int:
@@ -61,6 +65,21 @@ def choose_cnn(name: Optional[str], size: int) -> Dict[str, Any]:
         return dict(model=name, pretrained=True, img_size=size, lr=2e-4)
     channels = '(32,64,128,256)' if size < 224 else '(64,128,256,512)'
     return dict(model='resnet18', model_kwargs=dict(channels=channels), img_size=size)
+
+
+def choose_labels(given: Collection[str], batch_size: int) -> Dict[str, Any]:
+    """Return the options for a student that learns soft labels of mixed images from a trained teacher.
+
+    They are empty if the user chooses the labels or the loss.
+
+    Args:
+        given: Names of the options that the user sets.
+        batch_size: Batch size. Mixup and CutMix need an even one.
+    """
+    if not OWN_LABELS.isdisjoint(given):
+        return {}
+    mixing = {} if batch_size % 2 else dict(mixup=0.8, cutmix=1., mixup_prob=0.5)
+    return dict(dearkd_labels='teacher', dearkd_soft_labels=True, kd_temperature=4., **mixing)
 
 
 def cnn_epochs(epochs: int) -> int:
