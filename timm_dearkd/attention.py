@@ -289,8 +289,8 @@ class AdaptiveRelPos(nn.Module):
         return scores
 
     @torch.jit.unused
-    def cached_channels(self, scale: float, dtype: torch.dtype, head_dim: int) -> Optional[torch.Tensor]:
-        """Return the cached channels (T, 3, heads, C) of the positional scores.
+    def cached_channels(self, scale: float, qkv: torch.Tensor) -> Optional[torch.Tensor]:
+        """Return the cached channels of the positional scores, see `stack_channels`.
 
         For inference on an accelerator: the check does not wait for the device. The cache is valid until identity,
         storage or version of alpha or delta change. PyTorch's fused optimizers do not change the version, but need a
@@ -299,8 +299,7 @@ class AdaptiveRelPos(nn.Module):
 
         Args:
             scale: Scale of the attention.
-            dtype: Dtype of the tokens.
-            head_dim: Head dimension of the attention.
+            qkv: Queries, keys and values (B, T, 3, heads, D).
 
         Returns:
             The channels, or None if changes cannot be detected (replicas, parametrised or functional alpha and delta).
@@ -310,59 +309,68 @@ class AdaptiveRelPos(nn.Module):
             self._channels_cache = None
             return None
         alpha, delta = (cast(nn.Parameter, p) for p in parameters)
-        key = (scale, dtype, *((id(p), p.data_ptr(), p._version) for p in (alpha, delta)))
+        key = (scale, qkv.dtype, *((id(p), p.data_ptr(), p._version) for p in (alpha, delta)))
         if self._channels_cache is None or self._channels_key != key:
             with torch.inference_mode(False), torch.no_grad():
                 channels = position_channels(
-                    alpha.unsqueeze(1), delta, self.query_basis, self.key_basis, scale, self.sq_steps, dtype, head_dim)
-                self._channels_cache, self._channels_key = stack_channels(*channels).to(dtype), key
+                    alpha.unsqueeze(1), delta, self.query_basis, self.key_basis, scale, self.sq_steps, qkv.dtype,
+                    qkv.shape[-1])
+                stacked = stack_channels(*channels, with_values=needs_one_width(qkv))
+                self._channels_cache, self._channels_key = stacked.to(qkv.dtype), key
         return self._channels_cache
 
 
-def _append(
-        qkv: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Append channels of queries and keys to the qkv of every image.
+def needs_one_width(qkv: torch.Tensor) -> bool:
+    """Return whether a fused kernel for these tensors needs values as wide as queries and keys.
 
-    Args:
-        qkv: (B, T, 3, heads, D).
-        query: Channels (heads, T, C).
-        key: Channels (T, C).
+    FlashAttention and PyTorch's kernel for CPUs do. CUDA's only fused kernel for float32 does not.
+    """
+    return not (qkv.is_cuda and qkv.dtype == torch.float32)
+
+
+def stack_channels(query: torch.Tensor, key: torch.Tensor, with_values: bool) -> torch.Tensor:
+    """Stack channels of queries (heads, T, C), keys (T, C) and, if wanted, zeros for values.
 
     Returns:
-        q, k and v (B, heads, T, D + C).
-    """
-    return append_channels(qkv, stack_channels(query, key))
-
-
-def stack_channels(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Stack channels of queries (heads, T, C) and keys (T, C) as (T, 3, heads, C).
-
-    Values get zeros, because fused kernels need one head dimension for all three.
+        (T, 2 * heads, C), or (T, 3 * heads, C) with values.
     """
     query = query.transpose(0, 1)  # (T, heads, C)
-    return torch.stack([query, key.unsqueeze(1).expand_as(query), torch.zeros_like(query)], dim=1)
+    channels = [query, key.unsqueeze(1).expand_as(query)]
+    if with_values:
+        channels.append(torch.zeros_like(query))
+    return torch.cat(channels, dim=1)
 
 
 def append_channels(
         qkv: torch.Tensor, channels: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Append channels (T, 3, heads, C) to qkv; return q, k, v (B, heads, T, D + C)."""
-    expanded = channels.unsqueeze(0).expand(qkv.shape[0], -1, -1, -1, -1)
+    """Append channels to the qkv of every image.
+
+    One concatenation of four dimensions, which is one kernel on CUDA.
+
+    Args:
+        qkv: (B, T, 3, heads, D).
+        channels: See `stack_channels`.
+
+    Returns:
+        q and k (B, heads, T, D + C), and v, which is as wide only if `channels` are for values, too.
+    """
+    count = channels.shape[1]
     if not torch.jit.is_scripting() and torch.compiler.is_compiling():
-        expanded = expanded.to(qkv.dtype)  # fused with the rest; the backward then sums over images in float32
+        # fused with the rest; the backward then sums over images in float32
+        channels = channels.unsqueeze(0).expand(qkv.shape[0], -1, -1, -1).to(qkv.dtype)
     else:
-        expanded = channels.to(qkv.dtype).unsqueeze(0).expand(qkv.shape[0], -1, -1, -1, -1)
-    q, k, v = torch.cat([qkv, expanded], dim=-1).permute(2, 0, 3, 1, 4).unbind(0)
-    return q, k, v
+        channels = channels.to(qkv.dtype).unsqueeze(0).expand(qkv.shape[0], -1, -1, -1)
+    wide = torch.cat([qkv.flatten(2, 3)[:, :, :count], channels], dim=-1)
+    wide = wide.unflatten(2, [-1, qkv.shape[3]]).permute(2, 0, 3, 1, 4)
+    v = wide[2] if len(wide) == 3 else qkv[:, :, 2].transpose(1, 2)
+    return wide[0], wide[1], v
 
 
 class _Append(torch.autograd.Function):
-    """`_append` for training: a faster layout and a more precise backward.
+    """`append_channels` for training: a faster layout and a more precise backward.
 
-    q, k and v are contiguous (B, heads, T, D + C). The gradient of the channels is summed over the images in the dtype
-    of the channels (float32 or wider) instead of the tokens' dtype.
+    q and k, and v if it gets zeros, are contiguous (B, heads, T, D + C). The gradient of the channels is summed over
+    the images in the dtype of the channels (float32 or wider) instead of the tokens' dtype.
     """
 
     generate_vmap_rule = True
@@ -372,21 +380,23 @@ class _Append(torch.autograd.Function):
             qkv: torch.Tensor,
             query: torch.Tensor,
             key: torch.Tensor,
+            with_values: bool,
     ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         size = (len(qkv), *query.shape)  # (B, heads, T, C)
-        channels = (c.to(qkv.dtype).expand(size) for c in (query, key, torch.zeros_like(key)))
-        q, k, v = (torch.cat([x.transpose(1, 2), c], dim=-1) for x, c in zip(qkv.unbind(2), channels))
-        return q, k, v
+        channels = [query, key, *([torch.zeros_like(key)] if with_values else [])]
+        q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+        wide = [torch.cat([x, c.to(qkv.dtype).expand(size)], dim=-1) for x, c in zip((q, k, v), channels)]
+        return wide[0], wide[1], wide[2] if with_values else v
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        qkv, query, _ = inputs
+        qkv, query, _, _ = inputs
         ctx.dim, ctx.dtype = qkv.shape[-1], query.dtype
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, None, None]:
         grad_qkv = torch.cat([grad[..., :ctx.dim].transpose(1, 2) for grad in grads], dim=2)  # (B, T, 3 * heads, D)
-        return grad_qkv.unflatten(2, (3, -1)), grads[0][..., ctx.dim:].sum(dim=0, dtype=ctx.dtype), None
+        return grad_qkv.unflatten(2, (3, -1)), grads[0][..., ctx.dim:].sum(dim=0, dtype=ctx.dtype), None, None
 
 
 def _round(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -417,13 +427,14 @@ def append_positions(
         sq_steps: See `position_channels`.
 
     Returns:
-        q, k and v of shape (B, heads, T, D + C), see `position_channels`.
+        q, k and v, see `append_channels` and `position_channels`.
     """
     query, key = position_channels(alpha, delta, query_basis, key_basis, scale, sq_steps, qkv.dtype, qkv.shape[-1])
+    with_values = needs_one_width(qkv)
     # torch.compile fuses the plain form, and older versions of PyTorch's DDP optimizer take no autograd function
     if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
-        return _append(qkv, query, key)
-    return _Append.apply(qkv, query, key)
+        return append_channels(qkv, stack_channels(query, key, with_values))
+    return _Append.apply(qkv, query, key, with_values)
 
 
 def position_channels(
@@ -589,14 +600,14 @@ class ConvAttention(Attention):
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.rpe.parameters())
 
     @torch.jit.unused
-    def _cached_channels(self, dtype: torch.dtype) -> Optional[torch.Tensor]:
+    def _cached_channels(self, qkv: torch.Tensor) -> Optional[torch.Tensor]:
         """Return the cached channels, or None if this call must not use the cache."""
         if torch.jit.is_tracing() or torch.compiler.is_compiling() or isinstance(self.rpe.alpha, torch.fx.Proxy):
             return None
         if self.training or self._takes_gradient():
             self.rpe._channels_cache = None  # a fused optimizer may step next, and free the gradients
             return None
-        return self.rpe.cached_channels(self.scale, dtype, self.head_dim)
+        return self.rpe.cached_channels(self.scale, qkv)
 
     def _scores(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the positional scores (heads, T, T), from the cache if possible."""
@@ -615,7 +626,7 @@ class ConvAttention(Attention):
         """Return queries, keys and values with channels whose products are the positional scores."""
         channels: Optional[torch.Tensor] = None
         if not torch.jit.is_scripting():
-            channels = self._cached_channels(qkv.dtype)
+            channels = self._cached_channels(qkv)
         if channels is not None:
             return append_channels(qkv, channels)
         rpe = self.rpe

@@ -1,13 +1,16 @@
 import copy
 import shutil
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from timm_dearkd import attention
 from timm_dearkd.attention import AdaptiveRelPos, ConvAttention, RelPosConfig, append_positions
 
 FLOAT64 = torch.float64
@@ -422,7 +425,8 @@ def accelerator(monkeypatch):
 
 # no kernel on a device
 VIEWS = {'as_strided', 'expand', 'narrow', 'permute', 'reshape', 'select', 'slice', 'transpose', 'unbind', 'unsqueeze',
-         'view', '_reshape_alias', '_unsafe_view', 'clone', 'empty', 'empty_like', 'to'}
+         'view', '_reshape_alias', '_unsafe_view', 'clone', 'empty', 'empty_like', 'to', 'alias', 'flatten',
+         'unflatten'}
 
 
 def operations(function):
@@ -447,6 +451,50 @@ def test_inference_on_an_accelerator_makes_the_channels_once(dtype, accelerator)
     kernels = {name: count for name, count in new.items() if name.removeprefix('aten::') not in VIEWS}
     assert kernels == {'aten::cat': 1, 'aten::copy_': 1}  # append the channels, and cut them off the output
     assert len(first) > len(again) + 20
+
+
+class CatDimensions(TorchDispatchMode):
+    """Collects the dimensions of what is concatenated."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.cat.default:
+            self.found += [x.ndim for x in args[0]]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('train', [True, False])
+@pytest.mark.parametrize('compiled', [True, False])
+def test_values_without_channels_give_the_same(train, compiled, accelerator, monkeypatch):
+    """As float32 on CUDA has them. Nothing that is concatenated has more than four dimensions."""
+    torch.manual_seed(0)
+    mhca = ConvAttention(24, 4, grid_size=(3, 4), qkv_bias=True).train(train)
+    x = torch.randn(2, 13, 24)
+    results = []
+    for one_width in (True, False):
+        monkeypatch.setattr(attention, 'needs_one_width', lambda qkv, value=one_width: value)
+        torch.compiler.reset()
+        mhca.train(train)  # drops the channels
+        function = torch.compile(mhca, backend='aot_eager') if compiled else mhca
+        mhca.zero_grad()
+        with torch.set_grad_enabled(train), CatDimensions() as cats:
+            out = function(x)
+            if train:
+                out.square().sum().backward()
+        assert cats.found and max(cats.found) <= 4
+        results.append([out.detach(), *(p.grad.clone() for p in mhca.parameters() if train)])
+    for first, second in zip(*results):
+        torch.testing.assert_close(second, first)
+
+
+def test_only_float32_on_cuda_leaves_the_values_alone():
+    for is_cuda, dtype, expected in (
+            (True, torch.float32, False), (True, torch.bfloat16, True), (True, torch.float64, True),
+            (False, torch.float32, True)):
+        assert attention.needs_one_width(SimpleNamespace(is_cuda=is_cuda, dtype=dtype)) is expected
 
 
 CHANGES = {
