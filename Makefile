@@ -46,9 +46,12 @@ gpu-check:
 gpu-check-toy: $(INSTALLED)
 	$(GPU_CHECK) --toy --out build/gpu-check-toy
 
-# timm is pure Python, so its wheel serves on any machine
+# What an installation of PyTorch may lack. timm and filelock are pure Python; SciPy is for the GPU machine's Python
+GPU_PYTHON ?= 3.12
 gpu-check-wheels: $(INSTALLED)
-	$(VENV)/bin/python -m pip download --quiet --no-deps --dest build/gpu-wheels 'timm>=1.0.31,<1.1'
+	$(VENV)/bin/python -m pip download --quiet --no-deps --only-binary :all: --python-version $(GPU_PYTHON) \
+	    --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform any --dest build/gpu-wheels \
+	    'timm>=1.0.31,<1.1' 'filelock>=3.30' 'scipy>=1.10'
 
 reproduction-report: $(INSTALLED)
 	$(VENV)/bin/python reproduction/report.py

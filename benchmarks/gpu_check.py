@@ -8,7 +8,7 @@ so that a check that is cut off keeps what it has. A table comes last. It needs 
     python benchmarks/gpu_check.py --report build/gpu-check             # the tables into docs/performance.md
     python benchmarks/gpu_check.py --toy --out build/gpu-toy            # every phase on a CPU, at a toy size
 
-Where timm is missing or too old, `--wheels FOLDER` takes it from wheels (`make gpu-check-wheels`). The status is 0 if
+Packages that are missing or too old are taken from `--wheels FOLDER` (`make gpu-check-wheels`). The status is 0 if
 every phase ended and no figure failed, 1 if not, 2 if the check could not start.
 """
 import argparse
@@ -27,7 +27,7 @@ import tempfile
 import time
 import zipfile
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Container, Dict, List, NamedTuple, Optional
 
 from gpu_phases import CUDNN_PHASES, NO_CUDNN, PHASES, WITHOUT_CUDNN_PHASES, Phase
 from gpu_phases.report import (
@@ -58,15 +58,19 @@ class Failure(Exception):
     """Why the check cannot start, in one line."""
 
 
-def missing_packages() -> List[str]:
-    """Requirements of the package that are not met here, such as 'timm>=1.0.31 (1.0.20 is installed)'."""
+def _normalize(name: str) -> str:
+    return name.lower().replace('_', '-')
+
+
+def missing_packages() -> Dict[str, str]:
+    """Return the requirements that are not met here, such as 'timm': 'timm>=1.0.31 (1.0.20 is installed)'."""
     try:
         from packaging.requirements import Requirement
     except ImportError:
-        return ['packaging']
+        return {'packaging': 'packaging'}
     config = configparser.ConfigParser()
     config.read(ROOT / 'setup.cfg')
-    missing = []
+    missing = {}
     for text in config['options']['install_requires'].splitlines():
         if not text.strip() or text.lstrip().startswith('#'):
             continue
@@ -74,21 +78,23 @@ def missing_packages() -> List[str]:
         try:
             version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
-            missing.append(f'{text} (not installed)')
+            missing[_normalize(requirement.name)] = f'{text} (not installed)'
             continue
         # Newer versions than those that are declared may serve
         least = [s.version for s in requirement.specifier if s.operator == '>=']
         if least and not Requirement(f'{requirement.name}>={least[0]}').specifier.contains(version, prereleases=True):
-            missing.append(f'{text} ({version} is installed)')
+            missing[_normalize(requirement.name)] = f'{text} ({version} is installed)'
     return missing
 
 
-def unpack_wheels(folder: Path, place: Path) -> None:
-    """Make wheels importable, here and in every process started from here."""
+def unpack_wheels(folder: Path, place: Path, missing: Container[str]) -> None:
+    """Make the wheels of missing packages importable, here and in every process started from here."""
     wheels = sorted(folder.glob('*.whl'))
     if not wheels:
         raise Failure(f'--wheels {folder} has no *.whl. Collect them with make gpu-check-wheels.')
     for wheel in wheels:
+        if _normalize(wheel.name.partition('-')[0]) not in missing:
+            continue
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(place)
     sys.path.insert(0, str(place))
@@ -105,8 +111,8 @@ def import_packages(toy: bool) -> None:
     missing = missing_packages()
     if missing:
         raise Failure(
-            f'Missing here: {", ".join(missing)}. Collect their wheels where there is a network (make gpu-check-wheels,'
-            ' or pip download --no-deps), and pass --wheels FOLDER.')
+            f'Missing here: {", ".join(missing.values())}. Collect their wheels where there is a network (make'
+            ' gpu-check-wheels, or pip download --no-deps), and pass --wheels FOLDER.')
     os.environ.setdefault('HF_HUB_OFFLINE', '1')
     # An import that looks for a GPU asks the driver's NVML, and does not start CUDA, which would spoil every fork
     os.environ['PYTORCH_NVML_BASED_CUDA_CHECK'] = '1'
@@ -325,7 +331,7 @@ def run_check(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as place:
         if args.wheels:
-            unpack_wheels(args.wheels, Path(place))
+            unpack_wheels(args.wheels, Path(place), missing_packages())
         import_packages(args.toy)
         environment = in_child(lambda: describe(device_type))
         budget = args.budget - (time.monotonic() - start)

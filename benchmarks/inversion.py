@@ -1,8 +1,9 @@
 """A step of DF-DearKD's image optimisation beside the bare forward and backward of the CNN, and a plain implementation.
 
 What is compared takes turns in one process (A B C A B C ...), and the figures are medians. "Bare" is the CNN's forward,
-cross-entropy and the gradient of the images; "step" adds the BatchNorm statistics, the priors and Adam; "plain" is the
-same with statistics taken by `mean` and `var`, and gradients of the weights computed too, as in DeepInversion's code.
+cross-entropy and the gradient of the images. "Step" adds the BatchNorm statistics, the priors, Adam, the shift and the
+flip. "Plain" has no shift and no flip, takes the statistics by `mean` and `var`, and computes the gradients of the
+weights, too, as DeepInversion's code does.
 One thread by default, so that the figures are those of a core. Weights are random.
 
     python benchmarks/inversion.py                   # some minutes on a slow core
@@ -38,12 +39,8 @@ def make_step(model, images, targets, precision, channels_last, compile=None):
         model, **NORM, resolutions=[Resolution(size, 1, 0.1)], diversity='none',
         execution=Execution(precision.autocast, channels_last, compile))
     optimizer = torch.optim.Adam([images], lr=0.1)
-
-    def run():
-        losses = inverter._losses(images, targets)  # compiled, if it is
-        images.grad, = torch.autograd.grad(losses['loss'], images)
-        optimizer.step()
-    return run
+    generator = torch.Generator().manual_seed(0)
+    return lambda: inverter.step(images, targets, optimizer, size, generator)
 
 
 def make_plain(model, images, targets, precision):

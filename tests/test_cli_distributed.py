@@ -181,3 +181,27 @@ def test_no_thread_of_the_group_is_left_in_the_end(image_folder, cnn, tmp_path):
     assert (tmp_path / 'x' / 'kd_class_map.txt').read_text() == '0 blue sky\n1 grass\n2 rust\n'
     _, *left = result.stdout.split('left:')  # both processes write, and may do so on one line
     assert len(left) == 2 and 'gloo' not in ''.join(left)
+
+
+SPY = """
+import sys
+from torch.nn.parallel import DistributedDataParallel
+from timm_dearkd.train import main
+
+wrap = DistributedDataParallel.__init__
+
+def spy(self, *args, **kwargs):
+    print('DDP', kwargs.get('gradient_as_bucket_view'))
+    wrap(self, *args, **kwargs)
+
+DistributedDataParallel.__init__ = spy
+main(sys.argv[1:])
+"""
+
+
+def test_gradients_are_views_of_ddps_buckets(image_folder, tmp_path):
+    """They are not copied."""
+    result = run_ranks('-c', SPY, image_folder, *SMALL, '--output', tmp_path)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if line.startswith('DDP')]
+    assert len(lines) >= 2 and set(lines) == {'DDP True'}

@@ -118,6 +118,9 @@ def try_backends(check: Check, shape: Shape, forms: Dict[str, List[torch.Tensor]
     for form, inputs in forms.items():
         for name, backend in BACKENDS.items():
             problem = ''
+            chosen = default_backend(inputs) if name == 'default' else name
+            if 'cudnn' in chosen:
+                check.data(f'{shape.name}, {form}, {name}', cudnn='started')  # it may kill the process
             try:
                 error = largest_error(inputs, backend)
                 tensors = make_call(inputs, backend, train=True)()
@@ -130,7 +133,6 @@ def try_backends(check: Check, shape: Shape, forms: Dict[str, List[torch.Tensor]
                     check.data(f'{shape.name}, {form}, {name}', supported=False)
                     continue
                 problem, error = ' '.join(str(e).split())[:300], None
-            chosen = default_backend(inputs) if name == 'default' else name
             failed_cudnn = bool(problem) and 'cudnn' in chosen
             check.data(
                 f'{shape.name}, {form}, {name}', supported=True, problem=problem, relative_error=error,

@@ -135,6 +135,8 @@ def largest(check: Check, name: str, dtype: torch.dtype, backend: str, autocast:
     may_be_cudnn = backend in ('cudnn', 'default')
     for case in cases(check):
         place = f'{name}, {case.model}, {case.grid[0]}x{case.grid[1]}'
+        if may_be_cudnn:
+            check.data(place, cudnn='started')  # it may kill the process
         try:
             found = relative_errors(case, dtype, backend, autocast, check)
         except RuntimeError as e:

@@ -141,7 +141,8 @@ def train(check: Check, compile: Optional[str], is_ddp: bool) -> float:
     batches = make_batches(check, 4, 4 if check.toy else 32, models['size'])
     trainer = make_trainer(task, batches, check.precision(torch.bfloat16), compile=compile, grad_accum_steps=2)
     if is_ddp:
-        task.prepare_distributed(device_ids=[check.device] if check.is_cuda else None, bucket_cap_mb=1)
+        task.prepare_distributed(
+            device_ids=[check.device] if check.is_cuda else None, bucket_cap_mb=1, gradient_as_bucket_view=True)
     return trainer.train_epoch(0)['loss']
 
 

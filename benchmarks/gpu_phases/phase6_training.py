@@ -144,12 +144,15 @@ def run(check: Check) -> None:
             with check.part('stopped by SIGTERM and resumed'):
                 stop_and_resume(check, runs)
         if check.toy:
-            for name in ('float16', 'compiled'):
+            for name in ('float16', 'deterministic', 'compiled'):
                 check.skip(name, 'the toy size runs train.py three times')
         elif check.has_time('float16', seconds):
             with check.part('float16'):
                 runs.run('float16', dtype='float16')
                 write_finite(check, runs, 'float16', 'float16')
+        if not check.toy and check.has_time('deterministic', 1.5 * seconds):
+            with check.part('deterministic'):
+                deterministic(check, runs)
         if not check.is_cuda:
             check.skip('pinned memory', 'a CPU has no use for it')
         elif check.has_time('pinned memory', 2 * seconds):
@@ -175,6 +178,16 @@ def pinned_memory(check: Check, runs: Runs) -> None:
         runs.run(name, '-c', str(runs.folder / f'{name}.yaml'))
         speeds[name] = runs.images_per_second(name)
     check.row('train.py, pinned memory', speeds['pinned'] / speeds['unpinned'], 'x not pinned', **speeds)
+
+
+def deterministic(check: Check, runs: Runs) -> None:
+    """Two runs of stage I with `--deterministic`."""
+    for name in ('deterministic', 'repeated'):
+        runs.run(name, '--deterministic', '--stop-epoch', '1')
+    first, second = (
+        torch.load(runs.run_folder(name) / 'last.pth.tar', map_location='cpu', weights_only=False)['state_dict']
+        for name in ('deterministic', 'repeated'))
+    check.row('largest difference of a weight, --deterministic', largest_difference(first, second), mark=at_most(0))
 
 
 def stop_and_resume(check: Check, runs: Runs) -> None:

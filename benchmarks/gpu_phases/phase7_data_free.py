@@ -1,13 +1,17 @@
-"""Phase 7: a step of data_free against the forward and backward of the bare CNN."""
+"""Phase 7: gradients of the BatchNorm statistics; a step of data_free against the forward and backward of the CNN."""
+import copy
 import time
 from typing import Any, List, NamedTuple, Optional
 
 import timm
 import torch
+import torch.nn as nn
 from inversion import make_bare, make_step
 from timing import medians
 
-from .check import Check, at_most, milliseconds
+from timm_dearkd.data_free.losses import BatchNormStats
+
+from .check import Check, at_most, milliseconds, relative_error
 
 BATCH = 42  # the paper's
 
@@ -44,6 +48,10 @@ def cases(check: Check) -> List[Case]:
 
 
 def run(check: Check) -> None:
+    with check.part('BatchNorm statistics'):
+        for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+            name = f'gradient of the BatchNorm statistics, {str(dtype).removeprefix("torch.")}'
+            check.row(name, statistics_error(check, dtype), 'relative to float64', at_most(bound))
     estimate = 0. if check.toy else 15.  # seconds to compile a step
     for case in cases(check):
         needed = 0 if check.toy else estimate if case.compiled else 3
@@ -55,8 +63,28 @@ def run(check: Check) -> None:
                 estimate = max(estimate, time.monotonic() - start)
 
 
+def statistics_error(check: Check, dtype: torch.dtype) -> float:
+    """Error of an input's gradient by the device's own kernel against autograd in float64."""
+    torch.manual_seed(0)
+    layer = nn.BatchNorm2d(16).to(check.device).eval()
+    nn.init.normal_(layer.running_mean)  # type: ignore[arg-type]
+    nn.init.uniform_(layer.running_var, 0.5, 2.)  # type: ignore[arg-type]
+    x = (2 * torch.randn(8, 16, 9, 9, device=check.device) + 1).to(dtype).requires_grad_()
+    weight = torch.randn_like(x, dtype=torch.float32)
+    with BatchNormStats(layer) as stats:
+        output = layer(x)
+        (stats.loss() + 0.1 * (output.float() * weight).sum()).backward()
+    exact, slow = x.detach().double().requires_grad_(), copy.deepcopy(layer).double()
+    mean = exact.mean((0, 2, 3))
+    var = (exact - mean.view(1, -1, 1, 1)).square().mean((0, 2, 3))
+    loss = (mean - slow.running_mean).norm() + (var - slow.running_var).norm()
+    (loss + 0.1 * (slow(exact) * weight).sum()).backward()
+    assert x.grad is not None and exact.grad is not None
+    return relative_error(x.grad, exact.grad)
+
+
 def measure(check: Check, case: Case) -> None:
-    """The step with its statistics, priors and Adam, against the bare forward and backward."""
+    """The step with its statistics, priors, Adam, shift and flip, against the bare forward and backward."""
     batch = 2 if check.toy else BATCH
     torch.manual_seed(0)
     precision = check.precision(case.dtype)

@@ -56,8 +56,14 @@ def is_toy(lines: Iterable[Line]) -> bool:
 
 
 def has_cudnn_failure(lines: Iterable[Line]) -> bool:
-    """Whether attention by cuDNN raised an error or was wrong."""
-    return any(line.get('cudnn_failed') for line in lines)
+    """Whether attention by cuDNN raised an error, was wrong, or ended the phase."""
+    before: Line = {}
+    for line in lines:
+        ended = line.get('status') in ('died', 'cut off') and before.get('cudnn') == 'started'
+        if ended or line.get('cudnn_failed'):
+            return True
+        before = line
+    return False
 
 
 def passes(lines: List[Line]) -> bool:

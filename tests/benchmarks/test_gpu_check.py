@@ -142,6 +142,17 @@ def test_phases_run_again_without_cudnn_where_that_failed(run_phases):
     assert torch.backends.cuda.cudnn_sdp_enabled()  # in this process
 
 
+def test_a_phase_that_cudnn_kills_counts_as_its_failure(run_phases):
+    def be_killed(check):
+        check.data('a kernel', cudnn='started')
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    lines = run_phases(phase1=be_killed, phase4=lambda check: None)
+    assert [(line['phase'], line['variant']) for line in statuses(lines)] == [(1, ''), (4, ''), (4, NO_CUDNN)]
+    rest = [line for line in lines if line.get('cudnn') != 'started']
+    assert report.has_cudnn_failure(lines) and not report.has_cudnn_failure(rest)
+
+
 def test_time_that_is_left_is_shared_by_the_seconds_of_the_phases(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, 'LEAST_SECONDS', 0.)
     runner = gpu_check.Runner(tmp_path, 100., True, 'cpu', {})
@@ -186,8 +197,8 @@ def test_missing_and_old_packages_are_named_in_one_line(monkeypatch, capsys, tmp
         return versions.get(name, '99')
 
     monkeypatch.setattr(gpu_check.importlib.metadata, 'version', version)
-    assert gpu_check.missing_packages() == [
-        'timm>=1.0.31,<1.1 (1.0.19 is installed)', 'safetensors>=0.4 (not installed)']
+    assert gpu_check.missing_packages() == {
+        'timm': 'timm>=1.0.31,<1.1 (1.0.19 is installed)', 'safetensors': 'safetensors>=0.4 (not installed)'}
     with pytest.raises(gpu_check.Failure, match='--wheels FOLDER'):
         gpu_check.import_packages(toy=True)
 
@@ -197,12 +208,13 @@ def test_wheels_are_importable_here_and_in_new_processes(tmp_path, monkeypatch):
     monkeypatch.setenv('PYTHONPATH', 'elsewhere')
     wheels, place = tmp_path / 'wheels', tmp_path / 'unpacked'
     with pytest.raises(gpu_check.Failure, match='gpu-check-wheels'):
-        gpu_check.unpack_wheels(wheels, place)
+        gpu_check.unpack_wheels(wheels, place, ['gpu-check-probe'])
     wheels.mkdir()
     with zipfile.ZipFile(wheels / 'gpu_check_probe-1.0-py3-none-any.whl', 'w') as wheel:
         wheel.writestr('gpu_check_probe.py', 'VALUE = 7')
         wheel.writestr('gpu_check_probe-1.0.dist-info/METADATA', 'Name: gpu_check_probe\nVersion: 1.0\n')
-    gpu_check.unpack_wheels(wheels, place)
+    (wheels / 'scipy-1.0-cp37-cp37m-win32.whl').touch()  # not missing, so it may be anything
+    gpu_check.unpack_wheels(wheels, place, ['gpu-check-probe'])
     import gpu_check_probe
     assert gpu_check_probe.VALUE == 7 and gpu_check.importlib.metadata.version('gpu_check_probe') == '1.0'
     assert os.environ['PYTHONPATH'] == f'{place}{os.pathsep}elsewhere'

@@ -251,21 +251,28 @@ def test_no_hidden_loss_takes_any_teacher_and_has_no_aligner(kwargs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('stage2', ['anneal', 'ce'])
-def test_compiled_steps_give_the_same_losses(stage2):
+def test_compiled_steps_give_the_same_losses_and_gradients(stage2):
     """torch.compile with no graph break, over the change of stages."""
     task = make(schedule=TwoStageSchedule(10, 8, stage2))
     images, labels = batch()
-    expected = {}
-    for epoch in (0, 8, 9):
-        task.set_epoch(epoch)
-        expected[epoch] = {k: v.detach() for k, v in task(images, labels).items()}
-    task.compile(backend='aot_eager', fullgraph=True)
-    for epoch in (0, 8, 9):
+
+    def step(epoch):
+        task.zero_grad()
         task.set_epoch(epoch)
         result = task(images, labels)
-        for name, value in expected[epoch].items():
-            torch.testing.assert_close(result[name], value, atol=1e-5, rtol=1e-4)
         result['loss'].backward()
+        gradients = {name: p.grad.clone() for name, p in task.trainable_module.named_parameters() if p.grad is not None}
+        return {k: v.detach() for k, v in result.items()}, {
+            name.removeprefix('_orig_mod.'): grad for name, grad in gradients.items()}
+
+    expected = {epoch: step(epoch) for epoch in (0, 8, 9)}
+    task.compile(backend='aot_eager', fullgraph=True)
+    for epoch in (0, 8, 9):
+        for values, others in zip(step(epoch), expected[epoch]):
+            assert values.keys() == others.keys()
+            for name, value in values.items():
+                torch.testing.assert_close(value, others[name], atol=1e-5, rtol=1e-4, msg=f'{epoch} {name}')
+    expected = {epoch: values for epoch, (values, _) in expected.items()}
     torch.testing.assert_close(task.get_eval_model()(images), expected[9]['output'], atol=1e-5, rtol=1e-4)
     assert set(task.get_checkpoint_state()['state_dict']) == set(task.trainable_module._orig_mod.student.state_dict())
 

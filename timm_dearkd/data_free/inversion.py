@@ -307,17 +307,37 @@ class Inverter:
             optimizer = torch.optim.Adam([images], lr=resolution.lr, betas=self.betas)
             scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, resolution.steps))
             for i in range(resolution.steps):
-                losses = self._losses(self._view(images, resolution.size, generator), targets)
-                images.grad, = torch.autograd.grad(losses['loss'], images)
-                optimizer.step()
+                losses = self.step(images, targets, optimizer, resolution.size, generator)
                 scheduler.step()
-                with torch.no_grad():
-                    torch.clamp(images, self.low, self.high, out=images)
                 step += 1
                 is_last = i + 1 == resolution.steps
                 if (is_last or step % self.check_interval == 0) and not self._check(step, losses, on_check):
                     return None
         return images.detach()
+
+    def step(
+            self,
+            images: torch.Tensor,
+            targets: torch.Tensor,
+            optimizer: torch.optim.Optimizer,
+            size: int,
+            generator: torch.Generator,
+    ) -> Dict[str, torch.Tensor]:
+        """Change the images in place by one step, and return its losses.
+
+        Args:
+            images: Normalised images (B, C, H, W), a leaf that takes gradients.
+            targets: Classes (B,).
+            optimizer: Optimizer of the images.
+            size: Side length in pixels that the CNN sees.
+            generator: Draws the shift and the flip.
+        """
+        losses = self._losses(self._view(images, size, generator), targets)
+        images.grad, = torch.autograd.grad(losses['loss'], images)
+        optimizer.step()
+        with torch.no_grad():
+            torch.clamp(images, self.low, self.high, out=images)
+        return losses
 
     @staticmethod
     def _check(step: int, losses: Dict[str, torch.Tensor], on_check: Optional[OnCheck]) -> bool:
