@@ -67,7 +67,7 @@ def missing_packages() -> Dict[str, str]:
     try:
         from packaging.requirements import Requirement
     except ImportError:
-        return {'packaging': 'packaging'}
+        from pip._vendor.packaging.requirements import Requirement  # type: ignore[assignment]
     config = configparser.ConfigParser()
     config.read(ROOT / 'setup.cfg')
     missing = {}

@@ -1,5 +1,6 @@
 """Fold the BatchNorm of a frozen model into its convolutions."""
-from typing import Any, Callable, Dict, List, Tuple
+import contextlib
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import torch
 import torch.nn as nn
@@ -44,7 +45,21 @@ def _find_pairs(
             handle.remove()
 
 
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Compute in float32 on CUDA, where PyTorch's convolutions round to TF32: by more than `MAX_ERROR`."""
+    matmul = torch.backends.cuda.matmul
+    allowed = matmul.allow_tf32
+    matmul.allow_tf32 = False
+    try:
+        with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+            yield
+    finally:
+        matmul.allow_tf32 = allowed
+
+
 @torch.no_grad()
+@_without_tf32()
 def fold_batchnorm(model: nn.Module, run: Callable[[], List[torch.Tensor]]) -> int:
     """Fold each BatchNorm that takes the output of a convolution into that convolution, in place.
 

@@ -132,7 +132,7 @@ def run(check: Check) -> None:
 def largest(check: Check, name: str, dtype: torch.dtype, backend: str, autocast: bool) -> None:
     """The largest of the errors over all cases, relative to its limit."""
     ratios: Dict[str, float] = dict.fromkeys(PARTS, 0.)
-    may_be_cudnn = backend in ('cudnn', 'default')
+    may_be_cudnn = dtype != torch.float32 and backend in ('cudnn', 'default')
     for case in cases(check):
         place = f'{name}, {case.model}, {case.grid[0]}x{case.grid[1]}'
         if may_be_cudnn:

@@ -39,6 +39,33 @@ def test_logits_and_features_stay(name, layer):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * a.abs().max().item())
 
 
+def test_tf32_is_off_while_outputs_are_compared(monkeypatch):
+    """On CUDA, convolutions and matrix products would round their inputs to 10 bits of significand."""
+    def rounds(call, is_allowed):
+        def rounded(x, weight, *args):
+            if is_allowed():
+                x, weight = (((t.view(torch.int32) + (1 << 12)) & -(1 << 13)).view(torch.float32) for t in (x, weight))
+            return call(x, weight, *args)
+        return rounded
+
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    monkeypatch.setattr(nn.functional, 'conv2d', rounds(nn.functional.conv2d, lambda: cudnn.allow_tf32))
+    monkeypatch.setattr(nn.functional, 'linear', rounds(nn.functional.linear, lambda: matmul.allow_tf32))
+    model, x = trained('resnet18'), torch.randn(1, 3, 64, 64)
+    number, seen = count(model), []
+
+    def run():
+        seen.append(matmul.allow_tf32)
+        return [model(x)]
+
+    matmul.allow_tf32 = True
+    try:
+        assert fold_batchnorm(model, run) == number > 0
+        assert cudnn.allow_tf32 and matmul.allow_tf32 and seen == [False, False]
+    finally:
+        matmul.allow_tf32 = False
+
+
 def test_a_convolution_that_is_used_twice_is_left_alone():
     """Its output is the input of a BatchNorm and of a shortcut."""
     class PreActivation(nn.Module):

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import shutil
 from collections import Counter
@@ -8,6 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention
+from torch._dynamo.backends.debugging import aot_eager
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_dearkd import attention
@@ -470,17 +472,24 @@ class CatDimensions(TorchDispatchMode):
 @pytest.mark.parametrize('compiled', [True, False])
 def test_values_without_channels_give_the_same(train, compiled, accelerator, monkeypatch):
     """As float32 on CUDA has them. Nothing that is concatenated has more than four dimensions."""
+    def backend(graph, inputs):
+        nodes = [node for node in graph.graph.nodes if node.target is torch.cat]
+        cats.found += [x.meta['example_value'].ndim for node in nodes for x in node.args[0]]
+        return aot_eager(graph, inputs)
+
     torch.manual_seed(0)
     mhca = ConvAttention(24, 4, grid_size=(3, 4), qkv_bias=True).train(train)
-    x = torch.randn(2, 13, 24)
+    x, cats = torch.randn(2, 13, 24), CatDimensions()
     results = []
     for one_width in (True, False):
         monkeypatch.setattr(attention, 'needs_one_width', lambda qkv, value=one_width: value)
         torch.compiler.reset()
         mhca.train(train)  # drops the channels
-        function = torch.compile(mhca, backend='aot_eager') if compiled else mhca
+        function = torch.compile(mhca, backend=backend) if compiled else mhca
         mhca.zero_grad()
-        with torch.set_grad_enabled(train), CatDimensions() as cats:
+        cats.found.clear()
+        # the compiler leaves a call under such a mode alone
+        with torch.set_grad_enabled(train), contextlib.nullcontext() if compiled else cats:
             out = function(x)
             if train:
                 out.square().sum().backward()
@@ -491,10 +500,11 @@ def test_values_without_channels_give_the_same(train, compiled, accelerator, mon
 
 
 def test_only_float32_on_cuda_leaves_the_values_alone():
-    for is_cuda, dtype, expected in (
-            (True, torch.float32, False), (True, torch.bfloat16, True), (True, torch.float64, True),
-            (False, torch.float32, True)):
-        assert attention.needs_one_width(SimpleNamespace(is_cuda=is_cuda, dtype=dtype)) is expected
+    for is_cuda, dtype, dim, expected in (
+            (True, torch.float32, 16, False), (True, torch.float32, 18, True), (True, torch.bfloat16, 16, True),
+            (True, torch.float64, 16, True), (False, torch.float32, 16, True)):
+        qkv = SimpleNamespace(is_cuda=is_cuda, dtype=dtype, shape=(2, 5, 3, 4, dim))
+        assert attention.needs_one_width(qkv) is expected
 
 
 CHANGES = {
