@@ -114,6 +114,12 @@ def test_options_in_python(photos, distilled, tmp_path, monkeypatch):
     (dict(kd_label_cache='labels'), 'dataset', 0.),
     (dict(bce_loss=True), 'dataset', 0.),
     (dict(kd_distill_type='logit'), 'dataset', 0.),
+    (dict(dearkd_soft_labels=False), 'dataset', 0.),
+    (dict(train_img_sizes=[32, 24], train_batch_sizes=[30, 15]), 'teacher', 0.),
+    # what would be chosen anyway
+    (dict(kd_distill_type='dearkd', bce_loss=False, aug_splits=0), 'teacher', 0.8),
+    (dict(dearkd_labels='teacher'), 'teacher', 0.8),
+    (dict(dearkd_soft_labels=True), 'teacher', 0.8),
     (dict(student='resnet18'), 'dataset', 0.),  # no patches, so timm's distillation
 ])
 def test_a_given_teacher_labels_mixed_images(options, labels, mixup, photos, distilled, tmp_path, monkeypatch):
@@ -126,7 +132,49 @@ def test_a_given_teacher_labels_mixed_images(options, labels, mixup, photos, dis
     args = timm_dearkd.train._parse_args(started[-1])[0]
     assert (args.dearkd_labels, args.dearkd_soft_labels, args.mixup) == (labels, labels == 'teacher', mixup)
     assert args.cutmix == (options.get('cutmix', 1.) if mixup else 0.)
+    assert labels == 'dataset' or args.kd_temperature == 4. and args.mixup_prob == (0.5 if mixup else 1.)
     assert timm_dearkd.train._parse_args(['-c', str(distilled[0] / 'student' / 'args.yaml')])[0].mixup == 0.  # its own
+
+
+def losses_of(folder):
+    with open(folder / 'summary.csv', newline='') as f:
+        return [row['train_loss'] for row in csv.DictReader(f)]
+
+
+def test_a_student_of_a_given_teacher(photos, distilled, tmp_path):
+    """It is trained, returned by the same call again, and trained again by its args.yaml."""
+    teacher = distilled[0] / 'teacher'
+    call = (
+        '-m', 'timm_dearkd', 'distill', photos, '--teacher', teacher, '--output', tmp_path, '--epochs', '2', '--device',
+        'cpu', '-j', '0')
+    results = [run_python(*call) for _ in range(2)]
+    assert [result.returncode for result in results] == [0, 0], results[0].stderr
+    assert 'classes of the training images have no effect' in results[0].stderr
+    assert 'trained already' in results[1].stderr
+    tables = [[row.split('|')[1:4] for row in result.stdout.splitlines()[:4]] for result in results]
+    assert tables[0] == tables[1] and tables[0][3][0].strip() == 'student'
+    args = yaml.safe_load((tmp_path / 'student' / 'args.yaml').read_text())
+    assert (args['dearkd_labels'], args['mixup'], args['batch_size'] % 2) == ('teacher', 0.8, 0)
+    again = run_python(
+        '-m', 'timm_dearkd', 'train', '-c', tmp_path / 'student' / 'args.yaml', '--resume', '', '--experiment', 'again')
+    assert again.returncode == 0, again.stderr
+    assert losses_of(tmp_path / 'again') == losses_of(tmp_path / 'student') and len(losses_of(tmp_path / 'again')) == 2
+
+
+@pytest.mark.parametrize('text,options,epochs', [
+    ('epochs: 3\n', {}, 3), ('epochs: 3\n', dict(epochs=4), 4), ('lr: 0.001\n', {}, 500),
+    ('grad_accum_steps: 2\n', {}, 1000), ('epochs: 3\nauto_epochs: true\n', {}, 3)])
+def test_epochs_of_a_file(text, options, epochs, photos, distilled, tmp_path, monkeypatch):
+    """They count, and the recipe does not choose others. Two updates per epoch give 500 epochs for 1,000 updates."""
+    started = []
+    monkeypatch.setattr(timm_dearkd.train, 'prepare', lambda argv: started.append(argv) or (lambda: 1 / 0))
+    (tmp_path / 'mine.yaml').write_text(text)
+    with pytest.raises(ZeroDivisionError):
+        timm_dearkd.distill(
+            str(photos), teacher=str(distilled[0] / 'teacher'), output=str(tmp_path / 'out'), device='cpu',
+            config=tmp_path / 'mine.yaml', **options)
+    args = timm_dearkd.train._parse_args(started[-1])[0]
+    assert (args.epochs, args.auto_epochs, args.warmup_epochs) == (epochs, False, max(1, epochs // 20))
 
 
 def test_the_cnn_sees_the_students_images(photos, tmp_path, monkeypatch):
@@ -201,11 +249,7 @@ def test_train_py_repeats_the_student(distilled, tmp_path):
         '-m', 'timm_dearkd', 'train', '-c', output / 'student' / 'args.yaml', '--output', tmp_path, '--resume', '',
         '--experiment', 'again', '--stop-epoch', '2')
     assert result.returncode == 0, result.stderr
-    losses = []
-    for folder in (output / 'student', tmp_path / 'again'):
-        with open(folder / 'summary.csv', newline='') as f:
-            losses.append([row['train_loss'] for row in csv.DictReader(f)][:2])
-    assert losses[0] == losses[1]
+    assert losses_of(output / 'student')[:2] == losses_of(tmp_path / 'again')
 
 
 @pytest.mark.parametrize('args,message', [
@@ -216,7 +260,7 @@ def test_train_py_repeats_the_student(distilled, tmp_path):
     (['PHOTOS', '--output', 'DONE', '--epochs', '4', '--lr', '1'], 'other options: lr 0.002 → 1.0'),
     (['PHOTOS', '--output', 'DONE', '--epochs', '4', '--teacher', 'CNN', '--student', 'test_vit'], 'other options'),
     (['PHOTOS', '--teacher', 'resnet999'], "No folder and no timm model 'resnet999'"),
-    (['PHOTOS', '--teacher', 'nowhere/cnn'], "No folder and no timm model 'nowhere/cnn'. Give --teacher a run folder"),
+    (['PHOTOS', '--teacher', 'nowhere/cnn'], 'a run folder, hf-hub:ORG/NAME, or a name of timm, such as resnet18'),
     (['PHOTOS', '--kd-teacher-checkpoint', 'cnn.pth'], 'Name their architecture with --teacher'),
     (['PHOTOS', 'photos'], 'in quotes if its name has spaces'),
     (['PHOTOS', '--student', 'vit_tiny_patch16_224.foo'], "Unknown student 'vit_tiny_patch16_224.foo'"),

@@ -156,24 +156,26 @@ class Planner:
     ) -> None:
         self.data, self.output, self.images, self.device = data, output, images, device
         self.user, self.given, self.user_args = list(user), set(given), parse(user)
-        batch_size = self.user_args.batch_size if 'batch_size' in self.given else choose_batch_size(images.num_train)
+        self.batch_size: int = (
+            self.user_args.batch_size if 'batch_size' in self.given else choose_batch_size(images.num_train))
         self.epochs = self.user_args.epochs
         if 'epochs' not in self.given:
-            self.epochs = epochs_for(images.num_train, images.num_train // batch_size)
+            num_updates = images.num_train // (self.batch_size * self.user_args.grad_accum_steps)
+            self.epochs = epochs_for(images.num_train, num_updates)
         self.sizes = choose_student(student, images, device)
         self.size: int = self.user_args.img_size or self.sizes['img_size']
         self.reports = True
 
     def _step(self, name: str, chosen: Dict[str, Any], user: Sequence[str], given: Sequence[str]) -> Step:
-        chosen = {key: value for key, value in chosen.items() if key not in given}
         fixed = dict(output=self.output, experiment=name, resume='auto', report=name == 'student' and self.reports)
-        fixed = {key: value for key, value in fixed.items() if key not in given}
-        has_file = train.config_parser.parse_known_args(user)[0].config is not None
-        recipe = {key: value for key, value in read_options('small_folder').items() if key not in given}
-        options = {**(recipe if has_file else {}), **fixed, **chosen}  # the user's file takes the place of -c
-        argv = [
-            self.data, *([] if has_file else ['-c', 'small_folder']), *options_to_argv(options, train.parser), *user]
-        return Step(name, list(chosen), argv, parse(argv))
+        options = {key: value for key, value in {**fixed, **chosen}.items() if key not in given}
+        config = ['-c', 'small_folder']
+        if train.config_parser.parse_known_args(user)[0].config is not None:  # a file of the user takes its place
+            recipe = {key: value for key, value in read_options('small_folder').items() if key not in given}
+            recipe.pop('auto_epochs', None)
+            options, config = {**recipe, **options, 'epochs': chosen['epochs']}, []
+        argv = [self.data, *config, *options_to_argv(options, train.parser), *user]
+        return Step(name, [key for key in chosen if key not in given], argv, parse(argv))
 
     def teacher(self, name: Optional[str]) -> Step:
         """Plan the training of a CNN: one by its timm name, from its pretrained weights, or a small one.
@@ -214,11 +216,17 @@ class Planner:
         """
         training = choose_training(self.images, from_teacher['in_chans'], self.device, self.epochs)
         chosen = {**self.sizes, 'kd_model_name': teacher, **training, **from_teacher}
-        step = self._step('student', chosen, self.user, sorted(self.given))
-        labels = {} if is_own else choose_labels(self.given, step.args.batch_size)
-        if not labels or not has_content_tokens(create_student(step.args, self.images.num_classes, timm.create_model)):
-            return step
-        return self._step('student', {**chosen, **labels}, self.user, sorted(self.given))
+        labels = {} if is_own else choose_labels(self.user_args, self.given, self.batch_size)
+        if labels and self._learns_by_dearkd():
+            chosen.update(labels)
+        return self._step('student', chosen, self.user, sorted(self.given))
+
+    def _learns_by_dearkd(self) -> bool:
+        """Return whether the student is a ViT, built without the weights that it starts from."""
+        sizes = {key: value for key, value in self.sizes.items() if key not in self.given}
+        weights = dict(pretrained=False, pretrained_path=None, initial_checkpoint='')
+        args = argparse.Namespace(**{**vars(self.user_args), **sizes, **weights})
+        return has_content_tokens(create_student(args, self.images.num_classes, timm.create_model))
 
     def student_in_folder(self, teacher: str, is_own: bool) -> Optional[Step]:
         """Return the student of an earlier call, as this call would train it; None if there is none."""
@@ -274,6 +282,8 @@ def log_step(step: Step, images: Images, cnn: Any, device: torch.device) -> None
         ValueError: If model, teacher and options do not fit together.
     """
     _logger.info(f'{step.name.capitalize()}: {step.describe()}.')
+    if step.args.dearkd_labels == 'teacher':
+        _logger.info("The student learns the teacher's answers. The classes of the training images have no effect.")
     task = build_task(step, cnn, device)
     try:
         minutes = f'{max(1., estimate_minutes(step, task, images, device)):.0f} min'
@@ -315,8 +325,9 @@ def distill(
     Args:
         data: Folder with one folder of images per class, or with such folders in `train` and `validation`. Without
             these two, a fifth of each class is for validation.
-        teacher: Output folder of a run of train.py, one of its checkpoints, or an `hf-hub:` name. A CNN given by its
-            timm name is trained on the images first, from its pretrained weights. None trains a small CNN first.
+        teacher: Output folder of a run of train.py, one of its checkpoints, or an `hf-hub:` name. The student then
+            learns its answers, and the classes of the training images have no effect. A CNN given by its timm name is
+            trained on the images first, from its pretrained weights. None trains a small CNN first.
         output: Folder for the runs, `teacher` and `student`. None is `output/distill/NAME` for the folder NAME.
         student: timm name of the student. None chooses one by the size of the images and the device.
         **train_options: Options of train.py, such as `epochs=100`. They replace those that are chosen.
@@ -385,7 +396,7 @@ def find_teacher(planner: Planner, name: Optional[str], checkpoint: Optional[str
     if name is not None and not is_known(name):
         raise ValueError(
             f'No folder and no timm model {name!r}. Give --teacher a run folder, hf-hub:ORG/NAME, or a name of timm,'
-            f' such as {nearest_names(name) or "resnet18"}.')
+            f' such as {not os.path.dirname(name) and nearest_names(name) or "resnet18"}.')
     step = planner.teacher(name)
     return step.folder, step
 
@@ -490,14 +501,17 @@ def finish(step: Step, first: Optional[Step], images: Images, minutes: Dict[str,
     """
     run = open_run(step.folder)
     print('| model | training images | top-1 | minutes of this call |\n| --- | --- | --- | --- |')
-    for name, top1 in run.summary().items():
+    summary: Dict[str, Optional[float]] = {**run.summary()}
+    for name, top1 in {**summary, 'student': summary.get('student')}.items():
         count = images.num_train if name == 'student' or first is not None else ''
-        print(f'| {name} | {count} | {top1:.1f} % | {f"{minutes[name]:.1f}" if name in minutes else ""} |')
+        accuracy = 'no validation images' if top1 is None else f'{top1:.1f} %'
+        print(f'| {name} | {count} | {accuracy} | {f"{minutes[name]:.1f}" if name in minutes else ""} |')
+    print()
     folder = step.folder
     if folder.startswith(os.path.join(os.getcwd(), '')):
         folder = os.path.relpath(folder)
     if os.path.exists(os.path.join(folder, 'report.html')):
-        print(f'\nReport:   {os.path.join(folder, "report.html")}')
+        print(f'Report:   {os.path.join(folder, "report.html")}')
     print(f"""Load:     import timm, timm_dearkd; timm.create_model({f'local-dir:{folder}'!r}, pretrained=True)
 Try:      timm-dearkd app {shlex.quote(folder)}
 Predict:  timm-dearkd predict PHOTO_OR_FOLDER --model {shlex.quote(folder)}

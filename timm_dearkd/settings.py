@@ -1,4 +1,5 @@
 """Options of train.py for a small folder of images, by their number and size. The choices are ours."""
+import argparse
 from typing import Any, Collection, Dict, Optional, Sequence
 
 import torch
@@ -18,9 +19,6 @@ __all__ = [
 MAX_SMALL_SIDE = 40  # pixels; images up to this size are trained at 32 pixels
 CNN_EPOCHS = 0.4  # of the student's
 MAX_EVALUATIONS = 20
-# Options that choose the student's labels, or do not go with those of the teacher
-OWN_LABELS = {
-    'dearkd_labels', 'dearkd_soft_labels', 'kd_distill_type', 'kd_label_cache', 'bce_loss', 'jsd_loss', 'aug_splits'}
 MIRROR_AGREEMENT = 0.75  # share of the images whose mirror image gets the same class
 
 
@@ -67,18 +65,23 @@ def choose_cnn(name: Optional[str], size: int) -> Dict[str, Any]:
     return dict(model='resnet18', model_kwargs=dict(channels=channels), img_size=size)
 
 
-def choose_labels(given: Collection[str], batch_size: int) -> Dict[str, Any]:
-    """Return the options for a student that learns soft labels of mixed images from a trained teacher.
+def choose_labels(args: argparse.Namespace, given: Collection[str], batch_size: int) -> Dict[str, Any]:
+    """Return the options for a DearKD student that learns soft labels of mixed images from a trained teacher.
 
-    They are empty if the user chooses the labels or the loss.
+    They are empty if the user chooses other labels, or a loss that does not go with them.
 
     Args:
+        args: The user's options and the defaults of the others.
         given: Names of the options that the user sets.
-        batch_size: Batch size. Mixup and CutMix need an even one.
+        batch_size: Batch size. Mixup and CutMix need even ones.
     """
-    if not OWN_LABELS.isdisjoint(given):
+    has_other_loss = args.kd_distill_type not in (None, 'dearkd') or args.bce_loss or args.jsd_loss or args.aug_splits
+    declined = dict(dearkd_labels='dataset', dearkd_soft_labels=False)
+    if has_other_loss or args.kd_label_cache or any(
+            name in given and getattr(args, name) == value for name, value in declined.items()):
         return {}
-    mixing = {} if batch_size % 2 else dict(mixup=0.8, cutmix=1., mixup_prob=0.5)
+    is_odd = any(size % 2 for size in (batch_size, *(args.train_batch_sizes or ())))
+    mixing = {} if is_odd else dict(mixup=0.8, cutmix=1., mixup_prob=0.5)
     return dict(dearkd_labels='teacher', dearkd_soft_labels=True, kd_temperature=4., **mixing)
 
 

@@ -666,8 +666,10 @@ def _check_auto_epochs(args: argparse.Namespace) -> None:
 
 def _check_mixing(args: argparse.Namespace) -> None:
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
-    if mixes and any(size % 2 for size in (args.batch_size, *(args.train_batch_sizes or ()))):
-        raise ValueError(f'--batch-size is {args.batch_size}, but Mixup and CutMix pair the images up. Make it even.')
+    for flag, sizes in (('--batch-size', [args.batch_size]), ('--train-batch-sizes', args.train_batch_sizes or [])):
+        odd = [size for size in sizes if size % 2]
+        if mixes and odd:
+            raise ValueError(f'{flag} has {odd[0]}, but --mixup and --cutmix pair the images up. Make it even.')
     if mixes and args.aug_splits:
         raise ValueError('--aug-splits does not go with --mixup or --cutmix. Remove one of them.')
     if args.aug_splits == 1 or ((args.jsd_loss or args.split_bn) and not args.aug_splits):

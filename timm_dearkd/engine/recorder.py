@@ -36,7 +36,8 @@ __all__ = ['Recorder', 'build_recorder', 'describe_run', 'print_results', 'summa
 
 _logger = logging.getLogger(__name__)
 
-MAX_LOSS_AFTER_STAGE1 = 0.9  # of the loss of guessing; our choice
+MAX_LOSS_AFTER_STAGE1 = 0.9  # of the loss of guessing, or of the first epoch; our choice
+MIN_TEACHER = 1.2  # of the accuracy of guessing; our choice
 
 
 class Recorder:
@@ -191,6 +192,15 @@ class Recorder:
             is_validation: Whether it is of validation images, so that the student's accuracy can be compared with it.
         """
         self.teacher_was_reported = check.has_other_order
+        task: Any = self.trainer.task
+        guessing = 100 / task.get_eval_model().num_classes
+        is_bad = check.top1 is not None and check.top1 < MIN_TEACHER * guessing
+        if getattr(task, 'labels', '') == 'teacher' and is_bad and not check.has_other_order:
+            self.teacher_was_reported = True
+            _logger.warning(
+                f'The student will learn the answers of a teacher that finds {check.top1:.1f} % of the classes, where'
+                f' guessing finds {guessing:.1f} %. Stop the run, and choose another teacher or another --kd-class-map,'
+                ' --mean and --std. Or set --dearkd-labels dataset.')
         if is_validation:
             self.teacher_top1 = check.top1
             if self.saver is not None:
@@ -212,7 +222,7 @@ class Recorder:
         if agreement is None or self.teacher_was_reported or not self.trainer.ranks.is_primary:
             return
         guessing = 1 / cast(Any, self.trainer.task.get_eval_model()).num_classes
-        if agreement < 1.2 * guessing:
+        if agreement < MIN_TEACHER * guessing:
             _logger.warning(
                 f'The teacher finds the label of {100 * agreement:.1f} % of the training images, guessing would find'
                 f' {100 * guessing:.1f} %. Are its classes those of the images, in the same order? If not:'
@@ -223,11 +233,22 @@ class Recorder:
         task = self.trainer.task
         if not isinstance(task, DearKDTask) or epoch + 1 != task.schedule.stage1_epochs:
             return
-        guessing = math.log(cast(Any, task.get_eval_model()).num_classes)
-        if losses.get('ce_loss', 0.) > MAX_LOSS_AFTER_STAGE1 * guessing and self.trainer.ranks.is_primary:
+        if task.labels == 'teacher' and task.soft_temperature is not None:  # the loss depends on the teacher
+            name, reference = 'of the first epoch', self._first_label_loss()
+        else:
+            name, reference = 'of guessing', math.log(cast(Any, task.get_eval_model()).num_classes)
+        if losses.get('ce_loss', 0.) > MAX_LOSS_AFTER_STAGE1 * reference and self.trainer.ranks.is_primary:
             _logger.warning(
-                f'After stage I the label loss is {losses["ce_loss"]:.3g}, and that of guessing is {guessing:.3g}. The'
+                f'After stage I the label loss is {losses["ce_loss"]:.3g}, and that {name} is {reference:.3g}. The'
                 ' student has hardly learned. Try -c small_folder, another --lr, or more --epochs.')
+
+    def _first_label_loss(self) -> float:
+        """Return the label loss of the first epoch; infinity before it has a row."""
+        path = Path(self.folder, 'summary.csv')
+        if not path.exists():
+            return math.inf
+        with open(path, newline='') as f:
+            return float(next(csv.DictReader(f), {}).get('train_ce_loss') or math.inf)
 
     def _collect_state(self, **state: Any) -> None:
         """Collect the state of the run for the next checkpoint, apart from the task and the optimizer."""

@@ -2,6 +2,7 @@ import csv
 import json
 import math
 
+import pytest
 import timm
 import torch
 from timm.task import ClassificationTask
@@ -92,10 +93,25 @@ def test_a_teacher_in_another_order_is_warned_of_once(tmp_path, caplog):
         assert ('guessing would find' in caplog.text) == (not has_other_order)
 
 
-def test_a_student_that_has_not_learned_in_stage_1_is_warned_of_once(tmp_path, caplog):
-    """The label loss of guessing among three classes is log 3 = 1.0986."""
+@pytest.mark.parametrize('labels', ['dataset', 'teacher'])
+def test_a_teacher_that_guesses_is_warned_of_before_training_if_it_alone_teaches(labels, tmp_path, caplog):
+    student, cnn = (timm.create_model(name, num_classes=4) for name in ('test_dearkd', 'test_resnet'))
+    task = DearKDTask(student, cnn, TwoStageSchedule(6), hooks=['2'], verbose=False, labels=labels)
+    trainer = Trainer(
+        task, [None], Stepper(task, torch.optim.SGD(task.parameters(), lr=0.1)), Precision(torch.device('cpu')))
+    for top1, count in ((29., labels == 'teacher'), (31., 0), (None, 0)):
+        caplog.clear()
+        recorder = Recorder(trainer, str(tmp_path), None, Tracker(str(tmp_path)), lambda folder, state: None, 4)
+        recorder.on_teacher(TeacherCheck(top1), is_validation=True)
+        assert caplog.text.count('guessing finds 25.0 %') == count
+
+
+@pytest.mark.parametrize('labels', [{}, dict(labels='teacher', soft_temperature=4.)])
+def test_a_student_that_has_not_learned_in_stage_1_is_warned_of_once(labels, tmp_path, caplog):
+    """The label loss of guessing among three classes is log 3 = 1.0986. Soft labels have that of the first epoch."""
     student, cnn = (timm.create_model(name, num_classes=3) for name in ('test_dearkd', 'test_resnet'))
-    task = DearKDTask(student, cnn, TwoStageSchedule(6, 4), hooks=['2'], verbose=False)
+    task = DearKDTask(student, cnn, TwoStageSchedule(6, 4), hooks=['2'], verbose=False, **labels)
+    (tmp_path / 'summary.csv').write_text('epoch,train_ce_loss\n0,1.1\n')
     optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
     trainer = Trainer(task, [None], Stepper(task, optimizer), Precision(torch.device('cpu')))
     recorder = Recorder(trainer, str(tmp_path), None, Tracker(str(tmp_path)), lambda folder, state: None, 4)
