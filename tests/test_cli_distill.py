@@ -120,7 +120,7 @@ def test_options_in_python(photos, distilled, tmp_path, monkeypatch):
     (dict(kd_distill_type='dearkd', bce_loss=False, aug_splits=0), 'teacher', 0.8),
     (dict(dearkd_labels='teacher'), 'teacher', 0.8),
     (dict(dearkd_soft_labels=True), 'teacher', 0.8),
-    (dict(student='resnet18'), 'dataset', 0.),  # no patches, so timm's distillation
+    (dict(student='resnet18', img_size=32), 'dataset', 0.),  # no patches, so timm's distillation
 ])
 def test_a_given_teacher_labels_mixed_images(options, labels, mixup, photos, distilled, tmp_path, monkeypatch):
     """Unless the user chooses the labels, or the student learns in another way than DearKD's."""
@@ -264,11 +264,12 @@ def test_train_py_repeats_the_student(distilled, tmp_path):
     (['PHOTOS', '--kd-teacher-checkpoint', 'cnn.pth'], 'Name their architecture with --teacher'),
     (['PHOTOS', 'photos'], 'in quotes if its name has spaces'),
     (['PHOTOS', '--student', 'vit_tiny_patch16_224.foo'], "Unknown student 'vit_tiny_patch16_224.foo'"),
-    (['PHOTOS', '--student', 'resnet18', '--kd-distill-type', 'dearkd'], 'no content tokens'),  # no CNN is trained
+    (['PHOTOS', '--student', 'resnet18', '--img-size', '32', '--kd-distill-type', 'dearkd'], 'no content tokens'),
     (['PHOTOS', '--dearkd-hooks', '99'], '99'),
     (['ONE'], 'has one class'),
     (['SPLITS'], 'named like splits: test, train'),
-    (['PHOTOS', '--student', 'resnet18', '--teacher', 'CNN', '--kd-distill-type', 'dearkd'], 'no content tokens'),
+    (['PHOTOS', '--student', 'resnet18', '--img-size', '32', '--teacher', 'CNN', '--kd-distill-type', 'dearkd'],
+     'no content tokens'),
     (['PHOTOS', '--lr', 'much'], '--lr'),
     (['EMPTY'], 'No images'),
 ])
