@@ -1,7 +1,7 @@
 #!/bin/sh
 # Students without real images: images of handwritten digits are created from a CNN, by a generator and by optimising
 # pixels (DeepInversion). A DearKD student is trained on each set, and one on real images, all with the recipe
-# `data_free`. About 12 minutes on 2 cores. Run it again to resume after an interruption.
+# `data_free`. About 6 minutes on 2 cores. Run it again to resume after an interruption.
 #
 #   sh examples/data_free_digits.sh [OUTPUT [SEED]]     seed 0 is the demo's split; all was chosen on that of seed 1
 set -e
