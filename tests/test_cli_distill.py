@@ -136,6 +136,16 @@ def test_a_given_teacher_labels_mixed_images(options, labels, mixup, photos, dis
     assert timm_dearkd.train._parse_args(['-c', str(distilled[0] / 'student' / 'args.yaml')])[0].mixup == 0.  # its own
 
 
+def test_images_of_the_class_map_are_counted(photos, distilled, tmp_path, monkeypatch, caplog):
+    """Two of the three classes, of 16 training images each."""
+    monkeypatch.setattr(timm_dearkd.train, 'prepare', lambda argv: lambda: 1 / 0)
+    (tmp_path / 'classes.txt').write_text('red\nblue\n')
+    with caplog.at_level('INFO'), pytest.raises(ZeroDivisionError):
+        timm_dearkd.distill(
+            str(photos), output=str(tmp_path / 'out'), device='cpu', class_map=str(tmp_path / 'classes.txt'))
+    assert '32 for training and 8 for validation' in caplog.text and ' 2 classes' in caplog.text
+
+
 def losses_of(folder):
     with open(folder / 'summary.csv', newline='') as f:
         return [row['train_loss'] for row in csv.DictReader(f)]

@@ -427,7 +427,8 @@ def prepare_distillation(
     output = os.path.abspath(output or os.path.join('output', 'distill', os.path.basename(os.path.realpath(data))))
     has_own_splits = {'train_split', 'val_split'} & set(given)
     root = os.path.abspath(data if has_own_splits else prepare_splits(data, output))
-    images = look_at(root, args.train_split, args.val_split, args.train_fraction)
+    images = look_at(
+        root, args.train_split, args.val_split, args.train_fraction, args.class_map, args.input_key)
     planner = Planner(root, output, images, student, device, user, given)
     try:
         check_report()

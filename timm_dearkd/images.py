@@ -8,7 +8,7 @@ import tempfile
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Sequence
+from typing import Collection, Dict, List, Optional, Sequence
 
 from PIL import Image
 
@@ -18,8 +18,8 @@ from .engine.image_folder import (
     check_class_folders,
     class_order,
     find_splits,
+    open_folder,
     scan_folder,
-    split_folder,
     warn_of_other_types,
 )
 
@@ -53,7 +53,14 @@ class Images:
     samples: Sequence[str]
 
 
-def look_at(data: str, train_split: str, val_split: str, train_fraction: float = 1.) -> Images:
+def look_at(
+        data: str,
+        train_split: str,
+        val_split: str,
+        train_fraction: float = 1.,
+        class_map: str = '',
+        input_key: Optional[str] = None,
+) -> Images:
     """Count the images of a folder with splits, and open some of them.
 
     Args:
@@ -61,16 +68,17 @@ def look_at(data: str, train_split: str, val_split: str, train_fraction: float =
         train_split: Name of the training split.
         val_split: Name of the validation split; '' if there is none.
         train_fraction: Share of the training images that are used.
+        class_map: See `open_folder`.
+        input_key: See `open_folder`.
 
     Raises:
-        FileNotFoundError: If a split does not exist.
+        FileNotFoundError: If a split or the class map does not exist.
         ValueError: If there are no images, or none of the samples can be read.
     """
-    scan = scan_folder(split_folder(data, train_split))
-    if not scan.images:
-        raise ValueError(f'No images in {scan.root!r}. Put the images into one folder per class: {data}/CLASS/IMAGE.')
-    _check_classes(scan)
-    chosen = [scan.images[i * len(scan.images) // NUM_SAMPLES][0] for i in range(NUM_SAMPLES)]
+    reader = open_folder(data, train_split, class_map, input_key=input_key)
+    images, names = reader.samples, list(reader.class_to_idx)
+    _check_classes(reader.root, names)
+    chosen = [images[i * len(images) // NUM_SAMPLES][0] for i in range(NUM_SAMPLES)]
     samples, sides, modes = [], [], set()
     for path in dict.fromkeys(chosen):
         try:
@@ -82,11 +90,11 @@ def look_at(data: str, train_split: str, val_split: str, train_fraction: float =
         sides.append(min(image.size))
         modes.add(image.mode)
     if not samples:
-        raise ValueError(f'No image of a sample in {scan.root!r} can be read. Convert the images to PNG or JPEG.')
-    num_validation = len(scan_folder(split_folder(data, val_split)).images) if val_split else 0
+        raise ValueError(f'No image of a sample in {reader.root!r} can be read. Convert the images to PNG or JPEG.')
+    num_validation = len(open_folder(data, val_split, reader.class_to_idx, input_key=input_key)) if val_split else 0
     return Images(
-        round(train_fraction * len(scan.images)), num_validation, len(scan.names), sorted(sides)[len(sides) // 2],
-        modes <= {'L', '1'}, samples)
+        round(train_fraction * len(images)), num_validation, len(set(reader.class_to_idx.values())),
+        sorted(sides)[len(sides) // 2], modes <= {'L', '1'}, samples)
 
 
 def _has_class_folders(folder: str) -> bool:
@@ -94,14 +102,14 @@ def _has_class_folders(folder: str) -> bool:
         return any(entry.is_dir() and not entry.name.startswith('.') for entry in entries)
 
 
-def _check_classes(scan: FolderScan) -> None:
-    names = sorted(scan.names)
+def _check_classes(root: str, names: Collection[str]) -> None:
+    names = sorted(names)
     if len(names) < 2:
-        raise ValueError(f'{scan.root!r} has one class, {names[0]!r}. Expected two or more folders with images.')
+        raise ValueError(f'{root!r} has one class, {names[0]!r}. Expected two or more folders with images.')
     if sum(name.casefold() in SPLIT_NAMES for name in names) > 1:
         raise ValueError(
-            f'The folders with images in {scan.root!r} are named like splits: {", ".join(names)}. Put the images of'
-            f' each class into a folder of its own: {scan.root}/train/CLASS/IMAGE.')
+            f'The folders with images in {root!r} are named like splits: {", ".join(names)}. Put the images of'
+            f' each class into a folder of its own: {root}/train/CLASS/IMAGE.')
 
 
 def prepare_splits(data: str, output: str) -> str:
@@ -128,7 +136,7 @@ def prepare_splits(data: str, output: str) -> str:
     if not scan.images:
         raise ValueError(f'No images in {root!r}. Put the images into one folder per class: {root}/CLASS/IMAGE.')
     check_class_folders(scan, is_training=True)
-    _check_classes(scan)
+    _check_classes(scan.root, scan.names)
     warn_of_other_types(scan)
     split_images(scan, Path(output) / 'data')
     return os.path.join(output, 'data')
