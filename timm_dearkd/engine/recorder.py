@@ -192,15 +192,7 @@ class Recorder:
             is_validation: Whether it is of validation images, so that the student's accuracy can be compared with it.
         """
         self.teacher_was_reported = check.has_other_order
-        task: Any = self.trainer.task
-        guessing = 100 / task.get_eval_model().num_classes
-        is_bad = check.top1 is not None and check.top1 < MIN_TEACHER * guessing
-        if getattr(task, 'labels', '') == 'teacher' and is_bad and not check.has_other_order:
-            self.teacher_was_reported = True
-            _logger.warning(
-                f'The student will learn the answers of a teacher that finds {check.top1:.1f} % of the classes, where'
-                f' guessing finds {guessing:.1f} %. Stop the run, and choose another teacher or another --kd-class-map,'
-                ' --mean and --std. Or set --dearkd-labels dataset.')
+        self._check_answers(check.top1)
         if is_validation:
             self.teacher_top1 = check.top1
             if self.saver is not None:
@@ -215,6 +207,19 @@ class Recorder:
         top1 = rows.get(self.saver.best_epoch, {}).get('eval_top1')
         if top1:
             _logger.info(f'*** Top-1: teacher {self.teacher_top1:.2f} %, student {float(top1):.2f} %')
+
+    def _check_answers(self, top1: Optional[float]) -> None:
+        """Warn if the student learns the answers alone of a teacher that guesses."""
+        task: Any = self.trainer.task
+        if top1 is None or self.teacher_was_reported or getattr(task, 'labels', '') != 'teacher':
+            return
+        guessing = 100 / task.get_eval_model().num_classes
+        if top1 < MIN_TEACHER * guessing and self.trainer.ranks.is_primary:
+            self.teacher_was_reported = True
+            _logger.warning(
+                f'The student will learn the answers of a teacher that finds {top1:.1f} % of the classes, where'
+                f' guessing finds {guessing:.1f} %. Stop the run, and choose another teacher or another --kd-class-map,'
+                ' --mean and --std. Or set --dearkd-labels dataset.')
 
     def _check_agreement(self, losses: Dict[str, float]) -> None:
         """Warn if the teacher does not know the training images better than by guessing."""
