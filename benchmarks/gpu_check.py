@@ -354,7 +354,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             report(args.report, args.output)
             return 0
         return run_check(args)
-    except (Failure, FileNotFoundError, ValueError) as e:
+    except (Failure, FileNotFoundError, ImportError, ValueError) as e:
         parser.exit(2, f'{parser.prog}: {e}\n')
 
 

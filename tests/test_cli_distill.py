@@ -146,6 +146,17 @@ def test_images_of_the_class_map_are_counted(photos, distilled, tmp_path, monkey
     assert '32 for training and 8 for validation' in caplog.text and ' 2 classes' in caplog.text
 
 
+def test_16_bit_images_are_refused_unless_they_are_asked_for(tmp_path, monkeypatch):
+    for name in 'ab':
+        (tmp_path / 'deep' / name).mkdir(parents=True)
+        for i in range(5):
+            Image.fromarray(np.full((9, 9), 9000 * i, dtype=np.uint16)).save(tmp_path / 'deep' / name / f'{i}.png')
+    monkeypatch.setattr(timm_dearkd.train, 'prepare', lambda argv: lambda: 1 / 0)
+    for options, error in ((dict(), ValueError), (dict(input_img_mode='I;16', in_chans=1), ZeroDivisionError)):
+        with pytest.raises(error):
+            timm_dearkd.distill(str(tmp_path / 'deep'), output=str(tmp_path / 'out'), device='cpu', **options)
+
+
 def losses_of(folder):
     with open(folder / 'summary.csv', newline='') as f:
         return [row['train_loss'] for row in csv.DictReader(f)]

@@ -428,7 +428,8 @@ def prepare_distillation(
     has_own_splits = {'train_split', 'val_split'} & set(given)
     root = os.path.abspath(data if has_own_splits else prepare_splits(data, output))
     images = look_at(
-        root, args.train_split, args.val_split, args.train_fraction, args.class_map, args.input_key)
+        root, args.train_split, args.val_split, args.train_fraction, args.class_map, input_key=args.input_key,
+        input_img_mode=args.input_img_mode or 'RGB')
     planner = Planner(root, output, images, student, device, user, given)
     try:
         check_report()

@@ -323,7 +323,8 @@ class AdaptiveRelPos(nn.Module):
 def needs_one_width(qkv: torch.Tensor) -> bool:
     """Return whether a fused kernel for these tensors needs values as wide as queries and keys.
 
-    FlashAttention and PyTorch's kernel for CPUs do. CUDA's only fused kernel for float32 needs multiples of 4.
+    FlashAttention and PyTorch's kernel for CPUs do. CUDA's only fused kernel for float32 takes two widths, if both are
+    multiples of 4.
     """
     return not (qkv.is_cuda and qkv.dtype == torch.float32 and qkv.shape[-1] % 4 == 0)
 

@@ -8,7 +8,7 @@ import tempfile
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Collection, Dict, List, Optional, Sequence
+from typing import Any, Collection, Dict, List, Sequence
 
 from PIL import Image
 
@@ -59,7 +59,7 @@ def look_at(
         val_split: str,
         train_fraction: float = 1.,
         class_map: str = '',
-        input_key: Optional[str] = None,
+        **kwargs: Any,
 ) -> Images:
     """Count the images of a folder with splits, and open some of them.
 
@@ -69,13 +69,13 @@ def look_at(
         val_split: Name of the validation split; '' if there is none.
         train_fraction: Share of the training images that are used.
         class_map: See `open_folder`.
-        input_key: See `open_folder`.
+        **kwargs: Further arguments of `open_folder`.
 
     Raises:
         FileNotFoundError: If a split or the class map does not exist.
         ValueError: If there are no images, or none of the samples can be read.
     """
-    reader = open_folder(data, train_split, class_map, input_key=input_key)
+    reader = open_folder(data, train_split, class_map, **kwargs)
     images, names = reader.samples, list(reader.class_to_idx)
     _check_classes(reader.root, names)
     chosen = [images[i * len(images) // NUM_SAMPLES][0] for i in range(NUM_SAMPLES)]
@@ -91,7 +91,7 @@ def look_at(
         modes.add(image.mode)
     if not samples:
         raise ValueError(f'No image of a sample in {reader.root!r} can be read. Convert the images to PNG or JPEG.')
-    num_validation = len(open_folder(data, val_split, reader.class_to_idx, input_key=input_key)) if val_split else 0
+    num_validation = len(open_folder(data, val_split, reader.class_to_idx, **kwargs)) if val_split else 0
     return Images(
         round(train_fraction * len(images)), num_validation, len(set(reader.class_to_idx.values())),
         sorted(sides)[len(sides) // 2], modes <= {'L', '1'}, samples)

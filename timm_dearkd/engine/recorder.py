@@ -209,7 +209,7 @@ class Recorder:
             _logger.info(f'*** Top-1: teacher {self.teacher_top1:.2f} %, student {float(top1):.2f} %')
 
     def _check_answers(self, top1: Optional[float]) -> None:
-        """Warn if the student learns the answers alone of a teacher that guesses."""
+        """Warn of a teacher that guesses, if the student learns nothing but its answers."""
         task: Any = self.trainer.task
         if top1 is None or self.teacher_was_reported or getattr(task, 'labels', '') != 'teacher':
             return
@@ -217,9 +217,9 @@ class Recorder:
         if top1 < MIN_TEACHER * guessing and self.trainer.ranks.is_primary:
             self.teacher_was_reported = True
             _logger.warning(
-                f'The student will learn the answers of a teacher that finds {top1:.1f} % of the classes, where'
-                f' guessing finds {guessing:.1f} %. Stop the run, and choose another teacher or another --kd-class-map,'
-                ' --mean and --std. Or set --dearkd-labels dataset.')
+                f"The student learns nothing but the teacher's answers, and {top1:.1f} % of these are right. Guessing"
+                f' gives {guessing:.1f} %. Choose another teacher, --kd-class-map, or --mean and --std. Or set'
+                ' --dearkd-labels dataset, which also teaches the classes of the images.')
 
     def _check_agreement(self, losses: Dict[str, float]) -> None:
         """Warn if the teacher does not know the training images better than by guessing."""
