@@ -394,9 +394,10 @@ def find_teacher(planner: Planner, name: Optional[str], checkpoint: Optional[str
     if name is not None and (':' in name or checkpoint):
         return name, None
     if name is not None and not is_known(name):
+        nearest = '' if os.path.dirname(name) else f' The nearest names: {nearest_names(name)}.'
         raise ValueError(
-            f'No folder and no timm model {name!r}. Give --teacher a run folder, hf-hub:ORG/NAME, or a name of timm,'
-            f' such as {not os.path.dirname(name) and nearest_names(name) or "resnet18"}.')
+            f'No folder and no timm model {name!r}. Give --teacher a run folder, hf-hub:ORG/NAME, or a name of timm.'
+            f'{nearest}')
     step = planner.teacher(name)
     return step.folder, step
 
