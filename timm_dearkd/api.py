@@ -6,14 +6,11 @@ import logging
 import os
 import shlex
 import time
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import timm
 import torch
-import yaml
-from timm.models import get_model_input_config
 from timm.task import ClassificationTask, TrainingTask
 
 from distill_hooks import DearKDTask, Teacher, TwoStageSchedule, load_model
@@ -24,217 +21,22 @@ from distill_hooks.task import has_content_tokens
 from . import train
 from .analysis.report import check_available as check_report
 from .analysis.runs import Run, open_run
-from .engine.checkpoints import EXPORT_NAME, changed_options
-from .engine.optimizer import epochs_for
-from .engine.options import check_distillation, find_config, given_options, options_to_argv, parse_args, resolve_args
-from .engine.process import Interrupted, Precision, TrainingError, default_workers, find_device
+from .engine.options import check_distillation, given_options, options_to_argv, resolve_args
+from .engine.process import Interrupted, Precision, TrainingError, find_device
 from .engine.student import create_student
 from .images import Images, look_at, prepare_splits
-from .settings import (
-    choose_batch_size,
-    choose_cnn,
-    choose_labels,
-    choose_student,
-    choose_training,
-    cnn_epochs,
-    is_mirrored_alike,
-)
+from .planning import Planner, Step, find_teacher, is_known, parse, read_options
 
 __all__ = ['distill']
 
 _logger = logging.getLogger(__name__)
 
-# Options of train.py that the CNN takes from the user, too
-SHARED_OPTIONS = (
-    'train_split', 'val_split', 'train_fraction', 'fraction_seed', 'fraction_keep', 'class_map', 'num_classes',
-    'input_key', 'in_chans', 'device', 'amp', 'amp_dtype', 'workers', 'seed', 'deterministic')
-# Options of the student that the teacher decides
-FROM_TEACHER = ('in_chans', 'mean', 'std', 'kd_teacher_img_size', 'hflip')
 # Options that `distill` sets itself, and what to give instead
 OWN_OPTIONS = dict(
     data='one folder, first, and in quotes if its name has spaces', data_dir='the folder first',
     dataset='a folder of images', model='student', kd_model_name='teacher',
     output='output', experiment='output', resume='the same call, which resumes', eval_only='timm-dearkd train',
     input_size='img_size')
-
-
-@dataclass(frozen=True)
-class Step:
-    """A run of train.py that `distill` starts.
-
-    Args:
-        name: 'teacher' or 'student', the name of its folder.
-        chosen: Names of the options that were chosen.
-        argv: Arguments of train.py.
-        args: The same, parsed.
-    """
-    name: str
-    chosen: Sequence[str]
-    argv: List[str]
-    args: argparse.Namespace
-
-    @property
-    def folder(self) -> str:
-        """Output folder of the run."""
-        return os.path.join(self.args.output, self.args.experiment)
-
-    def is_finished(self) -> bool:
-        """Return whether the run has all its epochs, and the files of the last one.
-
-        Raises:
-            ValueError: If the folder has a run with other options.
-        """
-        if not os.path.exists(os.path.join(self.folder, 'args.yaml')):
-            return False
-        run = open_run(self.folder)
-        changed = changed_options(run.args, vars(self.args))
-        if changed:
-            raise ValueError(
-                f'{self.folder!r} has a run with other options: {changed}. Set another --output, or remove the folder.')
-        summary, last, export = (run.folder / name for name in ('summary.csv', 'last.pth.tar', EXPORT_NAME))
-        done = int(run.rows[-1]['epoch']) + 1 if run.rows else 0
-        # the row of an epoch is written before its checkpoint
-        return (done >= (self.args.stop_epoch or self.args.epochs) and last.exists() and export.exists()
-                and last.stat().st_mtime >= summary.stat().st_mtime)
-
-    def describe(self) -> str:
-        """Return the chosen options and their values, in words, with those of the recipe that matter most."""
-        texts = []
-        for key in dict.fromkeys([*self.chosen, 'opt', 'lr', 'weight_decay', 'workers']):
-            value = getattr(self.args, key)
-            if key == 'workers' and value is None:
-                value = default_workers()
-            if isinstance(value, dict):
-                value = ' '.join(f'{name}={item}' for name, item in value.items())
-            elif isinstance(value, (list, tuple)):
-                value = ' '.join(f'{item:.4g}' for item in value)
-            texts.append(f'{key.replace("_", " ")} {value}')
-        return ', '.join(texts)
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse options of train.py.
-
-    Raises:
-        ValueError: If one of them is wrong.
-    """
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            return parse_args(train.parser, train.config_parser, argv)[0]
-    except SystemExit:
-        raise ValueError(errors.getvalue().rpartition('error: ')[2].strip()) from None
-
-
-def read_options(config: str) -> Dict[str, Any]:
-    """Return the options in a YAML file or a recipe."""
-    return yaml.safe_load(find_config(config).read_text(encoding='utf-8')) or {}
-
-
-class Planner:
-    """Plans the runs.
-
-    Args:
-        data: Folder with the splits.
-        output: Parent of the runs' folders.
-        images: The images.
-        student: timm name of the student; None chooses one.
-        device: Device of the runs.
-        user: The user's arguments of train.py.
-        given: Names of the options that the user sets.
-    """
-
-    def __init__(
-            self,
-            data: str,
-            output: str,
-            images: Images,
-            student: Optional[str],
-            device: torch.device,
-            user: Sequence[str],
-            given: Sequence[str],
-    ) -> None:
-        self.data, self.output, self.images, self.device = data, output, images, device
-        self.user, self.given, self.user_args = list(user), set(given), parse(user)
-        self.batch_size: int = (
-            self.user_args.batch_size if 'batch_size' in self.given else choose_batch_size(images.num_train))
-        self.epochs = self.user_args.epochs
-        if 'epochs' not in self.given:
-            num_updates = images.num_train // (self.batch_size * self.user_args.grad_accum_steps)
-            self.epochs = epochs_for(images.num_train, num_updates)
-        self.sizes = choose_student(student, images, device)
-        self.size: int = self.user_args.img_size or self.sizes['img_size']
-        self.reports = True
-
-    def _step(self, name: str, chosen: Dict[str, Any], user: Sequence[str], given: Sequence[str]) -> Step:
-        fixed = dict(output=self.output, experiment=name, resume='auto', report=name == 'student' and self.reports)
-        options = {key: value for key, value in {**fixed, **chosen}.items() if key not in given}
-        config = ['-c', 'small_folder']
-        if train.config_parser.parse_known_args(user)[0].config is not None:  # a file of the user takes its place
-            recipe = {key: value for key, value in read_options('small_folder').items() if key not in given}
-            recipe.pop('auto_epochs', None)
-            options, config = {**recipe, **options, 'epochs': chosen['epochs']}, []
-        argv = [self.data, *config, *options_to_argv(options, train.parser), *user]
-        return Step(name, [key for key in chosen if key not in given], argv, parse(argv))
-
-    def teacher(self, name: Optional[str]) -> Step:
-        """Plan the training of a CNN: one by its timm name, from its pretrained weights, or a small one.
-
-        It sees no mirror images, so that its answers to them tell whether the student may.
-        """
-        in_chans = self.user_args.in_chans or (1 if self.images.is_grey else 3)
-        training = choose_training(self.images, in_chans, self.device, cnn_epochs(self.epochs))
-        shared = {key: getattr(self.user_args, key) for key in SHARED_OPTIONS if key in self.given}
-        return self._step(
-            'teacher', dict(choose_cnn(name, self.size), **training, hflip=0.), options_to_argv(shared, train.parser),
-            list(shared))
-
-    def ask_teacher(self, cnn: Any, is_trained: bool = True) -> Dict[str, Any]:
-        """Return the options of the student that its CNN decides. An untrained one does not decide on mirroring."""
-        channels, size, _ = get_model_input_config(cnn)['input_size']
-        in_chans = self.user_args.in_chans or (1 if self.images.is_grey or channels == 1 else 3)
-        options: Dict[str, Any] = dict(in_chans=in_chans)
-        if channels == in_chans:
-            options.update({key: list(cnn.pretrained_cfg[key]) for key in ('mean', 'std')})
-        if max(size, self.size) > 1.5 * min(size, self.size):  # far from its training size, it gives wrong labels
-            options['kd_teacher_img_size'] = size
-        if is_trained:
-            options['hflip'] = 0.5 if is_mirrored_alike(cnn, self.images.samples) else 0.
-        return options
-
-    def student(self, teacher: str, from_teacher: Dict[str, Any], is_own: bool) -> Step:
-        """Plan the distillation.
-
-        Args:
-            teacher: Name or run folder of the CNN.
-            from_teacher: See `ask_teacher`.
-            is_own: Whether `distill` trains the CNN. Such a CNN has seen no other images than the student, and teaches
-                hard labels.
-
-        Raises:
-            ValueError: If the student cannot be created.
-        """
-        training = choose_training(self.images, from_teacher['in_chans'], self.device, self.epochs)
-        chosen = {**self.sizes, 'kd_model_name': teacher, **training, **from_teacher}
-        labels = {} if is_own else choose_labels(self.user_args, self.given, self.batch_size)
-        if labels and self._learns_by_dearkd():
-            chosen.update(labels)
-        return self._step('student', chosen, self.user, sorted(self.given))
-
-    def _learns_by_dearkd(self) -> bool:
-        """Return whether the student is a ViT, built without the weights that it starts from."""
-        sizes = {key: value for key, value in self.sizes.items() if key not in self.given}
-        weights = dict(pretrained=False, pretrained_path=None, initial_checkpoint='')
-        args = argparse.Namespace(**{**vars(self.user_args), **sizes, **weights})
-        return has_content_tokens(create_student(args, self.images.num_classes, timm.create_model))
-
-    def student_in_folder(self, teacher: str, is_own: bool) -> Optional[Step]:
-        """Return the student of an earlier call, as this call would train it; None if there is none."""
-        folder = os.path.join(self.output, 'student')
-        if not os.path.exists(os.path.join(folder, 'args.yaml')):
-            return None
-        args = open_run(folder).args
-        return self.student(teacher, {key: args[key] for key in FROM_TEACHER if args.get(key) is not None}, is_own)
 
 
 def build_task(step: Step, cnn: Any, device: torch.device) -> TrainingTask:
@@ -371,35 +173,6 @@ def check_options(user: Sequence[str], given: Sequence[str], student: Optional[s
     if student and not is_known(student):
         raise ValueError(f'Unknown student {student!r}. The nearest names: {nearest_names(student)}.')
     return given
-
-
-def is_known(name: str) -> bool:
-    """Return whether timm has a model of this name, and its weights if the name has a tag."""
-    try:
-        return timm.is_model(name) and timm.get_pretrained_cfg(name) is not None
-    except RuntimeError:  # an unknown tag
-        return False
-
-
-def find_teacher(planner: Planner, name: Optional[str], checkpoint: Optional[str]) -> Tuple[str, Optional[Step]]:
-    """Return the name or the folder of the teacher, and the run that trains it; None for a trained one.
-
-    Raises:
-        ValueError: If the name is neither of a trained model nor of one that timm can train.
-    """
-    if name is None and checkpoint:
-        raise ValueError('--kd-teacher-checkpoint has weights alone. Name their architecture with --teacher.')
-    if name is not None and os.path.exists(name):
-        return os.path.abspath(name), None
-    if name is not None and (':' in name or checkpoint):
-        return name, None
-    if name is not None and not is_known(name):
-        nearest = '' if os.path.dirname(name) else f' The nearest names: {nearest_names(name)}.'
-        raise ValueError(
-            f'No folder and no timm model {name!r}. Give --teacher a run folder, hf-hub:ORG/NAME, or a name of timm.'
-            f'{nearest}')
-    step = planner.teacher(name)
-    return step.folder, step
 
 
 def prepare_distillation(

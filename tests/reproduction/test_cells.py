@@ -14,11 +14,11 @@ from reproduction.driver import is_taught
 from reproduction.merge import main as merge
 from reproduction.results import RESULTS, Results, merged_figures
 from reproduction.tables import CHOOSING, TABLES, tables_of
-from timm_dearkd.api import Planner
 from timm_dearkd.api import build_parser as distill_parser
 from timm_dearkd.engine.label_cache import IMAGE_OPTIONS
 from timm_dearkd.engine.options import check_distillation
 from timm_dearkd.images import Images
+from timm_dearkd.planning import Planner
 
 
 @pytest.mark.parametrize('name', list(SCALES))
