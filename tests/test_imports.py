@@ -19,6 +19,7 @@ LEVELS = [
     {'analysis'},
     {'data_free', 'export', 'hub'},
     {'train'},
+    {'planning'},
     {'api'},
     {'cli'},
     {'__main__'},
