@@ -93,8 +93,8 @@ class GeneratorInverter(Inverter):
     """Makes images of given classes with a generator that is trained against the CNN.
 
     Each batch trains a generator of its own, so that batches do not depend on each other. A training step has an image
-    of each code. A code belongs to one class; with one code per class and more noise instead, all images of a class
-    would be alike. The codes and the first layer are drawn again every `RESET_STEPS` steps. The images come from the
+    of each code. A code belongs to one class. A generator of a class and noise ignores the noise: all its images of a
+    class are alike. The codes and the first layer are drawn again every `RESET_STEPS` steps. The images come from the
     ends of these periods.
 
     The arguments are those of `Inverter`. There is one resolution.
