@@ -23,34 +23,35 @@ PILOT_SCALES = (1., 0.1, 0.01, 0.001)  # of the diversity loss
 PILOT_STEPS = 50
 MIN_RECOGNISED = 0.9  # of the pilot's images, by the CNN
 MIRROR_AGREEMENT = 0.75  # share of the pilot's images whose mirror image gets the same class
-NOISE = EMBEDDING = 32  # values per image
+CODE = 128  # values of the code of an image; fewer make codes alike
+NOISE = 32  # values that make images of one code differ
 MIN_WIDTH, MAX_WIDTH = 8, 128  # channels at full size, and in small maps
 BATCH_SIZE = 120  # BatchNorm statistics need many images of all classes
-RESET_STEPS = 50  # a new first layer gives new images, which is cheaper than a new generator
+RESET_STEPS = 50  # new codes and a new first layer give new images, which is cheaper than a new generator
 WARMUP_RESETS = 2  # the images before have too little structure
 MIN_CROP = 0.6  # share of the area
 
 
 class Generator(nn.Module):
-    """Convolutional generator of images of given classes.
+    """Convolutional generator of images, each from a code of its own that is learned, and a little noise.
 
     The maps are larger than the image, and the middle is kept. The padding at the border of the maps would show as a
     frame.
 
     Args:
-        num_classes: Number of classes.
+        num_codes: Number of codes.
         in_chans: Channels of the images.
         size: Side length of the images in pixels.
     """
 
-    def __init__(self, num_classes: int, in_chans: int, size: int) -> None:
+    def __init__(self, num_codes: int, in_chans: int, size: int) -> None:
         super().__init__()
         self.size = size
         depth = max(1, int(math.log2(size / 8))) if size >= 8 else 1
         widths = [min(MAX_WIDTH, MIN_WIDTH * 2 ** i) for i in range(depth, -1, -1)]
         self.grid = math.ceil(size / 2 ** depth) + 1
-        self.embedding = nn.Embedding(num_classes, EMBEDDING)
-        self.first = nn.Linear(NOISE + EMBEDDING, widths[0] * self.grid ** 2)
+        self.codes = nn.Embedding(num_codes, CODE)
+        self.first = nn.Linear(NOISE + CODE, widths[0] * self.grid ** 2)
         layers: List[nn.Module] = [nn.BatchNorm2d(widths[0])]
         for before, width in zip(widths, widths[1:]):
             layers += [
@@ -59,13 +60,13 @@ class Generator(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], in_chans, 3, padding=1), nn.BatchNorm2d(in_chans))
 
     def reset_first(self) -> None:
-        """Draw the class embedding and the first layer again."""
-        self.embedding.reset_parameters()
+        """Draw the codes and the first layer again."""
+        self.codes.reset_parameters()
         self.first.reset_parameters()
 
-    def forward(self, noise: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return pixels from 0 to 1 (B, C, H, W) for noise (B, NOISE) and classes (B,)."""
-        x = self.first(torch.cat([noise, self.embedding(targets)], dim=1))
+    def forward(self, noise: torch.Tensor) -> torch.Tensor:
+        """Return an image of each code (num_codes, C, H, W), pixels from 0 to 1, for noise (num_codes, NOISE)."""
+        x = self.first(torch.cat([noise, self.codes.weight], dim=1))
         x = self.layers(x.unflatten(1, (-1, self.grid, self.grid)))
         margin = (x.shape[-1] - self.size) // 2
         return torch.sigmoid(x[..., margin:margin + self.size, margin:margin + self.size])
@@ -91,8 +92,10 @@ def random_views(images: torch.Tensor, flip: bool) -> torch.Tensor:
 class GeneratorInverter(Inverter):
     """Makes images of given classes with a generator that is trained against the CNN.
 
-    Each batch trains a generator of its own, so that batches do not depend on each other. Its first layer is drawn
-    again every `RESET_STEPS` steps, because a generator has few modes. The images come from the ends of these periods.
+    Each batch trains a generator of its own, so that batches do not depend on each other. A training step has an image
+    of each code. A code belongs to one class. A generator of a class and noise ignores the noise: all its images of a
+    class are alike. The codes and the first layer are drawn again every `RESET_STEPS` steps. The images come from the
+    ends of these periods.
 
     The arguments are those of `Inverter`. There is one resolution.
     """
@@ -124,32 +127,34 @@ class GeneratorInverter(Inverter):
     ) -> Optional[torch.Tensor]:
         size, steps, lr = self.resolutions[0]
         classes, labels = targets.unique(return_inverse=True)
-        generator = Generator(len(classes), self.in_chans, size).to(self.device)
+        num_codes = max(BATCH_SIZE, len(classes))
+        code_targets = classes[torch.arange(num_codes) % len(classes)].to(self.device)
+        generator = Generator(num_codes, self.in_chans, size).to(self.device)
         images = torch.empty(len(targets), self.in_chans, size, size)
         ends = _harvest_steps(steps)
         optimizer = torch.optim.Adam(generator.parameters(), lr=lr, betas=self.betas)
         for step in range(1, steps + 1):
-            batch = torch.arange(BATCH_SIZE) % len(classes)
-            losses = self._losses(
-                random_views(self._generate(generator, batch), self.augmentation.flip), classes[batch].to(self.device))
+            losses = self._losses(random_views(self._generate(generator), self.augmentation.flip), code_targets)
             optimizer.zero_grad()
             losses['loss'].backward()
             optimizer.step()
             if (step == steps or step % self.check_interval == 0) and not self._check(step, losses, on_check):
                 return None
             if step in ends:
-                with torch.no_grad():
-                    for places in _chunks(len(targets), ends.index(step), len(ends)):
-                        images[places] = self._generate(generator, labels[places]).cpu()
+                places = torch.arange(ends.index(step), len(targets), len(ends))
+                codes, rounds = _share_codes(labels[places], len(classes), num_codes)
+                for number in rounds.unique():
+                    chosen = rounds == number
+                    with torch.no_grad():
+                        images[places[chosen]] = self._generate(generator).cpu()[codes[chosen]]
             if step % RESET_STEPS == 0 and step < steps:
                 generator.reset_first()
                 optimizer = torch.optim.Adam(generator.parameters(), lr=lr, betas=self.betas)
         return images
 
-    def _generate(self, generator: Generator, labels: torch.Tensor) -> torch.Tensor:
-        """Return normalised images of classes (B,) of the generator."""
-        noise = torch.randn(len(labels), NOISE)
-        pixels = generator(noise.to(self.device), labels.to(self.device))
+    def _generate(self, generator: Generator) -> torch.Tensor:
+        """Return a normalised image of each code."""
+        pixels = generator(torch.randn(generator.codes.num_embeddings, NOISE).to(self.device))
         return self.low + pixels.contiguous(memory_format=self.memory_format) * (self.high - self.low)
 
 
@@ -159,12 +164,17 @@ def _harvest_steps(steps: int) -> List[int]:
     return ends[min(WARMUP_RESETS, len(ends) - 1):]
 
 
-def _chunks(count: int, part: int, num_parts: int) -> Iterator[torch.Tensor]:
-    """Yield the places of images of a part, in batches of all classes."""
-    places = torch.arange(part, count, num_parts)
-    num_batches = math.ceil(len(places) / BATCH_SIZE)
-    for batch in range(num_batches):
-        yield places[batch::num_batches]
+def _share_codes(labels: torch.Tensor, num_classes: int, num_codes: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Return a code of its class for each image, in turns, and how often the code was used before.
+
+    Args:
+        labels: Classes (B,), from 0.
+        num_classes: Number of classes.
+        num_codes: Number of codes. Code c is of class c % num_classes.
+    """
+    before = F.one_hot(labels, num_classes).cumsum(0).gather(1, labels[:, None])[:, 0] - 1  # images of the class
+    per_class = (num_codes - 1 - labels) // num_classes + 1
+    return labels + num_classes * (before % per_class), before // per_class
 
 
 def run_pilot(

@@ -35,8 +35,8 @@ def make(seed=0, steps=24, model=None, weights=GENERATOR_WEIGHTS, diversity='non
 @pytest.mark.parametrize('in_chans', [1, 3])
 def test_images_of_any_size(size, in_chans):
     generator = Generator(7, in_chans, size)
-    images = generator(torch.randn(2, module.NOISE), torch.tensor([0, 6]))
-    assert images.shape == (2, in_chans, size, size) and images.min() >= 0 and images.max() <= 1
+    images = generator(torch.randn(7, module.NOISE))
+    assert images.shape == (7, in_chans, size, size) and images.min() >= 0 and images.max() <= 1
     assert not images[0].equal(images[1])
 
 
@@ -63,15 +63,32 @@ def test_the_cnn_is_left_alone():
     assert all(p.grad is None for p in inverter.model.parameters())
 
 
-def test_every_image_comes_once_and_every_part_has_all_classes():
-    for count, num_parts in ((10, 2), (96, 6), (3, 4)):
-        places = [chunk for part in range(num_parts) for chunk in module._chunks(count, part, num_parts)]
-        assert sorted(torch.cat(places).tolist()) == list(range(count))
-    targets = torch.arange(4).repeat_interleave(12)
-    for chunk in module._chunks(48, 1, 3):
-        assert targets[chunk].unique().numel() == 4
+def test_every_image_has_a_code_of_its_class():
+    labels = torch.tensor([2, 0, 1, 2, 2, 0, 2, 2, 2])
+    codes, rounds = module._share_codes(labels, 3, 8)  # class 2 has the codes 2 and 5
+    assert codes.tolist() == [2, 0, 1, 5, 2, 3, 5, 2, 5] and rounds.tolist() == [0, 0, 0, 0, 1, 0, 1, 2, 2]
+    assert module._share_codes(labels[:0], 3, 8)[1].unique().numel() == 0
+
+
+def test_images_come_from_the_ends_of_the_periods():
     assert module._harvest_steps(24) == [18, 24] and module._harvest_steps(6) == [6]
     assert module._harvest_steps(20) == [18, 20] and module._harvest_steps(3) == [3]
+
+
+def test_images_of_a_class_differ_by_more_than_noise(monkeypatch):
+    """Without noise, two periods with four codes of each class give eight images, and all of them are different."""
+    monkeypatch.setattr(module, 'NOISE', 0)
+    targets = torch.tensor([1, 3]).repeat_interleave(20)
+    images = make().run(targets, 0)
+    for index in (1, 3):
+        different = torch.stack([*{image.numpy().tobytes(): image for image in images[targets == index]}.values()])
+        assert len(different) == 8
+        distances = torch.pdist(different.flatten(1))
+        assert distances.min() > 0.25 * torch.pdist(images.flatten(1)).max()
+
+
+def test_more_classes_than_codes():
+    assert make(steps=6).run(torch.arange(4).repeat(3), 0).isfinite().all()
 
 
 def test_views_are_crops():
