@@ -30,6 +30,7 @@ ROUNDS = 'ADI, 3 rounds'
 NUM_ROUNDS = 3
 FILLS = ('edge', 'black')  # columns
 REAL = 'real images'
+LONGER = ', twice the epochs'
 # Share of the images to which a CNN gives over half of its probability for their class: the CNN that they were
 # synthesised from, and one with other weights
 IMAGE_FIGURES = {'recognised by its CNN, %': 'sure', 'by another CNN, %': 'recognised'}
@@ -111,24 +112,28 @@ def recipe_student(
         fill: str,
         seed: int,
         cnn: Optional[Cell] = None,
+        factor: int = 1,
 ) -> Cell:
     """Return the student of the recipe `data_free` on synthetic images; on real ones if there are none.
 
-    The teacher is `cnn`, or that of the other tables.
+    The teacher is `cnn`, or that of the other tables. The epochs of the scale are multiplied by `factor`.
     """
+    options = list(scale.synthetic)
+    options[options.index('--epochs') + 1] = str(factor * int(options[options.index('--epochs') + 1]))
     argv: Tuple[str, ...] = (
-        '-c', 'recipes/data_free.yaml', '--model', scale.student, '--kd-model-name', path_of(cnn), *scale.synthetic,
+        '-c', 'recipes/data_free.yaml', '--model', scale.student, '--kd-model-name', path_of(cnn), *options,
         '--affine-aug', fill, '--val-interval', '40')
     if images is None:
         fraction = str(round(scale.num_synthetic / scale.num_train, 4))
         argv += ('--train-fraction', fraction, '--fraction-seed', str(seed))
     needs = tuple(cell for cell in (cnn or teacher_cell(scale), images) if cell is not None)
     return Cell(
-        f'recipe_{fill}-{name}-seed{seed}', f'/{images.name}' if images else scale.data, argv, 45_000., seed, needs)
+        f'recipe_{fill}-{name}-seed{seed}', f'/{images.name}' if images else scale.data, argv, factor * 45_000., seed,
+        needs)
 
 
 def recipe_sets(scale: Scale, seed: int) -> Dict[str, Tuple[str, Optional[Cell]]]:
-    """Return the name and the images of each row of the recipe `data_free`, by label."""
+    """Return the name and the images of each set for the recipe `data_free`, by label."""
     sets: Dict[str, Tuple[str, Optional[Cell]]] = {
         MODES[mode][0]: (mode, image_cell(scale, mode, seed)) for mode in ('none', 'intra')}
     sets[ROUNDS] = ('rounds', merged_cell(scale, NUM_ROUNDS, seed))
@@ -140,10 +145,15 @@ def recipe_sets(scale: Scale, seed: int) -> Dict[str, Tuple[str, Optional[Cell]]
 def recipe_entries(scale: Scale, seeds: Sequence[int]) -> List[Entry]:
     """Return the students of the recipe `data_free`, in a column for each fill."""
     by_seed = {seed: recipe_sets(scale, seed) for seed in seeds}
-    return [
-        Entry(label, fill, tuple(recipe_student(scale, *by_seed[seed][label], fill, seed) for seed in seeds), None,
-              'real' if label == REAL else f'synthetic {fill}')
-        for label in by_seed[seeds[0]] for fill in FILLS]
+    entries = []
+    for label, (name, _) in by_seed[seeds[0]].items():
+        longer = [(label + LONGER, f'{name}_longer', 2)] if label in (GENERATED['generator'], REAL) else []
+        for row, run, factor in [(label, name, 1), *longer]:
+            for fill in FILLS:
+                cells = tuple(
+                    recipe_student(scale, run, by_seed[seed][label][1], fill, seed, factor=factor) for seed in seeds)
+                entries.append(Entry(row, fill, cells, None, 'real' if label == REAL else f'synthetic {fill}'))
+    return entries
 
 
 def recipe_claims() -> List[Claim]:
@@ -151,7 +161,8 @@ def recipe_claims() -> List[Claim]:
     none, intra = MODES['none'][0], MODES['intra'][0]
     pairs = [
         (ROUNDS, none), (intra, ROUNDS), (intra, none), (GENERATED['generator'], none),
-        (GENERATED['generator_intra'], GENERATED['generator']), (REAL, GENERATED['generator'])]
+        (GENERATED['generator_intra'], GENERATED['generator']), (REAL, GENERATED['generator']),
+        (GENERATED['generator'] + LONGER, GENERATED['generator'])]
     return [Claim(f'{higher} > {lower} (recipe `data_free`, {fill})', (higher, fill), (lower, fill))
             for fill in FILLS for higher, lower in pairs]
 
@@ -256,9 +267,9 @@ def table5(scale: Scale, seeds: Sequence[int]) -> Table:
     if scale.synthetic:
         note += (
             '\n- `top-1`: the recipe of table 2, with the class that an image was made for as the label. `edge` and'
-            f' `black`: the recipe `data_free` with this fill, and 8x8 patches. {ROUNDS}: images against the current'
-            f' student, whose recipe has the fill `edge`. Generators make {scale.num_generated} images. A pilot chooses'
-            ' their weights.')
+            f' `black`: the recipe `data_free` with this fill and 8x8 patches. It has half of its epochs, and all of them'
+            f' in the rows with twice the epochs. {ROUNDS}: images against the current student, with the fill `edge`.'
+            f' Generators make {scale.num_generated} images. A pilot chooses their weights.')
     recipe = bool(scale.synthetic)
     return Table(
         'Data-free (table 5)', note,
