@@ -267,8 +267,8 @@ def table5(scale: Scale, seeds: Sequence[int]) -> Table:
     if scale.synthetic:
         note += (
             '\n- `top-1`: the recipe of table 2, with the class that an image was made for as the label. `edge` and'
-            f' `black`: the recipe `data_free` with this fill and 8x8 patches. It has half of its epochs, and all of them'
-            f' in the rows "{LONGER[2:]}". {ROUNDS}: images against the current student, with the fill `edge`.'
+            f' `black`: the recipe `data_free` with this fill and 8x8 patches. It has half of its epochs, and all'
+            f' of them in the rows "{LONGER[2:]}". {ROUNDS}: images against the current student, with the fill `edge`.'
             f' Generators make {scale.num_generated} images. A pilot chooses their weights.')
     recipe = bool(scale.synthetic)
     return Table(
