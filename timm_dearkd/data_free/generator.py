@@ -22,7 +22,7 @@ PILOT_WEIGHTS = (10., 5., 2.5, 1., 0.5)
 PILOT_SCALES = (1., 0.1, 0.01, 0.001)  # of the diversity loss
 PILOT_STEPS = 50
 MIN_RECOGNISED = 0.9  # of the pilot's images, by the CNN
-MIRROR_AGREEMENT = 0.75  # share of the pilot's images whose mirror image gets the same class
+MIRROR_AGREEMENT = 0.5  # share of the pilot's recognised images whose mirror image is recognised, too
 CODE = 128  # values of the code of an image; fewer make codes alike
 NOISE = 32  # values that make images of one code differ
 MIN_WIDTH, MAX_WIDTH = 8, 128  # channels at full size, and in small maps
@@ -188,8 +188,8 @@ def run_pilot(
 
     The BatchNorm weight comes first, without the diversity loss. It is the largest with which the CNN recognises
     `MIN_RECOGNISED` of the images; if there is none, the one with which it recognises most. The weights of the
-    diversity loss then are the largest in the same sense. Mirror images are seen if the CNN gives most images and their
-    mirror images the same class.
+    diversity loss then are the largest in the same sense. Mirror images are seen if the CNN recognises the mirror images
+    of most images that it recognises.
 
     Args:
         inverter: Trains the generators.
@@ -222,14 +222,13 @@ def run_pilot(
     flags = ', '.join(f'--{name}-weight {getattr(chosen, name):g}' for name in ('bn', *scaled))
     level = logging.INFO if result.recognised >= 0.5 else logging.WARNING
     _logger.log(
-        level, f'Pilot: {flags}. The CNN recognises {100 * result.recognised:.0f} % of the images and gives'
-        f' {100 * result.mirrored:.0f} % of their mirror images the same class. Images are'
-        f' {"" if mirror else "not "}mirrored.')
+        level, f'Pilot: {flags}. The CNN recognises {100 * result.recognised:.0f} % of the images, and'
+        f' {100 * result.mirrored:.0f} % of these as mirror images. Images are {"" if mirror else "not "}mirrored.')
     return chosen, mirror
 
 
 class _Result(NamedTuple):
-    """Share of images that the CNN recognises, and of those whose mirror image has the same class for it."""
+    """Share of images that the CNN recognises, and of these that it recognises as mirror images."""
     recognised: float
     mirrored: float
 
@@ -248,9 +247,10 @@ def _choose(
         if images is None:
             continue
         with torch.no_grad():
-            answers, mirrored = (
-                inverter.model(x.to(inverter.device)).argmax(1).cpu() for x in (images, images.flip(3)))
-        results[weights] = _Result(*((answers == other).float().mean().item() for other in (targets, mirrored)))
+            right, mirrored = (
+                inverter.model(x.to(inverter.device)).argmax(1).cpu() == targets for x in (images, images.flip(3)))
+        results[weights] = _Result(
+            right.float().mean().item(), (right & mirrored).sum().item() / max(1, right.sum().item()))
         if results[weights].recognised >= MIN_RECOGNISED:
             return weights, results[weights]
     if not results:
