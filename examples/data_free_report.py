@@ -42,8 +42,8 @@ def main() -> None:
     rows = {}
     for name, label in NAMES.items():
         folder = out / ('data' if name == 'real' else name) / 'train'
-        rows[label.split(' ')[0]] = [
-            Image.open(path) for digit in range(10) for path in sorted((folder / str(digit)).glob('*.png'))[:2]]
+        paths = [path for digit in range(10) for path in sorted((folder / str(digit)).glob('*.png'))[:2]]
+        rows[label.split(' ')[0]] = [Image.open(path) for path in paths]
     (out / 'images.png').write_bytes(contact_sheet(rows))
     print(f'\nPicture: {out / "images.png"}')
 
