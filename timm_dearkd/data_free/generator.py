@@ -188,8 +188,8 @@ def run_pilot(
 
     The BatchNorm weight comes first, without the diversity loss. It is the largest with which the CNN recognises
     `MIN_RECOGNISED` of the images; if there is none, the one with which it recognises most. The weights of the
-    diversity loss then are the largest in the same sense. Mirror images are seen if the CNN recognises the mirror images
-    of most images that it recognises.
+    diversity loss then are the largest in the same sense. Mirror images are seen if the CNN recognises most of its images
+    as mirror images, too.
 
     Args:
         inverter: Trains the generators.
