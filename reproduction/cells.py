@@ -194,7 +194,7 @@ def read_recipe(cell: Cell) -> Optional[Dict[str, Any]]:
 
 
 def definition(cell: Cell) -> str:
-    """Return a hash of a cell's inputs: arguments, what they leave of the recipe, and dependencies."""
+    """Return a hash of a cell's inputs: arguments, options that they leave to the recipe, and dependencies."""
     recipe = {key: value for key, value in (read_recipe(cell) or {}).items()
               if f'--{key.replace("_", "-")}' not in cell.argv}
     parts = [cell.program, cell.data, cell.argv, cell.seed, recipe, [definition(need) for need in cell.needs]]

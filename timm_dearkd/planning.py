@@ -1,4 +1,4 @@
-"""What `distill` trains: the student, and its teacher if none is given."""
+"""Plan of the runs of `distill`: the student, and its teacher if none is given."""
 import argparse
 import contextlib
 import io

@@ -94,7 +94,7 @@ def _add_image_arguments(parser: argparse.ArgumentParser) -> None:
     add('--classes-per-batch', type=positive_int, metavar='N',
         help='different classes in a batch (default: 6; --generator: 20)')
     add('--images-per-class', type=positive_int, metavar='N',
-        help='images of each class in a batch (default: 7; --generator: up to 192)')
+        help='images of each class in a batch (default: 7; --generator: up to 1920 in a batch)')
     add('--resolutions', nargs='+', type=_resolution, metavar='SIZE:STEPS:LR',
         help='phases (default: SIZE/2:2000:0.5 SIZE:2000:0.01, where SIZE is --img-size; --generator: SIZE:400:0.005)')
     add('--img-size', type=positive_int, metavar='N',
@@ -132,6 +132,7 @@ def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
         ' channels and layers (default: absolute; --generator: averaged)')
 
 
+MAX_GENERATED = 1920  # images of a generator, in a batch
 BN_NORMS = ('absolute', 'relative', 'averaged')
 WEIGHTS = ('tv', 'l2', 'bn', 'first_bn', 'ep', 'triplet', 'adi')
 
@@ -148,12 +149,14 @@ def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def _images_per_class(args: argparse.Namespace, num_classes: int) -> int:
-    """Return the default of --images-per-class: for a generator, up to 192 in batches of equal size."""
+    """Return the default of --images-per-class: for a generator, batches of equal size with up to 1,920 images."""
     if not args.generator:
         return 7
     saved = read_settings(args.output) if args.resume else {}
-    needed = math.ceil(args.num_images / min(args.classes_per_batch, num_classes))
-    return saved.get('images_per_class', math.ceil(needed / math.ceil(needed / 192)))
+    classes = min(args.classes_per_batch, num_classes)
+    needed = math.ceil(args.num_images / classes)
+    num_batches = math.ceil(needed / max(1, MAX_GENERATED // classes))
+    return saved.get('images_per_class', math.ceil(needed / num_batches))
 
 
 def build_inverter(args: argparse.Namespace, model: Any, names: Sequence[str], precision: Precision) -> Inverter:

@@ -22,7 +22,6 @@ PILOT_WEIGHTS = (10., 5., 2.5, 1., 0.5)
 PILOT_SCALES = (1., 0.1, 0.01, 0.001)  # of the diversity loss
 PILOT_STEPS = 50
 MIN_RECOGNISED = 0.9  # of the pilot's images, by the CNN
-MIRROR_AGREEMENT = 0.5  # share of the pilot's recognised images whose mirror image is recognised, too
 CODE = 128  # values of the code of an image; fewer make codes alike
 NOISE = 32  # values that make images of one code differ
 MIN_WIDTH, MAX_WIDTH = 8, 128  # channels at full size, and in small maps
@@ -50,7 +49,7 @@ class Generator(nn.Module):
         depth = max(1, int(math.log2(size / 8))) if size >= 8 else 1
         widths = [min(MAX_WIDTH, MIN_WIDTH * 2 ** i) for i in range(depth, -1, -1)]
         self.grid = math.ceil(size / 2 ** depth) + 1
-        self.codes = nn.Embedding(num_codes, CODE)
+        self.codes = nn.Parameter(torch.randn(num_codes, CODE))
         self.first = nn.Linear(NOISE + CODE, widths[0] * self.grid ** 2)
         layers: List[nn.Module] = [nn.BatchNorm2d(widths[0])]
         for before, width in zip(widths, widths[1:]):
@@ -61,12 +60,12 @@ class Generator(nn.Module):
 
     def reset_first(self) -> None:
         """Draw the codes and the first layer again."""
-        self.codes.reset_parameters()
+        nn.init.normal_(self.codes)
         self.first.reset_parameters()
 
     def forward(self, noise: torch.Tensor) -> torch.Tensor:
         """Return an image of each code (num_codes, C, H, W), pixels from 0 to 1, for noise (num_codes, NOISE)."""
-        x = self.first(torch.cat([noise, self.codes.weight], dim=1))
+        x = self.first(torch.cat([noise, self.codes], dim=1))
         x = self.layers(x.unflatten(1, (-1, self.grid, self.grid)))
         margin = (x.shape[-1] - self.size) // 2
         return torch.sigmoid(x[..., margin:margin + self.size, margin:margin + self.size])
@@ -93,9 +92,9 @@ class GeneratorInverter(Inverter):
     """Makes images of given classes with a generator that is trained against the CNN.
 
     Each batch trains a generator of its own, so that batches do not depend on each other. A training step has an image
-    of each code. A code belongs to one class. A generator of a class and noise ignores the noise: all its images of a
-    class are alike. The codes and the first layer are drawn again every `RESET_STEPS` steps. The images come from the
-    ends of these periods.
+    of each code. A code belongs to one class. (With an embedding of the class instead of codes, all images of a class
+    would be alike, because such a generator ignores the noise.) The codes and the first layer are drawn again every
+    `RESET_STEPS` steps. The images come from the ends of these periods.
 
     The arguments are those of `Inverter`. There is one resolution.
     """
@@ -131,7 +130,7 @@ class GeneratorInverter(Inverter):
         code_targets = classes[torch.arange(num_codes) % len(classes)].to(self.device)
         generator = Generator(num_codes, self.in_chans, size).to(self.device)
         images = torch.empty(len(targets), self.in_chans, size, size)
-        ends = _harvest_steps(steps)
+        ends = _harvest_steps(steps)[-len(targets):]
         optimizer = torch.optim.Adam(generator.parameters(), lr=lr, betas=self.betas)
         for step in range(1, steps + 1):
             losses = self._losses(random_views(self._generate(generator), self.augmentation.flip), code_targets)
@@ -154,7 +153,7 @@ class GeneratorInverter(Inverter):
 
     def _generate(self, generator: Generator) -> torch.Tensor:
         """Return a normalised image of each code."""
-        pixels = generator(torch.randn(generator.codes.num_embeddings, NOISE).to(self.device))
+        pixels = generator(torch.randn(len(generator.codes), NOISE).to(self.device))
         return self.low + pixels.contiguous(memory_format=self.memory_format) * (self.high - self.low)
 
 
@@ -188,8 +187,8 @@ def run_pilot(
 
     The BatchNorm weight comes first, without the diversity loss. It is the largest with which the CNN recognises
     `MIN_RECOGNISED` of the images; if there is none, the one with which it recognises most. The weights of the
-    diversity loss then are the largest in the same sense. Mirror images are seen if the CNN recognises most of its images
-    as mirror images, too.
+    diversity loss then are the largest in the same sense. Mirror images are seen if the CNN also recognises the mirror
+    images of the images that it recognises, in more cases than half way between chance and all.
 
     Args:
         inverter: Trains the generators.
@@ -217,18 +216,19 @@ def run_pilot(
             replace(first, bn=chosen.bn, **{name: getattr(first, name) * scale for name in free})
             for scale in (PILOT_SCALES if free else (1.,))])
     inverter.resolutions = resolutions
-    mirror = mirror and result.mirrored >= MIRROR_AGREEMENT
+    chance = 1 / int(inverter.model.num_classes)  # type: ignore[arg-type]
+    mirror = mirror and result.mirrored > (1 + chance) / 2
     inverter.set_choices(chosen, mirror)
     flags = ', '.join(f'--{name}-weight {getattr(chosen, name):g}' for name in ('bn', *scaled))
     level = logging.INFO if result.recognised >= 0.5 else logging.WARNING
     _logger.log(
-        level, f'Pilot: {flags}. The CNN recognises {100 * result.recognised:.0f} % of the images, and'
-        f' {100 * result.mirrored:.0f} % of these as mirror images. Images are {"" if mirror else "not "}mirrored.')
+        level, f'Pilot: {flags}. The CNN recognises {100 * result.recognised:.0f} % of the images, and the mirror'
+        f' images of {100 * result.mirrored:.0f} % of these. Images are {"" if mirror else "not "}mirrored.')
     return chosen, mirror
 
 
 class _Result(NamedTuple):
-    """Share of images that the CNN recognises, and of these that it recognises as mirror images."""
+    """Share of images that the CNN recognises, and share of these whose mirror images it recognises."""
     recognised: float
     mirrored: float
 

@@ -87,8 +87,34 @@ def test_images_of_a_class_differ_by_more_than_noise(monkeypatch):
         assert distances.min() > 0.25 * torch.pdist(images.flatten(1)).max()
 
 
-def test_more_classes_than_codes():
-    assert make(steps=6).run(torch.arange(4).repeat(3), 0).isfinite().all()
+class Levels(torch.nn.Module):
+    """A CNN whose classes are shades of grey."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.norm, self.num_classes = torch.nn.BatchNorm2d(3), num_classes
+        self.register_buffer('levels', torch.linspace(-0.6, 0.6, num_classes))
+
+    def forward(self, x):
+        return -50 * (self.norm(x).mean((1, 2, 3))[:, None] - self.levels) ** 2
+
+
+def test_images_are_of_their_classes(monkeypatch):
+    """Also if a batch has more classes than codes, and if it has fewer images than periods."""
+    monkeypatch.setattr(module, 'RESET_STEPS', 60)
+    inverter = make(model=Levels(4), steps=240, weights=replace(GENERATOR_WEIGHTS, bn=0.))
+    for num_codes, targets in (8, [2, 0, 3, 0, 2, 2]), (3, [0, 1, 2, 3] * 2), (8, [1]):
+        monkeypatch.setattr(module, 'BATCH_SIZE', num_codes)
+        images = inverter.run(torch.tensor(targets), 0)
+        assert inverter.model(images).argmax(1).tolist() == targets
+
+
+def test_a_reset_draws_codes_and_first_layer():
+    generator = Generator(4, 1, 8)
+    before = {name: value.clone() for name, value in generator.named_parameters()}
+    generator.reset_first()
+    changed = {name for name, value in generator.named_parameters() if not value.equal(before[name])}
+    assert changed == {'codes', 'first.weight', 'first.bias'}
 
 
 def test_views_are_crops():
@@ -111,7 +137,7 @@ class Mirrored(torch.nn.Module):
 
     def __init__(self, whole):
         super().__init__()
-        self.norm, self.whole = torch.nn.BatchNorm2d(3), whole
+        self.norm, self.whole, self.num_classes = torch.nn.BatchNorm2d(3), whole, 3
 
     def forward(self, x):
         means = self.norm(x)[..., :None if self.whole else x.shape[-1] // 2].mean((2, 3))
@@ -123,7 +149,7 @@ def test_the_pilot_finds_out_whether_mirror_images_are_alike(whole, caplog):
     caplog.set_level('INFO')
     inverter = make(model=Mirrored(whole), weights=replace(GENERATOR_WEIGHTS, bn=0.))
     weights, mirror = run_pilot(inverter, torch.arange(3).repeat_interleave(8), 0, kept=['bn'])
-    assert weights.bn == 0. and mirror >= whole and 'Pilot: --bn-weight 0.' in caplog.text
+    assert weights.bn == 0. and mirror == whole and 'Pilot: --bn-weight 0.' in caplog.text
     assert inverter.weights == weights and inverter.augmentation.flip == mirror
     assert not run_pilot(inverter, TARGETS % 3, 0, kept=['bn'], mirror=False)[1]
     assert inverter.resolutions[0].steps == 24
