@@ -26,8 +26,9 @@ CODE = 128  # values of the code of an image; fewer make codes alike
 NOISE = 32  # values that make images of one code differ
 MIN_WIDTH, MAX_WIDTH = 8, 128  # channels at full size, and in small maps
 BATCH_SIZE = 120  # BatchNorm statistics need many images of all classes
-RESET_STEPS = 50  # new codes and a new first layer give new images, which is cheaper than a new generator
-WARMUP_RESETS = 2  # the images before have too little structure
+PERIODS = 8  # each has new codes and a new first layer, and so new images; this is cheaper than a new generator
+MIN_PERIOD = 50  # steps
+WARMUP_PERIODS = 2  # their images have too little structure
 MIN_CROP = 0.6  # share of the area
 
 
@@ -93,8 +94,8 @@ class GeneratorInverter(Inverter):
 
     Each batch trains a generator of its own, so that batches do not depend on each other. A training step has an image
     of each code. A code belongs to one class. (With an embedding of the class instead of codes, all images of a class
-    would be alike, because such a generator ignores the noise.) The codes and the first layer are drawn again every
-    `RESET_STEPS` steps. The images come from the ends of these periods.
+    would be alike, because such a generator ignores the noise.) The codes and the first layer are drawn again for each
+    of `PERIODS` periods. The images come from the ends of all but the first ones.
 
     The arguments are those of `Inverter`. There is one resolution.
     """
@@ -130,7 +131,8 @@ class GeneratorInverter(Inverter):
         code_targets = classes[torch.arange(num_codes) % len(classes)].to(self.device)
         generator = Generator(num_codes, self.in_chans, size).to(self.device)
         images = torch.empty(len(targets), self.in_chans, size, size)
-        ends = _harvest_steps(steps)[-len(targets):]
+        period = max(MIN_PERIOD, math.ceil(steps / PERIODS))
+        ends = _harvest_steps(steps, period)[-len(targets):]
         optimizer = torch.optim.Adam(generator.parameters(), lr=lr, betas=self.betas)
         for step in range(1, steps + 1):
             losses = self._losses(random_views(self._generate(generator), self.augmentation.flip), code_targets)
@@ -146,7 +148,7 @@ class GeneratorInverter(Inverter):
                     chosen = rounds == number
                     with torch.no_grad():
                         images[places[chosen]] = self._generate(generator).cpu()[codes[chosen]]
-            if step % RESET_STEPS == 0 and step < steps:
+            if step % period == 0 and step < steps:
                 generator.reset_first()
                 optimizer = torch.optim.Adam(generator.parameters(), lr=lr, betas=self.betas)
         return images
@@ -157,10 +159,10 @@ class GeneratorInverter(Inverter):
         return self.low + pixels.contiguous(memory_format=self.memory_format) * (self.high - self.low)
 
 
-def _harvest_steps(steps: int) -> List[int]:
+def _harvest_steps(steps: int, period: int) -> List[int]:
     """Return the steps after which images are taken: the ends of the periods, but for the first ones."""
-    ends = [*range(RESET_STEPS, steps, RESET_STEPS), steps]
-    return ends[min(WARMUP_RESETS, len(ends) - 1):]
+    ends = [*range(period, steps, period), steps]
+    return ends[min(WARMUP_PERIODS, len(ends) - 1):]
 
 
 def _share_codes(labels: torch.Tensor, num_classes: int, num_codes: int) -> Tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,7 @@ TARGETS = torch.tensor([1, 3]).repeat_interleave(5)
 
 @pytest.fixture(autouse=True)
 def _short_periods(monkeypatch):
-    monkeypatch.setattr(module, 'RESET_STEPS', 6)
+    monkeypatch.setattr(module, 'MIN_PERIOD', 6)
     monkeypatch.setattr(module, 'BATCH_SIZE', 8)
 
 
@@ -71,20 +71,25 @@ def test_every_image_has_a_code_of_its_class():
 
 
 def test_images_come_from_the_ends_of_the_periods():
-    assert module._harvest_steps(24) == [18, 24] and module._harvest_steps(6) == [6]
-    assert module._harvest_steps(20) == [18, 20] and module._harvest_steps(3) == [3]
+    assert module._harvest_steps(24, 6) == [18, 24] and module._harvest_steps(6, 6) == [6]
+    assert module._harvest_steps(20, 6) == [18, 20] and module._harvest_steps(3, 6) == [3]
 
 
-def test_images_of_a_class_differ_by_more_than_noise(monkeypatch):
-    """Without noise, two periods with four codes of each class give eight images, and all of them are different."""
+@pytest.mark.parametrize('steps', [24, 48])
+def test_images_of_a_class_differ_by_more_than_noise(steps, monkeypatch):
+    """Without noise, two of four periods with four codes of each class give eight images, and all are different.
+
+    With more steps, the periods are longer.
+    """
     monkeypatch.setattr(module, 'NOISE', 0)
+    monkeypatch.setattr(module, 'PERIODS', 4)
     targets = torch.tensor([1, 3]).repeat_interleave(20)
-    images = make().run(targets, 0)
+    images = make(steps=steps).run(targets, 0)
     for index in (1, 3):
         different = torch.stack([*{image.numpy().tobytes(): image for image in images[targets == index]}.values()])
         assert len(different) == 8
         distances = torch.pdist(different.flatten(1))
-        assert distances.min() > 0.25 * torch.pdist(images.flatten(1)).max()
+        assert distances.min() > 0.1 * torch.pdist(images.flatten(1)).max()
 
 
 class Levels(torch.nn.Module):
@@ -101,7 +106,7 @@ class Levels(torch.nn.Module):
 
 def test_images_are_of_their_classes(monkeypatch):
     """Also if a batch has more classes than codes, and if it has fewer images than periods."""
-    monkeypatch.setattr(module, 'RESET_STEPS', 60)
+    monkeypatch.setattr(module, 'PERIODS', 4)
     inverter = make(model=Levels(4), steps=240, weights=replace(GENERATOR_WEIGHTS, bn=0.))
     for num_codes, targets in (8, [2, 0, 3, 0, 2, 2]), (3, [0, 1, 2, 3] * 2), (8, [1]):
         monkeypatch.setattr(module, 'BATCH_SIZE', num_codes)
