@@ -27,7 +27,7 @@ NOISE = 32  # values that make images of one code differ
 MIN_WIDTH, MAX_WIDTH = 8, 128  # channels at full size, and in small maps
 BATCH_SIZE = 120  # BatchNorm statistics need many images of all classes
 PERIODS = 8  # each has new codes and a new first layer, and so new images; this is cheaper than a new generator
-MIN_PERIOD = 50  # steps
+MIN_PERIOD = 50  # steps; with fewer than 400 in all, there are fewer periods
 WARMUP_PERIODS = 2  # their images have too little structure
 MIN_CROP = 0.6  # share of the area
 
@@ -131,7 +131,7 @@ class GeneratorInverter(Inverter):
         code_targets = classes[torch.arange(num_codes) % len(classes)].to(self.device)
         generator = Generator(num_codes, self.in_chans, size).to(self.device)
         images = torch.empty(len(targets), self.in_chans, size, size)
-        period = max(MIN_PERIOD, math.ceil(steps / PERIODS))
+        period = _period(steps)
         ends = _harvest_steps(steps, period)[-len(targets):]
         optimizer = torch.optim.Adam(generator.parameters(), lr=lr, betas=self.betas)
         for step in range(1, steps + 1):
@@ -157,6 +157,11 @@ class GeneratorInverter(Inverter):
         """Return a normalised image of each code."""
         pixels = generator(torch.randn(len(generator.codes), NOISE).to(self.device))
         return self.low + pixels.contiguous(memory_format=self.memory_format) * (self.high - self.low)
+
+
+def _period(steps: int) -> int:
+    """Return the steps of a period. Periods are of about equal length."""
+    return math.ceil(steps / max(1, min(PERIODS, steps // MIN_PERIOD)))
 
 
 def _harvest_steps(steps: int, period: int) -> List[int]:

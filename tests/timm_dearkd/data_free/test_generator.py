@@ -70,6 +70,14 @@ def test_every_image_has_a_code_of_its_class():
     assert module._share_codes(labels[:0], 3, 8)[1].unique().numel() == 0
 
 
+def test_periods_are_long_enough(monkeypatch):
+    monkeypatch.undo()
+    assert [module._period(steps) for steps in (3, 50, 99, 110, 400, 3200)] == [3, 50, 99, 55, 50, 400]
+    for steps in range(1, 1000):
+        period = module._period(steps)
+        assert period >= min(50, steps) and (steps - 1) % period + 1 >= min(steps, 44)  # the last one is the shortest
+
+
 def test_images_come_from_the_ends_of_the_periods():
     assert module._harvest_steps(24, 6) == [18, 24] and module._harvest_steps(6, 6) == [6]
     assert module._harvest_steps(20, 6) == [18, 20] and module._harvest_steps(3, 6) == [3]
