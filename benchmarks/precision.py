@@ -10,7 +10,7 @@ from typing import List
 import torch
 import torch.nn.functional as F
 
-from timm_dearkd.attention import AdaptiveRelPos, append_positions
+from timm_dearkd.rel_pos import AdaptiveRelPos, append_positions
 
 HEADS, HEAD_DIM, BATCH = 12, 32, 2
 

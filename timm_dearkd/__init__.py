@@ -2,8 +2,9 @@
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .attention import AdaptiveRelPos, ConvAttention
+from .attention import ConvAttention
 from .models import DearKD, add_mhca
+from .rel_pos import AdaptiveRelPos
 
 if TYPE_CHECKING:
     from .api import distill

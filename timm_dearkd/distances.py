@@ -9,7 +9,8 @@ import torch.nn as nn
 from timm.layers import Attention
 from timm.utils import unwrap_model
 
-from .attention import AdaptiveRelPos, ConvAttention
+from .attention import ConvAttention
+from .rel_pos import AdaptiveRelPos
 
 __all__ = [
     'LOG_NAME', 'DistanceHistory', 'DistanceLog', 'attention_distances', 'attention_layers', 'attention_weights',

@@ -21,7 +21,8 @@ from timm.models import (
 )
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-from .attention import ConvAttention, RelPosConfig, grid_constants
+from .attention import ConvAttention
+from .rel_pos import RelPosConfig, grid_constants
 from .weights import locate_weights
 
 __all__ = ['DearKD', 'add_mhca']

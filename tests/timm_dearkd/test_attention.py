@@ -12,8 +12,9 @@ from timm.layers import Attention
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from timm_dearkd import attention
-from timm_dearkd.attention import AdaptiveRelPos, ConvAttention, RelPosConfig, append_positions
+from timm_dearkd import rel_pos
+from timm_dearkd.attention import ConvAttention
+from timm_dearkd.rel_pos import AdaptiveRelPos, RelPosConfig, append_positions
 
 FLOAT64 = torch.float64
 
@@ -482,7 +483,7 @@ def test_values_without_channels_give_the_same(train, compiled, accelerator, mon
     x, cats = torch.randn(2, 13, 24), CatDimensions()
     results = []
     for one_width in (True, False):
-        monkeypatch.setattr(attention, 'needs_one_width', lambda qkv, value=one_width: value)
+        monkeypatch.setattr(rel_pos, 'needs_one_width', lambda qkv, value=one_width: value)
         torch.compiler.reset()
         mhca.train(train)  # drops the channels
         function = torch.compile(mhca, backend=backend) if compiled else mhca
@@ -504,7 +505,7 @@ def test_only_float32_on_cuda_leaves_the_values_alone():
             (True, torch.float32, 16, False), (True, torch.float32, 18, True), (True, torch.bfloat16, 16, True),
             (True, torch.float64, 16, True), (False, torch.float32, 16, True)):
         qkv = SimpleNamespace(is_cuda=is_cuda, dtype=dtype, shape=(2, 5, 3, 4, dim))
-        assert attention.needs_one_width(qkv) is expected
+        assert rel_pos.needs_one_width(qkv) is expected
 
 
 CHANGES = {
