@@ -70,6 +70,7 @@ def test_what_is_written(whole):
     sure = sum(image['teacher_prob'] > 0.5 for image in images)
     assert f'gives {100 * sure / 24:.0f} % of the images a probability above 0.5' in result.stdout
     assert ('does not recognise most images' in result.stderr) == (sure < 12)
+    assert '48/48' in result.stderr  # steps of four batches: progress, also in a log file
     assert not [p for p in out.rglob('*') if 'tmp' in p.name]
 
 

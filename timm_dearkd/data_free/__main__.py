@@ -3,6 +3,7 @@ import argparse
 import logging
 import math
 import shlex
+import sys
 import time
 from dataclasses import replace
 from typing import Any, Callable, Collection, Dict, List, Optional, Sequence, Tuple
@@ -15,6 +16,7 @@ from timm.data import resolve_model_data_config
 from timm.utils import setup_default_logging
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 import timm_dearkd
 from distill_hooks import load_model
@@ -352,8 +354,10 @@ def make_images(
     """
     steps = sum(resolution.steps for resolution in inverter.resolutions)
     made = kept = 0
-    disable = None if ranks.is_primary else True  # None shows the bar on a terminal only
-    with tqdm(total=len(todo) * steps, disable=disable, unit='step', dynamic_ncols=True) as bar:
+    interval = 0.1 if sys.stderr.isatty() else 60.  # seconds; a log file gets a line per minute
+    with tqdm(
+            total=len(todo) * steps, disable=not (ranks.is_primary and todo), unit='step', dynamic_ncols=True,
+            mininterval=interval) as bar, logging_redirect_tqdm():
         start = time.perf_counter()
         for number, batch in enumerate(todo):
             def progress(step: int, before: int = number * steps) -> None:
