@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import shlex
 import shutil
 import signal
 import time
@@ -14,7 +15,7 @@ from conftest import run_process, run_python, run_ranks, start_forked
 from PIL import Image
 
 from timm_dearkd.commands import run_command
-from timm_dearkd.data_free.__main__ import main, run_script
+from timm_dearkd.data_free.__main__ import _student_flags, main, run_script
 from timm_dearkd.data_free.classes import match_classes
 from timm_dearkd.distances import read_log
 from timm_dearkd.engine.loader import build_distance_images, build_eval_loader
@@ -240,9 +241,11 @@ ERRORS = {
     'student': (['--diversity', 'adi'], "'adi' needs a student"),
     'names': (['--class-names', 'NAMES'], 'has 1 names, expected 3'),
     'generator': (['--generator'], '--generator has one phase'),
-    'other run': (['OTHER', '--seed', '1'], 'made with another seed'),
+    'other run': (['OTHER', '--resume', '--seed', '1'], 'made with another seed'),
     'again': (['OTHER'], 'Add --resume'),
+    'before the pilot': (['OTHER', '--generator', '--resolutions', '32:50:0.005'], 'Add --resume'),
     'not empty': (['FULL'], 'not a data set of this command'),
+    'a file': (['FULL/file'], 'is no writable folder'),
 }
 
 
@@ -257,7 +260,7 @@ def test_errors_are_one_line_and_status_2(case, whole, cnn, tmp_path, capsys):
     torch.save(timm.create_model('test_resnet', num_classes=3, in_chans=5).state_dict(), tmp_path / 'five.pth')
     replaced = {'FIVE': tmp_path / 'five.pth', 'FOUR': tmp_path / 'four.pth', 'VIT': tmp_path / 'vit.pth',
                 'NAMES': tmp_path / 'names.txt', 'OTHER': whole[0], 'FULL': tmp_path / 'full'}
-    args = [str(replaced.get(a, a)) for a in args]
+    args = [str(replaced.get(a, a)).replace('FULL', str(tmp_path / 'full')) for a in args]
     if args[0].startswith('--'):
         args = [str(tmp_path / 'new'), *args]
     before = pixels(whole[0])
@@ -265,6 +268,7 @@ def test_errors_are_one_line_and_status_2(case, whole, cnn, tmp_path, capsys):
         run_script([args[0], '--model', str(cnn), *QUICK, '--num-images', '24', *args[1:]])
     err = capsys.readouterr().err.strip().splitlines()
     assert e.value.code == 2 and 'data-free: error: ' in err[-1] and message in err[-1]
+    assert 'Pilot' not in ' '.join(err)
     assert pixels(whole[0]) == before and not (tmp_path / 'new').exists()
 
 
@@ -280,13 +284,29 @@ def test_a_grey_cnn_and_a_class_without_images(train_cli, tmp_path, capsys, capl
     assert len(present) == 2 and '1 of 3 classes have no image' in caplog.text
     assert (out / 'kd_class_map.txt').read_text() == ''.join(f'{name} {name}\n' for name in present)
     assert all(Image.open(path).mode == 'L' for path in (out / 'train').rglob('*.png'))
-    command = said.split('python train.py ')[1].split()
+    command = shlex.split(said.split('timm-dearkd train ')[1])
     assert command[command.index('-c'):][:4] == ['-c', 'data_free', '--model', 'dearkd_nano_patch4_32']
     flags = command[command.index('--in-chans'):]
     result = train_cli(
-        *flags, '--val-split', '', '--epochs', '1', '--train-batches-per-epoch', '2', '--batch-size', '2', '--output',
-        tmp_path, '--experiment', 'x', data=out)
+        *flags, '--val-split', '', '--epochs', '1', '--train-batches-per-epoch', '2', '--output', tmp_path,
+        '--experiment', 'x', data=out)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize('size,model,student_size,patch,teacher_size', [
+    (8, 'dearkd_nano_patch4_32', 32, 4, 8),
+    (33, 'dearkd_nano_patch4_32', 32, 4, None),
+    (64, 'dearkd_nano_patch4_32', 64, 8, None),
+    (100, 'dearkd_nano_patch4_32', 96, 12, None),
+    (192, 'dearkd_tiny_patch16_224', 224, 16, None),
+    (384, 'dearkd_tiny_patch16_224', 224, 16, 384),
+])
+def test_the_student_sees_images_of_about_the_size_that_the_cnn_knows(size, model, student_size, patch, teacher_size):
+    args, _ = _parse_args(['DATA', *shlex.split(_student_flags(size))])
+    shape = dict(img_size=args.img_size) if args.img_size else {}
+    student = timm.create_model(args.model, **shape, **args.model_kwargs)
+    assert args.model == model and args.kd_teacher_img_size == teacher_size
+    assert student.patch_embed.img_size == (student_size,) * 2 and student.patch_embed.patch_size == (patch,) * 2
 
 
 def test_a_competitor_trained_on_some_classes(cnn, tmp_path):

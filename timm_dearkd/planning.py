@@ -29,6 +29,7 @@ from .settings import (
     choose_student,
     choose_training,
     cnn_epochs,
+    is_far,
     is_mirrored_alike,
 )
 
@@ -180,7 +181,7 @@ class Planner:
         options: Dict[str, Any] = dict(in_chans=in_chans)
         if channels == in_chans:
             options.update({key: list(cnn.pretrained_cfg[key]) for key in ('mean', 'std')})
-        if max(size, self.size) > 1.5 * min(size, self.size):  # far from its training size, it gives wrong labels
+        if is_far(size, self.size):
             options['kd_teacher_img_size'] = size
         if is_trained:
             options['hflip'] = 0.5 if is_mirrored_alike(cnn, self.images.samples) else 0.

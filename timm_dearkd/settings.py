@@ -13,7 +13,7 @@ from .images import Images
 
 __all__ = [
     'choose_batch_size', 'choose_cnn', 'choose_labels', 'choose_student', 'choose_training', 'cnn_epochs',
-    'is_mirrored_alike', 'model_size',
+    'is_far', 'is_mirrored_alike', 'model_size',
 ]
 
 MAX_SMALL_SIDE = 40  # pixels; images up to this size are trained at 32 pixels
@@ -26,6 +26,11 @@ def choose_batch_size(num_images: int) -> int:
     """Return the even batch size from 24 to 40 that skips the fewest images in an epoch, or less for fewer images."""
     largest = max(1, num_images // 2 * 2)
     return min(largest, min(range(24, 41, 2), key=lambda size: (num_images % size, abs(size - 32))))
+
+
+def is_far(size: int, other: int) -> bool:
+    """Return whether a CNN that was trained at one size gives wrong labels at the other."""
+    return max(size, other) > 1.5 * min(size, other)
 
 
 def model_size(name: str) -> int:

@@ -24,11 +24,11 @@ from distill_hooks.teacher import input_normalisation, weights_fingerprint
 from timm_dearkd.commands import add_device, natural_int, positive_int, run_command
 from timm_dearkd.engine.process import Precision, Ranks, check_backend, compile_errors, select_device
 from timm_dearkd.files import write_bytes
-from timm_dearkd.settings import MAX_SMALL_SIDE
+from timm_dearkd.settings import MAX_SMALL_SIDE, is_far
 
 from .classes import match_classes, parse_classes, read_class_names
-from .dataset import FORMATS, SyntheticSet, read_settings
-from .generator import GENERATOR_WEIGHTS, GeneratorInverter, run_pilot
+from .dataset import FORMATS, SyntheticSet, check_folder, read_settings
+from .generator import BATCH_SIZE, GENERATOR_WEIGHTS, GeneratorInverter, run_pilot
 from .inversion import (
     DIVERSITIES,
     Augmentation,
@@ -135,6 +135,7 @@ def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 MAX_GENERATED = 1920  # images of a generator, in a batch
+RECIPE_BATCH_SIZE = 32  # of the recipe data_free
 BN_NORMS = ('absolute', 'relative', 'averaged')
 WEIGHTS = ('tv', 'l2', 'bn', 'first_bn', 'ep', 'triplet', 'adi')
 
@@ -235,6 +236,7 @@ def make_batch(
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     check_backend(args.torchcompile)
+    check_folder(args.output, args.resume)
     given = [name for name in WEIGHTS if getattr(args, f'{name}_weight') is not None]
     args = fill_defaults(args)
     args.mirror = not args.no_flip
@@ -295,7 +297,9 @@ def choose_by_pilot(
         chosen = {name: saved[f'{name}_weight'] for name in WEIGHTS if name not in kept}
         choice = [(replace(inverter.weights, **chosen), saved['mirror'])]
     elif ranks.is_primary:
-        targets, = batch_targets(1, classes, args.classes_per_batch, args.images_per_class, args.seed)
+        per_class = math.ceil(BATCH_SIZE / min(args.classes_per_batch, len(classes)))
+        targets, = batch_targets(
+            1, classes, args.classes_per_batch, max(per_class, args.images_per_class), args.seed)
         choice = [run_pilot(inverter, targets, args.seed, kept, mirror=not args.no_flip)]
     else:
         choice = [(inverter.weights, False)]
@@ -427,19 +431,26 @@ def report(args: argparse.Namespace, dataset: SyntheticSet, inverter: Inverter) 
     missing = len(dataset.classes) - len(class_map)
     if missing:
         _logger.warning(f'{missing} of {len(dataset.classes)} classes have no image that was kept.')
-    print(f'Train on them: {train_command(args, str(dataset.root), class_map, inverter.model, inverter.size)}')
+    print(f'Train on them: {train_command(args, str(dataset.root), counts["kept"], class_map, inverter)}')
 
 
-def train_command(args: argparse.Namespace, folder: str, class_map: Sequence[int], model: Any, size: int) -> str:
-    """Return the train.py command that trains a student on the images.
+def train_command(
+        args: argparse.Namespace,
+        folder: str,
+        num_images: int,
+        class_map: Sequence[int],
+        inverter: Inverter,
+) -> str:
+    """Return the command that trains a student on the images.
 
     Args:
         args: Options of this command.
         folder: Folder of the data set.
+        num_images: Number of images in it.
         class_map: The CNN's class for each class of the data set.
-        model: The CNN.
-        size: Side length of the images.
+        inverter: Made the images.
     """
+    model: Any = inverter.model
     root = shlex.quote(folder)
     data = f'{root} --val-split ""' if args.format == 'folder' else (
         f'{root} --dataset wds/ --train-split train --val-split "" --num-classes {len(class_map)}')
@@ -447,10 +458,23 @@ def train_command(args: argparse.Namespace, folder: str, class_map: Sequence[int
     checkpoint = f' --kd-teacher-checkpoint {shlex.quote(args.checkpoint)}' if args.checkpoint else ''
     channels = {1: ' --in-chans 1', 2: ' --in-chans 2 --input-img-mode LA', 3: '',
                 4: ' --in-chans 4 --input-img-mode RGBA'}[model.in_chans]
-    student = 'dearkd_nano_patch4_32' if size <= MAX_SMALL_SIDE else 'dearkd_tiny_patch16_224 --lr 5e-4'
     flip = '' if args.mirror else ' --hflip 0'
-    return (f'python train.py {data}{channels} -c data_free --model {student}'
-            f' --kd-model-name {shlex.quote(args.model)}{checkpoint}{map_flag}{flip}')
+    # Mixup needs even batches
+    batch = '' if num_images >= RECIPE_BATCH_SIZE else f' --batch-size {max(2, num_images // 2 * 2)}'
+    return (f'timm-dearkd train {data}{channels} -c data_free {_student_flags(inverter.size)}'
+            f' --kd-model-name {shlex.quote(args.model)}{checkpoint}{map_flag}{flip}{batch}')
+
+
+def _student_flags(size: int) -> str:
+    """Return the flags of a student for images of a size: a small one with 64 patches, or one of 224 pixels."""
+    if not is_far(size, 224) or size > 224:
+        flags, student_size = '--model dearkd_tiny_patch16_224 --lr 5e-4', 224
+    else:
+        patch = 4 if size <= MAX_SMALL_SIDE else round(size / 8)
+        flags, student_size = '--model dearkd_nano_patch4_32', 8 * patch
+        if patch > 4:
+            flags += f' --img-size {student_size} --model-kwargs patch_size={patch}'
+    return flags + (f' --kd-teacher-img-size {size}' if is_far(size, student_size) else '')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

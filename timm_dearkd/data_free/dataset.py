@@ -4,6 +4,7 @@
 """
 import io
 import json
+import os
 import re
 import tarfile
 from pathlib import Path
@@ -16,7 +17,7 @@ from timm_dearkd.files import write_bytes, write_table
 
 from .look import encode_png
 
-__all__ = ['FORMATS', 'SyntheticSet', 'folder_name', 'read_settings']
+__all__ = ['FORMATS', 'SyntheticSet', 'check_folder', 'folder_name', 'read_settings']
 
 FORMATS = ('folder', 'wds')
 
@@ -32,7 +33,7 @@ class SyntheticSet:
         resume: Continue with the images in the folder.
 
     Raises:
-        ValueError: If the folder has other settings, images without `resume`, or other files.
+        ValueError: If the folder has other settings, or see `check_folder`.
     """
 
     def __init__(
@@ -51,21 +52,14 @@ class SyntheticSet:
         self.names = class_order(classes.values())  # as train.py numbers the folders
         self._samples: Dict[int, List[Image.Image]] = {}
         self._sampled: Set[Path] = set()
-        self._check(resume)
-
-    def _check(self, resume: bool) -> None:
-        saved = read_settings(str(self.root))
-        if saved:
-            keys = {*saved, *self.settings} - {'versions', 'num_images'}
-            differing = sorted(key for key in keys if saved.get(key) != self.settings.get(key))
-            if differing:
-                raise ValueError(
-                    f'{str(self.root)!r} has images made with another {", ".join(differing)}.'
-                    ' Choose another OUT, or use the settings in its settings.json.')
-            if not resume:
-                raise ValueError(f'{str(self.root)!r} has images. Add --resume to continue, or choose another OUT.')
-        elif self.root.exists() and any(self.root.iterdir()):
-            raise ValueError(f'{str(self.root)!r} is not empty and not a data set of this command. Choose another OUT.')
+        check_folder(root, resume)
+        saved = read_settings(root)
+        keys = {*saved, *self.settings} - {'versions', 'num_images'} if saved else ()
+        differing = sorted(key for key in keys if saved.get(key) != self.settings.get(key))
+        if differing:
+            raise ValueError(
+                f'{root!r} has images made with another {", ".join(differing)}. Choose another OUT, or use the settings'
+                ' in its settings.json.')
 
     def start(self) -> None:
         """Write the settings."""
@@ -200,6 +194,23 @@ class SyntheticSet:
             name='train', num_samples=len(kept), filenames=[f'train/{shard}' for shard in counts],
             shard_lengths=list(counts.values()))
         write_bytes(self.root / '_info.json', json.dumps(dict(splits=dict(train=split))).encode())
+
+
+def check_folder(root: str, resume: bool) -> None:
+    """Check that a data set may be written to a folder.
+
+    Raises:
+        ValueError: If it has images and `resume` is false, has other files, is a file, or cannot be written.
+    """
+    path = Path(root)
+    place = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f'{root!r} cannot be written: {str(place)!r} is no writable folder. Choose another OUT.')
+    if read_settings(root):
+        if not resume:
+            raise ValueError(f'{root!r} has images. Add --resume to continue, or choose another OUT.')
+    elif path.exists() and any(path.iterdir()):
+        raise ValueError(f'{root!r} is not empty and not a data set of this command. Choose another OUT.')
 
 
 def read_settings(root: str) -> Dict[str, Any]:

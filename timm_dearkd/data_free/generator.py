@@ -215,23 +215,28 @@ def run_pilot(
     inverter.resolutions = [Resolution(size, min(PILOT_STEPS, steps), lr)]
     scaled = () if inverter.diversity == 'none' else ('adi',) if inverter.diversity == 'adi' else ('ep', 'triplet')
     off = replace(first, **dict.fromkeys(scaled, 0.))  # type: ignore[arg-type]
-    chosen, result = _choose(inverter, targets, seed, [off] if 'bn' in kept else [
+    _logger.info(f'Pilot: trains generators for up to {PILOT_STEPS} steps each, to choose the weights of the losses.')
+    chosen, result = _choose(inverter, targets, seed, ('bn',), [off] if 'bn' in kept else [
         replace(off, bn=weight) for weight in PILOT_WEIGHTS])
     if scaled:
         free = [name for name in scaled if name not in kept]
-        chosen, result = _choose(inverter, targets, seed, [
+        chosen, result = _choose(inverter, targets, seed, ('bn', *scaled), [
             replace(first, bn=chosen.bn, **{name: getattr(first, name) * scale for name in free})
             for scale in (PILOT_SCALES if free else (1.,))])
     inverter.resolutions = resolutions
     chance = 1 / int(inverter.model.num_classes)  # type: ignore[arg-type]
     mirror = mirror and result.mirrored > (1 + chance) / 2
     inverter.set_choices(chosen, mirror)
-    flags = ', '.join(f'--{name}-weight {getattr(chosen, name):g}' for name in ('bn', *scaled))
     level = logging.INFO if result.recognised >= 0.5 else logging.WARNING
     _logger.log(
-        level, f'Pilot: {flags}. The CNN recognises {100 * result.recognised:.0f} % of the images, and the mirror'
-        f' images of {100 * result.mirrored:.0f} % of these. Images are {"" if mirror else "not "}mirrored.')
+        level, f'Pilot: {_flags(chosen, ("bn", *scaled))}. The CNN recognises {100 * result.recognised:.0f} % of the'
+        f' images, and the mirror images of {100 * result.mirrored:.0f} % of these. Images are'
+        f' {"" if mirror else "not "}mirrored.')
     return chosen, mirror
+
+
+def _flags(weights: LossWeights, names: Sequence[str]) -> str:
+    return ', '.join(f'--{name}-weight {getattr(weights, name):g}' for name in names)
 
 
 class _Result(NamedTuple):
@@ -244,9 +249,13 @@ def _choose(
         inverter: GeneratorInverter,
         targets: torch.Tensor,
         seed: int,
+        names: Sequence[str],
         candidates: Sequence[LossWeights],
 ) -> Tuple[LossWeights, _Result]:
-    """Return the first weights with which the CNN recognises `MIN_RECOGNISED` of the images, else the best ones."""
+    """Return the first weights with which the CNN recognises `MIN_RECOGNISED` of the images, else the best ones.
+
+    `names` are the weights to log.
+    """
     results: Dict[LossWeights, _Result] = {}
     for weights in candidates:
         inverter.set_choices(weights, mirror=False)
@@ -258,6 +267,9 @@ def _choose(
                 inverter.model(x.to(inverter.device)).argmax(1).cpu() == targets for x in (images, images.flip(3)))
         results[weights] = _Result(
             right.float().mean().item(), (right & mirrored).sum().item() / max(1, right.sum().item()))
+        _logger.info(
+            f'Pilot: {_flags(weights, names)}: the CNN recognises {100 * results[weights].recognised:.0f} % of the'
+            ' images.')
         if results[weights].recognised >= MIN_RECOGNISED:
             return weights, results[weights]
     if not results:
