@@ -501,7 +501,8 @@ class Teacher(nn.Module):
             raise ValueError(
                 f'The teacher knows {self.num_classes} classes, the student {num_classes}.'
                 " Map the student's classes to the teacher's (--kd-class-map), choose a teacher trained on the same"
-                f' classes (--kd-teacher-checkpoint), or set --num-classes {self.num_classes}.')
+                ' classes' + (
+                    f', or set --num-classes {self.num_classes}.' if self.num_classes > num_classes else '.'))
 
 
 def require_same_teacher(saved: object, own: object, also: str, flag: str) -> None:

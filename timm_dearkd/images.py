@@ -98,6 +98,8 @@ def look_at(
 
 
 def _has_class_folders(folder: str) -> bool:
+    if not os.path.isdir(folder):
+        return False
     with os.scandir(folder) as entries:
         return any(entry.is_dir() and not entry.name.startswith('.') for entry in entries)
 
@@ -133,6 +135,13 @@ def prepare_splits(data: str, output: str) -> str:
         ignored = f' Ignored: {", ".join(others)}.' if others else ''
         _logger.info(f'No validation images in {data!r}: a fifth of {splits[0]!r} is set aside.{ignored}')
     scan = scan_folder(root)
+    misnamed = [
+        name for name in sorted(os.listdir(root)) if name.casefold() in SPLIT_NAMES and name != name.casefold()
+        and _has_class_folders(os.path.join(root, name))]
+    if misnamed:
+        raise ValueError(
+            f'{root!r} has the folders {" and ".join(misnamed)}. If they are splits, rename them to train and'
+            ' validation.')
     if not scan.images:
         raise ValueError(f'No images in {root!r}. Put the images into one folder per class: {root}/CLASS/IMAGE.')
     check_class_folders(scan, is_training=True)
@@ -146,7 +155,8 @@ def split_images(scan: FolderScan, folder: Path, seed: int = 0) -> None:
     """Link the images of class folders as FOLDER/train/CLASS/* and FOLDER/validation/CLASS/*.
 
     A fifth of each class, drawn with the seed, is for validation, but at least one image of each class with two or
-    more. An existing split of the same images is kept. Nothing else is ever removed or overwritten.
+    more. An existing split of the same images is kept. One of other images is replaced if no run beside FOLDER has seen
+    it. Nothing else is ever removed or overwritten.
 
     Args:
         scan: The images, ROOT/CLASS/IMAGE.
@@ -171,11 +181,13 @@ def split_images(scan: FolderScan, folder: Path, seed: int = 0) -> None:
     record = json.dumps(dict(source=root, seed=seed, images=by_class), sort_keys=True)
     if folder.exists():
         written = folder / 'split.json'
-        if not written.exists() or written.read_text(encoding='utf-8') != record:
+        if written.exists() and written.read_text(encoding='utf-8') == record:
+            return
+        if not written.exists() or any(folder.parent.glob('*/args.yaml')):
             raise ValueError(
                 f'{str(folder)!r} exists, and is not a split of the images that {scan.root!r} has now. Set another'
-                ' --output.')
-        return
+                f' --output, or remove {str(folder.parent)!r}.')
+        shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix='.data-', dir=folder.parent))
     try:

@@ -109,7 +109,7 @@ def choose_training(images: Images, in_chans: int, device: torch.device, epochs:
     num_evaluations = min(MAX_EVALUATIONS, max(5, int(num_evaluations)))
     options: Dict[str, Any] = dict(
         in_chans=in_chans, batch_size=choose_batch_size(images.num_train), epochs=epochs,
-        warmup_epochs=max(1, epochs // 20), val_interval=max(1, epochs // num_evaluations))
+        warmup_epochs=min(max(1, epochs // 20), epochs - 1), val_interval=max(1, epochs // num_evaluations))
     if in_chans == 1:
         options.update(mean=[0.5], std=[0.5])
     if device.type == 'cuda':  # older GPUs emulate bfloat16

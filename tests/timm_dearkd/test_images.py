@@ -37,15 +37,21 @@ def test_a_fifth_of_each_class_is_for_validation(flat, tmp_path):
             assert (tmp_path / 'a' / split / path).samefile(flat / path)
 
 
-def test_the_same_images_keep_their_split_and_others_are_refused(flat, tmp_path):
+def test_the_same_images_keep_their_split_and_others_are_refused_after_a_run(flat, tmp_path):
     split_images(scan_folder(str(flat)), tmp_path / 'split')
     before = files(tmp_path / 'split')
     split_images(scan_folder(str(flat)), tmp_path / 'split')
     assert files(tmp_path / 'split') == before
     shutil.copy(flat / 'rust' / '0.png', flat / 'rust' / 'new.png')
-    with pytest.raises(ValueError, match='not a split of the images.*another --output'):
+    split_images(scan_folder(str(flat)), tmp_path / 'split')
+    after = files(tmp_path / 'split')
+    assert set.union(*after.values()) - set.union(*before.values()) == {'rust/new.png'}
+    (tmp_path / 'student').mkdir()
+    (tmp_path / 'student' / 'args.yaml').write_text('')
+    (flat / 'rust' / 'new.png').unlink()
+    with pytest.raises(ValueError, match='not a split of the images.*another --output, or remove'):
         split_images(scan_folder(str(flat)), tmp_path / 'split')
-    assert files(tmp_path / 'split') == before
+    assert files(tmp_path / 'split') == after
 
 
 @pytest.mark.parametrize('place', ['.', '..', '../..', 'inside', '../beside'])
@@ -95,7 +101,8 @@ def test_a_folder_without_a_validation_split(flat, tmp_path, caplog):
     (lambda root: shutil.copy(root / 'rust' / '0.png', root), 'itself'),
     (lambda root: [path.unlink() for path in [*root.rglob('*.png')] if path.name != '0.png'], 'No class.*two images'),
     (shutil.rmtree, 'No folder'),
-], ids=['nested', 'empty', 'loose image', 'one image each', 'no folder'])
+    (lambda root: shutil.copytree(root, root / 'Train'), 'rename them to train and validation'),
+], ids=['nested', 'empty', 'loose image', 'one image each', 'no folder', 'capitals'])
 def test_folders_that_are_no_classes_are_refused(flat, tmp_path, change, message):
     """As train.py refuses them, and before anything is written."""
     change(flat)

@@ -173,6 +173,18 @@ def _load_pairs(
     return loaded
 
 
+def find_root(folder: str) -> Path:
+    """Return the place of the class folders: the folder, or `train` in it.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise FileNotFoundError(f'No folder {folder!r}. Give one that has a folder of images for each class.')
+    return root / 'train' if (root / 'train').is_dir() else root
+
+
 def measure_diversity(
         folder: str,
         distance: Distance,
@@ -202,10 +214,7 @@ def measure_diversity(
         FileNotFoundError: If the folder does not exist.
         ValueError: If no class has two images, or no image can be read.
     """
-    root = Path(folder)
-    if not root.is_dir():
-        raise FileNotFoundError(f'No folder {folder!r}. Give one that has a folder of images for each class.')
-    root = root / 'train' if (root / 'train').is_dir() else root
+    root = find_root(folder)
     scan = scan_folder(str(root))
     numbers = index_by_name(scan.names)
     pairs = class_pairs([numbers[name] for _, name in scan.images], pairs_per_class, seed)
@@ -255,6 +264,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print a table with a row for each folder."""
     check_overwrite([Path(args.output)] if args.output else [], args.overwrite)
+    for folder in args.folders:
+        find_root(folder)
     device = find_device(args.device)
     distance: Union[FeatureDistance, LPIPSDistance]
     if args.model:

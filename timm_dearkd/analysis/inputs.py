@@ -1,5 +1,6 @@
 """Models, images and output files of the tools."""
 import argparse
+import itertools
 import logging
 import os
 from pathlib import Path
@@ -48,6 +49,8 @@ def add_output_arguments(parser: argparse.ArgumentParser, name: str) -> None:
 def output_files(args: argparse.Namespace, name: str, source: str, *endings: str) -> List[Path]:
     """Return the files that a tool writes: PREFIX and each ending.
 
+    If the default files exist, PREFIX-2, PREFIX-3, ... are free names beside them.
+
     Args:
         args: Options, see `add_output_arguments`.
         name: Last part of the default prefix.
@@ -61,7 +64,11 @@ def output_files(args: argparse.Namespace, name: str, source: str, *endings: str
     folder = source.removeprefix('local-dir:')
     is_folder = os.path.isdir(folder) and (folder != source or not is_model(source.split('.')[0]))
     prefix = Path(args.output or (Path(folder, 'analysis', name) if is_folder else name))
-    files = [prefix.with_name(f'{prefix.name}{ending}') for ending in endings]
+    for number in itertools.count(1):
+        suffix = '' if number == 1 else f'-{number}'
+        files = [prefix.with_name(f'{prefix.name}{suffix}{ending}') for ending in endings]
+        if args.output or args.overwrite or not any(file.exists() for file in files):
+            break
     check_overwrite(files, args.overwrite)
     return files
 

@@ -231,7 +231,7 @@ def open_folder(
         check_class_folders(scan, is_training)
         class_to_idx = index_by_name(scan.names)
     reader = ImageFolderReader(scan.root, scan.images, class_to_idx)
-    check_bit_depth(reader.samples, input_img_mode)
+    check_bit_depth(reader.samples, input_img_mode, is_training)
     return reader
 
 
@@ -397,22 +397,36 @@ def _first(names: Sequence[str]) -> str:
     return ', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
 
 
-def check_bit_depth(samples: Sequence[Tuple[str, int]], mode: str) -> None:
-    """Refuse image files with more than 8 bits per channel, if the mode has 8.
+def check_bit_depth(samples: Sequence[Tuple[str, int]], mode: str, is_training: bool) -> None:
+    """Refuse classes of images with more than 8 bits per channel, if the mode has 8.
 
-    Looks at the first image of each class, of 50 classes at most.
+    Looks at the first and the last image of each class, of 50 classes at most. If one of them has 8 bits, or an image
+    for validation is the only one, `SkipUnreadable` skips the others.
 
     Raises:
         ValueError: See `check_mode`.
     """
-    paths = list({label: path for path, label in reversed(samples)}.values())
-    for path in paths[::-(-len(paths) // NUM_BIT_DEPTH_CHECKS)]:
-        try:
-            with Image.open(path) as image:
-                found = image.mode
-        except UNREADABLE:
-            continue  # `SkipUnreadable` reports it when it is read
-        check_mode(path, found, mode)
+    first = {label: path for path, label in reversed(samples)}
+    last = {label: path for path, label in samples}
+    for label in list(first)[::-(-len(first) // NUM_BIT_DEPTH_CHECKS)]:
+        found = [_find_mode(path) for path in dict.fromkeys((first[label], last[label]))]
+        is_alone = first[label] == last[label]
+        if (is_training or not is_alone) and all(exceeds_8_bits(name, mode) for name in found):
+            check_mode(first[label], found[0], mode)
+
+
+def _find_mode(path: str) -> str:
+    """Return the Pillow mode of an image file; '' if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return image.mode
+    except UNREADABLE:
+        return ''  # `SkipUnreadable` reports it when it is read
+
+
+def resolve_link(path: str) -> str:
+    """Return the file that a link, such as those of `distill`, leads to; other paths as they are."""
+    return os.path.realpath(path) if os.path.islink(path) else path
 
 
 def exceeds_8_bits(found: str, mode: str) -> bool:
@@ -433,5 +447,5 @@ def check_mode(path: str, found: str, mode: str) -> None:
     """
     if exceeds_8_bits(found, mode):
         raise ValueError(
-            f'{path!r} has 16 bits per channel or more (mode {found}). Pillow clips such images to white. Convert it to'
-            ' 8 bits.')
+            f'{resolve_link(path)!r} has 16 bits per channel or more (mode {found}). Pillow clips such images to white.'
+            ' Convert it to 8 bits.')

@@ -245,7 +245,7 @@ class Recorder:
         if losses.get('ce_loss', 0.) > MAX_LOSS_AFTER_STAGE1 * reference and self.trainer.ranks.is_primary:
             _logger.warning(
                 f'After stage I the label loss is {losses["ce_loss"]:.3g}, and that {name} is {reference:.3g}. The'
-                ' student has hardly learned. Try -c small_folder, another --lr, or more --epochs.')
+                ' student has hardly learned. Try another --lr, or more --epochs.')
 
     def _first_label_loss(self) -> float:
         """Return the label loss of the first epoch; infinity before it has a row."""

@@ -10,7 +10,7 @@ from PIL import Image
 from timm.data import IterableImageDataset
 from torch.utils.data import Dataset
 
-from .image_folder import check_mode, exceeds_8_bits
+from .image_folder import check_mode, exceeds_8_bits, resolve_link
 
 __all__ = ['ClassFraction', 'Sample', 'SkipHighBitDepth', 'SkipUnreadable', 'set_image_mode']
 
@@ -115,7 +115,8 @@ class SkipUnreadable(_Wrapper):
             raise ValueError(f'{self._name(index)!r} cannot be read as an image ({" ".join(str(e).split())}).') from e
 
     def _name(self, index: int) -> str:
-        return self.dataset.filename(index, absolute=True) or f'image {index}'
+        name = self.dataset.filename(index, absolute=True)
+        return resolve_link(name) if name else f'image {index}'
 
 
 class SkipHighBitDepth(IterableImageDataset):

@@ -47,7 +47,7 @@ TOOLS = {
 
 
 @pytest.mark.parametrize('tool', TOOLS)
-def test_tools_write_beside_the_run_and_not_twice(tool, folder, capsys):
+def test_tools_write_beside_the_run_and_beside_earlier_files(tool, folder, capsys):
     args, expected = TOOLS[tool]
     before = files(folder)
     main(args)
@@ -57,8 +57,12 @@ def test_tools_write_beside_the_run_and_not_twice(tool, folder, capsys):
     assert all(name in out for name in new)
     for path in new:
         (folder / path).write_bytes(b'mine')
+    main(args)
+    prefix = os.path.commonprefix([name.partition('.')[0] for name in new])
+    numbered = {f'{prefix}-2{name.removeprefix(prefix)}' for name in new}
+    assert files(folder) - before - new == numbered and all(name in capsys.readouterr().out for name in [*numbered][:1])
     with pytest.raises(SystemExit) as e:
-        run_command('analysis', main, args)
+        run_command('analysis', main, [*args, '--output', str(folder / sorted(new)[0]).rpartition('.')[0]])
     output = capsys.readouterr()
     assert e.value.code == 2 and not output.out
     assert 'exists. Add --overwrite to replace it, or set another --output.' in output.err.strip().splitlines()[-1]

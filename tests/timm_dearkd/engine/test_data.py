@@ -149,15 +149,24 @@ def test_deep_images_are_refused(mode, name, image_folder, tmp_path):
     Image.fromarray(np.full((8, 8), 30_000, {'I;16': np.uint16, 'I': np.int32, 'F': np.float32}[mode])).save(path)
     for wanted in ('RGB', 'L'):
         with pytest.raises(ValueError, match=f'rust/{name}.*mode {mode}.*Convert it to 8 bits'):
-            open_dataset('', str(root), 'train', input_img_mode=wanted)
+            open_dataset('', str(root), 'train', input_img_mode=wanted, is_training=True)
     assert len(open_dataset('', str(root), 'train', input_img_mode='F'))  # what asks for it gets it
+    shutil.copy(path, path.parent / f'1{path.suffix}')
+    with pytest.raises(ValueError, match='Convert it to 8 bits'):
+        open_dataset('', str(root), 'train')
+    for place in ('first', 'last'):  # among others, it is skipped when it is read
+        shutil.rmtree(path.parent)
+        shutil.copytree(root / 'train' / 'grass', path.parent)
+        names = sorted(os.listdir(path.parent))
+        Image.new('I;16', (8, 8)).save(path.parent / names[0 if place == 'first' else -1])
+        assert len(open_dataset('', str(root), 'train', is_training=True))
     for i in range(60):  # of many classes, not every one is looked at
         shutil.copytree(root / 'train' / 'grass', root / 'train' / str(i))
     opened = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Image, 'open', lambda path: opened.append(path) or Image.new('L', (8, 8)))
         open_dataset('', str(root), 'train')
-    assert 25 <= len(opened) <= 50
+    assert 50 <= len(opened) <= 100
 
 
 def test_image_mode(image_folder):
