@@ -3,9 +3,9 @@ import csv
 import io
 import os
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, Sequence
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence
 
-__all__ = ['append_row', 'create_file', 'write_bytes', 'write_table', 'write_text']
+__all__ = ['append_row', 'create_file', 'find_obstacle', 'write_bytes', 'write_table', 'write_text']
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -33,6 +33,12 @@ def create_file(path: Path, content: bytes) -> None:
     except OSError:  # a file system without links
         os.replace(complete, path)
     complete.unlink(missing_ok=True)
+
+
+def find_obstacle(path: Path) -> Optional[Path]:
+    """Return the file or the read-only folder that prevents writing into a folder; None if nothing does."""
+    place = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    return None if place.is_dir() and os.access(place, os.W_OK) else place
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:

@@ -16,8 +16,11 @@ from .engine.image_folder import (
     UNREADABLE,
     FolderScan,
     check_class_folders,
+    check_split_names,
     class_order,
+    exceeds_8_bits,
     find_splits,
+    has_class_folders,
     open_folder,
     scan_folder,
     warn_of_other_types,
@@ -86,6 +89,8 @@ def look_at(
                 image.load()
         except UNREADABLE:
             continue  # train.py names and skips it
+        if exceeds_8_bits(image.mode, kwargs.get('input_img_mode', 'RGB')):
+            continue  # in the same way
         samples.append(path)
         sides.append(min(image.size))
         modes.add(image.mode)
@@ -95,13 +100,6 @@ def look_at(
     return Images(
         round(train_fraction * len(images)), num_validation, len(set(reader.class_to_idx.values())),
         sorted(sides)[len(sides) // 2], modes <= {'L', '1'}, samples)
-
-
-def _has_class_folders(folder: str) -> bool:
-    if not os.path.isdir(folder):
-        return False
-    with os.scandir(folder) as entries:
-        return any(entry.is_dir() and not entry.name.startswith('.') for entry in entries)
 
 
 def _check_classes(root: str, names: Collection[str]) -> None:
@@ -119,11 +117,12 @@ def prepare_splits(data: str, output: str) -> str:
 
     Raises:
         FileNotFoundError: If `data` is no folder.
-        ValueError: If the folder does not allow a split, or if OUTPUT/data has other images.
+        ValueError: If the folder does not allow a split, or see `split_images`.
     """
     if not os.path.isdir(data):
         raise FileNotFoundError(f'No folder {data!r}. Give a folder with one folder of images per class.')
-    splits = [name for name in find_splits(data) if _has_class_folders(os.path.join(data, name))]
+    check_split_names(data)
+    splits = [name for name in find_splits(data) if has_class_folders(os.path.join(data, name))]
     if len(splits) > 1:
         return data
     root = data
@@ -135,13 +134,6 @@ def prepare_splits(data: str, output: str) -> str:
         ignored = f' Ignored: {", ".join(others)}.' if others else ''
         _logger.info(f'No validation images in {data!r}: a fifth of {splits[0]!r} is set aside.{ignored}')
     scan = scan_folder(root)
-    misnamed = [
-        name for name in sorted(os.listdir(root)) if name.casefold() in SPLIT_NAMES and name != name.casefold()
-        and _has_class_folders(os.path.join(root, name))]
-    if misnamed:
-        raise ValueError(
-            f'{root!r} has the folders {" and ".join(misnamed)}. If they are splits, rename them to train and'
-            ' validation.')
     if not scan.images:
         raise ValueError(f'No images in {root!r}. Put the images into one folder per class: {root}/CLASS/IMAGE.')
     check_class_folders(scan, is_training=True)
@@ -179,25 +171,35 @@ def split_images(scan: FolderScan, folder: Path, seed: int = 0) -> None:
         raise ValueError(
             f'No class in {scan.root!r} has two images, so there is none for validation. Add images.')
     record = json.dumps(dict(source=root, seed=seed, images=by_class), sort_keys=True)
-    if folder.exists():
-        written = folder / 'split.json'
-        if written.exists() and written.read_text(encoding='utf-8') == record:
-            return
-        if not written.exists() or any(folder.parent.glob('*/args.yaml')):
-            raise ValueError(
-                f'{str(folder)!r} exists, and is not a split of the images that {scan.root!r} has now. Set another'
-                f' --output, or remove {str(folder.parent)!r}.')
-        shutil.rmtree(folder)
+    written = folder / 'split.json'
+    if written.exists() and written.read_text(encoding='utf-8') == record:
+        return
+    if folder.exists() and (any(folder.parent.glob('*/args.yaml')) or not _is_removable(folder)):
+        raise ValueError(
+            f'{str(folder)!r} exists, and is not a split of the images that {scan.root!r} has now. Set another'
+            ' --output.')
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix='.data-', dir=folder.parent))
     try:
         _write_split(scan.root, by_class, temporary, seed)
         (temporary / 'split.json').write_text(record, encoding='utf-8')
         temporary.chmod(0o755)
+        if folder.exists():
+            old = temporary.with_name(f'{temporary.name}-old')
+            os.rename(folder, old)
+            shutil.rmtree(old)
         os.rename(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _is_removable(folder: Path) -> bool:
+    """Return whether a folder has nothing but a `split.json` of `split_images`, and links."""
+    written = folder / 'split.json'
+    if folder.is_symlink() or not written.is_file() or not written.read_text('utf-8').startswith('{"images": {'):
+        return False
+    return all(path.is_symlink() or path.is_dir() or path == written for path in folder.rglob('*'))
 
 
 def _write_split(root: str, by_class: Dict[str, List[str]], folder: Path, seed: int) -> None:

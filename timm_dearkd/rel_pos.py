@@ -404,7 +404,6 @@ def _round(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return ((x.contiguous().view(torch.int32) + (1 << (bits - 1))) & -(1 << bits)).view(torch.float32)
 
 
-@torch.fx.wrap
 @register_notrace_function
 def append_positions(
         qkv: torch.Tensor,

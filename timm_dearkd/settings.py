@@ -29,7 +29,7 @@ def choose_batch_size(num_images: int) -> int:
 
 
 def is_far(size: int, other: int) -> bool:
-    """Return whether a CNN that was trained at one size gives wrong labels at the other."""
+    """Return whether two image sizes differ so much that a CNN of one gives wrong labels at the other (our choice)."""
     return max(size, other) > 1.5 * min(size, other)
 
 

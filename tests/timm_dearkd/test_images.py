@@ -49,7 +49,7 @@ def test_the_same_images_keep_their_split_and_others_are_refused_after_a_run(fla
     (tmp_path / 'student').mkdir()
     (tmp_path / 'student' / 'args.yaml').write_text('')
     (flat / 'rust' / 'new.png').unlink()
-    with pytest.raises(ValueError, match='not a split of the images.*another --output, or remove'):
+    with pytest.raises(ValueError, match='not a split of the images.*another --output'):
         split_images(scan_folder(str(flat)), tmp_path / 'split')
     assert files(tmp_path / 'split') == after
 
@@ -63,6 +63,22 @@ def test_nothing_is_removed_or_overwritten(flat, tmp_path, place):
     with pytest.raises(ValueError, match='inside the images|not a split of the images'):
         split_images(scan_folder(str(flat)), flat / place)
     assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == before
+
+
+def test_files_beside_the_links_of_a_split_are_kept(flat, tmp_path):
+    for place, content in (('split.json', '{"train": ["a"]}'), ('data/split.json', None)):
+        folder = tmp_path / place.replace('.', '_') / 'data'
+        if content:
+            folder.mkdir(parents=True)
+            (folder / 'split.json').write_text(content)
+        else:
+            split_images(scan_folder(str(flat)), folder)
+            (folder / 'train' / 'grass' / 'mine.png').write_bytes(b'mine')
+            shutil.copy(flat / 'rust' / '0.png', flat / 'rust' / 'new.png')
+        before = sorted(folder.rglob('*'))
+        with pytest.raises(ValueError, match='not a split of the images'):
+            split_images(scan_folder(str(flat)), folder)
+        assert sorted(folder.rglob('*')) == before
 
 
 def test_an_interrupted_split_leaves_nothing(flat, tmp_path, monkeypatch):
@@ -101,7 +117,7 @@ def test_a_folder_without_a_validation_split(flat, tmp_path, caplog):
     (lambda root: shutil.copy(root / 'rust' / '0.png', root), 'itself'),
     (lambda root: [path.unlink() for path in [*root.rglob('*.png')] if path.name != '0.png'], 'No class.*two images'),
     (shutil.rmtree, 'No folder'),
-    (lambda root: shutil.copytree(root, root / 'Train'), 'rename them to train and validation'),
+    (lambda root: [shutil.copytree(root / 'rust', root / x / 'rust') for x in ('train', 'Val')], "'Val' to 'val'"),
 ], ids=['nested', 'empty', 'loose image', 'one image each', 'no folder', 'capitals'])
 def test_folders_that_are_no_classes_are_refused(flat, tmp_path, change, message):
     """As train.py refuses them, and before anything is written."""

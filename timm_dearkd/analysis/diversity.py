@@ -173,7 +173,7 @@ def _load_pairs(
     return loaded
 
 
-def find_root(folder: str) -> Path:
+def _find_root(folder: str) -> Path:
     """Return the place of the class folders: the folder, or `train` in it.
 
     Raises:
@@ -214,7 +214,7 @@ def measure_diversity(
         FileNotFoundError: If the folder does not exist.
         ValueError: If no class has two images, or no image can be read.
     """
-    root = find_root(folder)
+    root = _find_root(folder)
     scan = scan_folder(str(root))
     numbers = index_by_name(scan.names)
     pairs = class_pairs([numbers[name] for _, name in scan.images], pairs_per_class, seed)
@@ -265,7 +265,7 @@ def run(args: argparse.Namespace) -> None:
     """Print a table with a row for each folder."""
     check_overwrite([Path(args.output)] if args.output else [], args.overwrite)
     for folder in args.folders:
-        find_root(folder)
+        _find_root(folder)  # before the networks are loaded
     device = find_device(args.device)
     distance: Union[FeatureDistance, LPIPSDistance]
     if args.model:

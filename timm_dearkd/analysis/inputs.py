@@ -18,6 +18,7 @@ from timm_dearkd.engine.data import spread
 from timm_dearkd.engine.distillation import label_names as saved_names
 from timm_dearkd.engine.image_folder import check_mode, class_order, index_by_name, normal_name, scan_folder
 from timm_dearkd.engine.process import find_device
+from timm_dearkd.files import find_obstacle
 
 __all__ = [
     'ImageFiles', 'add_model_arguments', 'add_output_arguments', 'check_overwrite', 'class_names', 'find_images',
@@ -82,8 +83,8 @@ def check_overwrite(files: Sequence[Path], overwrite: bool) -> None:
     for file in files:
         if file.exists() and not overwrite:
             raise ValueError(f'{str(file)!r} exists. Add --overwrite to replace it, or set another --output.')
-        parent = next(parent for parent in file.absolute().parents if parent.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
+        parent = find_obstacle(file.absolute().parent)
+        if parent:
             raise ValueError(f'{str(file)!r} cannot be written: no write access to {str(parent)!r}. Set --output.')
 
 

@@ -2,8 +2,6 @@
 import argparse
 import logging
 import math
-import shlex
-import sys
 import time
 from dataclasses import replace
 from typing import Any, Callable, Collection, Dict, List, Optional, Sequence, Tuple
@@ -24,7 +22,6 @@ from distill_hooks.teacher import input_normalisation, weights_fingerprint
 from timm_dearkd.commands import add_device, natural_int, positive_int, run_command
 from timm_dearkd.engine.process import Precision, Ranks, check_backend, compile_errors, select_device
 from timm_dearkd.files import write_bytes
-from timm_dearkd.settings import MAX_SMALL_SIDE, is_far
 
 from .classes import match_classes, parse_classes, read_class_names
 from .dataset import FORMATS, SyntheticSet, check_folder, read_settings
@@ -41,6 +38,7 @@ from .inversion import (
 )
 from .judge import Judge
 from .look import contact_sheet, loss_curves
+from .student import train_command
 
 _logger = logging.getLogger(__name__)
 
@@ -135,7 +133,7 @@ def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 MAX_GENERATED = 1920  # images of a generator, in a batch
-RECIPE_BATCH_SIZE = 32  # of the recipe data_free
+LOG_INTERVAL = 60.  # seconds, where there is no terminal for a progress bar
 BN_NORMS = ('absolute', 'relative', 'averaged')
 WEIGHTS = ('tv', 'l2', 'bn', 'first_bn', 'ep', 'triplet', 'adi')
 
@@ -358,14 +356,17 @@ def make_images(
     """
     steps = sum(resolution.steps for resolution in inverter.resolutions)
     made = kept = 0
-    interval = 0.1 if sys.stderr.isatty() else 60.  # seconds; a log file gets a line per minute
+    disable = None if ranks.is_primary else True  # None shows the bar on a terminal only
     with tqdm(
-            total=len(todo) * steps, disable=not (ranks.is_primary and todo), unit='step', dynamic_ncols=True,
-            mininterval=interval) as bar, logging_redirect_tqdm():
-        start = time.perf_counter()
+            total=len(todo) * steps, disable=disable, unit='step', dynamic_ncols=True) as bar, logging_redirect_tqdm():
+        start = logged = time.perf_counter()
         for number, batch in enumerate(todo):
             def progress(step: int, before: int = number * steps) -> None:
+                nonlocal logged
                 bar.update(before + step - bar.n)
+                if bar.disable and ranks.is_primary and time.perf_counter() - logged > LOG_INTERVAL:
+                    logged = time.perf_counter()
+                    _logger.info(f'{before + step} of {len(todo) * steps} steps.')
 
             began = time.perf_counter()
             images, losses = make_batch(batch, targets[batch], inverter, seed, progress)
@@ -426,55 +427,13 @@ def report(args: argparse.Namespace, dataset: SyntheticSet, inverter: Inverter) 
         print(f'{args.model} gives {sure} of the images a probability above 0.5 for their class.')
     if losses and counts['sure'] < counts['made'] / 2:
         _logger.warning(advise(inverter.weights, inverter.diversity, losses))
-    if not counts['kept']:
+    if counts['kept'] < 2:
         return
     missing = len(dataset.classes) - len(class_map)
     if missing:
         _logger.warning(f'{missing} of {len(dataset.classes)} classes have no image that was kept.')
-    print(f'Train on them: {train_command(args, str(dataset.root), counts["kept"], class_map, inverter)}')
-
-
-def train_command(
-        args: argparse.Namespace,
-        folder: str,
-        num_images: int,
-        class_map: Sequence[int],
-        inverter: Inverter,
-) -> str:
-    """Return the command that trains a student on the images.
-
-    Args:
-        args: Options of this command.
-        folder: Folder of the data set.
-        num_images: Number of images in it.
-        class_map: The CNN's class for each class of the data set.
-        inverter: Made the images.
-    """
-    model: Any = inverter.model
-    root = shlex.quote(folder)
-    data = f'{root} --val-split ""' if args.format == 'folder' else (
-        f'{root} --dataset wds/ --train-split train --val-split "" --num-classes {len(class_map)}')
-    map_flag = '' if class_map == list(range(model.num_classes)) else f' --kd-class-map {root}/kd_class_map.txt'
-    checkpoint = f' --kd-teacher-checkpoint {shlex.quote(args.checkpoint)}' if args.checkpoint else ''
-    channels = {1: ' --in-chans 1', 2: ' --in-chans 2 --input-img-mode LA', 3: '',
-                4: ' --in-chans 4 --input-img-mode RGBA'}[model.in_chans]
-    flip = '' if args.mirror else ' --hflip 0'
-    # Mixup needs even batches
-    batch = '' if num_images >= RECIPE_BATCH_SIZE else f' --batch-size {max(2, num_images // 2 * 2)}'
-    return (f'timm-dearkd train {data}{channels} -c data_free {_student_flags(inverter.size)}'
-            f' --kd-model-name {shlex.quote(args.model)}{checkpoint}{map_flag}{flip}{batch}')
-
-
-def _student_flags(size: int) -> str:
-    """Return the flags of a student for images of a size: a small one with 64 patches, or one of 224 pixels."""
-    if not is_far(size, 224) or size > 224:
-        flags, student_size = '--model dearkd_tiny_patch16_224 --lr 5e-4', 224
-    else:
-        patch = 4 if size <= MAX_SMALL_SIDE else round(size / 8)
-        flags, student_size = '--model dearkd_nano_patch4_32', 8 * patch
-        if patch > 4:
-            flags += f' --img-size {student_size} --model-kwargs patch_size={patch}'
-    return flags + (f' --kd-teacher-img-size {size}' if is_far(size, student_size) else '')
+    command = train_command(args, str(dataset.root), counts['kept'], class_map, inverter.model, inverter.size)
+    print(f'Train on them: {command}')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

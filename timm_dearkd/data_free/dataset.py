@@ -4,7 +4,6 @@
 """
 import io
 import json
-import os
 import re
 import tarfile
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, Dict, Iterator, List, Sequence, Set, Tuple
 from PIL import Image
 
 from timm_dearkd.engine.image_folder import class_order, normal_name
-from timm_dearkd.files import write_bytes, write_table
+from timm_dearkd.files import find_obstacle, write_bytes, write_table
 
 from .look import encode_png
 
@@ -33,7 +32,7 @@ class SyntheticSet:
         resume: Continue with the images in the folder.
 
     Raises:
-        ValueError: If the folder has other settings, or see `check_folder`.
+        ValueError: If the folder has images made with other settings, or see `check_folder`.
     """
 
     def __init__(
@@ -203,12 +202,13 @@ def check_folder(root: str, resume: bool) -> None:
         ValueError: If it has images and `resume` is false, has other files, is a file, or cannot be written.
     """
     path = Path(root)
-    place = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise ValueError(f'{root!r} cannot be written: {str(place)!r} is no writable folder. Choose another OUT.')
+    place = find_obstacle(path)
+    if place:
+        raise ValueError(f'{root!r} cannot be written: {str(place)!r} is not a writable folder. Choose another OUT.')
     if read_settings(root):
         if not resume:
-            raise ValueError(f'{root!r} has images. Add --resume to continue, or choose another OUT.')
+            raise ValueError(
+                f'{root!r} has images. Add --resume to continue with the same settings, or choose another OUT.')
     elif path.exists() and any(path.iterdir()):
         raise ValueError(f'{root!r} is not empty and not a data set of this command. Choose another OUT.')
 

@@ -215,7 +215,7 @@ def run_pilot(
     inverter.resolutions = [Resolution(size, min(PILOT_STEPS, steps), lr)]
     scaled = () if inverter.diversity == 'none' else ('adi',) if inverter.diversity == 'adi' else ('ep', 'triplet')
     off = replace(first, **dict.fromkeys(scaled, 0.))  # type: ignore[arg-type]
-    _logger.info(f'Pilot: trains generators for up to {PILOT_STEPS} steps each, to choose the weights of the losses.')
+    _logger.info(f'Pilot: trains generators for {min(PILOT_STEPS, steps)} steps each, to choose weights of losses.')
     chosen, result = _choose(inverter, targets, seed, ('bn',), [off] if 'bn' in kept else [
         replace(off, bn=weight) for weight in PILOT_WEIGHTS])
     if scaled:
@@ -254,13 +254,19 @@ def _choose(
 ) -> Tuple[LossWeights, _Result]:
     """Return the first weights with which the CNN recognises `MIN_RECOGNISED` of the images, else the best ones.
 
-    `names` are the weights to log.
+    Args:
+        inverter: Trains the generators.
+        targets: Classes (B,) of the images.
+        seed: Random seed.
+        names: Weights to log.
+        candidates: Weights to try.
     """
     results: Dict[LossWeights, _Result] = {}
     for weights in candidates:
         inverter.set_choices(weights, mirror=False)
         images = inverter.run(targets, seed)
         if images is None:
+            _logger.info(f'Pilot: {_flags(weights, names)}: the loss is not finite.')
             continue
         with torch.no_grad():
             right, mirrored = (

@@ -6,7 +6,7 @@ import os
 import pickle
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property
 from mimetypes import guess_type
@@ -21,15 +21,15 @@ from timm.utils.misc import natural_key
 
 __all__ = [
     'UNREADABLE', 'FolderScan', 'ImageFolderReader', 'check_bit_depth', 'check_class_folders', 'check_mode',
-    'class_order',
-    'exceeds_8_bits', 'find_splits', 'image_types', 'index_by_name', 'is_image_file', 'normal_label', 'normal_name',
-    'normal_names', 'open_folder', 'read_class_map', 'resolve_class_map', 'scan_folder', 'split_folder',
-    'warn_of_other_types',
+    'check_split_names', 'class_order', 'exceeds_8_bits', 'find_splits', 'has_class_folders', 'image_types',
+    'index_by_name', 'is_image_file', 'normal_label', 'normal_name', 'normal_names', 'open_folder', 'read_class_map',
+    'resolve_class_map', 'resolve_link', 'scan_folder', 'split_folder', 'warn_of_other_types',
 ]
 
 _logger = logging.getLogger(__name__)
 
-NUM_BIT_DEPTH_CHECKS = 50
+NUM_BIT_DEPTH_CHECKS = 50  # classes
+NUM_BIT_DEPTH_IMAGES = 10  # of a class
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # Pillow raises these
 NUM_DIGEST_FILES = 20
 _HIGH_BIT_DEPTH_MODES = ('I', 'F')
@@ -216,7 +216,7 @@ def open_folder(
 
     Raises:
         FileNotFoundError: If the split or the class map does not exist.
-        ValueError: If there are no images, the folders are not classes, or an image has more than 8 bits.
+        ValueError: If there are no images, the folders are not classes, or see `check_bit_depth`.
     """
     folder = split_folder(root, split)
     scan = scan_folder(folder, input_key.split(';') if input_key else None)
@@ -270,7 +270,27 @@ def split_folder(root: str, split: str) -> str:
         splits = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith('.'))
         what = f'No folder {split!r}, neither here nor' if is_path else f'No split {split!r}'
         raise FileNotFoundError(f'{what} in image folder {root!r}. There are: {", ".join(splits)}.')
+    check_split_names(root)
     return root
+
+
+def has_class_folders(folder: str) -> bool:
+    """Return whether a path is a folder with folders in it."""
+    if not os.path.isdir(folder):
+        return False
+    with os.scandir(folder) as entries:
+        return any(entry.is_dir() and not entry.name.startswith('.') for entry in entries)
+
+
+def check_split_names(root: str) -> None:
+    """Refuse folders of classes with the name of a split in capitals, which would be taken for classes or ignored."""
+    known = (*_TRAIN_SPLITS, *_EVAL_SPLITS)
+    misnamed = [
+        name for name in sorted(os.listdir(root)) if name not in known and name.lower() in known
+        and has_class_folders(os.path.join(root, name))]
+    if misnamed:
+        changes = ' and '.join(f'{name!r} to {name.lower()!r}' for name in misnamed)
+        raise ValueError(f'The splits of {root!r} must have lower-case names. Rename {changes}.')
 
 
 def check_class_folders(scan: FolderScan, is_training: bool) -> None:
@@ -400,33 +420,44 @@ def _first(names: Sequence[str]) -> str:
 def check_bit_depth(samples: Sequence[Tuple[str, int]], mode: str, is_training: bool) -> None:
     """Refuse classes of images with more than 8 bits per channel, if the mode has 8.
 
-    Looks at the first and the last image of each class, of 50 classes at most. If one of them has 8 bits, or an image
-    for validation is the only one, `SkipUnreadable` skips the others.
+    Looks at the first and the last image of each class, of 50 classes at most, and if one of them has more bits, at ten
+    of the class. If fewer than half of these have, or the class has one image for validation, `SkipUnreadable` skips
+    such images.
+
+    Args:
+        samples: Path and class index of each image.
+        mode: Pillow mode to convert the images to.
+        is_training: Whether every class must have images.
 
     Raises:
-        ValueError: See `check_mode`.
+        ValueError: If most images of a class have more than 8 bits per channel, and the mode has 8.
     """
-    first = {label: path for path, label in reversed(samples)}
-    last = {label: path for path, label in samples}
-    for label in list(first)[::-(-len(first) // NUM_BIT_DEPTH_CHECKS)]:
-        found = [_find_mode(path) for path in dict.fromkeys((first[label], last[label]))]
-        is_alone = first[label] == last[label]
-        if (is_training or not is_alone) and all(exceeds_8_bits(name, mode) for name in found):
-            check_mode(first[label], found[0], mode)
+    by_class: Dict[int, List[str]] = defaultdict(list)
+    for path, label in samples:
+        by_class[label].append(path)
 
+    def is_deep(path: str) -> bool:
+        try:
+            with Image.open(path) as image:
+                return exceeds_8_bits(image.mode, mode)
+        except UNREADABLE:
+            return False  # `SkipUnreadable` reports it when it is read
 
-def _find_mode(path: str) -> str:
-    """Return the Pillow mode of an image file; '' if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return image.mode
-    except UNREADABLE:
-        return ''  # `SkipUnreadable` reports it when it is read
+    for paths in list(by_class.values())[::-(-len(by_class) // NUM_BIT_DEPTH_CHECKS)]:
+        if not (is_deep(paths[0]) or is_deep(paths[-1])) or (len(paths) == 1 and not is_training):
+            continue
+        seen = paths[::-(-len(paths) // NUM_BIT_DEPTH_IMAGES)]
+        deep = [path for path in seen if is_deep(path)]
+        if 2 * len(deep) > len(seen):
+            raise ValueError(
+                'Most images of a class have 16 bits per channel or more, such as'
+                f' {resolve_link(deep[0])!r}. Pillow clips them to white. Convert them to 8 bits.')
 
 
 def resolve_link(path: str) -> str:
-    """Return the file that a link, such as those of `distill`, leads to; other paths as they are."""
-    return os.path.realpath(path) if os.path.islink(path) else path
+    """Return the target of an absolute link, such as those of `distill`; other paths as they are."""
+    target = os.readlink(path) if os.path.islink(path) else ''
+    return target if os.path.isabs(target) else path
 
 
 def exceeds_8_bits(found: str, mode: str) -> bool:

@@ -148,11 +148,11 @@ def test_deep_images_are_refused(mode, name, image_folder, tmp_path):
     path.parent.mkdir()
     Image.fromarray(np.full((8, 8), 30_000, {'I;16': np.uint16, 'I': np.int32, 'F': np.float32}[mode])).save(path)
     for wanted in ('RGB', 'L'):
-        with pytest.raises(ValueError, match=f'rust/{name}.*mode {mode}.*Convert it to 8 bits'):
+        with pytest.raises(ValueError, match=f'rust/{name}.*Convert them to 8 bits'):
             open_dataset('', str(root), 'train', input_img_mode=wanted, is_training=True)
     assert len(open_dataset('', str(root), 'train', input_img_mode='F'))  # what asks for it gets it
     shutil.copy(path, path.parent / f'1{path.suffix}')
-    with pytest.raises(ValueError, match='Convert it to 8 bits'):
+    with pytest.raises(ValueError, match='Convert them to 8 bits'):
         open_dataset('', str(root), 'train')
     for place in ('first', 'last'):  # among others, it is skipped when it is read
         shutil.rmtree(path.parent)
