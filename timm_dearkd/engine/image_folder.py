@@ -421,8 +421,8 @@ def check_bit_depth(samples: Sequence[Tuple[str, int]], mode: str, is_training: 
     """Refuse classes of images with more than 8 bits per channel, if the mode has 8.
 
     Looks at the first and the last image of each class, of 50 classes at most, and if one of them has more bits, at ten
-    of the class. If fewer than half of these have, or the class has one image for validation, `SkipUnreadable` skips
-    such images.
+    of the class. If at most half of these have, or the class has one image for validation, `SkipUnreadable` skips such
+    images.
 
     Args:
         samples: Path and class index of each image.

@@ -108,7 +108,7 @@ class SkipUnreadable(_Wrapper):
             raise ValueError(f'{self._name(index)!r} cannot be read as an image.') from e
         except Image.DecompressionBombError as e:
             raise ValueError(f'{self._name(index)!r} cannot be read as an image ({e}).') from e
-        if exceeds_8_bits(image.mode, self.input_img_mode):
+        if exceeds_8_bits(image.mode, self.input_img_mode):  # first, because the name of each image takes time
             check_mode(self._name(index), image.mode, self.input_img_mode)
         try:
             return image.convert(self.input_img_mode), *rest
