@@ -31,6 +31,7 @@ NUM_ROUNDS = 3
 FILLS = ('edge', 'black')  # columns
 REAL = 'real images'
 LONGER = ', twice the epochs'
+VIT, VIT_MORE = 'plain ViT on real images', 'plain ViT on four times as many real images'
 # Share of the images to which a CNN gives over half of its probability for their class: the CNN that they were
 # synthesised from, and one with other weights
 IMAGE_FIGURES = {'recognised by its CNN, %': 'sure', 'by another CNN, %': 'recognised'}
@@ -143,8 +144,10 @@ def recipe_sets(scale: Scale, seed: int) -> Dict[str, Tuple[str, Optional[Cell]]
 
 
 def recipe_entries(scale: Scale, seeds: Sequence[int]) -> List[Entry]:
-    """Return the students of the recipe `data_free`, in a column for each fill."""
+    """Return the students of the recipe `data_free`, in a column for each fill, and plain ViTs to compare them with."""
     by_seed = {seed: recipe_sets(scale, seed) for seed in seeds}
+    paper = {MODES[name][0]: MODES[name][1] for name in ('none', 'intra')}
+    paper[ROUNDS] = MODES['adi'][1]
     entries = []
     for label, (name, _) in by_seed[seeds[0]].items():
         longer = [(label + LONGER, f'{name}_longer', 2)] if label in (GENERATED['generator'], REAL) else []
@@ -152,19 +155,28 @@ def recipe_entries(scale: Scale, seeds: Sequence[int]) -> List[Entry]:
             for fill in FILLS:
                 cells = tuple(
                     recipe_student(scale, run, by_seed[seed][label][1], fill, seed, factor=factor) for seed in seeds)
-                entries.append(Entry(row, fill, cells, None, 'real' if label == REAL else f'synthetic {fill}'))
+                entries.append(Entry(
+                    row, fill, cells, paper.get(row) if fill == FILLS[0] else None,
+                    'real' if label == REAL else f'synthetic {fill}'))
+    for row, fraction in ((VIT, scale.ablation_fraction), (VIT_MORE, scale.fractions[-1])):
+        cells = students(scale, 'vit', methods(scale)['vit'], fraction, seeds)
+        entries.append(Entry(row, 'top-1', cells, None, 'ViT'))
     return entries
 
 
 def recipe_claims() -> List[Claim]:
     """Return the paper's order under the recipe `data_free`, and our own comparisons."""
-    none, intra = MODES['none'][0], MODES['intra'][0]
+    none, intra, generator = MODES['none'][0], MODES['intra'][0], GENERATED['generator']
     pairs = [
-        (ROUNDS, none), (intra, ROUNDS), (intra, none), (GENERATED['generator'], none),
-        (GENERATED['generator_intra'], GENERATED['generator']), (REAL, GENERATED['generator']),
-        (GENERATED['generator'] + LONGER, GENERATED['generator'])]
-    return [Claim(f'{higher} > {lower} (recipe `data_free`, {fill})', (higher, fill), (lower, fill))
-            for fill in FILLS for higher, lower in pairs]
+        (ROUNDS, none), (intra, ROUNDS), (intra, none), (generator, none), (GENERATED['generator_intra'], generator),
+        (REAL, generator), (generator + LONGER, generator), (REAL + LONGER, generator + LONGER)]
+    claims = []
+    for fill in FILLS:
+        claims += [Claim(f'{higher} > {lower} (recipe `data_free`, {fill})', (higher, fill), (lower, fill))
+                   for higher, lower in pairs]
+        claims += [Claim(f'{generator}{LONGER} ({fill}) > {vit}', (generator + LONGER, fill), (vit, 'top-1'))
+                   for vit in (VIT, VIT_MORE)]
+    return claims
 
 
 def synthetic_student_cell(scale: Scale, mode: str, seed: int) -> Cell:
@@ -217,6 +229,7 @@ WEIGHT_DECISIONS = tuple(
 # absolute or relative
 ABSOLUTE = ('--bn-norm', 'absolute', '--tv-weight', '1e-4')
 LENGTH_1 = ('--latent', 'normalized')
+CONTROL = f'{MODES["none"][0]}, absolute BatchNorm'
 READINGS: Dict[str, Tuple[str, Tuple[str, ...]]] = {
     'raw-50': ('the paper\'s 50, absolute BatchNorm', (*ABSOLUTE, *intra_weights('50'))),
     'normalized-50': ('50, absolute BatchNorm, features of length 1', (*ABSOLUTE, *intra_weights('50'), *LENGTH_1)),
@@ -232,10 +245,11 @@ def inversion(scale: Scale, seeds: Sequence[int]) -> Table:
     tried: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {MODES['none'][0]: ('none', 'none', ())}
     for mode, weights in WEIGHTS.items():
         tried.update({f'{MODES[mode][0]}, {w}': (f'{mode}-{w}', mode, make[mode](w)) for w in weights})
+    tried[CONTROL] = ('none-absolute', 'none', ABSOLUTE)
     tried.update({f'{MODES["intra"][0]}, {label}': (name, 'intra', argv) for name, (label, argv) in READINGS.items()})
     return Table(
         'Weights of the diversity losses, without real images',
-        '120 images each. DF-DearKD: weight of the easiest positive; the triplet has a hundredth of it, as in the'
+        '120 images each, of 200 steps. DF-DearKD: weight of the easiest positive; the triplet has a hundredth of it, as in the'
         ' paper. ADI: weight of the competition. BatchNorm distances are relative unless a row says otherwise. An image'
         ' is recognised if the CNN gives its class a probability above 0.5. Three images are 2.5 points. The other CNN'
         ' was not used to choose.',
@@ -267,9 +281,11 @@ def table5(scale: Scale, seeds: Sequence[int]) -> Table:
     if scale.synthetic:
         note += (
             '\n- `top-1`: the recipe of table 2, with the class that an image was made for as the label. `edge` and'
-            f' `black`: the recipe `data_free` with this fill and 8x8 patches. It has half of its epochs, and all'
-            f' of them in the rows "{LONGER[2:]}". {ROUNDS}: images against the current student, with the fill `edge`.'
-            f' Generators make {scale.num_generated} images. A pilot chooses their weights.')
+            f' `black`: the recipe `data_free` with this fill and 8x8 patches, for half of its epochs. Rows with'
+            f' "{LONGER[2:]}" have all of them.\n- {ROUNDS}: a third of the images each, made against the student (fill'
+            f' `edge`) of the rounds before.\n- Generators make {scale.num_generated} images, up to three of each'
+            ' learned code. Images of one code are almost equal. A pilot chooses their weights.\n- All sets are rounded'
+            ' up to whole batches.')
     recipe = bool(scale.synthetic)
     return Table(
         'Data-free (table 5)', note,
@@ -300,11 +316,18 @@ def other_cnn(scale: Scale, seeds: Sequence[int]) -> Table:
         [Entry(row, 'CNN', (cnn,)), *looks, *students])
 
 
+def set_cell(scale: Scale, mode: str, seed: int) -> Cell:
+    """Return a set of images in table 6."""
+    if mode == 'rounds':
+        return merged_cell(scale, NUM_ROUNDS, seed)
+    return (generator_cell if mode in GENERATED else image_cell)(scale, mode, seed)
+
+
 def distance_cell(scale: Scale, mode: str, seed: int) -> Cell:
     """Return a measurement of the distance between images of a class; real images if there is no mode."""
     need, data = teacher_cell(scale), scale.data  # the teacher may measure the distance
     if mode:
-        need = (generator_cell if mode in GENERATED else image_cell)(scale, mode, seed)
+        need = set_cell(scale, mode, seed)
         data = f'/{need.name}'
     return Cell(
         f'distance-{mode or "real"}-seed{seed}', data, scale.diversity, 1000., seed, (need,) if need else (),
@@ -318,27 +341,26 @@ def table6(scale: Scale, seeds: Sequence[int]) -> Table:
         cnn = scale.diversity[scale.diversity.index('--model') + 1].strip('{}')
         metric = (f'mean squared distance between features of `{cnn}` (the paper\'s figures are LPIPS, on another'
                   ' scale)')
-    generated = GENERATED if scale.num_generated else {}
-    distances = [
-        Entry(label, 'distance', tuple(distance_cell(scale, mode, seed) for seed in seeds[:2]), lpips, noise,
-              'distance', 3)
-        for label, mode, lpips, noise in (
-            (REAL, '', 0.708, 'real'),
-            *((label, mode, lpips, 'synthetic') for mode, (label, _, lpips) in MODES.items()),
-            *((label, mode, None, 'synthetic') for mode, label in generated.items()))]
-    looks = [
-        Entry(label, column, tuple(image_cell(scale, mode, seed) for seed in seeds[:2]), None, key, key)
-        for mode, (label, *_) in MODES.items() for column, key in IMAGE_FIGURES.items()]
-    looks += [
-        Entry(label, column, tuple(generator_cell(scale, mode, seed) for seed in seeds[:2]), None, key, key)
-        for mode, label in generated.items() for column, key in IMAGE_FIGURES.items()]
+    sets = {mode: (label, lpips) for mode, (label, _, lpips) in MODES.items()}
+    if scale.num_generated:
+        sets.update(rounds=(ROUNDS, None), **{mode: (label, None) for mode, label in GENERATED.items()})
+    entries = [Entry(REAL, 'distance', tuple(distance_cell(scale, '', seed) for seed in seeds), 0.708, 'real',
+                     'distance', 3)]
+    for mode, (label, lpips) in sets.items():
+        known = seeds[:2] if mode == 'adi' else seeds  # as in table 5
+        entries.append(Entry(label, 'distance', tuple(distance_cell(scale, mode, seed) for seed in known), lpips,
+                             'synthetic', 'distance', 3))
+        cells = tuple(set_cell(scale, mode, seed) for seed in known)
+        entries += [Entry(label, column, cells, None, key, key) for column, key in IMAGE_FIGURES.items()]
+        entries.append(Entry(label, 'seconds per image', cells, None, f'time {mode}', 'seconds_per_image', 2))
     return Table(
         'Diversity (table 6)',
         f'- Distance between two images of a class: {metric}.\n- Pixel noise also increases the distance. A larger'
         ' distance means diversity only if the images are recognised as well.\n- An image is recognised if a CNN gives'
         ' its class a probability above 0.5. Its CNN is the one that it was synthesised from. The other CNN was'
-        f' trained {"on as many real images" if scale.cnn else "separately"}.',
-        distances + looks, [
+        f' trained {"on as many real images" if scale.cnn else "separately"}.\n- Seconds are those of one core, beside'
+        ' another program. The rounds of ADI have none, because students train between them.',
+        entries, [
             *_ordered('distance'),
             *(Claim(f'Real images > {label}', (REAL, 'distance'), (label, 'distance'))
               for label, *_ in MODES.values())])

@@ -77,20 +77,24 @@ def distill_figures(folder: Path) -> Dict[str, Any]:
     return dict(student_figures(folder / 'student'), teacher_top1=results['teacher_top1'])
 
 
-def image_figures(folder: Path) -> Dict[str, Any]:
-    """Return the share of the images that their CNN and the verifier recognise."""
-    images = json.loads((folder / 'manifest.json').read_text())['images']
-
+def shares(images: Sequence[Dict[str, Any]]) -> Dict[str, float]:
+    """Return the share of the images in a manifest that their CNN and the verifier recognise."""
     def share(key: str) -> float:
         return 100 * sum(image[key] > 0.5 for image in images) / len(images)
 
-    return dict(sure=share('teacher_prob'), recognised=share('verifier_prob'), images=len(images),
-                kept=sum(image['kept'] for image in images))
+    return dict(sure=share('teacher_prob'), recognised=share('verifier_prob'))
+
+
+def image_figures(folder: Path) -> Dict[str, Any]:
+    """Return the figures of a set of images: `shares`, and how many there are."""
+    images = json.loads((folder / 'manifest.json').read_text())['images']
+    return dict(**shares(images), images=len(images), kept=sum(image['kept'] for image in images))
 
 
 def merged_figures(folder: Path) -> Dict[str, Any]:
-    """Return the number of images of a merged folder."""
-    return json.loads((folder / 'merged.json').read_text())
+    """Return the figures of a merged folder: the number of its images, and `shares`."""
+    merged = json.loads((folder / 'merged.json').read_text())
+    return dict(merged=merged['merged'], **shares(merged['images']))
 
 
 def distance_figures(folder: Path) -> Dict[str, Any]:
@@ -130,6 +134,9 @@ class Results:
         results = {name: read_result(folder / f'{name}.json') for name in cells}
         self.cells = {name: result for name, result in results.items()
                       if result is not None and result['definition'] == definition(cells[name])}
+        for result in self.cells.values():
+            if 'images' in result:
+                result['seconds_per_image'] = result['seconds'] * result.get('threads', 1) / result['images']
         self.stale = [name for name, result in results.items() if result is not None and name not in self.cells]
 
     def figure(self, entry: Entry) -> Optional[Figure]:

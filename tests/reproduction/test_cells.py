@@ -1,5 +1,6 @@
 """What the cells run, and what the tables claim of them; what they train is train.py's to test."""
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -239,12 +240,15 @@ def test_folders_are_merged(tmp_path, capsys):
         path = tmp_path / folder / 'train' / f'class {name}' / '0.png'
         path.parent.mkdir(parents=True)
         path.write_text(content)
+    for folder, probs in (('a', [0.9]), ('b', [0.3, 0.8])):
+        images = [dict(teacher_prob=prob, verifier_prob=0.1, kept=True) for prob in probs]
+        (tmp_path / folder / 'manifest.json').write_text(json.dumps(dict(images=images)))
     for _ in range(2):
         merge([str(tmp_path / name) for name in ('out', 'a', 'b')])
         found = {str(path.relative_to(tmp_path / 'out' / 'train')): path.read_text()
                  for path in (tmp_path / 'out').rglob('*.png')}
         assert found == {'class x/0-0.png': '1', 'class x/1-0.png': '2', 'class y/1-0.png': '3'}
-    assert merged_figures(tmp_path / 'out') == dict(merged=3)
+    assert merged_figures(tmp_path / 'out') == dict(merged=3, sure=pytest.approx(200 / 3), recognised=0.)
     with pytest.raises(SystemExit):
         merge([str(tmp_path / 'out'), str(tmp_path / 'nothing')])
     assert 'no images in' in capsys.readouterr().err
