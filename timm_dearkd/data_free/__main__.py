@@ -44,6 +44,7 @@ from .student import train_command
 _logger = logging.getLogger(__name__)
 
 MAX_GENERATED = 1920  # images of a generator, in a batch
+MIN_PROB = 0.1  # by a verifier
 LOG_INTERVAL = 60.  # seconds, where there is no terminal for a progress bar
 WEIGHTS = ('tv', 'l2', 'bn', 'first_bn', 'ep', 'triplet', 'adi')
 
@@ -116,8 +117,8 @@ def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     add('--student-checkpoint', metavar='FILE', help='weights of --student (default: its pretrained ones)')
     add('--verifier', metavar='NAME', help='keep only images to whose class this network gives --min-prob')
     add('--verifier-checkpoint', metavar='FILE', help='weights of --verifier (default: its pretrained ones)')
-    add('--min-prob', type=float, default=0.1, metavar='P',
-        help='least probability by --verifier of an image to keep (default: %(default)s)')
+    add('--min-prob', type=float, metavar='P',
+        help=f'least probability by --verifier of an image to keep (default: {MIN_PROB})')
     for name, text in (
         ('tv', 'total variation'), ('l2', 'l2 norm'), ('bn', 'BatchNorm statistics'),
         ('first-bn', 'first BatchNorm layer (the others have 1)'), ('ep', 'easiest-positive loss'),
@@ -127,25 +128,50 @@ def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
         own = 'by a pilot' if name in ('bn', 'ep', 'triplet', 'adi') else values[1]
         other = f'; --generator: {own}' if own != values[0] else ''
         add(f'--{name}-weight', type=float, metavar='W', help=f'weight of the {text} (default: {values[0]}{other})')
-    add('--latent', default='raw', choices=('raw', 'normalized'),
-        help='features that --diversity intra compares: as they are, or of length 1 (default: %(default)s)')
-    add('--margin', type=float, default=paper.margin, help='margin of the triplet loss (default: %(default)s)')
-    add('--adi-temperature', type=float, default=paper.adi_temperature, metavar='T',
-        help='softmax temperature of --diversity adi (default: %(default)s)')
+    add('--latent', choices=('raw', 'normalized'),
+        help='features that --diversity intra compares: as they are, or of length 1 (default: raw)')
+    add('--margin', type=float, help=f'margin of the triplet loss (default: {paper.margin})')
+    add('--adi-temperature', type=float, metavar='T',
+        help=f'softmax temperature of --diversity adi (default: {paper.adi_temperature})')
     add('--bn-norm', choices=BN_NORMS,
         help="relative divides differences by the layer's own deviation and variance; averaged also takes the mean over"
         ' channels and layers (default: absolute; --generator: averaged)')
 
 
 def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
-    """Return the options with the defaults of --generator or of the optimisation of pixels."""
+    """Return the options with the defaults of --generator or of the optimisation of pixels.
+
+    Raises:
+        ValueError: If an option has no effect.
+    """
     preset = GENERATOR_WEIGHTS if args.generator else LossWeights()
     defaults: Dict[str, Any] = {f'{name}_weight': getattr(preset, name) for name in WEIGHTS}
     defaults.update(
         classes_per_batch=20 if args.generator else 6, diversity='none' if args.generator else 'intra',
-        bn_norm='averaged' if args.generator else 'absolute')
+        bn_norm=preset.bn_norm, latent='raw', margin=preset.margin, adi_temperature=preset.adi_temperature,
+        min_prob=MIN_PROB)
     given = {key: value for key, value in vars(args).items() if value is not None}
-    return argparse.Namespace(**{**vars(args), **defaults, **given})
+    filled = argparse.Namespace(**{**vars(args), **defaults, **given})
+    _refuse_unused(filled, given)
+    return filled
+
+
+def _refuse_unused(args: argparse.Namespace, given: Collection[str]) -> None:
+    """Raise an error for a given option that has no effect."""
+    for is_used, condition, names in (
+        (args.diversity == 'intra', 'with --diversity intra', ('ep_weight', 'triplet_weight', 'margin', 'latent')),
+        (args.diversity == 'adi', 'with --diversity adi', ('adi_weight', 'adi_temperature', 'student')),
+        (args.student, 'with --student NAME', ('student_checkpoint',)),
+        (args.verifier, 'with --verifier NAME', ('min_prob', 'verifier_checkpoint')),
+        (not args.generator, 'without --generator', ('jitter',)),
+        (not args.resolutions, 'without --resolutions', ('img_size',)),
+    ):
+        for name in names:
+            if name in given and not is_used:
+                flag = f'--{name.replace("_", "-")}'
+                raise ValueError(
+                    f'{flag} {getattr(args, name)} has an effect only {condition}. Remove {flag}, or run the command'
+                    f' {condition}.')
 
 
 def _images_per_class(args: argparse.Namespace, num_classes: int, saved: Dict[str, Any]) -> int:
@@ -398,27 +424,31 @@ def make_images(
                 write_bytes(dataset.root / 'samples.png', contact_sheet(dataset.samples()))
 
 
-def advise(weights: LossWeights, diversity: str, losses: Sequence[Dict[str, Any]]) -> str:
-    """Name the largest loss besides the cross-entropy, and the flag that lowers it.
+def advise(inverter: Inverter, losses: Sequence[Dict[str, Any]]) -> str:
+    """Name the largest loss besides the cross-entropy, and what may help.
 
     Args:
-        weights: Weights of the losses.
-        diversity: Kind of the diversity loss, see `Inverter`.
+        inverter: Made the images.
         losses: Rows of the batches' losses; all but the diversity of 'intra' are unweighted.
     """
+    weights = inverter.weights
     last_step = max(row['step'] for row in losses)
     last = [row for row in losses if row['step'] == last_step]
     mean = {name: sum(row[name] for row in last) / len(last) for name in last[0] if name not in ('batch', 'step')}
-    is_adi = diversity == 'adi'
+    is_adi = inverter.diversity == 'adi'
     scale = dict(bn=weights.bn, tv=weights.tv, l2=weights.l2, diversity=weights.adi if is_adi else 1.)
     terms = {name: abs(mean[name]) * weight for name, weight in scale.items() if name in mean}
-    flags = dict(bn='--bn-weight (or try --bn-norm relative)', tv='--tv-weight', l2='--l2-weight',
+    relative = ' (or try --bn-norm relative)' if weights.bn_norm == 'absolute' else ''
+    flags = dict(bn=f'--bn-weight{relative}', tv='--tv-weight', l2='--l2-weight',
                  diversity='--adi-weight' if is_adi else '--ep-weight and --triplet-weight')
+    largest = max(terms, key=terms.__getitem__)
+    tips = [f'lower {flags[largest]}'] if terms[largest] else []
+    tips += ['take more steps', *(['omit --generator'] if isinstance(inverter, GeneratorInverter) else [])]
+    tips[0] = tips[0].capitalize()
     listed = ', '.join(f'{name} {value:.3g}' for name, value in terms.items())
     return (
         f'The CNN does not recognise most images. The final cross-entropy is {mean["ce"]:.2g}, the other weighted'
-        f' losses are: {listed}. Good weights differ between CNNs. Lower {flags[max(terms, key=terms.__getitem__)]},'
-        ' or take more steps.')
+        f' losses are: {listed}. Good weights differ between CNNs. {", or ".join(tips)}.')
 
 
 def report(args: argparse.Namespace, dataset: SyntheticSet, inverter: Inverter, choice: Choice) -> None:
@@ -439,7 +469,7 @@ def report(args: argparse.Namespace, dataset: SyntheticSet, inverter: Inverter, 
         sure = f'{100 * counts["sure"] / counts["made"]:.0f} %'
         print(f'{args.model} gives {sure} of the images a probability above 0.5 for their class.')
     if losses and counts['sure'] < counts['made'] / 2:
-        _logger.warning(advise(inverter.weights, inverter.diversity, losses))
+        _logger.warning(advise(inverter, losses))
     if counts['kept'] < 2:
         return
     missing = len(dataset.classes) - len(class_map)
