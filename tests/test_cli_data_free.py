@@ -3,9 +3,9 @@ import csv
 import json
 import os
 import shlex
-import shutil
 import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,8 +16,11 @@ from PIL import Image
 
 from timm_dearkd.commands import run_command
 from timm_dearkd.data_free import __main__ as data_free
-from timm_dearkd.data_free.__main__ import main, run_script
+from timm_dearkd.data_free import generator
+from timm_dearkd.data_free.__main__ import advise, main, run_script
 from timm_dearkd.data_free.classes import match_classes
+from timm_dearkd.data_free.generator import GENERATOR_WEIGHTS, GeneratorInverter
+from timm_dearkd.data_free.inversion import Inverter, LossWeights, Resolution
 from timm_dearkd.data_free.student import student_flags
 from timm_dearkd.distances import read_log
 from timm_dearkd.engine.loader import build_distance_images, build_eval_loader
@@ -26,6 +29,7 @@ from timm_dearkd.train import _parse_args
 
 QUICK = (
     '--resolutions', '16:6:0.2', '32:6:0.1', '--classes-per-batch', '2', '--images-per-class', '3', '--device', 'cpu')
+GENERATOR = ('--generator', '--resolutions', '32:2:0.01', '--bn-weight', '2')  # for behind QUICK
 
 
 @pytest.fixture(scope='module')
@@ -44,12 +48,33 @@ def whole(make, tmp_path_factory):
     return out, result
 
 
+@pytest.fixture(scope='module')
+def generated(make, tmp_path_factory):
+    out = tmp_path_factory.mktemp('generated') / 'images'
+    result = make(out, '--num-images', '24', *GENERATOR)
+    assert result.returncode == 0, result.stderr
+    return out, result
+
+
+@pytest.fixture(scope='module', params=['pixels', 'generator'])
+def either(request):
+    """A set of each kind, what the command printed, and its flags."""
+    name, flags = {'pixels': ('whole', ()), 'generator': ('generated', GENERATOR)}[request.param]
+    return (*request.getfixturevalue(name), flags)
+
+
+@pytest.fixture
+def small_pilot(monkeypatch):
+    monkeypatch.setattr(generator, 'BATCH_SIZE', 12)
+    monkeypatch.setattr(data_free, 'BATCH_SIZE', 12)
+
+
 def pixels(folder):
     return {str(p.relative_to(folder)): np.asarray(Image.open(p)).tobytes() for p in (folder / 'train').rglob('*.png')}
 
 
-def test_what_is_written(whole):
-    out, result = whole
+def test_what_is_written(either):
+    out, result, flags = either
     manifest = json.loads((out / 'manifest.json').read_text())
     images = manifest['images']
     assert len(images) == 24 and not manifest['verified'] and not manifest['failed_batches']
@@ -61,7 +86,8 @@ def test_what_is_written(whole):
         assert key in manifest['settings']
     with (out / 'losses.csv').open(newline='') as f:
         rows = list(csv.DictReader(f))
-    assert {row['batch'] for row in rows} == {'0', '1', '2', '3'} and {row['step'] for row in rows} == {'6', '12'}
+    assert {row['batch'] for row in rows} == {'0', '1', '2', '3'}
+    assert {row['step'] for row in rows} == ({'2'} if flags else {'6', '12'})
     sheet = np.asarray(Image.open(out / 'samples.png'))
     assert sheet.shape == (3 * 34, 90 + 8 * 34, 3)
     first = min(image['name'] for image in images if image['target'] == 1)
@@ -87,60 +113,62 @@ def test_probabilities_are_those_of_the_files(whole, cnn):
             assert model(x).softmax(1)[0, image['target']].item() == pytest.approx(image['teacher_prob'], abs=1e-3)
 
 
-def test_killed_and_resumed(whole, make, tmp_path):
+def test_killed_and_resumed(either, make, tmp_path):
+    whole, _, flags = either
     out = tmp_path / 'images'
-    process = make(out, '--num-images', '24', run=start_forked)
+    process = make(out, '--num-images', '24', *flags, run=start_forked)
     while not (out / 'batches' / '000000.json').exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (out / 'manifest.json').exists()
-    result = make(out, '--num-images', '24', '--resume')
+    result = make(out, '--num-images', '24', *flags, '--resume')
     assert result.returncode == 0, result.stderr
-    assert pixels(out) == pixels(whole[0])
-    assert (out / 'losses.csv').read_text() == (whole[0] / 'losses.csv').read_text()
+    assert 'Pilot' not in result.stderr
+    assert pixels(out) == pixels(whole)
+    assert (out / 'losses.csv').read_text() == (whole / 'losses.csv').read_text()
 
 
-def test_two_processes_make_the_same_images(whole, make, tmp_path):
-    result = make(tmp_path / 'images', '--num-images', '24', run=run_ranks)
+def test_two_processes_make_the_same_images(either, make, tmp_path):
+    whole, _, flags = either
+    result = make(tmp_path / 'images', '--num-images', '24', *flags, run=run_ranks)
     assert result.returncode == 0, result.stderr
-    assert pixels(tmp_path / 'images') == pixels(whole[0])
+    assert pixels(tmp_path / 'images') == pixels(whole)
+    settings, same = (json.loads((folder / 'settings.json').read_text()) for folder in (tmp_path / 'images', whole))
+    assert settings == same
 
 
-GENERATOR = ('--generator', '--resolutions', '32:4:0.01', '--num-images', '12', '--bn-weight', '2')
+def test_the_pilot_of_a_generator_is_in_the_settings(generated):
+    out, result = generated
+    settings = json.loads((out / 'settings.json').read_text())
+    assert settings['bn_norm'] == 'averaged' and settings['diversity'] == 'none' and settings['bn_weight'] == 2.
+    assert 'Pilot: --bn-weight 2. ' in result.stderr
+    assert ('Images are mirrored' in result.stderr) == settings['mirror'] == ('--hflip 0' not in result.stdout)
 
 
-def test_a_generator_keeps_the_promises(make, cnn, tmp_path, caplog, capsys):
-    """Killed and resumed, or in two processes, it makes the same images. A resumed run has no second pilot."""
+@pytest.mark.parametrize('diversity, scaled', [('intra', ('ep', 'triplet')), ('adi', ('adi',))])
+def test_a_generator_resumed_for_more_images(diversity, scaled, cnn, tmp_path, caplog, small_pilot):
+    """A small set is one batch. More images have batches of the same size, the first of which is kept."""
     caplog.set_level('INFO')
-    quick = [*QUICK[3:], *GENERATOR]  # QUICK without its resolutions
-    main([str(tmp_path / 'whole'), '--model', str(cnn), *quick])
-    settings = json.loads((tmp_path / 'whole' / 'settings.json').read_text())
-    assert settings['bn_norm'] == 'averaged' and settings['mirror'] in (True, False)
-    assert 'Pilot: --bn-weight 2. ' in caplog.text and settings['bn_weight'] == 2. and settings['diversity'] == 'none'
-    assert ('--hflip 0' in capsys.readouterr().out) == (not settings['mirror'])
-    assert len(pixels(tmp_path / 'whole')) == 12 and (tmp_path / 'whole' / 'samples.png').exists()
-    shutil.copytree(tmp_path / 'whole', tmp_path / 'killed')
-    (tmp_path / 'killed' / 'batches' / '000001.json').unlink()
-    (tmp_path / 'killed' / 'manifest.json').unlink()
+    out = tmp_path / 'images'
+    student = ['--student', 'test_resnet', '--student-checkpoint', str(cnn / 'last.pth.tar')]
+    argv = [str(out), '--model', str(cnn), *GENERATOR, '--device', 'cpu', '--diversity', diversity,
+            *(student if diversity == 'adi' else ())]
+    main([*argv, '--num-images', '12'])
+    settings, first = json.loads((out / 'settings.json').read_text()), pixels(out)
+    chosen = ', '.join(f'--{name}-weight {settings[f"{name}_weight"]:g}' for name in scaled)
+    assert f'Pilot: --bn-weight 2, {chosen}. ' in caplog.text
+    for name in scaled:
+        scale = settings[f'{name}_weight'] / getattr(LossWeights(), name)
+        assert any(scale == pytest.approx(tried) for tried in generator.PILOT_SCALES)
+    assert len(first) == 12 and 'rounded up' not in caplog.text
     caplog.clear()
-    main([str(tmp_path / 'killed'), '--model', str(cnn), *quick, '--resume'])
-    assert 'Pilot' not in caplog.text
-    assert pixels(tmp_path / 'killed') == pixels(tmp_path / 'whole')
-    result = make(tmp_path / 'two', *GENERATOR, run=run_ranks)
-    assert result.returncode == 0, result.stderr
-    assert pixels(tmp_path / 'two') == pixels(tmp_path / 'whole')
-    assert json.loads((tmp_path / 'two' / 'settings.json').read_text())['mirror'] == settings['mirror']
-
-
-def test_a_small_set_of_a_generator_is_one_batch(cnn, tmp_path, caplog):
-    caplog.set_level('INFO')
-    main([str(tmp_path / 'images'), '--model', str(cnn), *GENERATOR, '--diversity', 'intra'])
-    settings = json.loads((tmp_path / 'images' / 'settings.json').read_text())
-    assert f'Pilot: --bn-weight 2, --ep-weight {settings["ep_weight"]:g}, --triplet-weight' in caplog.text
-    assert settings['triplet_weight'] == pytest.approx(settings['ep_weight'] / 100) and settings['ep_weight'] <= 50
-    assert len(pixels(tmp_path / 'images')) == 12 and 'rounded up' not in caplog.text
+    main([*argv, '--num-images', '24', '--resume'])
+    assert 'Pilot' not in caplog.text and 'rounded up' not in caplog.text
+    assert len(pixels(out)) == 24 and first.items() <= pixels(out).items()
+    again = json.loads((out / 'settings.json').read_text())
+    assert again == {**settings, 'num_images': 24} and settings['images_per_class'] == 4
 
 
 def test_train_reads_them(whole, train_cli, cnn, tmp_path):
@@ -188,11 +216,12 @@ def test_looking_at_a_stream_leaves_it_as_it_was(whole, make, tmp_path):
     assert sum(len(labels) for _, labels in loader) == 24
 
 
-def test_a_verifier_keeps_what_it_believes(make, cnn, tmp_path):
+@pytest.mark.parametrize('flags', [(), GENERATOR], ids=['pixels', 'generator'])
+def test_a_verifier_keeps_what_it_believes(flags, make, cnn, tmp_path):
     """Its probability of the stored image is in the manifest, and decides."""
     result = make(
         tmp_path / 'images', '--num-images', '12', '--verifier', 'test_resnet', '--verifier-checkpoint',
-        cnn / 'last.pth.tar', '--min-prob', '0.34', '--diversity', 'none')
+        cnn / 'last.pth.tar', '--min-prob', '0.34', '--diversity', 'none', *flags)
     assert result.returncode == 0, result.stderr
     manifest = json.loads((tmp_path / 'images' / 'manifest.json').read_text())
     assert manifest['verified']
@@ -225,6 +254,17 @@ ERRORS = {
     'class form': (['--classes', 'x'], "'x', expected an index"),
     'range': (['--classes', '2-1'], 'whose end is before'),
     'form': (['--resolutions', '32:5'], "'32:5' is not SIZE:STEPS:LR"),
+    'without intra': (
+        ['--diversity', 'none', '--margin', '2'],
+        '--margin 2.0 has an effect only with --diversity intra. Remove --margin, or run the command with'),
+    'no intra': (['--generator', '--ep-weight', '0.1'], '--ep-weight 0.1 has an effect only with --diversity intra'),
+    'without adi': (['--adi-temperature', '3'], '--adi-temperature 3.0 has an effect only with --diversity adi'),
+    'a student without adi': (['--student', 'test_vit'], '--student test_vit has an effect only with --diversity adi'),
+    'weights of no student': (
+        ['--diversity', 'adi', '--student-checkpoint', 'FOUR'], 'has an effect only with --student NAME'),
+    'without verifier': (['--min-prob', '0'], '--min-prob 0.0 has an effect only with --verifier NAME'),
+    'jitter of a generator': (['--generator', '--jitter', '2'], '--jitter 2 has an effect only without --generator'),
+    'two sizes': (['--img-size', '32'], '--img-size 32 has an effect only without --resolutions'),
     'no image': (['--num-images', '0'], 'expected a whole number of 1 or more'),
     'no images': (['--images-per-class', '0'], 'expected a whole number of 1 or more'),
     'compile': (['--torchcompile', 'gcc'], "--torchcompile is 'gcc', expected one of"),
@@ -294,16 +334,16 @@ def test_a_grey_cnn_and_a_class_without_images(tmp_path, capsys, caplog):
     assert result.returncode == 0, result.stderr
 
 
-def test_progress_without_a_terminal(cnn, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(data_free, 'LOG_INTERVAL', 0.)
+@pytest.mark.parametrize('flags, total', [((), 24), (GENERATOR, 4)], ids=['pixels', 'generator'])
+def test_progress_without_a_terminal(flags, total, cnn, tmp_path, caplog, monkeypatch, small_pilot):
     caplog.set_level('INFO')
-    main([str(tmp_path / 'images'), '--model', str(cnn), *QUICK, '--num-images', '12'])
-    steps = [int(record.getMessage().split()[0]) for record in caplog.records if 'of 24 steps.' in record.getMessage()]
-    assert steps == sorted(steps) and steps[-1] == 24
-    caplog.clear()
-    monkeypatch.undo()
-    main([str(tmp_path / 'fewer'), '--model', str(cnn), *QUICK, '--num-images', '12'])
-    assert 'of 24 steps.' not in caplog.text  # a minute has not passed
+    argv = ['--model', str(cnn), *QUICK, '--num-images', '12', *flags]
+    main([str(tmp_path / 'fewer'), *argv])
+    assert f'of {total} steps.' not in caplog.text  # a minute has not passed
+    monkeypatch.setattr(data_free, 'LOG_INTERVAL', 0.)
+    main([str(tmp_path / 'images'), *argv])
+    steps = [int(text.split()[0]) for text in caplog.messages if f'of {total} steps.' in text]
+    assert steps == sorted(steps) and steps[-1] == total
 
 
 @pytest.mark.parametrize('size,model,student_size,patch,teacher_size', [
@@ -345,6 +385,18 @@ def test_images_of_no_class_are_reported(flags, culprit, make, tmp_path):
     result = make(tmp_path / 'images', '--num-images', '12', *flags)
     assert result.returncode == 0, result.stderr
     assert 'does not recognise most images' in result.stderr and f'Lower {culprit}, or' in result.stderr
+
+
+@pytest.mark.parametrize('kind, weights, advice', [
+    (Inverter, LossWeights(bn=10.), 'Lower --bn-weight (or try --bn-norm relative), or take more steps.'),
+    (Inverter, LossWeights(bn=10., bn_norm='relative'), 'Lower --bn-weight, or take more steps.'),
+    (GeneratorInverter, GENERATOR_WEIGHTS, 'Lower --bn-weight, or take more steps, or omit --generator.'),
+    (GeneratorInverter, replace(GENERATOR_WEIGHTS, bn=0.), 'Take more steps, or omit --generator.'),
+])
+def test_advice_is_about_the_options_of_the_run(kind, weights, advice):
+    model = timm.create_model('test_resnet', num_classes=3)
+    inverter = kind(model, (0.5,) * 3, (0.2,) * 3, [Resolution(32, 4, 0.1)], weights, 'none')
+    assert advise(inverter, [dict(batch=0, step=4, ce=2., bn=1., tv=2., l2=3.)]).endswith(f'CNNs. {advice}')
 
 
 def test_a_batch_that_is_lost(make, tmp_path):

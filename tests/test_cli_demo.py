@@ -60,3 +60,24 @@ def test_the_whole_script(tmp_path):
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert result.returncode == 2 and (tmp_path / 'mine' / 'student').exists()
     assert 'runs of something else' in result.stderr
+
+
+@pytest.mark.slow
+def test_the_whole_script_without_real_images(tmp_path):
+    """The data-free demo with few images and steps: its table and its picture."""
+    script = (ROOT / 'examples' / 'data_free_digits.sh').read_text()
+    for long, short in (
+            ('--epochs 40', '--epochs 1'), ('--val-interval 40', '--val-interval 1'),
+            ('--epochs 20 --val-interval 20', '--epochs 1 --val-interval 1 --train-batches-per-epoch 2'),
+            ('--num-images 480', '--num-images 120'), ('32:130:0.3', '32:3:0.3'),
+            ('--num-images 3840', '--num-images 60 --images-per-class 3 --resolutions 32:3:0.005')):
+        assert script.count(long) == 1
+        script = script.replace(long, short)
+    env = dict(os.environ, PATH=f'{os.path.dirname(sys.executable)}{os.pathsep}{os.environ["PATH"]}')
+    command = ['sh', '-c', script, 'examples/data_free_digits.sh', tmp_path / 'out', '3']
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = [line.split('|') for line in result.stdout.splitlines() if line.startswith('|')][-3:]
+    assert [(row[1].strip(), row[2].strip()) for row in rows] == [
+        ('DeepInversion', '120'), ('generator', '60'), ('real images', '480')]
+    assert (tmp_path / 'out' / 'images.png').stat().st_size > 10_000

@@ -19,6 +19,7 @@ from timm.models import save_for_hf
 from timm.task import ClassificationEvaluator
 
 import timm_dearkd  # noqa: F401
+from timm_dearkd.engine.data import open_dataset
 from timm_dearkd.hub import prepare_folder
 
 
@@ -554,6 +555,28 @@ def test_a_teacher_of_more_classes(train_cli, tmp_path):
         assert result.returncode == 0, result.stderr
         assert (rows(tmp_path / 'map') == rows(tmp_path / name)) == equal
         (tmp_path / 'map.txt').write_text('3\n4\n5\n')
+
+
+@pytest.mark.parametrize('flags, equal', [
+    ((), True), (('--no-dearkd-soft-labels',), True), (('--dearkd-labels', 'dataset'), False),
+], ids=['soft', 'hard', 'labels of the data set'])
+def test_labels_of_the_data_set_have_no_effect_with_the_recipe_data_free(
+        flags, equal, train_cli, cnn, image_folder, tmp_path):
+    """A class map changes the labels of the same images in the same order; the teacher's classes stay."""
+    (tmp_path / 'teacher.txt').write_text('0\n1\n2\n')
+    datasets, states = [], []
+    for name, classes in (('as they are', 'blue sky\ngrass\nrust\n'), ('shifted', 'rust\nblue sky\ngrass\n')):
+        (tmp_path / f'{name}.txt').write_text(classes)
+        datasets.append(open_dataset('', str(image_folder), 'train', class_map=str(tmp_path / f'{name}.txt')))
+        result = train_cli(
+            '-c', 'data_free', '--kd-model-name', f'local-dir:{cnn}', '--kd-class-map', tmp_path / 'teacher.txt',
+            '--class-map', tmp_path / f'{name}.txt', '--val-split', '', '--train-batches-per-epoch', '6', *flags,
+            '--output', tmp_path, '--experiment', name)
+        assert result.returncode == 0, result.stderr
+        states.append(torch.load(tmp_path / name / 'last.pth.tar', weights_only=False)['state_dict'])
+    (files, labels), (same, others) = (zip(*dataset.reader.samples) for dataset in datasets)
+    assert files == same and all(label != other for label, other in zip(labels, others))
+    assert all(value.equal(states[1][key]) for key, value in states[0].items()) == equal
 
 
 def test_a_teacher_whose_classes_are_in_another_order_is_told(train_cli, cnn, tmp_path):

@@ -325,10 +325,11 @@ def test_labels_of_the_teacher(temperature, epoch):
 def test_labels_of_the_data_set_have_no_effect_beside_the_teachers(mixed, temperature):
     """A student learns the same weights from shuffled labels, also from those of Mixup."""
     states = []
-    for order in (torch.arange(8), torch.randperm(8)):
+    for shift in (0, 1):
         torch.manual_seed(1)
         images, labels = batch(8)
-        labels = labels[order]
+        assert shift == 0 or (labels != labels.roll(shift)).all()
+        labels = labels.roll(shift)
         if mixed:
             images, labels = 0.7 * images + 0.3 * images.flip(0), 0.7 * F.one_hot(labels, 5) + 0.3 * F.one_hot(
                 labels.flip(0), 5)

@@ -11,6 +11,7 @@ from reproduction.tables import TABLES
 from timm_dearkd.analysis.__main__ import build_parser as analysis_parser
 from timm_dearkd.api import build_parser as distill_parser
 from timm_dearkd.data_free.__main__ import build_parser as data_free_parser
+from timm_dearkd.data_free.__main__ import fill_defaults
 from timm_dearkd.engine.options import build_config_parser, build_parser, parse_args
 
 SEEDS = [0, 1, 2]
@@ -29,7 +30,10 @@ def options(driver, cell):
             return vars(parse_args(build_parser(), build_config_parser(), argv)[0])
     if cell.program == 'merge':
         return dict(output=argv[1], folders=argv[2:])
-    return vars({'data_free': data_free_parser, 'diversity': analysis_parser}[cell.program]().parse_args(argv[2:]))
+    args = {'data_free': data_free_parser, 'diversity': analysis_parser}[cell.program]().parse_args(argv[2:])
+    if cell.program == 'data_free':
+        fill_defaults(args)  # it refuses options without effect
+    return vars(args)
 
 
 def write_results(folder, scale, figures):

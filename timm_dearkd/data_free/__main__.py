@@ -25,8 +25,9 @@ from timm_dearkd.files import write_bytes
 
 from .classes import match_classes, parse_classes, read_class_names
 from .dataset import FORMATS, SyntheticSet, check_folder, read_settings
-from .generator import BATCH_SIZE, GENERATOR_WEIGHTS, GeneratorInverter, run_pilot
+from .generator import BATCH_SIZE, GENERATOR_WEIGHTS, Choice, GeneratorInverter, run_pilot
 from .inversion import (
+    BN_NORMS,
     DIVERSITIES,
     Augmentation,
     Competitor,
@@ -41,6 +42,11 @@ from .look import contact_sheet, loss_curves
 from .student import train_command
 
 _logger = logging.getLogger(__name__)
+
+MAX_GENERATED = 1920  # images of a generator, in a batch
+MIN_PROB = 0.1  # by a verifier
+LOG_INTERVAL = 60.  # seconds, where there is no terminal for a progress bar
+WEIGHTS = ('tv', 'l2', 'bn', 'first_bn', 'ep', 'triplet', 'adi')
 
 
 def _beta(text: str) -> float:
@@ -111,8 +117,8 @@ def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     add('--student-checkpoint', metavar='FILE', help='weights of --student (default: its pretrained ones)')
     add('--verifier', metavar='NAME', help='keep only images to whose class this network gives --min-prob')
     add('--verifier-checkpoint', metavar='FILE', help='weights of --verifier (default: its pretrained ones)')
-    add('--min-prob', type=float, default=0.1, metavar='P',
-        help='least probability by --verifier of an image to keep (default: %(default)s)')
+    add('--min-prob', type=float, metavar='P',
+        help=f'least probability by --verifier of an image to keep (default: {MIN_PROB})')
     for name, text in (
         ('tv', 'total variation'), ('l2', 'l2 norm'), ('bn', 'BatchNorm statistics'),
         ('first-bn', 'first BatchNorm layer (the others have 1)'), ('ep', 'easiest-positive loss'),
@@ -122,38 +128,61 @@ def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
         own = 'by a pilot' if name in ('bn', 'ep', 'triplet', 'adi') else values[1]
         other = f'; --generator: {own}' if own != values[0] else ''
         add(f'--{name}-weight', type=float, metavar='W', help=f'weight of the {text} (default: {values[0]}{other})')
-    add('--latent', default='raw', choices=('raw', 'normalized'),
-        help='features that --diversity intra compares: as they are, or of length 1 (default: %(default)s)')
-    add('--margin', type=float, default=paper.margin, help='margin of the triplet loss (default: %(default)s)')
-    add('--adi-temperature', type=float, default=paper.adi_temperature, metavar='T',
-        help='softmax temperature of --diversity adi (default: %(default)s)')
+    add('--latent', choices=('raw', 'normalized'),
+        help='features that --diversity intra compares: as they are, or of length 1 (default: raw)')
+    add('--margin', type=float, help=f'margin of the triplet loss (default: {paper.margin})')
+    add('--adi-temperature', type=float, metavar='T',
+        help=f'softmax temperature of --diversity adi (default: {paper.adi_temperature})')
     add('--bn-norm', choices=BN_NORMS,
         help="relative divides differences by the layer's own deviation and variance; averaged also takes the mean over"
         ' channels and layers (default: absolute; --generator: averaged)')
 
 
-MAX_GENERATED = 1920  # images of a generator, in a batch
-LOG_INTERVAL = 60.  # seconds, where there is no terminal for a progress bar
-BN_NORMS = ('absolute', 'relative', 'averaged')
-WEIGHTS = ('tv', 'l2', 'bn', 'first_bn', 'ep', 'triplet', 'adi')
-
-
 def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
-    """Return the options with the defaults of --generator or of the optimisation of pixels."""
+    """Return the options with the defaults of --generator or of the optimisation of pixels.
+
+    Raises:
+        ValueError: If an option has no effect.
+    """
     preset = GENERATOR_WEIGHTS if args.generator else LossWeights()
     defaults: Dict[str, Any] = {f'{name}_weight': getattr(preset, name) for name in WEIGHTS}
     defaults.update(
         classes_per_batch=20 if args.generator else 6, diversity='none' if args.generator else 'intra',
-        bn_norm='averaged' if args.generator else 'absolute')
+        bn_norm=preset.bn_norm, latent='raw', margin=preset.margin, adi_temperature=preset.adi_temperature,
+        min_prob=MIN_PROB)
     given = {key: value for key, value in vars(args).items() if value is not None}
-    return argparse.Namespace(**{**vars(args), **defaults, **given})
+    filled = argparse.Namespace(**{**vars(args), **defaults, **given})
+    _refuse_unused(filled, given)
+    return filled
 
 
-def _images_per_class(args: argparse.Namespace, num_classes: int) -> int:
-    """Return the default of --images-per-class: for a generator, batches of equal size with up to 1,920 images."""
+def _refuse_unused(args: argparse.Namespace, given: Collection[str]) -> None:
+    """Raise an error for a given option that has no effect."""
+    for is_used, condition, names in (
+        (args.diversity == 'intra', 'with --diversity intra', ('ep_weight', 'triplet_weight', 'margin', 'latent')),
+        (args.diversity == 'adi', 'with --diversity adi', ('adi_weight', 'adi_temperature', 'student')),
+        (args.student, 'with --student NAME', ('student_checkpoint',)),
+        (args.verifier, 'with --verifier NAME', ('min_prob', 'verifier_checkpoint')),
+        (not args.generator, 'without --generator', ('jitter',)),
+        (not args.resolutions, 'without --resolutions', ('img_size',)),
+    ):
+        for name in names:
+            if name in given and not is_used:
+                flag = f'--{name.replace("_", "-")}'
+                raise ValueError(
+                    f'{flag} {getattr(args, name)} has an effect only {condition}. Remove {flag}, or run the command'
+                    f' {condition}.')
+
+
+def _images_per_class(args: argparse.Namespace, num_classes: int, saved: Dict[str, Any]) -> int:
+    """Return --images-per-class.
+
+    The default for a generator is that of the `saved` settings, else batches of equal size with up to 1,920 images.
+    """
+    if args.images_per_class is not None:
+        return args.images_per_class
     if not args.generator:
         return 7
-    saved = read_settings(args.output) if args.resume else {}
     classes = min(args.classes_per_batch, num_classes)
     needed = math.ceil(args.num_images / classes)
     num_batches = math.ceil(needed / max(1, MAX_GENERATED // classes))
@@ -181,9 +210,9 @@ def build_inverter(args: argparse.Namespace, model: Any, names: Sequence[str], p
     return (GeneratorInverter if args.generator else Inverter)(
         model, mean, std, resolutions,
         LossWeights(
-            args.tv_weight, args.l2_weight, args.bn_weight, args.first_bn_weight, args.ep_weight, args.triplet_weight,
-            args.margin, args.adi_weight, args.adi_temperature, bn_relative=args.bn_norm != 'absolute',
-            bn_averaged=args.bn_norm == 'averaged', smoothing=GENERATOR_WEIGHTS.smoothing if args.generator else 0.,
+            **{name: getattr(args, f'{name}_weight') for name in WEIGHTS}, margin=args.margin,
+            adi_temperature=args.adi_temperature, bn_norm=args.bn_norm,
+            smoothing=GENERATOR_WEIGHTS.smoothing if args.generator else 0.,
             normalized_latent=args.latent == 'normalized'),
         args.diversity, competitor, Augmentation(jitter, flip=not args.no_flip), tuple(args.betas),
         Execution(precision.autocast, args.channels_last, args.torchcompile))
@@ -237,13 +266,12 @@ def run(args: argparse.Namespace) -> None:
     check_folder(args.output, args.resume)
     given = [name for name in WEIGHTS if getattr(args, f'{name}_weight') is not None]
     args = fill_defaults(args)
-    args.mirror = not args.no_flip
+    saved = read_settings(args.output)
     device, ranks = select_device(args.device)
     precision = Precision(device, torch.bfloat16 if args.amp else None)
     model: Any = load_model(args.model, args.checkpoint, device=device)
     indices = parse_classes(args.classes, model.num_classes)
-    if args.images_per_class is None:
-        args.images_per_class = _images_per_class(args, len(indices))
+    per_class = _images_per_class(args, len(indices), saved)
     names = read_class_names(args.class_names, model)
     if not 1 <= model.in_chans <= 4:
         raise ValueError(f'--model takes {model.in_chans} channels, expected 1 (grey) to 4. Choose another CNN.')
@@ -254,14 +282,18 @@ def run(args: argparse.Namespace) -> None:
         verifier = load_model(args.verifier, args.verifier_checkpoint, device=device)
     judge = Judge(model, verifier, names, *_normalisation(model), args.min_prob)
     judge.check_size(inverter.size)
+    choice = Choice(inverter.weights, not args.no_flip)
     if isinstance(inverter, GeneratorInverter):
-        choose_by_pilot(args, inverter, indices, given, ranks)
+        classes_per_batch = min(args.classes_per_batch, len(indices))
+        per_pilot = max(per_class, math.ceil(BATCH_SIZE / classes_per_batch))
+        pilot_targets, = batch_targets(1, indices, classes_per_batch, per_pilot, args.seed)
+        choice = choose_by_pilot(inverter, pilot_targets, args.seed, choice, given, saved, ranks)
     networks = [m for m in (model, inverter.student, verifier) if m is not None]
     dataset = SyntheticSet(
-        args.output, {index: names[index] for index in indices}, _settings(args, inverter, networks), args.format,
-        args.resume)
-    num_batches = _count_batches(args, len(indices), ranks)
-    targets = batch_targets(num_batches, indices, args.classes_per_batch, args.images_per_class, args.seed)
+        args.output, {index: names[index] for index in indices},
+        _settings(args, per_class, choice, inverter, networks), args.format, args.resume)
+    num_batches = _count_batches(args, len(indices), per_class, ranks)
+    targets = batch_targets(num_batches, indices, args.classes_per_batch, per_class, args.seed)
     todo = [batch for batch in range(num_batches) if not dataset.is_done(batch)]
     if ranks.distributed:
         dist.barrier()  # all processes read the folder before one writes
@@ -271,48 +303,55 @@ def run(args: argparse.Namespace) -> None:
     if ranks.is_primary:
         while not all(dataset.is_done(batch) for batch in todo):  # the other processes may take hours longer
             time.sleep(0.2)
-        report(args, dataset, inverter)
+        report(args, dataset, inverter, choice)
 
 
 def choose_by_pilot(
-        args: argparse.Namespace,
         inverter: GeneratorInverter,
-        classes: Sequence[int],
+        targets: torch.Tensor,
+        seed: int,
+        options: Choice,
         kept: Collection[str],
+        saved: Dict[str, Any],
         ranks: Ranks,
-) -> None:
-    """Choose the weights and the mirroring of a generator by a short pilot; a resumed run keeps them.
+) -> Choice:
+    """Choose the weights and the mirroring of a generator by a short pilot, and set them; a resumed run keeps them.
 
     Args:
-        args: Options. The choices are written into them.
-        inverter: Trains the generators. The choices are set.
-        classes: Class indices to choose from.
+        inverter: Trains the generators.
+        targets: Classes (B,) of the pilot's images.
+        seed: Random seed.
+        options: Weights and mirroring of the command's options.
         kept: Weights that were given.
+        saved: Settings of the run to resume; {} for a new run.
         ranks: This process among all. The first one decides.
     """
-    saved = read_settings(args.output) if args.resume else {}
+    choice = [options]
     if 'mirror' in saved:
         chosen = {name: saved[f'{name}_weight'] for name in WEIGHTS if name not in kept}
-        choice = [(replace(inverter.weights, **chosen), saved['mirror'])]
+        choice = [Choice(replace(options.weights, **chosen), saved['mirror'])]
     elif ranks.is_primary:
-        per_class = math.ceil(BATCH_SIZE / min(args.classes_per_batch, len(classes)))
-        targets, = batch_targets(
-            1, classes, args.classes_per_batch, max(per_class, args.images_per_class), args.seed)
-        choice = [run_pilot(inverter, targets, args.seed, kept, mirror=not args.no_flip)]
-    else:
-        choice = [(inverter.weights, False)]
+        choice = [run_pilot(inverter, targets, seed, kept, options.mirror)]
     if ranks.distributed:
         dist.broadcast_object_list(choice)
-    weights, args.mirror = choice[0]
-    inverter.set_choices(weights, args.mirror)
-    vars(args).update({f'{name}_weight': getattr(weights, name) for name in WEIGHTS})
+    inverter.set_choices(*choice[0])
+    return choice[0]
 
 
-def _settings(args: argparse.Namespace, inverter: Inverter, networks: Sequence[torch.nn.Module]) -> Dict[str, Any]:
+def _settings(
+        args: argparse.Namespace,
+        per_class: int,
+        choice: Choice,
+        inverter: Inverter,
+        networks: Sequence[torch.nn.Module],
+) -> Dict[str, Any]:
     """Return what the images depend on, for `settings.json` and the manifest."""
     skipped = ('output', 'resume', 'device', 'format', 'classes', 'class_names', 'num_images')
     return {
         **{key: value for key, value in vars(args).items() if key not in skipped},
+        'images_per_class': per_class,
+        **{f'{name}_weight': getattr(choice.weights, name) for name in WEIGHTS},
+        'mirror': choice.mirror,
         'resolutions': [list(resolution) for resolution in inverter.resolutions],
         'betas': list(args.betas),
         'num_images': args.num_images,
@@ -321,15 +360,15 @@ def _settings(args: argparse.Namespace, inverter: Inverter, networks: Sequence[t
     }
 
 
-def _count_batches(args: argparse.Namespace, num_classes: int, ranks: Ranks) -> int:
+def _count_batches(args: argparse.Namespace, num_classes: int, per_class: int, ranks: Ranks) -> int:
     """Return the number of batches with at least --num-images images."""
     classes = min(args.classes_per_batch, num_classes)
-    size = classes * args.images_per_class
+    size = classes * per_class
     count = math.ceil(args.num_images / size)
     if args.num_images % size and ranks.is_primary:
         _logger.info(
             f'--num-images {args.num_images} is rounded up to {count * size}: {count} batches of {classes} classes with'
-            f' {args.images_per_class} images each. For smaller batches, lower --classes-per-batch or'
+            f' {per_class} images each. For smaller batches, lower --classes-per-batch or'
             ' --images-per-class.')
     return count
 
@@ -385,30 +424,34 @@ def make_images(
                 write_bytes(dataset.root / 'samples.png', contact_sheet(dataset.samples()))
 
 
-def advise(weights: LossWeights, diversity: str, losses: Sequence[Dict[str, Any]]) -> str:
-    """Name the largest loss besides the cross-entropy, and the flag that lowers it.
+def advise(inverter: Inverter, losses: Sequence[Dict[str, Any]]) -> str:
+    """Name the largest loss besides the cross-entropy, and what may help.
 
     Args:
-        weights: Weights of the losses.
-        diversity: Kind of the diversity loss, see `Inverter`.
+        inverter: Made the images.
         losses: Rows of the batches' losses; all but the diversity of 'intra' are unweighted.
     """
+    weights = inverter.weights
     last_step = max(row['step'] for row in losses)
     last = [row for row in losses if row['step'] == last_step]
     mean = {name: sum(row[name] for row in last) / len(last) for name in last[0] if name not in ('batch', 'step')}
-    is_adi = diversity == 'adi'
+    is_adi = inverter.diversity == 'adi'
     scale = dict(bn=weights.bn, tv=weights.tv, l2=weights.l2, diversity=weights.adi if is_adi else 1.)
     terms = {name: abs(mean[name]) * weight for name, weight in scale.items() if name in mean}
-    flags = dict(bn='--bn-weight (or try --bn-norm relative)', tv='--tv-weight', l2='--l2-weight',
+    relative = ' (or try --bn-norm relative)' if weights.bn_norm == 'absolute' else ''
+    flags = dict(bn=f'--bn-weight{relative}', tv='--tv-weight', l2='--l2-weight',
                  diversity='--adi-weight' if is_adi else '--ep-weight and --triplet-weight')
+    largest = max(terms, key=terms.__getitem__)
+    tips = [f'lower {flags[largest]}'] if terms[largest] else []
+    tips += ['take more steps', *(['omit --generator'] if isinstance(inverter, GeneratorInverter) else [])]
+    tips[0] = tips[0].capitalize()
     listed = ', '.join(f'{name} {value:.3g}' for name, value in terms.items())
     return (
         f'The CNN does not recognise most images. The final cross-entropy is {mean["ce"]:.2g}, the other weighted'
-        f' losses are: {listed}. Good weights differ between CNNs. Lower {flags[max(terms, key=terms.__getitem__)]},'
-        ' or take more steps.')
+        f' losses are: {listed}. Good weights differ between CNNs. {", or ".join(tips)}.')
 
 
-def report(args: argparse.Namespace, dataset: SyntheticSet, inverter: Inverter) -> None:
+def report(args: argparse.Namespace, dataset: SyntheticSet, inverter: Inverter, choice: Choice) -> None:
     """Finish the data set; print the result and the command that trains on it."""
     counts, class_map = dataset.finish()
     write_bytes(dataset.root / 'samples.png', contact_sheet(dataset.samples()))
@@ -426,13 +469,14 @@ def report(args: argparse.Namespace, dataset: SyntheticSet, inverter: Inverter) 
         sure = f'{100 * counts["sure"] / counts["made"]:.0f} %'
         print(f'{args.model} gives {sure} of the images a probability above 0.5 for their class.')
     if losses and counts['sure'] < counts['made'] / 2:
-        _logger.warning(advise(inverter.weights, inverter.diversity, losses))
+        _logger.warning(advise(inverter, losses))
     if counts['kept'] < 2:
         return
     missing = len(dataset.classes) - len(class_map)
     if missing:
         _logger.warning(f'{missing} of {len(dataset.classes)} classes have no image that was kept.')
-    command = train_command(args, str(dataset.root), counts['kept'], class_map, inverter.model, inverter.size)
+    command = train_command(
+        args, str(dataset.root), counts['kept'], class_map, inverter.model, inverter.size, choice.mirror)
     print(f'Train on them: {command}')
 
 

@@ -12,16 +12,16 @@ from timm_dearkd.engine.seeding import seeded
 
 from .inversion import Augmentation, Inverter, LossWeights, OnCheck, Resolution
 
-__all__ = ['GENERATOR_WEIGHTS', 'Generator', 'GeneratorInverter', 'random_views', 'run_pilot']
+__all__ = ['GENERATOR_WEIGHTS', 'Choice', 'Generator', 'GeneratorInverter', 'random_views', 'run_pilot']
 
 _logger = logging.getLogger(__name__)
 
 # Our choices. `bn` is chosen by `run_pilot`
-GENERATOR_WEIGHTS = LossWeights(tv=0., l2=0., bn=10., bn_relative=True, bn_averaged=True, smoothing=0.1)
+GENERATOR_WEIGHTS = LossWeights(tv=0., l2=0., bn=10., bn_norm='averaged', smoothing=0.1)
 PILOT_WEIGHTS = (10., 5., 2.5, 1., 0.5)
 PILOT_SCALES = (1., 0.1, 0.01, 0.001)  # of the diversity loss
 PILOT_STEPS = 50
-MIN_RECOGNISED = 0.9  # of the pilot's images, by the CNN
+MIN_CORRECT = 0.9  # share of the pilot's images whose class the CNN predicts
 CODE = 128  # values of the code of an image; fewer make codes alike
 NOISE = 32  # values that make images of one code differ
 MIN_WIDTH, MAX_WIDTH = 8, 128  # channels at full size, and in small maps
@@ -59,7 +59,7 @@ class Generator(nn.Module):
                 nn.LeakyReLU(0.2, inplace=True)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], in_chans, 3, padding=1), nn.BatchNorm2d(in_chans))
 
-    def reset_first(self) -> None:
+    def reset(self) -> None:
         """Draw the codes and the first layer again."""
         nn.init.normal_(self.codes)
         self.first.reset_parameters()
@@ -115,17 +115,20 @@ class GeneratorInverter(Inverter):
             targets: torch.Tensor,
             seed: int,
             on_check: Optional[OnCheck] = None,
+            max_steps: Optional[int] = None,
     ) -> Optional[torch.Tensor]:
-        """Train a generator and make a batch of images with it. See `Inverter.run`."""
+        """Train a generator, for at most `max_steps` steps, and make a batch of images with it. See `Inverter.run`."""
+        size, steps, lr = self.resolutions[0]
         with seeded(seed, device=self.device):
-            return self._run(targets, on_check)
+            return self._run(targets, on_check, Resolution(size, min(steps, max_steps or steps), lr))
 
     def _run(
             self,
             targets: torch.Tensor,
             on_check: Optional[OnCheck],
+            resolution: Resolution,
     ) -> Optional[torch.Tensor]:
-        size, steps, lr = self.resolutions[0]
+        size, steps, lr = resolution
         classes, labels = targets.unique(return_inverse=True)
         num_codes = max(BATCH_SIZE, len(classes))
         code_targets = classes[torch.arange(num_codes) % len(classes)].to(self.device)
@@ -149,7 +152,7 @@ class GeneratorInverter(Inverter):
                     with torch.no_grad():
                         images[places[chosen]] = self._generate(generator).cpu()[codes[chosen]]
             if step % period == 0 and step < steps:
-                generator.reset_first()
+                generator.reset()
                 optimizer = torch.optim.Adam(generator.parameters(), lr=lr, betas=self.betas)
         return images
 
@@ -183,19 +186,25 @@ def _share_codes(labels: torch.Tensor, num_classes: int, num_codes: int) -> Tupl
     return labels + num_classes * (before % per_class), before // per_class
 
 
+class Choice(NamedTuple):
+    """Weights of the losses, and whether the CNN sees mirror images."""
+    weights: LossWeights
+    mirror: bool
+
+
 def run_pilot(
         inverter: GeneratorInverter,
         targets: torch.Tensor,
         seed: int,
         kept: Collection[str] = (),
         mirror: bool = True,
-) -> Tuple[LossWeights, bool]:
+) -> Choice:
     """Choose the loss weights and the mirroring for a CNN by short trainings, log the choices and set them.
 
-    The BatchNorm weight comes first, without the diversity loss. It is the largest with which the CNN recognises
-    `MIN_RECOGNISED` of the images; if there is none, the one with which it recognises most. The weights of the
-    diversity loss then are the largest in the same sense. Mirror images are seen if the CNN also recognises the mirror
-    images of the images that it recognises, in more cases than half way between chance and all.
+    The BatchNorm weight comes first, without the diversity loss. It is the largest with which the CNN predicts the
+    class of `MIN_CORRECT` of the images; if there is none, the one with which it predicts most. The weights of the
+    diversity loss then are the largest in the same sense. Mirror images are seen if the CNN also predicts the class of
+    the mirror images of the images whose class it predicts, in more cases than half way between chance and all.
 
     Args:
         inverter: Trains the generators.
@@ -204,18 +213,13 @@ def run_pilot(
         kept: Names in `LossWeights` that stay as they are.
         mirror: Mirror images are allowed.
 
-    Returns:
-        The weights, and whether mirror images are seen.
-
     Raises:
         ValueError: If the losses of all trainings are not finite.
     """
-    resolutions, first = inverter.resolutions, inverter.weights
-    size, steps, lr = resolutions[0]
-    inverter.resolutions = [Resolution(size, min(PILOT_STEPS, steps), lr)]
+    first, steps = inverter.weights, min(PILOT_STEPS, inverter.resolutions[0].steps)
     scaled = () if inverter.diversity == 'none' else ('adi',) if inverter.diversity == 'adi' else ('ep', 'triplet')
     off = replace(first, **dict.fromkeys(scaled, 0.))  # type: ignore[arg-type]
-    _logger.info(f'Pilot: trains generators for {min(PILOT_STEPS, steps)} steps each, to choose weights of losses.')
+    _logger.info(f'Pilot: trains generators for {steps} steps each, to choose weights of losses.')
     chosen, result = _choose(inverter, targets, seed, ('bn',), [off] if 'bn' in kept else [
         replace(off, bn=weight) for weight in PILOT_WEIGHTS])
     if scaled:
@@ -223,16 +227,15 @@ def run_pilot(
         chosen, result = _choose(inverter, targets, seed, ('bn', *scaled), [
             replace(first, bn=chosen.bn, **{name: getattr(first, name) * scale for name in free})
             for scale in (PILOT_SCALES if free else (1.,))])
-    inverter.resolutions = resolutions
     chance = 1 / int(inverter.model.num_classes)  # type: ignore[arg-type]
     mirror = mirror and result.mirrored > (1 + chance) / 2
     inverter.set_choices(chosen, mirror)
-    level = logging.INFO if result.recognised >= 0.5 else logging.WARNING
+    level = logging.INFO if result.correct >= 0.5 else logging.WARNING
     _logger.log(
-        level, f'Pilot: {_flags(chosen, ("bn", *scaled))}. The CNN recognises {100 * result.recognised:.0f} % of the'
-        f' images, and the mirror images of {100 * result.mirrored:.0f} % of these. Images are'
+        level, f'Pilot: {_flags(chosen, ("bn", *scaled))}. The CNN predicts the class of {100 * result.correct:.0f} %'
+        f' of the images, and that of the mirror images of {100 * result.mirrored:.0f} % of these. Images are'
         f' {"" if mirror else "not "}mirrored.')
-    return chosen, mirror
+    return Choice(chosen, mirror)
 
 
 def _flags(weights: LossWeights, names: Sequence[str]) -> str:
@@ -240,8 +243,8 @@ def _flags(weights: LossWeights, names: Sequence[str]) -> str:
 
 
 class _Result(NamedTuple):
-    """Share of images that the CNN recognises, and share of these whose mirror images it recognises."""
-    recognised: float
+    """Share of images whose class the CNN predicts, and share of these where it does so for the mirror image."""
+    correct: float
     mirrored: float
 
 
@@ -252,7 +255,7 @@ def _choose(
         names: Sequence[str],
         candidates: Sequence[LossWeights],
 ) -> Tuple[LossWeights, _Result]:
-    """Return the first weights with which the CNN recognises `MIN_RECOGNISED` of the images, else the best ones.
+    """Return the first weights with which the CNN predicts the class of `MIN_CORRECT` of the images, else the best.
 
     Args:
         inverter: Trains the generators.
@@ -264,7 +267,7 @@ def _choose(
     results: Dict[LossWeights, _Result] = {}
     for weights in candidates:
         inverter.set_choices(weights, mirror=False)
-        images = inverter.run(targets, seed)
+        images = inverter.run(targets, seed, max_steps=PILOT_STEPS)
         if images is None:
             _logger.info(f'Pilot: {_flags(weights, names)}: the loss is not finite.')
             continue
@@ -274,11 +277,11 @@ def _choose(
         results[weights] = _Result(
             right.float().mean().item(), (right & mirrored).sum().item() / max(1, right.sum().item()))
         _logger.info(
-            f'Pilot: {_flags(weights, names)}: the CNN recognises {100 * results[weights].recognised:.0f} % of the'
-            ' images.')
-        if results[weights].recognised >= MIN_RECOGNISED:
+            f'Pilot: {_flags(weights, names)}: the CNN predicts the class of {100 * results[weights].correct:.0f} % of'
+            ' the images.')
+        if results[weights].correct >= MIN_CORRECT:
             return weights, results[weights]
     if not results:
         raise ValueError('The losses of the pilot are not finite. Choose other weights, or another CNN.')
-    best = max(results, key=lambda weights: results[weights].recognised)
+    best = max(results, key=lambda weights: results[weights].correct)
     return best, results[best]

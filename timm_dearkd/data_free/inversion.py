@@ -15,11 +15,12 @@ from distill_hooks.errors import first_line
 from .losses import BatchNormStats, competition_loss, intra_divergence_loss, l2_prior, total_variation
 
 __all__ = [
-    'DIVERSITIES', 'Augmentation', 'Competitor', 'Execution', 'Inverter', 'LossWeights', 'Resolution', 'batch_targets',
-    'spectator',
+    'BN_NORMS', 'DIVERSITIES', 'Augmentation', 'Competitor', 'Execution', 'Inverter', 'LossWeights', 'Resolution',
+    'batch_targets', 'spectator',
 ]
 
 DIVERSITIES = ('none', 'adi', 'intra')
+BN_NORMS = ('absolute', 'relative', 'averaged')
 OnCheck = Callable[[int, Dict[str, float]], None]
 
 
@@ -34,8 +35,8 @@ class Resolution(NamedTuple):
 class LossWeights:
     """Weights and settings of the losses.
 
-    They are the paper's, except `first_bn`, `margin`, `adi`, `adi_temperature` and the last four, which are ours.
-    `adi` is for small images; DeepInversion's code takes 0.2 for ImageNet's 224 pixels.
+    They are the paper's, except `first_bn`, `margin`, `adi`, `adi_temperature` and the last three, which are ours.
+    `adi` is for small images; DeepInversion's code takes 0.2 for ImageNet's 224 pixels. `bn_norm` is one of `BN_NORMS`.
     """
     tv: float = 1e-4
     l2: float = 1e-5
@@ -46,8 +47,7 @@ class LossWeights:
     margin: float = 1.
     adi: float = 10.
     adi_temperature: float = 3.
-    bn_relative: bool = False
-    bn_averaged: bool = False
+    bn_norm: str = 'absolute'
     smoothing: float = 0.
     normalized_latent: bool = False
 
@@ -198,7 +198,7 @@ class Inverter:
         if competitor is not None and competitor.classes is not None:
             self.student_classes = torch.tensor(competitor.classes, device=self.device)
         self._stats = BatchNormStats(
-            self.model, self.weights.bn_relative, self.weights.first_bn, self.weights.bn_averaged)
+            self.model, self.weights.bn_norm != 'absolute', self.weights.first_bn, self.weights.bn_norm == 'averaged')
         self._features: List[torch.Tensor] = []
         self._handles = []
         if diversity == 'intra':

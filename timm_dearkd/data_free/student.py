@@ -18,6 +18,7 @@ def train_command(
         class_map: Sequence[int],
         model: Any,
         size: int,
+        mirror: bool,
 ) -> str:
     """Return the command that trains a student on the images.
 
@@ -28,6 +29,7 @@ def train_command(
         class_map: The CNN's class for each class of the data set.
         model: The CNN.
         size: Side length of the images.
+        mirror: Mirror the images at random.
     """
     root = shlex.quote(folder)
     data = f'{root} --val-split ""' if args.format == 'folder' else (
@@ -36,7 +38,7 @@ def train_command(
     checkpoint = f' --kd-teacher-checkpoint {shlex.quote(args.checkpoint)}' if args.checkpoint else ''
     channels = {1: ' --in-chans 1', 2: ' --in-chans 2 --input-img-mode LA', 3: '',
                 4: ' --in-chans 4 --input-img-mode RGBA'}[model.in_chans]
-    flip = '' if args.mirror else ' --hflip 0'
+    flip = '' if mirror else ' --hflip 0'
     recipe = yaml.safe_load(find_config('data_free').read_text(encoding='utf-8'))
     # Mixup needs even batches
     batch = f' --batch-size {num_images // 2 * 2}' if num_images < recipe['batch_size'] else ''

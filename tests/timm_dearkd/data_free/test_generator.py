@@ -125,7 +125,7 @@ def test_images_are_of_their_classes(monkeypatch):
 def test_a_reset_draws_codes_and_first_layer():
     generator = Generator(4, 1, 8)
     before = {name: value.clone() for name, value in generator.named_parameters()}
-    generator.reset_first()
+    generator.reset()
     changed = {name for name, value in generator.named_parameters() if not value.equal(before[name])}
     assert changed == {'codes', 'first.weight', 'first.bias'}
 
@@ -178,12 +178,12 @@ def test_the_pilot_takes_the_largest_weights_that_leave_the_classes(monkeypatch)
 
 
 def test_the_pilot_takes_the_best_weight_if_all_are_bad(monkeypatch, caplog):
-    """It warns if the CNN recognises less than half of the images. Infinite losses end it."""
+    """It warns if the CNN predicts the class of less than half of the images. Infinite losses end it."""
     monkeypatch.setattr(module, 'PILOT_WEIGHTS', (float('inf'), 1e6, 1e5))
     targets = torch.tensor([0, 1, 2, 3]).repeat_interleave(3)
     assert run_pilot(make(steps=3), targets, 0)[0].bn in (1e6, 1e5)
     record, = caplog.records
-    assert record.levelname == 'WARNING' and 'recognises 25 %' in record.message
+    assert record.levelname == 'WARNING' and 'class of 25 %' in record.message
     monkeypatch.setattr(module, 'PILOT_WEIGHTS', (float('inf'),))
     with pytest.raises(ValueError, match='The losses of the pilot are not finite'):
         run_pilot(make(steps=12), TARGETS, 0)
