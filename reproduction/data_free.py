@@ -249,10 +249,10 @@ def inversion(scale: Scale, seeds: Sequence[int]) -> Table:
     tried.update({f'{MODES["intra"][0]}, {label}': (name, 'intra', argv) for name, (label, argv) in READINGS.items()})
     return Table(
         'Weights of the diversity losses, without real images',
-        '120 images each, of 200 steps. DF-DearKD: weight of the easiest positive; the triplet has a hundredth of it, as in the'
-        ' paper. ADI: weight of the competition. BatchNorm distances are relative unless a row says otherwise. An image'
-        ' is recognised if the CNN gives its class a probability above 0.5. Three images are 2.5 points. The other CNN'
-        ' was not used to choose.',
+        '120 images each, of 200 steps. DF-DearKD: weight of the easiest positive; the triplet has a hundredth of it,'
+        ' as in the paper. ADI: weight of the competition. BatchNorm distances are relative unless a row says'
+        ' otherwise. An image is recognised if the CNN gives its class a probability above 0.5. Three images are 2.5'
+        ' points. The other CNN was not used to choose.',
         [Entry(row, column, (inversion_cell(
             scale, f'tuning-images-{name}-seed{seeds[0]}', scale.tuning_data, mode, seeds[0], 120, argv),), None, key,
             key)
