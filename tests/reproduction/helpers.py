@@ -10,8 +10,8 @@ from reproduction.driver import Driver
 from reproduction.tables import TABLES
 from timm_dearkd.analysis.__main__ import build_parser as analysis_parser
 from timm_dearkd.api import build_parser as distill_parser
-from timm_dearkd.data_free.__main__ import build_parser as data_free_parser
-from timm_dearkd.data_free.__main__ import fill_defaults
+from timm_dearkd.data_free.options import build_parser as data_free_parser
+from timm_dearkd.data_free.options import fill_defaults
 from timm_dearkd.engine.options import build_config_parser, build_parser, parse_args
 
 SEEDS = [0, 1, 2]

@@ -19,159 +19,23 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import timm_dearkd
 from distill_hooks import load_model
 from distill_hooks.teacher import input_normalisation, weights_fingerprint
-from timm_dearkd.commands import add_device, natural_int, positive_int, run_command
+from timm_dearkd.commands import run_command
 from timm_dearkd.engine.process import Precision, Ranks, check_backend, compile_errors, select_device
 from timm_dearkd.files import write_bytes
 
 from .classes import match_classes, parse_classes, read_class_names
-from .dataset import FORMATS, SyntheticSet, check_folder, read_settings
+from .dataset import SyntheticSet, check_folder, read_settings
 from .generator import BATCH_SIZE, GENERATOR_WEIGHTS, Choice, GeneratorInverter, run_pilot
-from .inversion import (
-    BN_NORMS,
-    DIVERSITIES,
-    Augmentation,
-    Competitor,
-    Execution,
-    Inverter,
-    LossWeights,
-    Resolution,
-    batch_targets,
-)
+from .inversion import Augmentation, Competitor, Execution, Inverter, LossWeights, Resolution, batch_targets
 from .judge import Judge
 from .look import contact_sheet, loss_curves
+from .options import WEIGHTS, build_parser, fill_defaults
 from .student import train_command
 
 _logger = logging.getLogger(__name__)
 
 MAX_GENERATED = 1920  # images of a generator, in a batch
-MIN_PROB = 0.1  # by a verifier
 LOG_INTERVAL = 60.  # seconds, where there is no terminal for a progress bar
-WEIGHTS = ('tv', 'l2', 'bn', 'first_bn', 'ep', 'triplet', 'adi')
-
-
-def _beta(text: str) -> float:
-    if not 0 <= float(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is not from 0 to below 1')
-    return float(text)
-
-
-def _resolution(text: str) -> Resolution:
-    try:
-        size, steps, lr = text.split(':')
-        return Resolution(positive_int(size), positive_int(steps), float(lr))
-    except (ValueError, argparse.ArgumentTypeError):
-        raise argparse.ArgumentTypeError(f'{text!r} is not SIZE:STEPS:LR, such as 112:2000:0.5') from None
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of the command."""
-    parser = argparse.ArgumentParser(
-        prog='timm-dearkd data-free', description='Make training images from a CNN (DF-DearKD)')
-    _add_image_arguments(parser)
-    _add_loss_arguments(parser)
-    add = parser.add_argument
-    add('--betas', type=_beta, nargs=2, default=(0.5, 0.9), help="Adam's betas (default: 0.5 0.9)")
-    add('--jitter', type=natural_int, metavar='N', help='largest shift in pixels, at full size (default: size / 8)')
-    add('--no-flip', action='store_true', help='do not mirror the images at random')
-    add('--seed', type=natural_int, default=0, help='random seed (default: %(default)s)')
-    add('--format', default='folder', choices=FORMATS,
-        help='image folder or WebDataset shards (default: %(default)s)')
-    add('--resume', action='store_true', help='continue with the images in OUT')
-    add_device(parser)
-    add('--amp', action='store_true', help='run the CNN in bfloat16 (float16 would underflow)')
-    add('--channels-last', action=argparse.BooleanOptionalAction, default=True,
-        help='use the channels_last memory format (default: yes)')
-    add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND',
-        help='compile the CNN and the losses (BACKEND: inductor; default: off)')
-    return parser
-
-
-def _add_image_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add('output', metavar='OUT', help='folder of the new data set')
-    add('--model', required=True, metavar='NAME', help='the CNN: timm name, hf-hub:, local-dir: or run folder')
-    add('--checkpoint', metavar='FILE', help='weights of the CNN (default: its pretrained ones)')
-    add('--num-images', type=positive_int, required=True, metavar='N',
-        help='images to make, rounded up to whole batches')
-    add('--classes', nargs='+', metavar='INDEX', help='class indices, or ranges such as 0-9 (default: all)')
-    add('--class-names', metavar='FILE', help="names of the CNN's classes, one per line (default: those it knows)")
-    add('--generator', action='store_true',
-        help='train a generator for each batch instead of optimising pixels: far cheaper per image')
-    add('--classes-per-batch', type=positive_int, metavar='N',
-        help='different classes in a batch (default: 6; --generator: 20)')
-    add('--images-per-class', type=positive_int, metavar='N',
-        help='images of each class in a batch (default: 7; --generator: up to 1920 in a batch)')
-    add('--resolutions', nargs='+', type=_resolution, metavar='SIZE:STEPS:LR',
-        help='phases (default: SIZE/2:2000:0.5 SIZE:2000:0.01, where SIZE is --img-size; --generator: SIZE:400:0.005)')
-    add('--img-size', type=positive_int, metavar='N',
-        help="side length of the images in pixels, without --resolutions (default: the CNN's)")
-
-
-def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
-    paper, ours = LossWeights(), GENERATOR_WEIGHTS
-    add = parser.add_argument
-    add('--diversity', choices=DIVERSITIES,
-        help='none (DeepInversion), adi (competes with --student) or intra (the paper) (default: intra; --generator:'
-        ' none)')
-    add('--student', metavar='NAME', help='competitor of --diversity adi')
-    add('--student-checkpoint', metavar='FILE', help='weights of --student (default: its pretrained ones)')
-    add('--verifier', metavar='NAME', help='keep only images to whose class this network gives --min-prob')
-    add('--verifier-checkpoint', metavar='FILE', help='weights of --verifier (default: its pretrained ones)')
-    add('--min-prob', type=float, metavar='P',
-        help=f'least probability by --verifier of an image to keep (default: {MIN_PROB})')
-    for name, text in (
-        ('tv', 'total variation'), ('l2', 'l2 norm'), ('bn', 'BatchNorm statistics'),
-        ('first-bn', 'first BatchNorm layer (the others have 1)'), ('ep', 'easiest-positive loss'),
-        ('triplet', 'triplet loss'), ('adi', 'competition with --student'),
-    ):
-        values = [getattr(weights, name.replace('-', '_')) for weights in (paper, ours)]
-        own = 'by a pilot' if name in ('bn', 'ep', 'triplet', 'adi') else values[1]
-        other = f'; --generator: {own}' if own != values[0] else ''
-        add(f'--{name}-weight', type=float, metavar='W', help=f'weight of the {text} (default: {values[0]}{other})')
-    add('--latent', choices=('raw', 'normalized'),
-        help='features that --diversity intra compares: as they are, or of length 1 (default: raw)')
-    add('--margin', type=float, help=f'margin of the triplet loss (default: {paper.margin})')
-    add('--adi-temperature', type=float, metavar='T',
-        help=f'softmax temperature of --diversity adi (default: {paper.adi_temperature})')
-    add('--bn-norm', choices=BN_NORMS,
-        help="relative divides differences by the layer's own deviation and variance; averaged also takes the mean over"
-        ' channels and layers (default: absolute; --generator: averaged)')
-
-
-def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
-    """Return the options with the defaults of --generator or of the optimisation of pixels.
-
-    Raises:
-        ValueError: If an option has no effect.
-    """
-    preset = GENERATOR_WEIGHTS if args.generator else LossWeights()
-    defaults: Dict[str, Any] = {f'{name}_weight': getattr(preset, name) for name in WEIGHTS}
-    defaults.update(
-        classes_per_batch=20 if args.generator else 6, diversity='none' if args.generator else 'intra',
-        bn_norm=preset.bn_norm, latent='raw', margin=preset.margin, adi_temperature=preset.adi_temperature,
-        min_prob=MIN_PROB)
-    given = {key: value for key, value in vars(args).items() if value is not None}
-    filled = argparse.Namespace(**{**vars(args), **defaults, **given})
-    _refuse_unused(filled, given)
-    return filled
-
-
-def _refuse_unused(args: argparse.Namespace, given: Collection[str]) -> None:
-    """Raise an error for a given option that has no effect."""
-    for is_used, condition, names in (
-        (args.diversity == 'intra', 'with --diversity intra', ('ep_weight', 'triplet_weight', 'margin', 'latent')),
-        (args.diversity == 'adi', 'with --diversity adi', ('adi_weight', 'adi_temperature', 'student')),
-        (args.student, 'with --student NAME', ('student_checkpoint',)),
-        (args.verifier, 'with --verifier NAME', ('min_prob', 'verifier_checkpoint')),
-        (not args.generator, 'without --generator', ('jitter',)),
-        (not args.resolutions, 'without --resolutions', ('img_size',)),
-    ):
-        for name in names:
-            if name in given and not is_used:
-                flag = f'--{name.replace("_", "-")}'
-                raise ValueError(
-                    f'{flag} {getattr(args, name)} has an effect only {condition}. Remove {flag}, or run the command'
-                    f' {condition}.')
 
 
 def _images_per_class(args: argparse.Namespace, num_classes: int, saved: Dict[str, Any]) -> int:
