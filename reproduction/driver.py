@@ -332,8 +332,8 @@ class Driver:
         self.cost, self.seconds = self.cost + cell.cost, self.seconds + result['seconds']
         self.labels_read += result.get('labels_read', 0)
         self.labels_computed += result.get('labels_computed', 0)
-        figure, = (text.format(result[key]) for key, text in FIGURES.items() if key in result)
-        print(f'{cell.name}: {figure} ({len(left)} cells{self.time_left(left)})', flush=True)
+        figures = ', '.join(text.format(result[key]) for key, text in FIGURES.items() if key in result)
+        print(f'{cell.name}: {figures} ({len(left)} cells{self.time_left(left)})', flush=True)
         return ''
 
     def run(self, cells: Sequence[Cell]) -> bool:

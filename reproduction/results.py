@@ -20,7 +20,7 @@ __all__ = [
 RESULTS = ROOT / 'reproduction' / 'results'
 # Kept with the results, because another machine would train a different teacher
 TEACHER_FILES = ('model_best.safetensors', 'config.json')
-# Main figure of each program, and its log line
+# Main figures of the programs, and their log lines
 FIGURES = {
     'top1': '{:.2f} %', 'distance': 'distance {:.3f}', 'sure': '{:.0f} % of the images recognised',
     'merged': '{:.0f} images'}

@@ -238,3 +238,17 @@ def test_what_two_cnns_say_of_images(tmp_path):
     assert image_figures(folder) == dict(sure=75., recognised=25., images=4, kept=3)
     driver.keep_files(cell)
     assert (folder / 'validation').samefile(tmp_path / 'data' / 'digits' / 'validation')
+
+
+def test_a_merged_set_has_the_figures_of_its_images(tmp_path, capsys):
+    driver = make_driver(tmp_path)
+    (tmp_path / 'data' / 'digits' / 'validation').mkdir(parents=True)
+    for name, probability in (('a', 0.9), ('b', 0.2)):
+        (tmp_path / 'work' / name / 'train' / '0').mkdir(parents=True)
+        (tmp_path / 'work' / name / 'train' / '0' / '0.png').touch()
+        (tmp_path / 'work' / name / 'manifest.json').write_text(json.dumps(dict(images=[
+            dict(teacher_prob=probability, verifier_prob=0.1, kept=True)])))
+    assert driver.run([Cell('both', 'digits', ('{runs}/a', '{runs}/b'), 1., program='merge')])
+    assert 'both: 50 % of the images recognised, 2 images (0 cells' in capsys.readouterr().out
+    result = json.loads((tmp_path / 'results' / 'both.json').read_text())
+    assert (result['merged'], result['sure'], result['recognised']) == (2, 50., 0.)
