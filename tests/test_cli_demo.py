@@ -67,7 +67,8 @@ def test_the_whole_script_without_real_images(tmp_path):
     """The data-free demo with few images and steps: its table and its picture."""
     script = (ROOT / 'examples' / 'data_free_digits.sh').read_text()
     for long, short in (
-            ('--epochs 40', '--epochs 1'), ('--val-interval 40', '--val-interval 1'),
+            ('torchrun --standalone --nproc_per_node=2', 'python'), ('--epochs 40', '--epochs 1'),
+            ('--val-interval 40', '--val-interval 1'),
             ('--epochs 20 --val-interval 20', '--epochs 1 --val-interval 1 --train-batches-per-epoch 2'),
             ('--num-images 480', '--num-images 120'), ('32:130:0.3', '32:3:0.3'),
             ('--num-images 3840', '--num-images 60 --images-per-class 3 --resolutions 32:3:0.005')):
