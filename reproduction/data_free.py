@@ -29,9 +29,9 @@ GENERATED = {'generator': 'Generator', 'generator_intra': 'Generator, intra-dive
 ROUNDS = 'ADI, 3 rounds'
 NUM_ROUNDS = 3
 FILLS = ('edge', 'black')  # columns
-REAL = 'real images'
+REAL = 'Real images'
 LONGER = ', twice the epochs'
-VIT, VIT_MORE = 'plain ViT on real images', 'plain ViT on four times as many real images'
+VIT, VIT_MORE = 'ViT on real images', 'ViT on four times as many real images'
 # Share of the images to which a CNN gives over half of its probability for their class: the CNN that they were
 # synthesised from, and one with other weights
 IMAGE_FIGURES = {'recognised by its CNN, %': 'sure', 'by another CNN, %': 'recognised'}
@@ -189,10 +189,10 @@ def synthetic_student_cell(scale: Scale, mode: str, seed: int) -> Cell:
         training_cost(scale, scale.num_synthetic, argv, 1), seed, ((teacher,) if teacher else ()) + (images,))
 
 
-def _ordered(column: str) -> List[Claim]:
+def _ordered(column: str, recipe: str = '') -> List[Claim]:
     none, adi, intra = ((label, column) for label, *_ in MODES.values())
-    return [Claim('ADI > DeepInversion', adi, none), Claim('DF-DearKD > ADI', intra, adi),
-            Claim('DF-DearKD > DeepInversion', intra, none)]
+    return [Claim(f'ADI > DeepInversion{recipe}', adi, none), Claim(f'DF-DearKD > ADI{recipe}', intra, adi),
+            Claim(f'DF-DearKD > DeepInversion{recipe}', intra, none)]
 
 
 def real_students(scale: Scale, seeds: Sequence[int]) -> Tuple[Cell, ...]:
@@ -261,16 +261,17 @@ def inversion(scale: Scale, seeds: Sequence[int]) -> Table:
 
 def table5(scale: Scale, seeds: Sequence[int]) -> Table:
     """Return students on synthetic images, and on about as many real ones."""
+    recipe = bool(scale.synthetic)  # if there is one, its students are compared with the paper's
     entries = [
         entry for mode, (label, paper, _) in MODES.items()
         for cells in [tuple(synthetic_student_cell(scale, mode, seed) for seed in seeds[:2])]
-        for entry in (Entry(label, 'top-1', cells, paper, 'synthetic'),
+        for entry in (Entry(label, 'top-1', cells, None if recipe else paper, 'synthetic'),
                       Entry(label, 'teacher agreement', cells, None, 'labels', 'teacher_agreement', 2))]
     real, intra = real_students(scale, seeds), (MODES['intra'][0], 'top-1')
     note = (
         f'- DearKD students on {scale.num_synthetic} images synthesised from a CNN'
-        f'{"" if scale.cnn else " (before the verifier rejects any)"}, and on about as many real images. Their recipe'
-        f' was chosen on real images.{weights_note(scale)}\n- ADI competes with the student of DeepInversion\'s'
+        f'{"" if scale.cnn else " (before the verifier rejects any)"}, and on about as many real'
+        f' images.{weights_note(scale)}\n- ADI competes with the student of DeepInversion\'s'
         ' images.\n- The paper has no student on as few real images. Its DeiT-Ti on all of ImageNet, without a teacher,'
         f' has 72.2 %.\n- {AGREEMENT} The label of a synthetic image is the class that it was made for.')
     if scale.cnn:
@@ -280,19 +281,21 @@ def table5(scale: Scale, seeds: Sequence[int]) -> Table:
             ' may widen the gap to real images.')
     if scale.synthetic:
         note += (
-            '\n- `top-1`: the recipe of table 2, with the class that an image was made for as the label. `edge` and'
-            f' `black`: the recipe `data_free` with this fill and 8x8 patches, for half of its epochs. Rows with'
-            f' "{LONGER[2:]}" have all of them.\n- {ROUNDS}: a third of the images each, made against the student (fill'
-            f' `edge`) of the rounds before.\n- Generators make {scale.num_generated} images, up to three of each'
-            ' learned code. Images of one code are almost equal. A pilot chooses their weights.\n- All sets are rounded'
-            ' up to whole batches.')
-    recipe = bool(scale.synthetic)
+            '\n- `top-1`: the recipe of table 2, which was chosen on real images, with the class that an image was made'
+            ' for as the label.\n- `edge` and `black`: the recipe `data_free` with this fill and patches of 8x8 pixels,'
+            f' for half of its epochs. Rows with "{LONGER[2:]}" have all of them. The default fill, `edge`, is'
+            ' compared with the paper. The ViTs have the recipe of table 2, without a teacher.'
+            f'\n- {ROUNDS}: {scale.num_synthetic // NUM_ROUNDS} images each. The first round is DeepInversion. The'
+            ' others compete with the student (fill `edge`) of all images so far.'
+            f'\n- Generators make {scale.num_generated} images, up to three of each learned code. Images of one code'
+            ' are almost equal. A pilot chooses their weights.\n- All sets are rounded up to whole batches.')
     return Table(
         'Data-free (table 5)', note,
         [*entries, Entry(REAL, 'top-1', real, None, 'real'),
          Entry(REAL, 'teacher agreement', real, None, 'labels', 'teacher_agreement', 2),
          *(recipe_entries(scale, seeds) if recipe else [])],
-        [*_ordered('top-1'), Claim('Real images > DF-DearKD', (REAL, 'top-1'), intra),
+        [*_ordered('top-1', ' (recipe of table 2)' if recipe else ''),
+         Claim('Real images > DF-DearKD', (REAL, 'top-1'), intra),
          *(recipe_claims() if recipe else [])])
 
 
@@ -352,14 +355,14 @@ def table6(scale: Scale, seeds: Sequence[int]) -> Table:
                              'synthetic', 'distance', 3))
         cells = tuple(set_cell(scale, mode, seed) for seed in known)
         entries += [Entry(label, column, cells, None, key, key) for column, key in IMAGE_FIGURES.items()]
-        entries.append(Entry(label, 'seconds per image', cells, None, f'time {mode}', 'seconds_per_image', 2))
+        entries.append(Entry(label, 'seconds per image', cells, None, 'time', 'seconds_per_image', 2, interval=False))
     return Table(
         'Diversity (table 6)',
         f'- Distance between two images of a class: {metric}.\n- Pixel noise also increases the distance. A larger'
         ' distance means diversity only if the images are recognised as well.\n- An image is recognised if a CNN gives'
         ' its class a probability above 0.5. Its CNN is the one that it was synthesised from. The other CNN was'
         f' trained {"on as many real images" if scale.cnn else "separately"}.\n- Seconds are those of one core, beside'
-        ' another program. The rounds of ADI have none, because students train between them.',
+        ' other programs: a rough figure. The rounds of ADI have none, because students train between them.',
         entries, [
             *_ordered('distance'),
             *(Claim(f'Real images > {label}', (REAL, 'distance'), (label, 'distance'))

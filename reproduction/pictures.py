@@ -1,20 +1,26 @@
 """Draw synthetic images of table 5 beside real ones: `python reproduction/pictures.py`, after that table was run."""
 import argparse
+import io
 import sys
 from pathlib import Path
 from typing import List, Optional, Sequence
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
 from timm_dearkd.commands import run_command  # noqa: E402
-from timm_dearkd.data_free.look import contact_sheet  # noqa: E402
+from timm_dearkd.data_free.look import contact_sheet, encode_png  # noqa: E402
 from timm_dearkd.files import write_bytes  # noqa: E402
 
 CLASSES = (
     'T-shirt', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt', 'sneaker', 'bag', 'ankle boot')
+
+HEADING = 20  # pixels
+SETS = {
+    'DeepInversion': 'small/images-none-seed1', 'generator': 'small/images-generator-seed1',
+    'real images': 'data/fashion_mnist'}
 
 
 def first_images(folder: Path, label: int, count: int) -> List[Image.Image]:
@@ -29,6 +35,16 @@ def first_images(folder: Path, label: int, count: int) -> List[Image.Image]:
     return [Image.open(path) for path in paths]
 
 
+def add_headings(sheet: bytes, headings: Sequence[str]) -> bytes:
+    """Write a heading above each group of four images and a gap in a contact sheet."""
+    image = Image.open(io.BytesIO(sheet))
+    above = Image.new('RGB', (image.width, image.height + HEADING), 'white')
+    above.paste(image, (0, HEADING))
+    for number, heading in enumerate(headings):
+        ImageDraw.Draw(above).text((90 + 5 * 34 * number, 4), heading, fill='black', font=ImageFont.load_default())
+    return encode_png(above)
+
+
 def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--output', type=Path, default=ROOT / 'output/reproduction',
@@ -36,14 +52,13 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument('--picture', type=Path, default=ROOT / 'docs/data_free_fashion_mnist.png',
                         help='file to write (default: docs/data_free_fashion_mnist.png)')
     args = parser.parse_args(argv)
-    sets = [args.output / name for name in (
-        'small/images-none-seed1', 'small/images-generator-seed1', 'data/fashion_mnist')]
+    sets = [args.output / name for name in SETS.values()]
     gap = Image.new('L', (32, 32), 'white')
     rows = {}
     for label, name in enumerate(CLASSES):
         synthetic, generated, real = (first_images(folder, label, 4) for folder in sets)
         rows[name] = [*synthetic, gap, *generated, gap, *real]
-    write_bytes(args.picture, contact_sheet(rows))
+    write_bytes(args.picture, add_headings(contact_sheet(rows), list(SETS)))
     print(args.picture)
 
 

@@ -1,5 +1,6 @@
 """Write RESULTS.md and its plots from the files in reproduction/results: `python reproduction/report.py`."""
 import argparse
+import math
 import re
 import sys
 from collections import Counter
@@ -41,6 +42,7 @@ STATISTICS = (
 def markdown(table: Table, figures: Dict[Key, Figure]) -> List[str]:
     """Return the lines of a table, with the paper's figures in brackets and differences from the reference row."""
     paper = {(entry.row, entry.column): entry.paper for entry in table.entries}
+    plain = {(entry.row, entry.column) for entry in table.entries if not entry.interval}
     shown = [key for key, value in paper.items() if key in figures or value is not None]  # others have not been run
     columns = list(dict.fromkeys(column for _, column in shown))
     reference = (table.reference, columns[0])
@@ -55,7 +57,9 @@ def markdown(table: Table, figures: Dict[Key, Figure]) -> List[str]:
             parts = []
             if key in figures:
                 seeds = len(figures[key].by_seed)
-                parts = [measure(table, figures, {key: 1.}).text(figures[key].digits, '')]
+                estimate = measure(table, figures, {key: 1.})
+                estimate = estimate._replace(margin=math.nan) if key in plain else estimate
+                parts = [estimate.text(figures[key].digits, '')]
                 parts += [f'({seeds} seed{"s" * (seeds > 1)})'] if seeds != usual else []
             cells.append(' '.join(parts + ([f'[{paper[key]:g}]'] if paper.get(key) is not None else [])))
         if reference in figures:

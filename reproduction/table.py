@@ -23,6 +23,7 @@ class Entry:
         noise: Name of the group of figures whose standard deviation over seeds is pooled.
         key: Name of the figure in the result of a cell.
         digits: Decimals to print.
+        interval: Print the confidence interval.
     """
     row: str
     column: str
@@ -31,6 +32,7 @@ class Entry:
     noise: str = ''
     key: str = 'top1'
     digits: int = 1
+    interval: bool = True
 
 
 class Claim(NamedTuple):

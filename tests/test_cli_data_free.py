@@ -390,8 +390,8 @@ def test_images_of_no_class_are_reported(flags, culprit, make, tmp_path):
 @pytest.mark.parametrize('kind, weights, advice', [
     (Inverter, LossWeights(bn=10.), 'Lower --bn-weight (or try --bn-norm relative), or take more steps.'),
     (Inverter, LossWeights(bn=10., bn_norm='relative'), 'Lower --bn-weight, or take more steps.'),
-    (GeneratorInverter, GENERATOR_WEIGHTS, 'Lower --bn-weight, or take more steps, or omit --generator.'),
-    (GeneratorInverter, replace(GENERATOR_WEIGHTS, bn=0.), 'Take more steps, or omit --generator.'),
+    (GeneratorInverter, GENERATOR_WEIGHTS, 'Lower --bn-weight, or omit --generator and set --bn-norm relative.'),
+    (GeneratorInverter, replace(GENERATOR_WEIGHTS, bn=0.), 'Omit --generator and set --bn-norm relative.'),
 ])
 def test_advice_is_about_the_options_of_the_run(kind, weights, advice):
     model = timm.create_model('test_resnet', num_classes=3)

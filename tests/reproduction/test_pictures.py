@@ -20,7 +20,8 @@ def output(tmp_path):
 def test_sets_are_side_by_side_in_rows_of_classes(output):
     assert run_python('reproduction/pictures.py', '--output', output, '--picture', output / 'a.png').returncode == 0
     pixels = np.asarray(Image.open(output / 'a.png').convert('L'))
-    found = pixels[15::34, 90 + 15::34].astype(int)
+    assert pixels[:20, :90].min() == 255 and pixels[:20, 90:].min() < 128  # headings
+    found = pixels[20 + 15::34, 90 + 15::34].astype(int)
     gap = [255]
     assert found.tolist() == [
         [*range(start, start + 4), *gap, *range(start + 60, start + 64), *gap, *range(start + 120, start + 124)]

@@ -92,8 +92,8 @@ def test_only_what_is_alike_shares_its_noise(tmp_path):
     scale, modes = SCALES['small'], ('DeepInversion', 'ADI', 'DF-DearKD (intra-divergence)')
     write_results(tmp_path, scale, {
         **{('table5', mode, 'top-1'): [50., 60.] for mode in modes},
-        ('table5', 'real images', 'top-1'): [85., 86., 87.]})
-    table, real = TABLES['table5'](scale, SEEDS), ('real images', 'top-1')
+        ('table5', 'Real images', 'top-1'): [85., 86., 87.]})
+    table, real = TABLES['table5'](scale, SEEDS), ('Real images', 'top-1')
     figures = Results(scale, tmp_path, SEEDS).figures(table)
     gap = significance.measure(table, figures, {real: 1., (modes[2], 'top-1'): -1.})
     # variances of 1 and 50, of three seeds and two, with 2 and 3 degrees

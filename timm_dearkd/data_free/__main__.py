@@ -307,7 +307,8 @@ def advise(inverter: Inverter, losses: Sequence[Dict[str, Any]]) -> str:
                  diversity='--adi-weight' if is_adi else '--ep-weight and --triplet-weight')
     largest = max(terms, key=terms.__getitem__)
     tips = [f'lower {flags[largest]}'] if terms[largest] else []
-    tips += ['take more steps', *(['omit --generator'] if isinstance(inverter, GeneratorInverter) else [])]
+    is_generator = isinstance(inverter, GeneratorInverter)  # more steps do not help it
+    tips += ['omit --generator and set --bn-norm relative' if is_generator else 'take more steps']
     tips[0] = tips[0].capitalize()
     listed = ', '.join(f'{name} {value:.3g}' for name, value in terms.items())
     return (
