@@ -47,7 +47,10 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
 def test_the_whole_script(tmp_path):
     """The demo with fewer epochs: its table and picture, and the folder of somebody else that it refuses."""
     env = dict(os.environ, PATH=f'{os.path.dirname(sys.executable)}{os.pathsep}{os.environ["PATH"]}')
-    command = ['sh', 'examples/digits.sh', tmp_path / 'out', '3', '--epochs', '2']
+    script = (ROOT / 'examples' / 'digits.sh').read_text()
+    assert script.count('--epochs 15') == 1  # the teacher's
+    command = ['sh', '-c', script.replace('--epochs 15', '--epochs 3'), 'examples/digits.sh', tmp_path / 'out', '3',
+               '--epochs', '2']
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     table = [line for line in result.stdout.splitlines() if line.startswith('|') and line.count('|') == 6]
@@ -56,7 +59,7 @@ def test_the_whole_script(tmp_path):
     assert (tmp_path / 'out' / 'digits.png').stat().st_size > 10_000
 
     (tmp_path / 'mine' / 'student').mkdir(parents=True)
-    command[2] = tmp_path / 'mine'
+    command[4] = tmp_path / 'mine'
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert result.returncode == 2 and (tmp_path / 'mine' / 'student').exists()
     assert 'runs of something else' in result.stderr
