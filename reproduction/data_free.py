@@ -229,7 +229,6 @@ WEIGHT_DECISIONS = tuple(
 # absolute or relative
 ABSOLUTE = ('--bn-norm', 'absolute', '--tv-weight', '1e-4')
 LENGTH_1 = ('--latent', 'normalized')
-CONTROL = f'{MODES["none"][0]}, absolute BatchNorm'
 READINGS: Dict[str, Tuple[str, Tuple[str, ...]]] = {
     'raw-50': ('the paper\'s 50, absolute BatchNorm', (*ABSOLUTE, *intra_weights('50'))),
     'normalized-50': ('50, absolute BatchNorm, features of length 1', (*ABSOLUTE, *intra_weights('50'), *LENGTH_1)),
@@ -245,7 +244,7 @@ def inversion(scale: Scale, seeds: Sequence[int]) -> Table:
     tried: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {MODES['none'][0]: ('none', 'none', ())}
     for mode, weights in WEIGHTS.items():
         tried.update({f'{MODES[mode][0]}, {w}': (f'{mode}-{w}', mode, make[mode](w)) for w in weights})
-    tried[CONTROL] = ('none-absolute', 'none', ABSOLUTE)
+    tried[f'{MODES["none"][0]}, absolute BatchNorm'] = ('none-absolute', 'none', ABSOLUTE)
     tried.update({f'{MODES["intra"][0]}, {label}': (name, 'intra', argv) for name, (label, argv) in READINGS.items()})
     return Table(
         'Weights of the diversity losses, without real images',

@@ -16,8 +16,7 @@ from timm_dearkd.files import write_bytes  # noqa: E402
 
 CLASSES = (
     'T-shirt', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt', 'sneaker', 'bag', 'ankle boot')
-
-HEADING = 20  # pixels
+HEADING = 20  # height in pixels
 SETS = {
     'DeepInversion': 'small/images-none-seed1', 'generator': 'small/images-generator-seed1',
     'real images': 'data/fashion_mnist'}
