@@ -215,11 +215,13 @@ METHODS = {'vit': 'ViT', 'hard': 'ViT, hard-label distillation', 'dearkd': 'Dear
 TABLE2 = {
     'vit': METHODS['vit'], 'hard': METHODS['hard'], 'soft': 'ViT, soft-label distillation',
     'feature': 'ViT, feature distillation', 'dearkd': METHODS['dearkd'], 'dearkd_soft': 'DearKD with soft labels'}
-# The last two end stage I at half of the epochs, because the learning rate is small in the last sixth
+# Two end stage I at half of the epochs, because the learning rate is small in the last sixth
 FIGURE4 = {
     **METHODS, 'mhca': 'MHCA without a teacher', 'mhca_hidden': 'DearKD in one stage',
     'stage50_ce': 'DearKD, stage I of 50 %, then `ce`',
-    'stage50_ce_rpe_drop': 'DearKD, stage I of 50 %, then `ce`, RPE dropout 0.1'}
+    'stage50_ce_rpe_drop': 'DearKD, stage I of 50 %, then `ce`, RPE dropout 0.1',
+    'longer_pupil_mhca_hidden': 'DearKD in one stage, longer', 'longer_pupil_dearkd': 'DearKD, longer',
+    'longer_pupil_stage50_anneal': 'DearKD, stage I of 50 %, longer'}
 
 
 def hidden_loss(hooks: Sequence[str], beta: str = '10', normalize: bool = True) -> Tuple[str, ...]:

@@ -7,7 +7,6 @@ from typing import Dict, List, Optional, Tuple
 from reproduction.cells import FIGURE4, STAGE1, Cell, Scale
 from reproduction.results import Figure, Results
 from reproduction.significance import Estimate, Finding, measure_change
-from reproduction.table import Entry
 from timm_dearkd.analysis.attention_distance import plot_over_epochs
 from timm_dearkd.analysis.figures import render
 from timm_dearkd.distances import DistanceHistory, read_log
@@ -19,24 +18,25 @@ Histories = Dict[str, Dict[int, DistanceHistory]]  # by name and seed
 DIGITS = 3
 
 
-def stage1_epochs(scale: Scale, cell: Cell) -> int:
-    """Return the number of epochs in which a run has a teacher."""
-    flag = '--dearkd-stage1-epochs'
-    return int(cell.argv[cell.argv.index(flag) + 1]) if flag in cell.argv else scale.epochs
+def number(cell: Cell, flag: str, default: str = '') -> int:
+    """Return the number that a cell gives to a flag."""
+    return int(dict(zip(cell.argv, cell.argv[1:])).get(flag, default))
 
 
-def list_runs(found: Results) -> List[Tuple[str, Entry]]:
-    """Return the names and entries of the figure; [] if the scale has none."""
-    return list(zip(FIGURE4, found.tables['figure4'].entries)) if 'figure4' in found.tables else []
+def list_runs(found: Results) -> Dict[str, Tuple[Cell, ...]]:
+    """Return the cells of the figure by name; {} if the scale has no such figure."""
+    labels = {label: name for name, label in FIGURE4.items()}
+    return {labels[entry.row]: entry.cells for entry in found.tables['figure4'].entries} \
+        if 'figure4' in found.tables else {}
 
 
-def read_histories(scale: Scale, found: Results, results: Path) -> Histories:
+def read_histories(found: Results, results: Path) -> Histories:
     """Return the complete attention distance logs."""
     histories: Histories = {}
-    for name, entry in list_runs(found):
-        for cell in entry.cells:
+    for name, cells in list_runs(found).items():
+        for cell in cells:
             history = read_log(results / f'{cell.name}.distances.csv') if cell.name in found.cells else None
-            if history is not None and set(range(scale.epochs)) <= set(history.epochs):
+            if history is not None and set(range(number(cell, '--epochs'))) <= set(history.epochs):
                 histories.setdefault(name, {})[cell.seed] = history
     return histories
 
@@ -51,9 +51,11 @@ class Figure4:
     """
 
     def __init__(self, scale: Scale, found: Results, results: Path) -> None:
-        self.runs, self.last = read_histories(scale, found, results), scale.epochs
-        self.ends = {name: stage1_epochs(scale, entry.cells[0]) for name, entry in list_runs(found)}
-        self.half, self.most = round(scale.epochs / 2), round(scale.epochs * STAGE1)
+        self.runs = read_histories(found, results)
+        cells = {name: cells[0] for name, cells in list_runs(found).items()}
+        self.last = {name: number(cell, '--epochs') for name, cell in cells.items()}
+        self.ends = {name: number(cell, '--dearkd-stage1-epochs', str(self.last[name]))  # epochs with a teacher
+                     for name, cell in cells.items()}
         taught = int(scale.hooks[0].split(':')[0])  # the block that learns from the CNN's features
         self.depths: Dict[str, Optional[int]] = {'all layers': None, f'layers 1 to {taught}': taught}
 
@@ -61,6 +63,10 @@ class Figure4:
         """Return the distances by seed and layer, means over heads in patches, after an epoch counted from 1."""
         return {seed: [statistics.mean(heads) for _, heads in sorted(history.epochs[epoch - 1].items())]
                 for seed, history in self.runs.get(name, {}).items()}
+
+    def late(self, name: str) -> Dict[str, int]:
+        """Return the epochs from which the changes of a run are told."""
+        return {'last half': round(self.last[name] / 2), 'last sixth': round(self.last[name] * STAGE1)}
 
     def compare(self, late: Tuple[str, int], early: Tuple[str, int], depth: Optional[int]) -> Tuple[str, Estimate]:
         """Return the two distances and their difference, on the seeds that both runs share."""
@@ -75,14 +81,18 @@ class Figure4:
 
     def findings(self) -> List[Finding]:
         """Test whether the distance grows after stage I, and whether it ends higher than without stage II."""
-        findings = []
+        findings, staged = [], [name for name in self.runs if self.ends[name] < self.last[name]]
         for layers, depth in self.depths.items():
             tests = [
-                (f'{FIGURE4[name]}: attention distance after training > after stage I, {layers}', name == 'dearkd',
-                 (name, self.last), (name, self.ends[name])) for name in self.runs if self.ends[name] < self.last]
-            tests.append((
-                f'Attention distance after training with `ce` from epoch {self.half} > without stage II, {layers}',
-                False, ('stage50_ce', self.last), ('mhca_hidden', self.last)))
+                (f'{FIGURE4[name]}: attention distance after training > after stage I, {layers}',
+                 name in ('dearkd', 'longer_pupil_dearkd'), (name, self.last[name]), (name, self.ends[name]))
+                for name in staged]
+            tests += [
+                (f'{FIGURE4[name]}: attention distance after training > without stage II, {layers}', False,
+                 (name, self.last[name]), (one_stage, self.last[one_stage]))
+                for name, one_stage in (
+                    ('stage50_ce', 'mhca_hidden'), ('longer_pupil_stage50_anneal', 'longer_pupil_mhca_hidden'))
+                if name in self.last]
             for text, of_paper, late, early in tests:
                 here, difference = self.compare(late, early, depth)
                 if math.isfinite(difference.margin):
@@ -97,17 +107,18 @@ class Figure4:
                  '| | epoch | ' + ' | '.join(f'layer {layer}' for layer in layers) + ' |',
                  '| --- ' * (2 + len(layers)) + '|']
         for name in self.runs:
-            for epoch in (1, self.half, self.most, self.last):
+            for epoch in (1, *self.late(name).values(), self.last[name]):
                 means = [f'{statistics.mean(column):.2f}' for column in zip(*self.layers(name, epoch).values())]
                 lines.append(f'| {FIGURE4[name]} | {epoch} | ' + ' | '.join(means) + ' |')
-        spans = [(start, layers, depth) for start in (self.half, self.most) for layers, depth in self.depths.items()]
+        spans = [(span, layers, depth) for span in ('last half', 'last sixth') for layers, depth in self.depths.items()]
         lines += ['', 'Change of the distance. ± is computed from the seeds of each run alone:', '',
                   '| | seeds | ' + ' | '.join(
-                      f'epoch {start} to {self.last}, {layers}' for start, layers, _ in spans) + ' |',
+                      f'{span} of the epochs, {layers}' for span, layers, _ in spans) + ' |',
                   '| --- ' * (2 + len(spans)) + '|']
         for name, by_seed in self.runs.items():
-            changes = [self.compare((name, self.last), (name, start), depth)[1].text(DIGITS)
-                       for start, _, depth in spans]
+            changes = [
+                self.compare((name, self.last[name]), (name, self.late(name)[span]), depth)[1].text(DIGITS)
+                for span, _, depth in spans]
             lines.append(f'| {FIGURE4[name]} | {len(by_seed)} | ' + ' | '.join(changes) + ' |')
         return [*lines, '']
 
@@ -117,7 +128,7 @@ class Figure4:
         for name, by_seed in self.runs.items():
             seed, history = min(by_seed.items())
             picture, end = folder / f'figure4-{name}.png', self.ends[name]
-            write_bytes(picture, render(plot_over_epochs(history, end if end < self.last else None)))
+            write_bytes(picture, render(plot_over_epochs(history, end if end < self.last[name] else None)))
             lines += [f'{FIGURE4[name]}, seed {seed}:', '',
                       f'![Attention distance of {FIGURE4[name]}]({picture.relative_to(root).as_posix()})', '']
         return lines

@@ -121,6 +121,24 @@ def test_a_teacher_of_no_more_images_than_its_student(tmp_path, monkeypatch):
     assert all_images['model_kwargs'] == teacher['model_kwargs'] and all_images['model'] == teacher['model']
 
 
+def test_longer_students_of_a_weak_teacher_differ_in_their_stages_alone(tmp_path, monkeypatch):
+    """From the student of table `own_teacher` they differ in the epochs; from each other in the length of stage I."""
+    monkeypatch.chdir(ROOT)
+    driver = make_driver(tmp_path, 'small')
+    rows = {entry.row: entry.cells for entry in TABLES['longer_stages'](driver.scale, SEEDS).entries}
+    short, = (e.cells for e in TABLES['own_teacher'](driver.scale, SEEDS).entries if e.row == 'DearKD with this CNN')
+    for cnn, one, *two in zip(rows['its teacher'], rows['100 %'], rows['83 %'], rows['50 %']):
+        one, *two = (options(driver, cell) for cell in (one, *two))
+        assert one['kd_model_name'] == f'{driver.path(driver.work)}/{cnn.name}'
+        assert [found['dearkd_stage1_epochs'] for found in (one, *two)] == [160, 133, 80] and one['epochs'] == 160
+        for found in two:
+            assert {key for key in one if one[key] != found[key]} == {'dearkd_stage1_epochs', 'experiment'}
+    usual, long = options(driver, short[0]), options(driver, rows['83 %'][0])
+    different = {key for key in long if long[key] != usual[key]}
+    assert different == {
+        'epochs', 'dearkd_stage1_epochs', 'val_interval', 'track_attention_distance', 'experiment'}
+
+
 def test_the_patient_cnn_is_that_of_distill_with_the_epochs_of_the_student(tmp_path, monkeypatch):
     """All options are those of the CNN that `distill` plans, but for what the number of epochs decides."""
     monkeypatch.chdir(ROOT)

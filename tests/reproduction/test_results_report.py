@@ -161,12 +161,13 @@ def test_choices_are_compared_with_the_default(tmp_path):
 
 def test_figure4_is_told_in_numbers(tmp_path):
     scale, results = SCALES['small'], tmp_path / 'results'
-    rows = ('DearKD', 'DearKD in one stage', 'DearKD, stage I of 50 %, then `ce`')
+    rows = ('DearKD', 'DearKD in one stage', 'DearKD, stage I of 50 %, then `ce`', 'DearKD, longer')
     write_results(results, scale, {('figure4', row, 'top-1'): [80., 81.] for row in rows})
-    for name, further in (('dearkd', 0.), ('mhca_hidden', 0.), ('stage50_ce', 1.)):
+    for name, further, epochs in (
+            ('dearkd', 0., 40), ('mhca_hidden', 0., 40), ('stage50_ce', 1., 40), ('longer_pupil_dearkd', 0., 160)):
         for seed, growth in ((0, 0.1), (1, 0.2)):
             lines = ['epoch,layer,head,patches,pixels']
-            for epoch in range(40):
+            for epoch in range(epochs):
                 for layer in range(1, 7):
                     for head in range(2):
                         patches = layer + growth * epoch * (layer < 3) + 0.02 * head + further * (epoch > 19)
@@ -177,14 +178,19 @@ def test_figure4_is_told_in_numbers(tmp_path):
     # a mean growth of 0.15 an epoch in the first two layers
     assert '| DearKD | 1 | 1.01 | 2.01 | 3.01 | 4.01 | 5.01 | 6.01 |' in text
     assert '| DearKD | 20 | 3.86 | 4.86 | 3.01 | 4.01 | 5.01 | 6.01 |' in text
-    # seven epochs of 0.1 and of 0.2 in two layers of six, or of the first four; and twenty. One degree: 12.706
-    few, many = 12.706 * 0.35 / 3, 12.706 * 1 / 3
+    # seven epochs of 0.1 and of 0.2 in two layers of six, or of the first four; and twenty. One degree: 12.7062
+    few, many = 12.7062 * 0.35 / 3, 12.7062 / 3
     assert (f'| DearKD | 2 | +1.000 ± {many:.3f} | +1.500 ± {1.5 * many:.3f} | +0.350 ± {few:.3f} |'
             f' +0.525 ± {1.5 * few:.3f} |') in text
+    # four times the epochs: 80 in the last half, 27 after stage I
+    assert '| DearKD, longer | 80 | 12.86 | 13.86 | 3.01 | 4.01 | 5.01 | 6.01 |' in text
+    assert f'| DearKD, longer | 2 | +4.000 ± {4 * many:.3f} | +6.000 ± {6 * many:.3f} |' in text
     first, ours = rows_of(text)[''], rows_of(text)['Attention distance over the epochs (figure 4)']
     assert [row[2:] for row in first] == [
         ['5.460 vs. 5.110', f'+0.350 ± {few:.3f}', 'inconclusive'],
-        ['5.435 vs. 4.910', f'+0.525 ± {1.5 * few:.3f}', 'inconclusive']]
+        ['11.460 vs. 10.110', f'+1.350 ± {1.35 * many:.3f}', 'inconclusive'],
+        ['5.435 vs. 4.910', f'+0.525 ± {1.5 * few:.3f}', 'inconclusive'],
+        ['14.435 vs. 12.410', f'+2.025 ± {2.025 * many:.3f}', 'inconclusive']]
     assert ['6.435 vs. 5.435', '+1.000 ± 0.000', 'confirmed'] in [row[2:] for row in ours]
     assert (tmp_path / 'reproduction' / 'plots' / 'figure4-dearkd.png').exists()
 

@@ -47,7 +47,7 @@ def test_command_line(tmp_path):
             found, _ = parse_args(build_parser(), build_config_parser(), words[5:])
             batches[found.batch_size * found.grad_accum_steps * 8] += 1
     assert batches == {2048: 18, 1024: 4}
-    assert run_python('reproduction/run.py', 'figure4', '--list').stdout.count('--track-attention-distance') == 19
+    assert run_python('reproduction/run.py', 'figure4', '--list').stdout.count('--track-attention-distance') == 28
     listed = run_python('reproduction/run.py', 'table7', '--list', '--only', 'stage50_ce*', 'mhca-*1').stdout
     assert [line.split('--experiment ')[1].split()[0] for line in listed.splitlines()] == [
         'stage50_ce-0.025-seed0', 'stage50_ce-0.025-seed1', 'mhca-0.025-seed1']
