@@ -1,3 +1,4 @@
+import csv
 import logging
 import os
 import signal
@@ -5,7 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Dict
+from typing import Dict, List
 
 import numpy as np
 import pytest
@@ -116,6 +117,12 @@ SMALL = (
     '--model', 'test_dearkd', '--img-size', '32', '--batch-size', '8', '--epochs', '2', '--opt', 'adamw',
     '--lr', '1e-3', '--warmup-epochs', '0', '--workers', '0', '--device', 'cpu',
 )
+
+
+def read_summary(folder: Path) -> List[Dict[str, str]]:
+    """Return the rows of a run's `summary.csv`."""
+    with (folder / 'summary.csv').open(newline='') as f:
+        return list(csv.DictReader(f))
 
 
 @pytest.fixture(scope='session')

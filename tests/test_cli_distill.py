@@ -1,5 +1,4 @@
 """`timm-dearkd`, as users call it."""
-import csv
 import json
 import shutil
 
@@ -7,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import run_python
+from conftest import read_summary, run_python
 from PIL import Image
 
 import timm_dearkd.train
@@ -62,8 +61,7 @@ def test_a_flat_folder_becomes_a_student(photos, distilled):
     assert args['report'] and args['hflip'] in (0., 0.5) and f'--hflip={args["hflip"]}' in result.stderr
     table = [line.strip('| ').split(' | ') for line in result.stdout.splitlines() if line.startswith('| ')]
     assert [row[0] for row in table[2:]] == ['teacher', 'student']
-    with open(output / 'student' / 'summary.csv', newline='') as f:
-        best = max(float(row['eval_top1']) for row in csv.DictReader(f) if row['eval_top1'])
+    best = max(float(row['eval_top1']) for row in read_summary(output / 'student') if row['eval_top1'])
     assert float(table[3][2].split()[0]) == pytest.approx(best, abs=0.05)
     teacher_top1 = json.loads((output / 'student' / 'run.json').read_text())['results']['teacher_top1']
     assert float(table[2][2].split()[0]) == pytest.approx(teacher_top1, abs=0.05)
@@ -158,8 +156,7 @@ def test_16_bit_images_are_refused_unless_they_are_asked_for(tmp_path, monkeypat
 
 
 def losses_of(folder):
-    with open(folder / 'summary.csv', newline='') as f:
-        return [row['train_loss'] for row in csv.DictReader(f)]
+    return [row['train_loss'] for row in read_summary(folder)]
 
 
 def test_a_student_of_a_given_teacher(photos, distilled, tmp_path):
@@ -350,8 +347,7 @@ def test_the_recipe_chooses_the_epochs_unless_they_are_given(image_folder, tmp_p
         result = run_python(*common, name, *given)
         assert result.returncode == 0, result.stderr
         assert (f'--auto-epochs: {epochs} epochs' in result.stderr) == (name == 'auto')
-        rows = list(csv.DictReader((tmp_path / name / 'summary.csv').read_text().splitlines()))
-        assert len(rows) == 1
+        assert len(read_summary(tmp_path / name)) == 1
 
 
 @pytest.mark.parametrize('command', ['distill', 'train', 'data-free', 'predict', 'push', 'export', 'run'])

@@ -2,7 +2,6 @@
 
 torchrun starts them where signals or the end of a process matter, `run_ranks` elsewhere.
 """
-import csv
 import json
 import os
 import signal
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import SMALL, run_python, run_ranks, start_python
+from conftest import SMALL, read_summary, run_python, run_ranks, start_python
 
 import timm_dearkd  # noqa: F401
 
@@ -28,11 +27,6 @@ def command(cnn):
     )
 
 
-def rows(folder):
-    with (folder / 'summary.csv').open(newline='') as f:
-        return list(csv.DictReader(f))
-
-
 def weights(folder):
     checkpoint = torch.load(folder / 'last.pth.tar', weights_only=False)
     return {f'{key}.{name}': value for key in ('state_dict', 'state_dict_ema')
@@ -41,7 +35,7 @@ def weights(folder):
 
 def assert_close(folder, other):
     """Losses and metrics of all epochs, and the weights, up to rounding."""
-    table, others = rows(folder), rows(other)
+    table, others = read_summary(folder), read_summary(other)
     assert len(table) == len(others) > 1
     for row, reference in zip(table, others):
         for key, value in row.items():
@@ -64,7 +58,7 @@ def test_two_processes_are_one_with_twice_the_batch(stage2, train_cli, command, 
             '--output', tmp_path, '--experiment', name, **args)
         assert result.returncode == 0, result.stderr
     assert_close(tmp_path / 'two', tmp_path / 'one')
-    assert [row['train_stage'] for row in rows(tmp_path / 'two')] == ['1', '1', '2', '2']
+    assert [row['train_stage'] for row in read_summary(tmp_path / 'two')] == ['1', '1', '2', '2']
     assert result.stdout.count('--result') == 1 and result.stderr.count('Training for 4 epochs') == 1
     model = timm.create_model(f'local-dir:{tmp_path / "two"}', pretrained=True)
     assert model.num_classes == 3
@@ -121,7 +115,7 @@ def test_a_plain_cnn_in_two_processes(train_cli, tmp_path):
     assert result.returncode == 0, result.stderr
     evaluation = train_cli(
         '--model', 'test_resnet', '-vb', '5', '--eval-only', '--initial-checkpoint', tmp_path / 'x' / 'last.pth.tar')
-    metrics, last = json.loads(evaluation.stdout), rows(tmp_path / 'x')[-1]
+    metrics, last = json.loads(evaluation.stdout), read_summary(tmp_path / 'x')[-1]
     assert metrics['num_images'] == 12
     for key in ('top1', 'loss'):
         assert metrics[key] == pytest.approx(float(last[f'eval_{key}']), rel=1e-5)
@@ -143,7 +137,7 @@ def test_labels_that_are_kept(train_cli, command, tmp_path):
     assert 'Labels of the teacher: 136 read (94 %), 8 computed.' in result.stderr
     ours, theirs = weights(tmp_path / 'reads'), weights(tmp_path / 'writes')
     assert all(value.equal(theirs[name]) for name, value in ours.items())
-    assert rows(tmp_path / 'reads') == rows(tmp_path / 'writes')
+    assert read_summary(tmp_path / 'reads') == read_summary(tmp_path / 'writes')
     assert sorted(path.name for path in labels.iterdir()) == [
         *(f'epoch{epoch:04}-rank{rank}.npy' for epoch in range(3) for rank in range(2)), 'labels.json']
     path = labels / 'epoch0000-rank1.npy'
