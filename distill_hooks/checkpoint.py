@@ -285,8 +285,8 @@ def _architecture_of(checkpoint: str) -> str:
     architecture = training_args(checkpoint).get('arch')
     if architecture is None:
         raise ValueError(
-            f'File {checkpoint!r} does not name its architecture. Give the architecture as the model, and the file as'
-            ' its checkpoint.')
+            f'File {checkpoint!r} does not name its architecture. Give its timm name and the file. For a teacher:'
+            ' --kd-model-name NAME --kd-teacher-checkpoint FILE. For a model: --model NAME --initial-checkpoint FILE.')
     return architecture
 
 

@@ -498,11 +498,10 @@ class Teacher(nn.Module):
                 f'The class map has {len(self.class_map)} entries, the student {num_classes} classes.'
                 ' Give one teacher class per student class in --kd-class-map.')
         if self.num_classes is not None and self.num_classes != num_classes:
-            remedy = f', or set --num-classes {self.num_classes}' if self.num_classes > num_classes else ''
             raise ValueError(
                 f'The teacher knows {self.num_classes} classes, the student {num_classes}.'
                 " Map the student's classes to the teacher's (--kd-class-map), or choose a teacher trained on the same"
-                f' classes{remedy}.')
+                ' classes.')
 
 
 def require_same_teacher(saved: object, own: object, also: str, flag: str) -> None:

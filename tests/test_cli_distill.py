@@ -4,16 +4,20 @@ import shutil
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from conftest import read_summary, run_python
 from PIL import Image
+from timm.data import create_dataset
 
 import timm_dearkd.train
 from reproduction.results import distill_figures
 from timm_dearkd.cli import COMMANDS
 from timm_dearkd.engine.optimizer import epochs_for
-from timm_dearkd.settings import choose_batch_size, is_mirrored_alike
+from timm_dearkd.engine.wrappers import ClassFraction
+from timm_dearkd.images import Images, look_at
+from timm_dearkd.settings import choose_batch_size, choose_student, is_mirrored_alike
 
 MODES = ('RGB', 'L', 'CMYK')
 
@@ -199,7 +203,8 @@ def test_the_cnn_sees_the_students_images(photos, tmp_path, monkeypatch):
     """The same part of them, in the same precision and with as many channels; and no mirror images."""
     started = []
     monkeypatch.setattr(timm_dearkd.train, 'prepare', lambda argv: started.append(argv) or (lambda: 1 / 0))
-    shared = dict(train_fraction=0.5, fraction_seed=1, in_chans=1, deterministic=True, seed=3)
+    shared = dict(
+        train_fraction=0.5, fraction_seed=1, in_chans=1, input_img_mode='L', deterministic=True, seed=3)
     with pytest.raises(ZeroDivisionError):
         timm_dearkd.distill(
             str(photos), teacher='test_resnet', output=str(tmp_path / 'out'), device='cpu', **shared)
@@ -222,6 +227,30 @@ def test_a_finished_student_needs_no_teacher(photos, distilled, tmp_path, monkey
     (output / 'student' / 'model_best.safetensors').unlink()
     with pytest.raises(ZeroDivisionError):
         timm_dearkd.distill(str(photos), epochs=4, **options)
+
+
+def test_epochs_after_the_schedule_are_trained(photos, distilled, tmp_path, monkeypatch):
+    """A student of 4 epochs and a cool-down may not be finished after 4."""
+    monkeypatch.setattr(timm_dearkd.train, 'prepare', lambda argv: lambda: 1 / 0)
+    output = copy_of(distilled, tmp_path / 'out')
+    args = output / 'student' / 'args.yaml'
+    args.write_text(args.read_text().replace('cooldown_epochs: 0', 'cooldown_epochs: 1'))
+    with pytest.raises(ZeroDivisionError):
+        timm_dearkd.distill(str(photos), output=str(output), epochs=4, cooldown_epochs=1, device='cpu', workers=0)
+
+
+def test_the_size_of_a_teacher_of_weights_alone_is_a_guess(photos, tmp_path, monkeypatch, caplog):
+    """Which is told. It is that of the architecture, 160 pixels."""
+    started = []
+    monkeypatch.setattr(timm_dearkd.train, 'prepare', lambda argv: started.append(argv) or (lambda: 1 / 0))
+    torch.save(timm.create_model('test_resnet', num_classes=3).state_dict(), tmp_path / 'cnn.pth')
+    options = dict(kd_teacher_checkpoint=str(tmp_path / 'cnn.pth'), output=str(tmp_path / 'out'), device='cpu')
+    for size, told in (({}, True), (dict(kd_teacher_img_size=48), False)):
+        caplog.clear()
+        with pytest.raises(ZeroDivisionError):
+            timm_dearkd.distill(str(photos), teacher='test_resnet', **options, **size)
+        assert ('does not tell at which size the teacher was trained. It sees 160 pixels' in caplog.text) == told
+        assert timm_dearkd.train._parse_args(started[-1])[0].kd_teacher_img_size == (160 if told else 48)
 
 
 def test_a_run_that_was_told_to_stop_early_goes_on(photos, distilled, tmp_path, monkeypatch):
@@ -289,15 +318,22 @@ def test_train_py_repeats_the_student(distilled, tmp_path):
     (['PHOTOS', '--student', 'resnet18', '--img-size', '32', '--teacher', 'CNN', '--kd-distill-type', 'dearkd'],
      'no content tokens'),
     (['PHOTOS', '--lr', 'much'], '--lr'),
+    # before the CNN is trained, which does not take these
+    (['PHOTOS', '--batch-size', '64'], '48 images, less than one batch of 64'),
+    (['PHOTOS', '--opt', 'adamww'], 'adamww'),
+    (['PHOTOS', '--aa', 'nonsense'], '--aa'),
+    (['PHOTOS', '--teacher', 'WEIGHTS'], '--teacher NAME --kd-teacher-checkpoint'),
     (['EMPTY'], 'No images'),
 ])
 def test_errors_are_one_line_and_status_2(args, message, photos, distilled, tmp_path):
     (tmp_path / 'empty').mkdir()
     for folder in ('one/photos', 'splits/train', 'splits/test'):
         shutil.copytree(photos / 'red', tmp_path / folder)
+    torch.save({}, tmp_path / 'weights.pth')
     places = {
         'PHOTOS': photos, 'CNN': distilled[0] / 'teacher', 'DONE': distilled[0], 'EMPTY': tmp_path / 'empty',
-        'ONE': tmp_path / 'one', 'SPLITS': tmp_path / 'splits'}
+        'ONE': tmp_path / 'one', 'SPLITS': tmp_path / 'splits',
+        'WEIGHTS': tmp_path / 'weights.pth'}
     output = () if '--output' in args else ('--output', tmp_path / 'out')
     result = run_python(
         '-m', 'timm_dearkd', 'distill', *(places.get(arg, arg) for arg in args), *output, '--device', 'cpu')
@@ -326,8 +362,11 @@ def test_digits_are_not_mirrored(tmp_path):
         Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(tmp_path / f'{i}.png')
     paths = [str(tmp_path / f'{i}.png') for i in range(8)] + [str(tmp_path / 'missing.png')]
     odd, even = torch.linspace(-1, 1, 8), torch.ones(8)
-    assert not is_mirrored_alike(LeftOrRight(odd), paths)
-    assert is_mirrored_alike(LeftOrRight(even), paths)
+    assert not is_mirrored_alike(LeftOrRight(odd), paths, 8, 'RGB')
+    assert is_mirrored_alike(LeftOrRight(even), paths, 8, 'RGB')
+    small = LeftOrRight(torch.linspace(-1, 1, 4))  # sees the images of a student of 4 pixels, in CMYK
+    small.pretrained_cfg = dict(small.pretrained_cfg, input_size=(4, 8, 8), mean=(0.5,) * 4, std=(0.5,) * 4)
+    assert not is_mirrored_alike(small, paths, 4, 'CMYK')
 
 
 def test_help_lists_every_command_once():
@@ -365,6 +404,25 @@ def test_an_unknown_command_is_one_line():
 def test_batches_are_even_and_waste_few_images():
     """Mixup pairs the images of a batch up."""
     assert [choose_batch_size(count) for count in (1, 2, 23, 48, 125, 600, 1500)] == [1, 2, 22, 24, 30, 30, 30]
+
+
+def test_the_share_of_a_class_is_rounded_as_in_training(tmp_path):
+    """Half of 5 images is 2."""
+    for split, count in (('train', 5), ('validation', 1)):
+        for name in 'abcdefghij':
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new('L', (8, 8)).save(tmp_path / split / name / f'{i}.png')
+    images = look_at(str(tmp_path), 'train', 'validation', 0.5)
+    kept = ClassFraction(create_dataset('', str(tmp_path), split='train'), 0.5)
+    assert images.num_train == len(kept) == 20
+
+
+def test_the_rate_of_the_nano_model_is_its_own():
+    """Other models of timm are called nano, too."""
+    images = Images(100, 20, 2, 32, False, [])
+    names = ('dearkd_nano_patch4_32', 'convnextv2_nano', 'vit_tiny_patch16_224')
+    assert [choose_student(name, images, torch.device('cpu'))['lr'] for name in names] == [2e-3, 5e-4, 5e-4]
 
 
 def test_fewer_images_get_more_epochs_and_fewer_updates():

@@ -158,6 +158,8 @@ def test_a_teacher_is_matched_by_the_names_of_its_classes(train_cli, cnn, tmp_pa
         (row,), (expected,) = read_summary(tmp_path / args[-1]), read_summary(tmp_path / 'same run')
         assert row['train_teacher_agreement'] == expected['train_teacher_agreement']
         assert row == expected or args is more  # whose head takes more random numbers to make
+    result = train_cli(*teacher('lacks one', [0, 1, 2, 0], ['a', 'grass', 'rust', 'b']))
+    assert result.returncode == 2 and "no class 'blue sky'. It knows a, grass, rust, b." in result.stderr
     table = []
     for args in (same, turned):
         result = train_cli(*args[:-1], f'{args[-1]} of logits', '--epochs', '1', '--kd-distill-type', 'logit')

@@ -7,7 +7,7 @@ import os
 import shlex
 import time
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 import timm
 import torch
@@ -21,9 +21,12 @@ from distill_hooks.task import has_content_tokens
 from . import train
 from .analysis.report import check_available as check_report
 from .analysis.runs import Run, open_run
+from .engine.data import build_datasets
+from .engine.loader import build_mixup, build_train_loader
+from .engine.optimizer import build_optimizer
 from .engine.options import check_distillation, given_options, options_to_argv, resolve_args
-from .engine.process import Interrupted, Precision, TrainingError, find_device
-from .engine.student import create_student
+from .engine.process import SINGLE, Interrupted, Precision, TrainingError, find_device
+from .engine.student import build_student, create_student
 from .images import Images, look_at, prepare_splits
 from .planning import Planner, Step, find_teacher, is_known, parse, read_options
 
@@ -75,6 +78,32 @@ def estimate_minutes(step: Step, task: TrainingTask, images: Images, device: tor
         times.append(time.monotonic() - began)
     num_evaluated = images.num_validation * args.epochs / args.val_interval
     return (args.epochs * images.num_train + num_evaluated / 3) * min(times[1:]) / len(x) / 60
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Log nothing."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+
+
+def check_student(step: Step, device: torch.device) -> None:
+    """Build the data and the optimizer of a student, whose errors should come before its CNN is trained.
+
+    Raises:
+        ValueError: If the options do not allow the training.
+    """
+    args = argparse.Namespace(**{**vars(step.args), 'workers': 0})
+    with quiet():  # `train.prepare` says it again
+        train_set, _ = build_datasets(args)
+        model, data_config = build_student(args, train_set, device, timm.create_model)
+        build_train_loader(args, train_set, data_config, build_mixup(args, model.num_classes), device, SINGLE)
+        build_optimizer(args, ClassificationTask(model, device=device, verbose=False), device, SINGLE)
 
 
 def log_step(step: Step, images: Images, cnn: Any, device: torch.device) -> None:
@@ -200,9 +229,12 @@ def prepare_distillation(
     device = find_device(args.device)
     output = os.path.abspath(output or os.path.join('output', 'distill', os.path.basename(os.path.realpath(data))))
     has_own_splits = {'train_split', 'val_split'} & set(given)
-    root = os.path.abspath(data if has_own_splits else prepare_splits(data, output))
+    root = os.path.abspath(
+        data if has_own_splits else prepare_splits(data, output, args.class_map, args.input_key))
+    # with `steps`, an epoch is as long as with all images
+    share = args.train_fraction if args.fraction_keep == 'epochs' else 1.
     images = look_at(
-        root, args.train_split, args.val_split, args.train_fraction, args.class_map, input_key=args.input_key,
+        root, args.train_split, args.val_split, share, args.class_map, input_key=args.input_key,
         input_img_mode=args.input_img_mode or 'RGB')
     planner = Planner(root, output, images, student, device, user, given)
     try:
@@ -222,9 +254,10 @@ def prepare_distillation(
         resolve_args(first.args)
         cnn = create_cnn(first, images)
         step = planner.student(name, planner.ask_teacher(cnn, is_trained=False), is_own=True)
-        resolve_args(step.args)  # its errors come before the CNN is trained
+        resolve_args(step.args)
         log_step(first, images, cnn, device)
         log_step(step, images, cnn, device)
+        check_student(step, device)
         _logger.info('The trained teacher decides whether the student sees mirror images.')
         return partial(run_both, planner, first, train.prepare(first.argv), images)
     cnn = load_model(name, args.kd_teacher_checkpoint).eval()
@@ -304,7 +337,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add('data', metavar='DATA', help='folder with one folder of images per class')
     add('--teacher', metavar='NAME', help='run folder or checkpoint, hf-hub: name, or timm name of a CNN to train first'
-        ' (default: train a small CNN first)')
+        ' (default: train a small CNN first). With --kd-teacher-checkpoint FILE: timm name of a trained CNN')
     add('--student', metavar='NAME', help='timm name of the student (default: by image size and device)')
     add('--output', metavar='DIR', help='folder of the runs (default: output/distill/NAME)')
     return parser

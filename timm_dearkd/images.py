@@ -5,10 +5,10 @@ import os
 import random
 import shutil
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Collection, Dict, List, Sequence
+from typing import Any, Collection, Dict, List, Optional, Sequence
 
 from PIL import Image
 
@@ -22,9 +22,11 @@ from .engine.image_folder import (
     find_splits,
     has_class_folders,
     open_folder,
+    resolve_class_map,
     scan_folder,
     warn_of_other_types,
 )
+from .engine.wrappers import num_kept
 
 __all__ = ['Images', 'look_at', 'prepare_splits', 'split_images']
 
@@ -70,7 +72,7 @@ def look_at(
         data: The folder.
         train_split: Name of the training split.
         val_split: Name of the validation split; '' if there is none.
-        train_fraction: Share of the training images that are used.
+        train_fraction: Share of each class that is used.
         class_map: See `open_folder`.
         **kwargs: Further arguments of `open_folder`.
 
@@ -97,9 +99,10 @@ def look_at(
     if not samples:
         raise ValueError(f'No image of a sample in {reader.root!r} can be read. Convert the images to PNG or JPEG.')
     num_validation = len(open_folder(data, val_split, reader.class_to_idx, **kwargs)) if val_split else 0
+    num_train = sum(num_kept(train_fraction, count) for count in Counter(label for _, label in images).values())
     return Images(
-        round(train_fraction * len(images)), num_validation, len(set(reader.class_to_idx.values())),
-        sorted(sides)[len(sides) // 2], modes <= {'L', '1'}, samples)
+        num_train, num_validation, len(set(reader.class_to_idx.values())), sorted(sides)[len(sides) // 2],
+        modes <= {'L', '1'}, samples)
 
 
 def _check_classes(root: str, names: Collection[str]) -> None:
@@ -112,8 +115,14 @@ def _check_classes(root: str, names: Collection[str]) -> None:
             f' each class into a folder of its own: {root}/train/CLASS/IMAGE.')
 
 
-def prepare_splits(data: str, output: str) -> str:
+def prepare_splits(data: str, output: str, class_map: str = '', input_key: Optional[str] = None) -> str:
     """Return a folder with splits: `data`, or OUTPUT/data with links to its images.
+
+    Args:
+        data: The folder.
+        output: Parent of the new folder.
+        class_map: See `open_folder`.
+        input_key: See `open_folder`.
 
     Raises:
         FileNotFoundError: If `data` is no folder.
@@ -133,25 +142,30 @@ def prepare_splits(data: str, output: str) -> str:
         others = sorted(entry.name for entry in os.scandir(data) if entry.is_dir() and entry.name != splits[0])
         ignored = f' Ignored: {", ".join(others)}.' if others else ''
         _logger.info(f'No validation images in {data!r}: a fifth of {splits[0]!r} is set aside.{ignored}')
-    scan = scan_folder(root)
+    scan = scan_folder(root, input_key.split(';') if input_key else None)
     if not scan.images:
         raise ValueError(f'No images in {root!r}. Put the images into one folder per class: {root}/CLASS/IMAGE.')
-    check_class_folders(scan, is_training=True)
+    if class_map:
+        class_to_idx = resolve_class_map(class_map, root, scan.names) or {}
+        scan.images = [(path, name) for path, name in scan.images if name in class_to_idx]
+    else:
+        check_class_folders(scan, is_training=True)
     _check_classes(scan.root, scan.names)
-    warn_of_other_types(scan)
+    if not input_key:
+        warn_of_other_types(scan)
     split_images(scan, Path(output) / 'data')
     return os.path.join(output, 'data')
 
 
 def split_images(scan: FolderScan, folder: Path, seed: int = 0) -> None:
-    """Link the images of class folders as FOLDER/train/CLASS/* and FOLDER/validation/CLASS/*.
+    """Link images as FOLDER/train/CLASS/* and FOLDER/validation/CLASS/*.
 
     A fifth of each class, drawn with the seed, is for validation, but at least one image of each class with two or
     more. An existing split of the same images is kept. One of other images is replaced if no run beside FOLDER has seen
     it. Nothing else is ever removed or overwritten.
 
     Args:
-        scan: The images, ROOT/CLASS/IMAGE.
+        scan: The images.
         folder: Folder to write.
         seed: Random seed of the split.
 
@@ -208,7 +222,10 @@ def _write_split(root: str, by_class: Dict[str, List[str]], folder: Path, seed: 
         images = draw.sample(by_class[name], len(by_class[name]))
         count = max(round(VALIDATION_SHARE * len(images)), int(len(images) > 1))
         for i, image in enumerate(images):
-            target = folder / ('validation' if i < count else 'train') / name / os.path.basename(image)
+            # images of two folders of one name, which a class map allows, may have one name
+            parts = Path(image).parts
+            file = parts[-1] if len(parts) == 2 else '-'.join(parts)
+            target = folder / ('validation' if i < count else 'train') / name / file
             target.parent.mkdir(parents=True, exist_ok=True)
             source = os.path.abspath(os.path.join(root, image))
             try:

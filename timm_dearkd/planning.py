@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import io
+import logging
 import os
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -11,12 +12,13 @@ import torch
 import yaml
 from timm.models import get_model_input_config
 
-from distill_hooks.checkpoint import nearest_names
+from distill_hooks.checkpoint import nearest_names, training_args
 from distill_hooks.task import has_content_tokens
 
 from . import train
 from .analysis.runs import open_run
 from .engine.checkpoints import EXPORT_NAME, changed_options
+from .engine.data import image_mode
 from .engine.optimizer import epochs_for
 from .engine.options import find_config, options_to_argv, parse_args
 from .engine.process import default_workers
@@ -35,10 +37,12 @@ from .settings import (
 
 __all__ = ['Planner', 'Step', 'find_teacher', 'is_known', 'parse', 'read_options']
 
+_logger = logging.getLogger(__name__)
+
 # Options of train.py that the CNN takes from the user, too
 SHARED_OPTIONS = (
     'train_split', 'val_split', 'train_fraction', 'fraction_seed', 'fraction_keep', 'class_map', 'num_classes',
-    'input_key', 'in_chans', 'device', 'amp', 'amp_dtype', 'workers', 'seed', 'deterministic')
+    'input_key', 'input_img_mode', 'in_chans', 'device', 'amp', 'amp_dtype', 'workers', 'seed', 'deterministic')
 # Options of the student that the teacher decides
 FROM_TEACHER = ('in_chans', 'mean', 'std', 'kd_teacher_img_size', 'hflip')
 
@@ -76,6 +80,8 @@ class Step:
         if changed:
             raise ValueError(
                 f'{self.folder!r} has a run with other options: {changed}. Set another --output, or remove the folder.')
+        if self.args.cooldown_epochs or self.args.warmup_prefix or self.args.lr_cycle_limit > 1:
+            return False  # these add epochs, and train.py knows how many
         summary, last, export = (run.folder / name for name in ('summary.csv', 'last.pth.tar', EXPORT_NAME))
         done = int(run.rows[-1]['epoch']) + 1 if run.rows else 0
         # the row of an epoch is written before its checkpoint
@@ -181,10 +187,18 @@ class Planner:
         options: Dict[str, Any] = dict(in_chans=in_chans)
         if channels == in_chans:
             options.update({key: list(cnn.pretrained_cfg[key]) for key in ('mean', 'std')})
-        if is_far(size, self.size):
-            options['kd_teacher_img_size'] = size
+        seen = self.user_args.kd_teacher_img_size
+        if seen is None and is_far(size, self.size):
+            seen = options['kd_teacher_img_size'] = size
+            checkpoint = self.user_args.kd_teacher_checkpoint
+            if checkpoint and not training_args(checkpoint):
+                _logger.warning(
+                    f'{checkpoint!r} does not tell at which size the teacher was trained. It sees {size} pixels, as is'
+                    ' usual for its architecture. If it was trained at another size, set --kd-teacher-img-size.')
         if is_trained:
-            options['hflip'] = 0.5 if is_mirrored_alike(cnn, self.images.samples) else 0.
+            mode = self.user_args.input_img_mode if channels == in_chans else None
+            mode = image_mode(mode, channels)
+            options['hflip'] = 0.5 if is_mirrored_alike(cnn, self.images.samples, seen or self.size, mode) else 0.
         return options
 
     def student(self, teacher: str, from_teacher: Dict[str, Any], is_own: bool) -> Step:
@@ -238,6 +252,10 @@ def find_teacher(planner: Planner, name: Optional[str], checkpoint: Optional[str
     """
     if name is None and checkpoint:
         raise ValueError('--kd-teacher-checkpoint has weights alone. Name their architecture with --teacher.')
+    if name is not None and os.path.isfile(name) and not checkpoint and 'arch' not in training_args(name):
+        raise ValueError(
+            f'File {name!r} does not name its architecture. Give its timm name, such as resnet18, and the file:'
+            f' --teacher NAME --kd-teacher-checkpoint {name}.')
     if name is not None and os.path.exists(name):
         return os.path.abspath(name), None
     if name is not None and (':' in name or checkpoint):

@@ -48,7 +48,7 @@ def choose_student(name: Optional[str], images: Images, device: torch.device) ->
         device: Device of the run.
     """
     if name:
-        return dict(model=name, img_size=model_size(name), lr=2e-3 if 'nano' in name else 5e-4)
+        return dict(model=name, img_size=model_size(name), lr=2e-3 if name.startswith('dearkd_nano') else 5e-4)
     is_small = images.side <= MAX_SMALL_SIDE
     if device.type == 'cpu':  # at 32 pixels, 16 patches take half the time of 64
         return dict(model='dearkd_nano_patch4_32', img_size=32 if is_small else 64, model_kwargs=dict(patch_size=8))
@@ -119,18 +119,25 @@ def choose_training(images: Images, in_chans: int, device: torch.device, epochs:
 
 
 @torch.inference_mode()
-def is_mirrored_alike(model: nn.Module, paths: Sequence[str]) -> bool:
-    """Return whether a CNN gives most images and their mirror images the same class."""
+def is_mirrored_alike(model: nn.Module, paths: Sequence[str], size: int, mode: str) -> bool:
+    """Return whether a CNN gives most images and their mirror images the same class.
+
+    Args:
+        model: The CNN.
+        paths: Image files. Those that cannot be read are skipped.
+        size: Image size that the CNN sees as a teacher.
+        mode: Pillow mode of the images.
+    """
     config = resolve_model_data_config(model)
-    transform: Any = create_transform(**config)
-    mode = 'L' if config['input_size'][0] == 1 else 'RGB'
+    transform: Any = create_transform(**{**config, 'input_size': (config['input_size'][0], size, size)})
     tensors = []
     for path in paths:
         try:
             with Image.open(path) as image:
-                tensors.append(transform(image.convert(mode)))
+                converted = image.convert(mode)
         except UNREADABLE:
             continue
+        tensors.append(transform(converted))
     if not tensors:
         return True
     x = torch.stack(tensors).to(next(model.parameters()).device)

@@ -111,6 +111,22 @@ def test_a_folder_without_a_validation_split(flat, tmp_path, caplog):
     assert {path.name for path in (tmp_path / 'c' / 'data' / 'train').iterdir()} == {'blue sky', 'grass', 'train'}
 
 
+def test_types_and_classes_that_the_user_names(flat, tmp_path, caplog):
+    """Other types and classes are left out; a class map allows folders in class folders."""
+    for path in sorted(flat.rglob('*.png'))[::2]:
+        path.rename(path.with_suffix('.ppm'))
+    prepare_splits(str(flat), str(tmp_path / 'a'), input_key='.ppm')
+    found = [path.name for path in (tmp_path / 'a' / 'data').rglob('*.p*')]
+    assert sorted(found) == sorted(path.name for path in flat.rglob('*.ppm')) and not caplog.text
+    shutil.copytree(flat / 'grass', flat / 'blue sky' / 'grass')
+    (tmp_path / 'classes.txt').write_text('blue sky\ngrass\n')
+    prepare_splits(str(flat), str(tmp_path / 'b'), str(tmp_path / 'classes.txt'), '.png;.ppm')
+    data = tmp_path / 'b' / 'data'
+    linked = [path.resolve() for path in data.glob('*/grass/*')]  # two of each folder
+    assert len(linked) == len(set(linked)) == 4 and all(path.parent.name == 'grass' for path in linked)
+    assert {path.parent.name for path in data.glob('*/*/*')} == {'blue sky', 'grass'} and 'rust' in caplog.text
+
+
 @pytest.mark.parametrize('change,message', [
     (lambda root: shutil.move(root / 'rust', root / 'grass' / 'rust'), 'folders in class folders'),
     (lambda root: (root / 'empty').mkdir(), 'has no images'),

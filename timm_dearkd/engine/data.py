@@ -464,14 +464,17 @@ def _advise_splits(root: str) -> str:
     return f'Make {root}/train and {root}/validation.'
 
 
-def image_mode(args, data_config: Dict[str, Any]) -> str:
-    """Return the Pillow mode of the images: --input-img-mode, or the one for the model's channels.
+def image_mode(mode: Optional[str], in_chans: int) -> str:
+    """Return the Pillow mode of the images.
+
+    Args:
+        mode: --input-img-mode; None takes the one for the model's channels.
+        in_chans: Channels of the model.
 
     Raises:
         ValueError: If the mode is unknown or has another number of channels.
     """
-    in_chans = data_config['input_size'][0]
-    mode = args.input_img_mode or {1: 'L', 3: 'RGB'}.get(in_chans)
+    mode = mode or {1: 'L', 3: 'RGB'}.get(in_chans)
     if mode is None:  # CMYK and RGBA both have 4
         raise ValueError(
             f'The model takes {in_chans} channels. Set the mode of the images, CMYK or RGBA for 4 channels:'

@@ -32,7 +32,7 @@ from distill_hooks.errors import one_line
 from ..attention import ConvAttention
 from ..files import write_text
 from .checkpoints import Position
-from .image_folder import normal_name
+from .image_folder import first_names, normal_name
 from .loader import model_dtype
 from .loop import Validator
 from .options import check_distillation
@@ -152,6 +152,10 @@ def _match_classes(teacher: Any, names: Sequence[str], num_classes: int) -> Opti
     if not unknown:
         _logger.info("The teacher's classes are in another order, or more: those of the images are found by name.")
         return [known.index(name) for name in names]
+    if len(known) > num_classes:
+        raise ValueError(
+            f'The teacher knows no class {unknown[0]!r}. It knows {first_names(known)}. Rename the folder, or map the'
+            ' student\'s classes to the teacher\'s with --kd-class-map FILE.')
     if len(known) == num_classes:
         index = names.index(unknown[0])
         _logger.warning(

@@ -21,9 +21,9 @@ from timm.utils.misc import natural_key
 
 __all__ = [
     'UNREADABLE', 'FolderScan', 'ImageFolderReader', 'check_bit_depth', 'check_class_folders', 'check_mode',
-    'check_split_names', 'class_order', 'exceeds_8_bits', 'find_splits', 'has_class_folders', 'image_types',
-    'index_by_name', 'is_image_file', 'normal_label', 'normal_name', 'normal_names', 'open_folder', 'read_class_map',
-    'resolve_class_map', 'resolve_link', 'scan_folder', 'split_folder', 'warn_of_other_types',
+    'check_split_names', 'class_order', 'exceeds_8_bits', 'find_splits', 'first_names', 'has_class_folders',
+    'image_types', 'index_by_name', 'is_image_file', 'normal_label', 'normal_name', 'normal_names', 'open_folder',
+    'read_class_map', 'resolve_class_map', 'resolve_link', 'scan_folder', 'split_folder', 'warn_of_other_types',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ NUM_BIT_DEPTH_CHECKS = 50  # classes
 NUM_BIT_DEPTH_IMAGES = 10  # of a class
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # Pillow raises these
 NUM_DIGEST_FILES = 20
+# Images that are not read; each system knows other ones
+_OTHER_TYPES = {'.avif', '.heic', '.heif', '.j2k', '.jp2', '.jxl', '.tga'}
 _HIGH_BIT_DEPTH_MODES = ('I', 'F')
 _TRAIN_SPLITS = ('train', 'training')
 _EVAL_SPLITS = ('val', 'valid', 'validation', 'eval', 'evaluation')
@@ -93,7 +95,7 @@ def index_by_name(names: Iterable[str]) -> Dict[str, int]:
 
 def image_types() -> Set[str]:
     """Return the file name endings of images: those that timm reads, and others that Pillow reads."""
-    return get_img_extensions(as_set=True) | {'.webp', '.bmp', '.tif', '.tiff', '.gif'}
+    return get_img_extensions(as_set=True) | {'.jfif', '.jpe', '.webp', '.bmp', '.tif', '.tiff', '.gif'}
 
 
 def is_image_file(path: str, types: Optional[Collection[str]] = None) -> bool:
@@ -141,7 +143,8 @@ def scan_folder(root: str, types: Optional[Collection[str]] = None) -> FolderSca
         images = [file for file in files if is_image_file(file, types)]
         endings = (os.path.splitext(file)[1].lower() for file in files if not file.startswith('.'))
         scan.other_types.update(
-            e for e in endings if e not in types and (guess_type(f'x{e}')[0] or '').startswith('image/'))
+            e for e in endings if e not in types and (
+                e in _OTHER_TYPES or (guess_type(f'x{e}')[0] or '').startswith('image/')))
         if not images:
             continue
         relative = Path(path).relative_to(root)
@@ -302,7 +305,7 @@ def check_class_folders(scan: FolderScan, is_training: bool) -> None:
     if nested:
         raise ValueError(
             f'There are folders in class folders of {root!r}, and classes are taken from the innermost folders:'
-            f' {_first(nested)}. Move the images up. If these are the classes, list them in a --class-map.')
+            f' {first_names(nested)}. Move the images up. If these are the classes, list them in a --class-map.')
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name) if is_training else ():
         if entry.is_dir() and not entry.name.startswith('.') and normal_name(entry.name) not in scan.names:
             raise ValueError(f'Class folder {entry.path!r} has no images. Add some, or remove the folder.')
@@ -341,13 +344,13 @@ def resolve_class_map(
     missing = class_order(map(str, set(class_to_idx) - set(names))) if is_training else []
     if len(skipped) == len(set(names)):
         raise ValueError(
-            f'None of the classes of {root!r} ({_first(skipped)}) is among those asked for'
-            f' ({_first(class_order(map(str, class_to_idx)))}). Rename the folders, or correct the --class-map.')
+            f'None of the classes of {root!r} ({first_names(skipped)}) is among those asked for'
+            f' ({first_names(class_order(map(str, class_to_idx)))}). Rename the folders, or correct the --class-map.')
     if (skipped or missing) and not isinstance(class_map, dict):
         _logger.warning(
             f'--class-map {class_map} does not fit {root!r}.'
-            + (f' Skips folders that it does not name: {_first(skipped)}.' if skipped else '')
-            + (f' These classes have no images: {_first(missing)}.' if missing else ''))
+            + (f' Skips folders that it does not name: {first_names(skipped)}.' if skipped else '')
+            + (f' These classes have no images: {first_names(missing)}.' if missing else ''))
     return class_to_idx
 
 
@@ -413,7 +416,8 @@ def _indexed(path: str, entries: Sequence[Tuple[int, str, int]]) -> Dict[Any, in
     return class_to_idx
 
 
-def _first(names: Sequence[str]) -> str:
+def first_names(names: Sequence[str]) -> str:
+    """Return the first five names for a message, and how many more there are."""
     return ', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
 
 

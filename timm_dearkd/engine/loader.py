@@ -418,7 +418,7 @@ def build_train_loader(
         ranks: Ranks,
 ) -> TrainLoader:
     """Build the training loader, with --train-img-sizes and --train-batch-sizes."""
-    set_image_mode(dataset, image_mode(args, data_config))
+    set_image_mode(dataset, image_mode(args.input_img_mode, data_config['input_size'][0]))
     num_batches = args.train_batches_per_epoch
     if num_batches and isinstance(dataset, IterableDataset):
         _logger.warning(
@@ -472,7 +472,7 @@ def build_eval_loader(args, dataset, data_config: Dict[str, Any], device: torch.
     """Build the validation loader; None without a validation set."""
     if dataset is None:
         return None
-    set_image_mode(dataset, image_mode(args, data_config))
+    set_image_mode(dataset, image_mode(args.input_img_mode, data_config['input_size'][0]))
     return create_eval_loader(
         dataset, data_config, args.validation_batch_size or args.batch_size, **_loader_kwargs(args, device, ranks))
 
@@ -503,7 +503,7 @@ def build_distance_images(args, eval_set, data_config: Dict[str, Any], model: nn
     attention_layers(model)
     if isinstance(eval_set, IterableDataset):
         eval_set = open_validation_set(args)  # the other's reader would remember that it has begun, in its workers too
-        set_image_mode(eval_set, image_mode(args, data_config))
+        set_image_mode(eval_set, image_mode(args.input_img_mode, data_config['input_size'][0]))
     else:
         eval_set = Sample(eval_set, spread(len(eval_set), NUM_DISTANCE_IMAGES))
     kwargs = dict(_loader_kwargs(args, device, SINGLE), num_workers=0)

@@ -320,7 +320,7 @@ def _add_schedule(group) -> None:
 
 def _add_augmentation(group) -> None:
     add = group.add_argument
-    add('--no-aug', action='store_true', help='train on the images of the evaluation transform')
+    add('--no-aug', action='store_true', help='no augmentation: resize and centre crop, without --crop-pct')
     add('--train-crop-mode', help='crop of training images: rrc, rkrc or rkrr (default: rrc)')
     add('--scale', type=float, nargs='+', default=[0.08, 1.0], help='least and greatest area of the crop')
     add('--ratio', type=float, nargs='+', default=[3. / 4., 4. / 3.],

@@ -218,8 +218,8 @@ class Recorder:
             self.teacher_was_reported = True
             _logger.warning(
                 f"The student learns nothing but the teacher's answers, and {top1:.1f} % of these are right. Guessing"
-                f' gives {guessing:.1f} %. Choose another teacher, --kd-class-map, or --mean and --std. Or set'
-                ' --dearkd-labels dataset, which also teaches the classes of the images.')
+                f' gives {guessing:.1f} %. Choose another teacher, --kd-class-map, --kd-teacher-img-size, or --mean and'
+                ' --std. Or set --dearkd-labels dataset, which also teaches the classes of the images.')
 
     def _check_agreement(self, losses: Dict[str, float]) -> None:
         """Warn if the teacher does not know the training images better than by guessing."""
@@ -231,7 +231,8 @@ class Recorder:
             _logger.warning(
                 f'The teacher finds the label of {100 * agreement:.1f} % of the training images, guessing would find'
                 f' {100 * guessing:.1f} %. Are its classes those of the images, in the same order? If not:'
-                ' --kd-class-map FILE. Or is the normalisation another (--mean, --std) than it was trained with?')
+                ' --kd-class-map FILE. Or was it trained with another normalisation (--mean, --std) or image size'
+                ' (--kd-teacher-img-size)?')
 
     def _check_learning(self, epoch: int, losses: Dict[str, float]) -> None:
         """Warn at the end of stage I if the student hardly knows more than by guessing."""

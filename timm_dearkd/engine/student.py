@@ -1,10 +1,11 @@
 """The student, and the model to evaluate, from the options."""
 import contextlib
 import logging
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Collection, Dict, Optional, Tuple
 
 import torch
 import torch.nn as nn
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.data.model_config import resolve_input_data_config
 from timm.models import parse_model_name, resolve_model_input_args, safe_model_name
 
@@ -150,9 +151,11 @@ def build_evaluation(args, device: torch.device, create_model: Callable[..., Any
     if not args.initial_checkpoint and own is not None and args.num_classes not in (None, own):
         raise ValueError(f'--num-classes is {args.num_classes}, but {args.model} knows {own} classes. Remove the flag.')
     names = () if args.class_map else cfg.get('label_names') or ()
-    known = trained or {name: index for index, name in enumerate(names)}
-    known = {normal_name(str(name)): index for name, index in known.items()}
     found = {key: normal_name(str(key)) for key in class_indices(eval_set)}
+    known = trained or {name: index for index, name in enumerate(names)}
+    if not known and not args.class_map:
+        known = imagenet_synsets(model, found.values())
+    known = {normal_name(str(name)): index for name, index in known.items()}
     unknown = class_order(set(found.values()) - set(known))
     if known and found and not unknown:
         indices = {key: known[name] for key, name in found.items()}
@@ -167,8 +170,20 @@ def build_evaluation(args, device: torch.device, create_model: Callable[..., Any
     elif not args.initial_checkpoint:
         with contextlib.suppress(ValueError):  # the weights may be of other images, with other classes
             eval_set = _label_as_training(args, eval_set)
+    count = count_classes(eval_set)
+    if found and not known and not args.class_map and count not in (None, model.num_classes):
+        _logger.warning(
+            f'The images have {count} classes, and {args.model} has {model.num_classes} without names. The images count'
+            f' as its first {count} classes. If they are of others, give --class-map.')
     check_labels(eval_set, model.num_classes, 'Move away those that it does not know, or give --class-map.')
     return model, data_config, eval_set
+
+
+def imagenet_synsets(model: nn.Module, folders: Collection[str]) -> Dict[str, int]:
+    """Return the class index of each ImageNet synset that a model knows; {} if not all class folders are synsets."""
+    subset = infer_imagenet_subset(model)
+    synsets = ImageNetInfo(subset).label_names() if subset else []
+    return {name: index for index, name in enumerate(synsets)} if set(folders) <= set(synsets) else {}
 
 
 def _label_as_training(args, eval_set):

@@ -182,6 +182,11 @@ class Sample(_Wrapper):
         return self.dataset[self.indices[index]]
 
 
+def num_kept(fraction: float, num_images: int) -> int:
+    """Return how many images of a class `ClassFraction` keeps."""
+    return max(1, round(fraction * num_images))
+
+
 class ClassFraction(_Wrapper):
     """An equal share of the images of every class, for training on little data.
 
@@ -210,7 +215,7 @@ class ClassFraction(_Wrapper):
         kept = []
         for label in np.unique(labels):
             members = np.random.default_rng((seed, int(label))).permutation(np.flatnonzero(labels == label))
-            kept.append(members[:max(1, round(fraction * len(members)))])
+            kept.append(members[:num_kept(fraction, len(members))])
         self.indices = np.sort(np.concatenate(kept))
         self.share = len(self.indices) / len(labels)
         self.length = len(labels) if keep_length else len(self.indices)

@@ -108,17 +108,17 @@ def test_images_of_other_types_are_read_and_those_that_are_not_are_counted(image
     root = tmp_path / 'data'
     shutil.copytree(image_folder, root)
     pixels = np.asarray(Image.open(root / 'train' / 'grass' / '0.png'))
-    types = ('webp', 'BMP', 'tif', 'tiff', 'gif')
+    types = ('webp', 'BMP', 'tif', 'tiff', 'gif', 'jfif', 'jpe')
     for kind in types:
         Image.fromarray(pixels).save(root / 'train' / 'grass' / f'a.{kind}')
-    for name in ('a.heic', 'b.HEIC', 'c.avif', 'Thumbs.db', 'notes.txt'):
+    for name in ('a.heic', 'b.HEIC', 'c.tga', 'Thumbs.db', 'notes.txt'):
         (root / 'train' / 'rust' / name).touch()
     dataset = open_dataset('', str(root), 'train', is_training=True)
     assert len(dataset) == 48 + len(types)
     means = {dataset.filename(i)[-5:]: np.asarray(dataset[i][0]).mean() for i in range(len(dataset))}
     for kind in types:
         assert means[f'a.{kind}'[-5:]] == pytest.approx(pixels.mean(), abs=5)
-    assert len(caplog.messages) == 1 and 'are not read: 2 .heic, 1 .avif.' in caplog.text
+    assert len(caplog.messages) == 1 and 'are not read: 2 .heic, 1 .tga.' in caplog.text
     with tarfile.open(tmp_path / 'data.tar', 'w') as tar:
         tar.add(root / 'train', arcname='.')
     packed = open_dataset('', str(tmp_path / 'data.tar'), 'train', is_training=True)

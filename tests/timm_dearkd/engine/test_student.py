@@ -50,6 +50,24 @@ def test_weights_are_evaluated_with_the_classes_of_their_checkpoint(cnn, turned,
         evaluation(tmp_path / 'data', *flags, cnn / 'model_best.pth.tar')
 
 
+@pytest.mark.parametrize('num_classes, names, labels, told', [
+    (10, ('a', 'b', 'c'), {0, 1, 2}, True),
+    (3, ('a', 'b', 'c'), {0, 1, 2}, False),
+    (1000, ('n01440764', 'n01443537', 'n03888257'), {0, 1, 701}, False),  # lines 1, 2 and 702 of timm's list
+    (1000, ('n01440764', 'n01443537', 'c'), {0, 1, 2}, True)])
+def test_classes_of_a_model_without_names(num_classes, names, labels, told, tmp_path, caplog):
+    """They are found if the folders are ImageNet's synsets; else a smaller number of folders is a warning."""
+    for name in names:
+        (tmp_path / 'data' / 'validation' / name).mkdir(parents=True)
+        Image.new('RGB', (32, 32)).save(tmp_path / 'data' / 'validation' / name / f'{name}.png')
+    torch.save(timm.create_model('test_resnet', num_classes=num_classes).state_dict(), tmp_path / 'cnn.pth')
+    found, _ = evaluation(
+        tmp_path / 'data', '--model', 'test_resnet', '--num-classes', num_classes, '--pretrained-path',
+        tmp_path / 'cnn.pth')
+    assert set(found.values()) == labels
+    assert ('If they are of others, give --class-map' in caplog.text) == told
+
+
 def test_a_checkpoint_tells_the_names_of_its_classes(cnn, turned):
     """So that a teacher is matched by name, and predictions are named."""
     names = {path: load_model('test_resnet', str(path)).pretrained_cfg['label_names'] for path in (
