@@ -1,10 +1,13 @@
 """The losses of stage I (Eq. 4, 5 and 6)."""
+import math
 from typing import Optional, Union
 
 import torch
 import torch.nn.functional as F
 
-__all__ = ['hidden_loss', 'hard_label_loss', 'soft_label_loss', 'dearkd_loss']
+__all__ = ['hidden_loss', 'hard_label_loss', 'hard_labels', 'soft_label_loss', 'dearkd_loss']
+
+NO_LABEL = -100
 
 
 def hidden_loss(
@@ -27,15 +30,24 @@ def hidden_loss(
     return F.mse_loss(aligned.float(), feature_map)
 
 
+def hard_labels(logits: torch.Tensor) -> torch.Tensor:
+    """Return the class of the highest logit (B,); `NO_LABEL` where logits (B, classes) are not finite."""
+    return logits.argmax(dim=-1).where(logits.isfinite().all(dim=-1), NO_LABEL)
+
+
 def hard_label_loss(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
     """Return the cross-entropy of logits with the teacher's hard labels (Eq. 5).
 
     Args:
         logits: Logits of `head_dist` (B, classes).
         teacher_logits: The teacher's logits (B, classes), or its labels (B,).
+
+    Returns:
+        The loss; NaN if an image has no label, see `hard_labels`.
     """
-    labels = teacher_logits if teacher_logits.ndim == 1 else teacher_logits.argmax(dim=-1)
-    return F.cross_entropy(logits.float(), labels)
+    labels = teacher_logits if teacher_logits.ndim == 1 else hard_labels(teacher_logits)
+    loss = F.cross_entropy(logits.float(), labels, ignore_index=NO_LABEL)
+    return loss.where((labels != NO_LABEL).all(), math.nan)
 
 
 def soft_label_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:

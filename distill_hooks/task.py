@@ -13,7 +13,7 @@ from timm.utils import unwrap_model
 
 from .aligner import Aligner
 from .answers import agreement
-from .losses import dearkd_loss, hard_label_loss, hidden_loss, soft_label_loss
+from .losses import dearkd_loss, hard_label_loss, hard_labels, hidden_loss, soft_label_loss
 from .schedule import TwoStageSchedule
 from .teacher import FeatureSpec, Teacher, require_same_teacher, resolve_layer
 
@@ -410,8 +410,8 @@ class DearKDTask(TrainingTask):
         return soft_label_loss(logits, teacher_logits, self.soft_temperature)
 
     def _fix_feature_std(self, features: List[torch.Tensor]) -> None:
-        """Set the standard deviation per channel (C,) from the batch of all processes."""
-        self.feature_std = []
+        """Set the standard deviation per channel (C,) from the batch of all processes, unless it is not finite."""
+        stds = []
         num_images = len(features[0]) * (dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1)
         if num_images < MIN_IMAGES_FOR_STD:
             _logger.warning(
@@ -430,13 +430,15 @@ class DearKDTask(TrainingTask):
             std = variance.clamp(min=0).sqrt()
             # a channel may be constant in one batch, and one value per channel has no deviation
             std = torch.maximum(std, std.mean() / 10)
-            self.feature_std.append(torch.where(std > 0, std, torch.ones_like(std)))
+            stds.append(std)
+        if torch.cat(stds).isfinite().all():  # else the loss is not finite, either, and the next batch sets them
+            self.feature_std = [torch.where(std > 0, std, torch.ones_like(std)) for std in stds]
 
     def _ask_teacher(self, input: torch.Tensor) -> Tuple[Optional[torch.Tensor], List[torch.Tensor]]:
         """Return the teacher's answers and feature maps of a batch: None and [] where the stage needs none.
 
-        The answers are labels (B,), or logits (B, classes) for soft labels. The teacher runs only as far as necessary.
-        See `LabelStore` for labels that are known.
+        The answers are labels (B,), see `hard_labels`, or logits (B, classes) for soft labels. The teacher runs only as
+        far as necessary. See `LabelStore` for labels that are known.
         """
         uses_labels = self.weights.uses_labels or self.labels == 'teacher'
         store = self.label_store if uses_labels else None
@@ -446,7 +448,7 @@ class DearKDTask(TrainingTask):
             return answers, []
         logits, features = self.teacher(input, with_features=with_features, with_logits=with_logits)
         if with_logits:
-            answers = logits.argmax(dim=-1) if self.soft_temperature is None else logits
+            answers = hard_labels(logits) if self.soft_temperature is None else logits
             if store is not None:
                 store.put(logits)
         return answers, features

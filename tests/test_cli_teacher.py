@@ -1,4 +1,6 @@
 """train.py with teachers of all kinds, as users run it."""
+import json
+
 import pytest
 import timm
 import torch
@@ -28,6 +30,20 @@ def test_timms_own_distillation(args, train_cli, cnn, tmp_path):
     assert all(('--kd-teacher-img-size 32 resizes' in line) == ('--img-size' in args) for line in sizes)
     state = torch.load(tmp_path / 'x' / 'last.pth.tar', weights_only=False)['task_state']
     assert len(state['teacher']) == 16
+
+
+def test_stages_and_labels_of_a_run_that_chooses_its_epochs(train_cli, cnn, tmp_path):
+    """334 epochs for 45 images: stage I may be longer than 300. A resumed run counts all its labels."""
+    for stop, flags in ((1, ()), (2, ('--resume', 'auto'))):
+        result = train_cli(
+            '-c', 'small_folder', '--model', 'test_dearkd', '--img-size', '32', '--kd-model-name', f'local-dir:{cnn}',
+            '--batch-size', '15', '--device', 'cpu', '-j', '0', '--stop-epoch', stop, '--dearkd-stage1-epochs', '320',
+            '--kd-label-cache', tmp_path / 'labels', '--output', tmp_path, '--experiment', 'x', *flags, small=False)
+        assert result.returncode == 0, result.stderr
+        assert 'stage I: 320 epochs' in result.stderr and 'stage II: 14 epochs' in result.stderr
+        assert 'with 15 images per update' in result.stderr and 'stage I lasts' not in result.stderr
+        results = json.loads((tmp_path / 'x' / 'run.json').read_text())['results']
+        assert results['labels_read'] + results['labels_computed'] == 45 * stop
 
 
 def test_distillation_of_features_takes_a_teacher_of_other_classes(train_cli, tmp_path):

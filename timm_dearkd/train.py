@@ -4,7 +4,7 @@ A thin fork of timm's train.py: the same flags, files and habits.
 
     python train.py DIR --model dearkd_tiny_patch16_224 --kd-model-name regnety_160.deit_in1k
     python train.py IMAGENET --model dearkd_tiny_patch16_224 -c dearkd_300e
-    torchrun --nproc_per_node=8 train.py IMAGENET --model dearkd_tiny_patch16_224 -c dearkd_300e
+    torchrun --nproc_per_node=8 train.py IMAGENET --model dearkd_tiny_patch16_224 -c dearkd_300e --grad-accum-steps 1
 """
 import gc
 import importlib
@@ -46,7 +46,7 @@ from timm_dearkd.engine.loader import (
     images_per_update,
 )
 from timm_dearkd.engine.loop import Stepper, Trainer, Validator, mean_lr
-from timm_dearkd.engine.optimizer import build_optimizer, build_scheduler, warn_of_short_run
+from timm_dearkd.engine.optimizer import build_optimizer, build_scheduler, choose_epochs, warn_of_short_run
 from timm_dearkd.engine.options import build_config_parser, build_parser, output_parent, parse_args, resolve_args
 from timm_dearkd.engine.process import (
     CompileError,
@@ -161,6 +161,7 @@ def build_run_in(
     if args.kd_model_name and loader_eval is None:
         loader_teacher = build_teacher_loader(args, train_set, data_config, device, ranks)
     loader_train = build_train_loader(args, train_set, data_config, mixup, device, ranks)
+    args = choose_epochs(args, len(loader_train), ranks)
     distance_images = build_distance_images(args, eval_set, data_config, model, device)
 
     names = class_names(train_set) or []
@@ -179,6 +180,8 @@ def build_run_in(
         raise ValueError(f'Nothing to train: the run ends after epoch {epochs.stop}, and {start.epoch} are done.')
 
     trainer.labels = build_label_cache(args, trainer, train_set, data_config)
+    if trainer.labels is not None:
+        trainer.labels.num_read, trainer.labels.num_computed = start.num_labels
     if args.torchcompile:
         task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
         task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
@@ -262,7 +265,7 @@ def schedule_run(args, trainer: Trainer, checkpoint: str) -> Tuple[Position, ran
         start = Position(args.start_epoch)
     trainer.num_skipped = start.num_skipped
     num_images = trainer.num_updates * images_per_update(args, trainer.ranks)
-    trainer.lr_scheduler, num_epochs = build_scheduler(args, optimizer, trainer.num_updates, num_images, start)
+    trainer.lr_scheduler, num_epochs = build_scheduler(args, optimizer, trainer.num_updates, start)
     if isinstance(task, DearKDTask):
         task.schedule = build_schedule(args, num_epochs)
         log_changed_stages(args, task.schedule.stage1_epochs, resumed, start.epoch)
@@ -299,7 +302,8 @@ def fit(
         TrainingError: If training cannot continue.
     """
     ranks = trainer.ranks
-    _logger.info(f'Training for {len(epochs)} epochs, up to {epochs.stop}. Output: {recorder.folder}')
+    batch = '' if args.train_img_sizes else f', with {images_per_update(args, ranks)} images per update'
+    _logger.info(f'Training for {len(epochs)} epochs, up to {epochs.stop}{batch}. Output: {recorder.folder}')
     if not ranks.is_primary:
         logging.getLogger().setLevel(logging.WARNING)
     if recorder.saver is not None:  # after a kill between checkpoint and export

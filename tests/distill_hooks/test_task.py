@@ -1,4 +1,5 @@
 import copy
+import math
 import os
 
 import pytest
@@ -196,6 +197,31 @@ def test_feature_std_is_fixed_by_the_first_batch():
     aligned = task.trainable_module.eval()(images, [feature.shape[-2:]])[2][0]
     expected = F.mse_loss(aligned, feature / first.view(1, -1, 1, 1))
     torch.testing.assert_close(task(images, labels)['hidden_loss'], expected)
+
+
+def test_feature_std_is_that_of_the_first_finite_batch():
+    """One infinite value would make all deviations NaN, for the whole run."""
+    task, clean = make(normalize_features=True), make(normalize_features=True)
+    images, labels = batch(8)
+    broken = images.clone()
+    broken[0, 0, 0, 0] = math.inf
+    assert not task(broken, labels)['loss'].isfinite() and task.feature_std is None
+    task(images, labels)
+    clean(images, labels)
+    assert task.feature_std[0].equal(clean.feature_std[0])
+
+
+@pytest.mark.parametrize('labels_of', ['dataset', 'teacher'])
+def test_a_teacher_without_a_finite_answer_gives_no_hard_label(labels_of):
+    """argmax of NaN is class 0."""
+    task = make(schedule=TwoStageSchedule(10, 8, beta=0.), labels=labels_of)
+    images, labels = batch(8)
+    assert task(images, labels)['loss'].isfinite()
+    teacher = task.teacher.forward
+    task.teacher.forward = lambda *args, **kwargs: (
+        teacher(*args, **kwargs)[0].index_fill(0, torch.tensor([3]), math.nan), [])
+    found = task(images, labels)
+    assert found['loss'].isnan() and found['ce_loss'].isfinite() == (labels_of == 'dataset')
 
 
 def test_feature_std_follows_the_task_to_another_device():

@@ -79,13 +79,13 @@ def random_views(images: torch.Tensor, flip: bool) -> torch.Tensor:
         images: (B, C, H, W).
         flip: Mirror.
     """
-    count = len(images)
-    side = torch.empty(count).uniform_(MIN_CROP, 1.).sqrt()
-    centre = (1 - side) * torch.empty(2, count).uniform_(-1., 1.)
-    mirror = torch.where(torch.rand(count) < 0.5, -1., 1.) if flip else torch.ones(count)
-    zero = torch.zeros(count)
+    count, device = len(images), images.device
+    side = torch.empty(count, device=device).uniform_(MIN_CROP, 1.).sqrt()
+    centre = (1 - side) * torch.empty(2, count, device=device).uniform_(-1., 1.)
+    mirror = torch.where(torch.rand(count, device=device) < 0.5, -1., 1.) if flip else torch.ones_like(side)
+    zero = torch.zeros_like(side)
     maps = torch.stack([side * mirror, zero, centre[0], zero, side, centre[1]], dim=1).view(count, 2, 3)
-    grid = F.affine_grid(maps.to(images.device), list(images.shape), align_corners=False)
+    grid = F.affine_grid(maps, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode='border', align_corners=False)
 
 
@@ -158,7 +158,7 @@ class GeneratorInverter(Inverter):
 
     def _generate(self, generator: Generator) -> torch.Tensor:
         """Return a normalised image of each code."""
-        pixels = generator(torch.randn(len(generator.codes), NOISE).to(self.device))
+        pixels = generator(torch.randn(len(generator.codes), NOISE, device=self.device))
         return self.low + pixels.contiguous(memory_format=self.memory_format) * (self.high - self.low)
 
 

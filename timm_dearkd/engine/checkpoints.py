@@ -129,6 +129,7 @@ class Position(NamedTuple):
     scheduler: Optional[Dict[str, Any]] = None
     ema_rng_state: Optional[torch.Tensor] = None
     num_skipped: int = 0
+    num_labels: Tuple[int, int] = (0, 0)  # read and computed, see `LabelCache`
     options: Optional[Dict[str, Any]] = None  # of the run that is resumed
 
 
@@ -296,6 +297,7 @@ def resume_run(
         scheduler=state['scheduler'],
         ema_rng_state=state['ema_rng_state'],
         num_skipped=run.get('num_skipped', 0),
+        num_labels=tuple(run.get('num_labels', (0, 0))),
         options=before,
     )
     within = state['progress']

@@ -47,7 +47,7 @@ _logger = logging.getLogger(__name__)
 
 def build_schedule(args, num_epochs: int) -> TwoStageSchedule:
     """Build DearKD's stages of a run. Epochs that the learning-rate schedule appends belong to stage II."""
-    epochs = num_epochs - args.cooldown_epochs if args.auto_epochs else min(args.epochs, num_epochs)
+    epochs = min(args.epochs, num_epochs)
     return TwoStageSchedule(
         epochs,
         args.dearkd_stage1_epochs,

@@ -1,4 +1,5 @@
 """The optimizer and the learning-rate schedule, from the options."""
+import argparse
 import logging
 import math
 from typing import Any, Dict, cast
@@ -15,7 +16,7 @@ from .checkpoints import Position
 from .loader import images_per_update
 from .process import Ranks
 
-__all__ = ['build_optimizer', 'build_scheduler', 'epochs_for', 'warn_of_short_run']
+__all__ = ['build_optimizer', 'build_scheduler', 'choose_epochs', 'epochs_for', 'warn_of_short_run']
 
 _logger = logging.getLogger(__name__)
 
@@ -74,26 +75,31 @@ def epochs_for(num_images: int, num_updates: int) -> int:
     return max(10, round(700 / max(1, num_images) ** 0.25), math.ceil(MIN_UPDATES / max(1, num_updates)))
 
 
-def build_scheduler(args, optimizer: torch.optim.Optimizer, num_updates: int, num_images: int, start: Position):
+def choose_epochs(args: argparse.Namespace, num_batches: int, ranks: Ranks) -> argparse.Namespace:
+    """Return the options with the --epochs that --auto-epochs chooses, for a number of batches per epoch."""
+    if not args.auto_epochs:
+        return args
+    num_updates = math.ceil(num_batches / args.grad_accum_steps)
+    num_images = num_updates * images_per_update(args, ranks)
+    epochs = epochs_for(num_images, num_updates)
+    _logger.info(f'--auto-epochs: {epochs} epochs for {num_images} images per epoch.')
+    return argparse.Namespace(**{**vars(args), 'epochs': epochs})
+
+
+def build_scheduler(args, optimizer: torch.optim.Optimizer, num_updates: int, start: Position):
     """Build timm's learning-rate schedule, and set it to the start of the run.
 
     Args:
         args: The options.
         optimizer: The optimizer.
         num_updates: Updates per epoch.
-        num_images: Training images per epoch.
         start: Position at which the run starts.
 
     Returns:
         The schedule, and the number of epochs of the run.
     """
     rates = [group['lr'] for group in optimizer.param_groups]
-    kwargs = scheduler_kwargs(args)
-    if args.auto_epochs:
-        epochs = epochs_for(num_images, num_updates)
-        kwargs.update(num_epochs=epochs)
-        _logger.info(f'--auto-epochs: {epochs} epochs for {num_images} images per epoch.')
-    lr_scheduler, num_epochs = create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=num_updates)
+    lr_scheduler, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=num_updates)
     if lr_scheduler is not None and start.epoch + start.update > 0:
         if args.sched_on_updates:
             lr_scheduler.step_update(start.epoch * num_updates + start.update)

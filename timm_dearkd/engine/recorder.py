@@ -266,12 +266,14 @@ class Recorder:
         if self.saver is not None:
             plateau = getattr(self.trainer.lr_scheduler, 'lr_scheduler', None)  # the one schedule with a state
             ema = getattr(self.trainer.task, 'trainable_module_ema', None)
+            labels = self.trainer.labels
             self.saver.run_state.clear()
             self.saver.run_state.update(
                 rng_states=rng_states,
                 ema_rng_state=ema._sr_generator.get_state() if ema is not None else None,  # rounds bfloat16
                 scheduler=plateau.state_dict() if plateau is not None else None,
                 num_skipped=self.trainer.num_skipped,
+                num_labels=(labels.num_read, labels.num_computed) if labels is not None else (0, 0),
                 **state,
             )
 
