@@ -14,7 +14,7 @@ import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence, Set, TextIO
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, TextIO
 
 from reproduction.cells import (
     ROOT,
@@ -26,8 +26,16 @@ from reproduction.cells import (
     read_recipe,
     teacher_cell,
 )
-from reproduction.prepare import validation_folder
-from reproduction.results import FIGURES, READERS, TEACHER_FILES, read_result, weights_hash
+from reproduction.prepare import files_hash, validation_folder
+from reproduction.results import (
+    FIGURES,
+    READERS,
+    TEACHER_FILES,
+    is_current,
+    own_models,
+    read_result,
+    weights_hash,
+)
 from timm_dearkd.files import write_bytes
 
 __all__ = ['Driver', 'count_processes', 'git_commit', 'is_taught']
@@ -98,6 +106,7 @@ class Driver:
         self.data, self.work, self.results = data.resolve(), work.resolve(), results.resolve()
         self.threads = max(1, (os.cpu_count() or 1) // jobs)
         self.processes: Set[subprocess.Popen] = set()
+        self.hashes: Dict[str, str] = {}
         self.stopping = False
         self.labels_read = self.labels_computed = 0
         self.cost = self.seconds = 0.  # of the cells that finished, for the estimate of the time left
@@ -106,9 +115,33 @@ class Driver:
         return self.results / f'{name}.json'
 
     def has_result(self, cell: Cell) -> bool:
-        """Return whether there is a result of the cell with its current definition."""
-        result = read_result(self.result_path(cell.name))
-        return result is not None and result['definition'] == definition(cell)
+        """Return whether there is a result of the cell with its current definition, models and photographs."""
+        result = self.read_result(cell.name)
+        photos = self.inputs(cell).get('photos')
+        return result is not None and is_current(cell, result, self.read_result) and photos in (
+            None, result.get('photos'))
+
+    def read_result(self, name: str) -> Optional[Dict[str, Any]]:
+        return read_result(self.result_path(name))
+
+    def inputs(self, cell: Cell) -> Dict[str, Any]:
+        """Return what a run depends on besides its definition: the teacher, other models and the user's photographs."""
+        found = dict(
+            teacher=self.teacher_weights() if is_taught(cell) else '',
+            models={need.name: weights_hash(self.work / need.name) for need in own_models(cell)},
+            photos=self.photos_hash(cell.data) if cell.data.startswith('photos/') else '')
+        return {name: value for name, value in found.items() if value}
+
+    def photos_hash(self, name: str) -> str:
+        """Return the `files_hash` of a folder of photographs, as it was when the driver first looked."""
+        if name not in self.hashes:
+            self.hashes[name] = files_hash(self.data / name)
+        return self.hashes[name]
+
+    def is_same_run(self, cell: Cell, log: Dict[str, Any]) -> bool:
+        """Return whether a record is of the cell with its current definition and inputs."""
+        return log.get('definition') == definition(cell) and all(
+            log.get(name, value) == value for name, value in self.inputs(cell).items())
 
     def read_log(self, cell: Cell) -> Dict[str, Any]:
         """Return the driver's record of a run."""
@@ -118,10 +151,14 @@ class Driver:
     def has_output(self, cell: Cell) -> bool:
         """Return whether the output that other cells need exists, with the cell's current definition."""
         names = dict(data_free='manifest.json', merge='merged.json')
-        name, log = names.get(cell.program, 'model_best.safetensors'), self.read_log(cell)
-        teacher = self.teacher_weights() if is_taught(cell) else ''
-        return (self.work / cell.name / name).exists() and (
-            log.get('definition'), log.get('teacher', '')) == (definition(cell), teacher)
+        name = names.get(cell.program, 'model_best.safetensors')
+        return (self.work / cell.name / name).exists() and self.is_same_run(cell, self.read_log(cell))
+
+    def has_figures(self, cell: Cell) -> bool:
+        """Return whether the result of a model that other cells need is that of its weights."""
+        if cell.program != 'train' or cell.name == 'teacher':
+            return True
+        return (self.read_result(cell.name) or {}).get('weights') == weights_hash(self.work / cell.name)
 
     def path(self, path: Path) -> str:
         """Return a path for a command, relative to the repository if it is inside."""
@@ -249,12 +286,10 @@ class Driver:
         """
         with self.locked(cell.name) as output:
             log, commit = self.read_log(cell), git_commit()
-            teacher = self.teacher_weights() if is_taught(cell) else ''
-            if (log.get('definition'), log.get('teacher', teacher)) != (definition(cell), teacher):  # another run
+            if not self.is_same_run(cell, log):
                 shutil.rmtree(self.work / cell.name, ignore_errors=True)
                 log = dict(definition=definition(cell), commits=[], seconds=0.)
-            if teacher:
-                log['teacher'] = teacher
+            log.update(self.inputs(cell))
             if commit not in log['commits']:
                 log['commits'].append(commit)
             command, start = self.command(cell), time.monotonic()
@@ -270,6 +305,8 @@ class Driver:
             result = dict(
                 name=cell.name, command=self.shell_line(cell), seed=cell.seed, **log, **figures, threads=self.threads)
             result['seconds'] = max(1, round(log['seconds']))
+            if cell.program == 'train':
+                result['weights'] = weights_hash(self.work / cell.name)
             write_bytes(self.result_path(cell.name), json.dumps(result, indent=1).encode())
             return result
 
@@ -312,7 +349,7 @@ class Driver:
 
         def add(cell: Cell) -> None:
             for need in cell.needs:
-                if not self.has_output(need):
+                if not (self.has_output(need) and self.has_figures(need)):
                     add(need)
             todo.setdefault(cell.name, cell)
 

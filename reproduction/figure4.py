@@ -85,7 +85,7 @@ class Figure4:
         for layers, depth in self.depths.items():
             tests = [
                 (f'{FIGURE4[name]}: attention distance after training > after stage I, {layers}',
-                 name in ('dearkd', 'longer_pupil_dearkd'), (name, self.last[name]), (name, self.ends[name]))
+                 name == 'dearkd', (name, self.last[name]), (name, self.ends[name]))
                 for name in staged]
             tests += [
                 (f'{FIGURE4[name]}: attention distance after training > without stage II, {layers}', False,

@@ -1,4 +1,5 @@
 """Write or check the data of the experiments."""
+import hashlib
 import os
 import subprocess
 import sys
@@ -13,10 +14,13 @@ from distill_hooks import load_model
 from reproduction.cells import LITE0, LITE0_TIMM, ROOT, Cell, Scale
 from reproduction.fashion_mnist import write_fashion_mnist
 from reproduction.stamps import write_stamps
+from timm_dearkd.engine.image_folder import scan_folder
 from timm_dearkd.files import write_bytes
-from timm_dearkd.images import prepare_splits
+from timm_dearkd.images import look_at, prepare_splits
 
-__all__ = ['prepare_data', 'validation_folder', 'write_cifar10']
+PHOTOS_BATCH = 32  # of the recipe `small_folder`
+
+__all__ = ['files_hash', 'prepare_data', 'validation_folder', 'write_cifar10']
 
 
 def validation_folder(data: Path) -> Path:
@@ -70,6 +74,12 @@ def link_photos(source: Path, folder: Path) -> None:
         raise ValueError(
             f'{folder} leads to {folder.resolve()}, not to --photos {source}. Rename one of the two folders, or give'
             ' another --data.')
+
+
+def files_hash(folder: Path) -> str:
+    """Return a hash of the names and sizes of the images in a folder; '' if there are none."""
+    files = [(os.path.relpath(path, folder), os.path.getsize(path)) for path, _ in scan_folder(str(folder)).images]
+    return hashlib.sha256(repr(files).encode()).hexdigest()[:12] if files else ''
 
 
 def write_digits(folder: Path) -> None:
@@ -136,6 +146,12 @@ def prepare_data(scale: Scale, data: Path, cells: Sequence[Cell], photos: Option
     if 'stamps' in names or (is_photos and photos is None):
         write_stamps(data / 'stamps')
     if is_photos:
-        link_photos(photos or data / 'stamps', data / 'photos' / scale.photos)
+        folder = data / 'photos' / scale.photos
+        link_photos(photos or data / 'stamps', folder)
+        num_images = look_at(str(folder), 'train', 'validation', 0.25).num_train
+        if num_images < PHOTOS_BATCH:
+            raise ValueError(
+                f'A quarter of the training images in --photos {photos} is {num_images}, less than one batch of'
+                f' {PHOTOS_BATCH}. Add images.')
     if scale.data in names:
         validation_folder(data / scale.data)

@@ -31,9 +31,9 @@ STATISTICS = (
     '- A claim is *reproduced* if the interval of its difference lies above 0, *contradicted* if it lies below 0, and'
     ' *inconclusive* otherwise. Our own comparisons are *confirmed* instead of reproduced. If there is no true'
     ' difference, 1 of 20 claims is still reproduced or contradicted by chance.',
-    '- Standard deviations are pooled over a table; in table 2, over a column. Students with the hidden loss vary less'
-    ' and are pooled separately. So are synthetic and real images in tables 5 and 6. One figure can therefore have'
-    ' different intervals in two tables.',
+    '- Standard deviations are pooled over a table; in table 2 and for colour images, over a column. Students with the'
+    ' hidden loss vary less and are pooled separately. So are CNNs, synthetic images by fill, and real images. One'
+    ' figure can therefore have different intervals in two tables.',
     '- Differences use Welch\'s t. Figures with the same pooled deviation are compared on the seeds that they share (a'
     ' randomised block design). A mean in a claim can therefore differ from the table\'s.',
 )
@@ -153,7 +153,8 @@ def describe_setup(scale: Scale, found: Results, results: Path) -> List[str]:
         f' `python reproduction/report.py --scale {scale.name}` writes this file from the {len(cells)} files in'
         f' `reproduction/results/{scale.name}`. Each has its command, seed and commits.',
         *([f'- {changed} files have a "+" after a commit: the code had uncommitted changes.'] if changed else []),
-        *([f'- Skipped, because their definition has changed: {", ".join(found.stale)}.'] if found.stale else []), '']
+        *([f'- Skipped, because their definition or their CNN has changed: {", ".join(found.stale)}.']
+          if found.stale else []), '']
 
 
 def describe_teachers(found: Results, name: str) -> List[str]:

@@ -6,15 +6,15 @@ import json
 import statistics
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Set
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set
 
-from reproduction.cells import ROOT, CellError, Scale, definition
+from reproduction.cells import ROOT, Cell, CellError, Scale, definition
 from reproduction.table import Entry, Key, Table
 from reproduction.tables import collect_cells, tables_of
 
 __all__ = [
-    'FIGURES', 'READERS', 'RESULTS', 'TEACHER_FILES', 'Figure', 'Results', 'distill_figures', 'read_result',
-    'weights_hash',
+    'FIGURES', 'READERS', 'RESULTS', 'TEACHER_FILES', 'Figure', 'Results', 'distill_figures', 'is_current',
+    'own_models', 'read_result', 'weights_hash',
 ]
 
 RESULTS = ROOT / 'reproduction' / 'results'
@@ -38,6 +38,25 @@ def read_result(path: Path) -> Optional[Dict[str, Any]]:
         pass
     print(f'Skipped {path}: it is not a result of the driver.', file=sys.stderr)
     return None
+
+
+def own_models(cell: Cell) -> List[Cell]:
+    """Return the trained models that a cell needs, besides the teacher of all students."""
+    return [need for need in cell.needs if need.program == 'train' and need.name != 'teacher']
+
+
+def is_current(cell: Cell, result: Optional[Dict[str, Any]], read: Callable[[str], Optional[Dict[str, Any]]]) -> bool:
+    """Return whether a result has the definition of its cell, and came from the models whose figures are kept.
+
+    Args:
+        cell: The cell.
+        result: Its result.
+        read: Returns the result of another cell by name.
+    """
+    if result is None or result['definition'] != definition(cell):
+        return False
+    kept = {need.name: (read(need.name) or {}).get('weights') for need in own_models(cell)}
+    return all(weights in (None, result.get('models', {}).get(name)) for name, weights in kept.items())
 
 
 @functools.lru_cache(maxsize=None)
@@ -72,9 +91,15 @@ def student_figures(folder: Path) -> Dict[str, Any]:
 
 
 def distill_figures(folder: Path) -> Dict[str, Any]:
-    """Return the figures of a student of `timm-dearkd distill`, and the top-1 of its teacher."""
-    results = json.loads((folder / 'student' / 'run.json').read_text())['results']
-    return dict(student_figures(folder / 'student'), teacher_top1=results['teacher_top1'])
+    """Return the figures of a student of `timm-dearkd distill`, and the top-1 of its teacher.
+
+    A CNN that `distill` trains counts after its last epoch, as all students do. It teaches as it was in its best one.
+    """
+    if (folder / 'teacher').exists():
+        teacher_top1 = student_figures(folder / 'teacher')['top1']
+    else:
+        teacher_top1 = json.loads((folder / 'student' / 'run.json').read_text())['results']['teacher_top1']
+    return dict(student_figures(folder / 'student'), teacher_top1=teacher_top1)
 
 
 def shares(images: Sequence[Dict[str, Any]]) -> Dict[str, float]:
@@ -133,7 +158,7 @@ class Results:
         cells = {cell.name: cell for cell in collect_cells(scale, list(self.tables), seeds)}
         results = {name: read_result(folder / f'{name}.json') for name in cells}
         self.cells = {name: result for name, result in results.items()
-                      if result is not None and result['definition'] == definition(cells[name])}
+                      if result is not None and is_current(cells[name], result, results.get)}
         for result in self.cells.values():
             if 'images' in result:
                 result['seconds_per_image'] = result['seconds'] * result.get('threads', 1) / result['images']

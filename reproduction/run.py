@@ -77,6 +77,8 @@ def main() -> None:
         if args.list:
             print('\n'.join(lines))
             return
+        if args.photos:  # the folder tells whether results are of its images
+            prepare_data(scale, args.data, [cell for cell in cells if cell.data.startswith('photos/')], args.photos)
         prepare_data(scale, args.data, [*driver.missing(cells).values()], args.photos)
     except (OSError, ValueError, subprocess.CalledProcessError) as e:
         parser.error(' '.join(str(e).split()))

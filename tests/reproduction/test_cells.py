@@ -107,7 +107,7 @@ def test_a_teacher_of_no_more_images_than_its_student(tmp_path, monkeypatch):
 
     rows = {entry.row: entry.cells for entry in TABLES['own_teacher'](driver.scale, SEEDS).entries}
     cnns, pupils = rows['CNN trained on the same images'], rows['DearKD with this CNN']
-    assert [cell.seed for cell in cnns] == [cell.seed for cell in pupils] == [0, 1]
+    assert [cell.seed for cell in cnns] == [cell.seed for cell in pupils] == SEEDS
     for cnn, pupil, usual in zip(cnns, pupils, rows['DearKD with the CNN trained on all images']):
         teacher, student, other = (options(driver, cell) for cell in (cnn, pupil, usual))
         assert pupil.needs == (cnn,) and student['kd_model_name'] == f'{driver.path(driver.work)}/{cnn.name}'
@@ -126,7 +126,7 @@ def test_longer_students_of_a_weak_teacher_differ_in_their_stages_alone(tmp_path
     monkeypatch.chdir(ROOT)
     driver = make_driver(tmp_path, 'small')
     rows = {entry.row: entry.cells for entry in TABLES['longer_stages'](driver.scale, SEEDS).entries}
-    short, = (e.cells for e in TABLES['own_teacher'](driver.scale, SEEDS).entries if e.row == 'DearKD with this CNN')
+    short = next(e.cells for e in TABLES['own_teacher'](driver.scale, SEEDS).entries if e.row == 'DearKD with this CNN')
     for cnn, one, *two in zip(rows['its teacher'], rows['100 %'], rows['83 %'], rows['50 %']):
         one, *two = (options(driver, cell) for cell in (one, *two))
         assert one['kd_model_name'] == f'{driver.path(driver.work)}/{cnn.name}'

@@ -88,6 +88,37 @@ def test_a_changed_cell_starts_anew_and_the_report_leaves_its_figure_out(driver)
     assert found.stale == [cell.name] and not found.cells
 
 
+def test_students_of_a_cnn_that_was_trained_again_are_run_again(driver):
+    """Its figures become those of the weights that are there, and the report has no student of other weights."""
+    cells = collect_cells(driver.scale, ['own_teacher'], [0])
+    assert driver.run(cells)
+    cnn, hard, dearkd = 'cnn-0.05-seed0', 'pupil_hard-0.05-seed0', 'pupil_dearkd-0.05-seed0'
+    driver.ran = []
+    assert driver.run(cells) and not driver.ran
+    (driver.work / cnn / 'model_best.safetensors').write_text('others')
+    (driver.results / f'{dearkd}.json').unlink()
+    left_over = driver.work / dearkd / 'old'
+    left_over.touch()
+    assert driver.run(cells) and driver.ran == [cnn, dearkd] and not left_over.exists()
+    assert Results(driver.scale, driver.results, [0]).stale == [hard]
+    assert driver.run(cells) and driver.ran == [cnn, dearkd, hard]
+    assert not Results(driver.scale, driver.results, [0]).stale
+
+
+def test_photographs_that_change_are_trained_on_again(driver):
+    """Although the folder keeps its name."""
+    cell = Cell('photos_pets_vit', 'photos/pets', ('-c', 'recipes/small_folder.yaml'), 1.)
+    folder = driver.data / cell.data / 'train' / 'cat'
+    folder.mkdir(parents=True)
+    for names in (['1.png', '2.png'], ['1.png', '3.png']):
+        for path in folder.iterdir():
+            path.unlink()
+        for name in names:
+            (folder / name).write_text(name)
+        driver.ran, driver.hashes = [], {}
+        assert driver.run([cell]) and driver.run([cell]) and driver.ran == [cell.name]
+
+
 def test_what_is_needed_is_made_where_only_its_result_is_there(driver):
     cells = collect_cells(driver.scale, ['table2'], [0])
     assert driver.run(cells)

@@ -103,7 +103,7 @@ def lite0(tmp_path, monkeypatch):
     return model
 
 
-def test_photos_are_linked_and_their_cnn_has_the_names_of_timm(tmp_path, image_folder, lite0):
+def test_photos_are_linked_and_their_cnn_has_the_names_of_timm(tmp_path, image_folder, lite0, monkeypatch):
     """A folder with splits and one without, and another one of the same name."""
     scale = SCALES['small']
 
@@ -112,6 +112,9 @@ def test_photos_are_linked_and_their_cnn_has_the_names_of_timm(tmp_path, image_f
         prepare_data(named, tmp_path / 'data', collect_cells(named, ['photos'], [0]), folder)
         return tmp_path / 'data' / 'photos' / folder.name
 
+    with pytest.raises(ValueError, match='quarter of the training images in .* is 12, less than one batch of 32'):
+        prepare(image_folder)
+    monkeypatch.setattr('reproduction.prepare.PHOTOS_BATCH', 8)
     assert prepare(image_folder).samefile(image_folder)
     weights = safetensors.torch.load_file(tmp_path / 'data' / 'efficientnet_lite0.safetensors')
     assert weights.keys() == lite0.state_dict().keys()

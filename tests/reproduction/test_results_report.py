@@ -188,9 +188,8 @@ def test_figure4_is_told_in_numbers(tmp_path):
     first, ours = rows_of(text)[''], rows_of(text)['Attention distance over the epochs (figure 4)']
     assert [row[2:] for row in first] == [
         ['5.460 vs. 5.110', f'+0.350 ± {few:.3f}', 'inconclusive'],
-        ['11.460 vs. 10.110', f'+1.350 ± {1.35 * many:.3f}', 'inconclusive'],
-        ['5.435 vs. 4.910', f'+0.525 ± {1.5 * few:.3f}', 'inconclusive'],
-        ['14.435 vs. 12.410', f'+2.025 ± {2.025 * many:.3f}', 'inconclusive']]
+        ['5.435 vs. 4.910', f'+0.525 ± {1.5 * few:.3f}', 'inconclusive']]
+    assert ['11.460 vs. 10.110', f'+1.350 ± {1.35 * many:.3f}', 'inconclusive'] in [row[2:] for row in ours]
     assert ['6.435 vs. 5.435', '+1.000 ± 0.000', 'confirmed'] in [row[2:] for row in ours]
     assert (tmp_path / 'reproduction' / 'plots' / 'figure4-dearkd.png').exists()
 
