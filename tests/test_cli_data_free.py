@@ -18,9 +18,10 @@ from timm_dearkd.commands import run_command
 from timm_dearkd.data_free import __main__ as data_free
 from timm_dearkd.data_free import generator
 from timm_dearkd.data_free.__main__ import advise, main, run_script
-from timm_dearkd.data_free.classes import match_classes
+from timm_dearkd.data_free.classes import match_student
 from timm_dearkd.data_free.generator import GENERATOR_WEIGHTS, GeneratorInverter
-from timm_dearkd.data_free.inversion import Inverter, LossWeights, Resolution
+from timm_dearkd.data_free.inversion import Inverter, LossWeights, Resolution, batch_targets
+from timm_dearkd.data_free.options import build_parser, fill_defaults
 from timm_dearkd.data_free.student import student_flags
 from timm_dearkd.distances import read_log
 from timm_dearkd.engine.loader import build_distance_images, build_eval_loader
@@ -274,6 +275,9 @@ ERRORS = {
     'student classes': (
         ['--diversity', 'adi', '--student', 'test_vit', '--student-checkpoint', 'FOUR'],
         '--student has 4 classes, the CNN 3'),
+    'size of the student': (
+        ['--diversity', 'adi', '--student', 'levit_128s', '--student-checkpoint', 'LEVIT'],
+        '--student does not take images of 16 pixels'),
     'verifier classes': (
         ['--verifier', 'test_vit', '--verifier-checkpoint', 'FOUR'], '--verifier has 4 classes, the CNN 3'),
     'channels': (['--model', 'test_resnet', '--checkpoint', 'FIVE'], 'takes 5 channels'),
@@ -298,10 +302,12 @@ def test_errors_are_one_line_and_status_2(case, whole, cnn, tmp_path, capsys):
     (tmp_path / 'full' / 'file').write_text('')
     torch.save(timm.create_model('test_vit', num_classes=3).state_dict(), tmp_path / 'vit.pth')
     torch.save(timm.create_model('test_vit', num_classes=4).state_dict(), tmp_path / 'four.pth')
+    if case == 'size of the student':
+        torch.save(timm.create_model('levit_128s', num_classes=3).state_dict(), tmp_path / 'levit.pth')
     torch.save(timm.create_model('test_resnet', num_classes=3, in_chans=5).state_dict(), tmp_path / 'five.pth')
     replaced = {'FIVE': tmp_path / 'five.pth', 'FOUR': tmp_path / 'four.pth', 'VIT': tmp_path / 'vit.pth',
                 'NAMES': tmp_path / 'names.txt', 'OTHER': whole[0], 'FULL': tmp_path / 'full',
-                'FILE': tmp_path / 'full' / 'file'}
+                'FILE': tmp_path / 'full' / 'file', 'LEVIT': tmp_path / 'levit.pth'}
     args = [str(replaced.get(a, a)) for a in args]
     if args[0].startswith('--'):
         args = [str(tmp_path / 'new'), *args]
@@ -362,6 +368,36 @@ def test_the_student_sees_images_of_about_the_size_that_the_cnn_knows(size, mode
     assert student.patch_embed.img_size == (student_size,) * 2 and student.patch_embed.patch_size == (patch,) * 2
 
 
+@pytest.mark.parametrize('num_classes, num_images', [(3, 500), (10, 8640), (100, 600), (200, 8000), (1000, 50000)])
+def test_a_generator_makes_images_of_all_classes(num_classes, num_images):
+    """Batches are as large as the classes allow, and they are about as many images as were asked for."""
+    args = build_parser().parse_args(['out', '--model', 'cnn', '--generator', '--num-images', str(num_images)])
+    fill_defaults(args)
+    args.classes_per_batch = 20
+    per_class = data_free._images_per_class(args, num_classes, {})
+    size = per_class * min(20, num_classes)
+    num_batches = -(-num_images // size)
+    found = torch.cat(batch_targets(num_batches, range(num_classes), 20, per_class, 0))
+    assert len(found.unique()) == num_classes and num_images <= len(found) < 1.5 * num_images and size <= 1920
+
+
+def test_classes_without_images_are_told_before_any_is_made(make, tmp_path):
+    result = make(tmp_path / 'images', '--num-images', '6')
+    assert result.returncode == 0, result.stderr
+    assert '6 images leave out 1 of 3 classes. Set --num-images 12 or more' in result.stderr
+    assert '1 of 3 classes have no image.' in result.stderr
+
+
+def test_a_run_is_resumed_with_the_same_networks_from_elsewhere(make, cnn, tmp_path):
+    """Weights are compared, not names."""
+    (tmp_path / 'moved').symlink_to(cnn)
+    for args in (('--num-images', '6'), ('--num-images', '12', '--resume', '--model', tmp_path / 'moved')):
+        result = make(tmp_path / 'images', *args)
+        assert result.returncode == 0, result.stderr
+    result = make(tmp_path / 'images', '--resume', '--num-images', '12', '--verifier', tmp_path / 'moved')
+    assert result.returncode == 2 and 'verifier, weights. Choose another OUT' in result.stderr
+
+
 def test_a_competitor_trained_on_some_classes(cnn, tmp_path):
     """Its classes are found by their names."""
     student = timm.create_model('test_resnet', num_classes=2)
@@ -371,7 +407,7 @@ def test_a_competitor_trained_on_some_classes(cnn, tmp_path):
         student.pretrained_cfg, num_classes=2, label_names=['rust', 'blue sky']))
     (tmp_path / 'run' / 'config.json').write_text(json.dumps(cfg, default=str))
     student = timm.create_model(f'local-dir:{tmp_path / "run"}', pretrained=True)
-    assert match_classes(student, ['blue sky', 'grass', 'rust'], 'student') == [2, 0]
+    assert match_student(student, ['blue sky', 'grass', 'rust']) == [2, 0]
     main([
         str(tmp_path / 'images'), '--model', str(cnn), *QUICK, '--num-images', '6', '--diversity', 'adi',
         '--student', f'local-dir:{tmp_path / "run"}'])

@@ -560,21 +560,23 @@ def test_grey_images_in_a_folder(train_cli, tmp_path):
 
 
 def test_images_of_four_channels(train_cli, image_folder, tmp_path):
-    """The mode has to be said, here and in the evaluation; predict takes CMYK, and says so."""
-    out = tmp_path / 'cmyk'
-    mode = ('--input-img-mode', 'CMYK')
-    result = train_cli('--in-chans', '4', *mode, '--epochs', '1', '--output', tmp_path, '--experiment', 'cmyk')
+    """The mode has to be said, here and in the evaluation; predict takes that of the run, or CMYK, and says so."""
+    out = tmp_path / 'rgba'
+    mode = ('--input-img-mode', 'RGBA')
+    result = train_cli('--in-chans', '4', *mode, '--epochs', '1', '--output', tmp_path, '--experiment', 'rgba')
     assert result.returncode == 0, result.stderr
     evaluated = train_cli('--eval-only', '--model', f'local-dir:{out}', *mode)
     assert evaluated.returncode == 0, evaluated.stderr
     result = train_cli('--eval-only', '--model', f'local-dir:{out}')
     assert result.returncode == 2 and 'CMYK or RGBA for 4 channels: --input-img-mode.' in result.stderr
-    result = run_python(
-        '-m', 'timm_dearkd.analysis', 'predict', image_folder / 'validation', '--model', out, '--output',
-        tmp_path / 'predictions', '--device', 'cpu')
-    assert result.returncode == 0 and 'Reads the images as CMYK' in result.stderr, result.stderr
-    top1 = float(re.search(r'top-1 ([\d.]+) % of 12', result.stdout)[1])
-    assert top1 == pytest.approx(json.loads(evaluated.stdout)['top1'], abs=0.01)
+    for is_known in (True, False):
+        result = run_python(
+            '-m', 'timm_dearkd.analysis', 'predict', image_folder / 'validation', '--model', out, '--output',
+            tmp_path / f'predictions {is_known}', '--device', 'cpu')
+        assert result.returncode == 0 and ('Reads the images as CMYK' in result.stderr) != is_known, result.stderr
+        top1 = float(re.search(r'top-1 ([\d.]+) % of 12', result.stdout)[1])
+        assert top1 == pytest.approx(json.loads(evaluated.stdout)['top1'], abs=0.01) or not is_known
+        (out / 'args.yaml').unlink(missing_ok=True)
 
 
 def test_recipes_parse(train_cli):

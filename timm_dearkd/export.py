@@ -19,6 +19,7 @@ from timm.utils import setup_default_logging
 
 import timm_dearkd  # noqa: F401  registers the architectures
 from distill_hooks import load_model
+from timm_dearkd.analysis.inputs import check_overwrite
 from timm_dearkd.attention import ConvAttention
 from timm_dearkd.commands import positive_int, run_command
 from timm_dearkd.engine.run_folder import save_folder
@@ -121,6 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     add('--format', default='safetensors', choices=list(FORMATS), help='file format (default: %(default)s)')
     add('--img-size', type=positive_int, metavar='N', help="side length of the images in pixels (default: the model's)")
     add('--output', metavar='PATH', help='file or folder to write (default: MODEL-export, with .onnx or .pt2)')
+    add('--overwrite', action='store_true', help='replace an export that exists')
     return parser
 
 
@@ -131,6 +133,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     path = Path(args.output or f'{_file_name(args.model)}-export{FORMATS[args.format][1]}')
     if path.is_dir() and any(path.iterdir()) and not (args.format == 'safetensors' and _is_export(path)):
         raise ValueError(f'{str(path)!r} is a folder with other files. Set another --output.')
+    check_overwrite([path], args.overwrite)
     try:
         model: Any = load_model(args.model, args.checkpoint)
         error = export(model, args.format, path, args.img_size)

@@ -23,6 +23,7 @@ import timm_dearkd  # noqa: F401  registers the architectures
 from distill_hooks.teacher import training_args
 from timm_dearkd.analysis.compare import drawn_columns, plot_runs
 from timm_dearkd.analysis.figures import render
+from timm_dearkd.analysis.inputs import IMAGE_MODES
 from timm_dearkd.analysis.runs import Run, open_run, why_no_model
 from timm_dearkd.attention import ConvAttention
 from timm_dearkd.commands import run_command
@@ -99,7 +100,7 @@ def model_card(run: Run, model: Any, repo: str, license: Optional[str] = None) -
         metadata=metadata.to_yaml(), title=title, kind='A DearKD' if is_dearkd else 'An', repo=repo,
         facts='\n'.join(f'- **{key}:** {value}' for key, value in _facts(run, model) if value not in (None, '')),
         best=f'Best {run.metric.replace("_", " ")}: {best[1]:.2f}, after epoch {best[0]}.' if best else '',
-        mode='L' if model.pretrained_cfg['input_size'][0] == 1 else 'RGB',
+        mode=run.args.get('input_img_mode') or IMAGE_MODES[model.pretrained_cfg['input_size'][0]],
         commands=f'\n## Training\n\n```sh\n{commands}\n```\n' if commands else '',
         citation=f'\n## Citation\n\n```bibtex\n{CITATION}\n```\n' if is_dearkd else ''))
 
@@ -112,14 +113,14 @@ def _data_name(run: Run) -> str:
 
 
 def _results(run: Run) -> Optional[List[EvalResult]]:
-    """Return the best top-1 for the metadata; None if the run does not have it."""
-    best = run.best()
-    if not best or run.metric != 'eval_top1':
+    """Return the best top-1 for the metadata; None if the run does not have it, or has that of training images."""
+    best, data = run.best(), run.info.get('data', {})
+    if not best or run.metric != 'eval_top1' or data.get('validation_is_training'):
         return None
+    name = f'{_data_name(run)}, {run.args.get("val_split") or "validation"} split'
     return [EvalResult(
-        task_type='image-classification', dataset_type='imagefolder',
-        dataset_name=f'{_data_name(run)}, validation split', metric_type='accuracy', metric_name='top-1',
-        metric_value=round(best[1] / 100, 4))]
+        task_type='image-classification', dataset_type='imagefolder', dataset_name=name, metric_type='accuracy',
+        metric_name='top-1', metric_value=round(best[1] / 100, 4))]
 
 
 def _facts(run: Run, model: Any) -> List[Tuple[str, Any]]:

@@ -114,10 +114,11 @@ def test_a_copy_that_computes_something_else_is_not_kept(kind, tmp_path, monkeyp
     (['test_dearkd', '--checkpoint', 'CHECKPOINT', '--img-size', '0'], "--img-size: '0', expected a whole number of 1"),
     (['test_dearkd', '--checkpoint', 'CHECKPOINT', '--img-size', '33'], 'does not take images of --img-size 33'),
     (['test_dearkd', '--checkpoint', 'CHECKPOINT', '--output', 'FOLDER'], 'a folder with other files'),
+    (['test_dearkd', '--checkpoint', 'CHECKPOINT', '--output', 'FILE'], "photo.jpg' exists. Add --overwrite"),
 ])
 def test_errors_are_one_line_and_status_2(args, message, checkpoint, tmp_path, capsys):
     (tmp_path / 'photo.jpg').touch()
-    replaced = {'CHECKPOINT': checkpoint, 'FOLDER': tmp_path}
+    replaced = {'CHECKPOINT': checkpoint, 'FOLDER': tmp_path, 'FILE': tmp_path / 'photo.jpg'}
     with pytest.raises(SystemExit) as e:
         run_command('export', main, [str(replaced.get(arg, arg)) for arg in args])
     assert e.value.code == 2 and message in capsys.readouterr().err.strip().splitlines()[-1]

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from distill_hooks import Teacher, load_model
 from timm_dearkd.commands import add_device, natural_int, positive_int
-from timm_dearkd.engine.image_folder import index_by_name, scan_folder
+from timm_dearkd.engine.image_folder import has_class_folders, index_by_name, scan_folder
 from timm_dearkd.engine.process import find_device
 from timm_dearkd.files import write_bytes
 
@@ -182,7 +182,7 @@ def _find_root(folder: str) -> Path:
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f'No folder {folder!r}. Give one that has a folder of images for each class.')
-    return root / 'train' if (root / 'train').is_dir() else root
+    return root / 'train' if has_class_folders(str(root / 'train')) else root
 
 
 def measure_diversity(

@@ -8,26 +8,35 @@ from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
+import yaml
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
-from timm.models import is_model
+from timm.models import get_model_input_config, is_model
 
 import distill_hooks
 from timm_dearkd.commands import add_device
 from timm_dearkd.engine.data import spread
 from timm_dearkd.engine.distillation import label_names as saved_names
-from timm_dearkd.engine.image_folder import check_mode, class_order, index_by_name, normal_name, scan_folder
+from timm_dearkd.engine.image_folder import (
+    check_mode,
+    class_order,
+    find_splits,
+    has_class_folders,
+    index_by_name,
+    normal_name,
+    scan_folder,
+)
 from timm_dearkd.engine.process import find_device
 from timm_dearkd.files import find_obstacle
 
 __all__ = [
-    'ImageFiles', 'add_model_arguments', 'add_output_arguments', 'check_overwrite', 'class_names', 'find_images',
-    'image_transform', 'label_names', 'load_images', 'load_model', 'open_image', 'output_files',
+    'IMAGE_MODES', 'ImageFiles', 'add_model_arguments', 'add_output_arguments', 'check_overwrite', 'class_names',
+    'find_images', 'image_transform', 'label_names', 'load_images', 'load_model', 'open_image', 'output_files',
 ]
 
 _logger = logging.getLogger(__name__)
 
-_MODES = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'CMYK'}  # by number of channels
+IMAGE_MODES = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'CMYK'}  # by number of channels
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, output: str, required: bool = True) -> None:
@@ -91,14 +100,23 @@ def check_overwrite(files: Sequence[Path], overwrite: bool) -> None:
 def load_model(name: str, checkpoint: Optional[str] = None, device: Optional[str] = None) -> Any:
     """Load a trained timm model in eval mode, see `distill_hooks.load_model`.
 
+    Its `pretrained_cfg` has the `input_img_mode` that its run was given.
+
     Raises:
         FileNotFoundError: If the checkpoint does not exist.
         ValueError: If the name or the device is unknown, or no weights are available.
     """
-    return distill_hooks.load_model(name, checkpoint, device=find_device(device)).eval()
+    model: Any = distill_hooks.load_model(name, checkpoint, device=find_device(device)).eval()
+    recorded = Path(name.removeprefix('local-dir:'), 'args.yaml')
+    mode = yaml.safe_load(recorded.read_text(encoding='utf-8')).get('input_img_mode') if recorded.is_file() else None
+    if mode:
+        model.pretrained_cfg['input_img_mode'] = mode
+    elif get_model_input_config(model)['input_size'][0] == 4:
+        _logger.warning('Reads the images as CMYK. The results are wrong if the model was trained on RGBA.')
+    return model
 
 
-def image_transform(model: nn.Module) -> Tuple[Callable[[Image.Image], torch.Tensor], str]:
+def image_transform(model: Any) -> Tuple[Callable[[Image.Image], torch.Tensor], str]:
     """Return a model's preprocessing of validation images, and their Pillow mode.
 
     Raises:
@@ -106,9 +124,9 @@ def image_transform(model: nn.Module) -> Tuple[Callable[[Image.Image], torch.Ten
     """
     config = resolve_model_data_config(model)
     in_chans = config['input_size'][0]
-    if in_chans not in _MODES:
+    if in_chans not in IMAGE_MODES:
         raise ValueError(f'--model takes {in_chans} channels, expected 1 to 4, as images have.')
-    return create_transform(**config), _MODES[in_chans]
+    return create_transform(**config), model.pretrained_cfg.get('input_img_mode') or IMAGE_MODES[in_chans]
 
 
 def label_names(model: Any) -> Optional[List[str]]:
@@ -192,8 +210,6 @@ def find_images(
         FileNotFoundError: If a path does not exist.
         ValueError: If a folder has no images.
     """
-    if mode == 'CMYK':
-        _logger.warning('Reads the images as CMYK. The results are wrong if the model was trained on RGBA.')
     samples: List[Tuple[str, Optional[int]]] = []
     for path in paths:
         if not Path(path).exists():
@@ -204,6 +220,11 @@ def find_images(
         scan = scan_folder(path)
         if not scan.images:
             raise ValueError(f'{path!r} has no images.')
+        splits = [name for name in find_splits(path) if has_class_folders(os.path.join(path, name))]
+        if len(splits) > 1:
+            _logger.warning(
+                f'{path!r} has the splits {", ".join(splits)}. All of their images count. For those of one split, give'
+                f' {os.path.join(path, splits[-1])}.')
         in_order = names is None and len(scan.names) == num_classes
         labels = index_by_name(scan.names) if in_order else {normal_name(name): i for i, name in enumerate(names or ())}
         unknown = class_order(scan.names - set(labels))

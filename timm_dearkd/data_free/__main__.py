@@ -23,7 +23,7 @@ from timm_dearkd.commands import run_command
 from timm_dearkd.engine.process import Precision, Ranks, check_backend, compile_errors, select_device
 from timm_dearkd.files import write_bytes
 
-from .classes import match_classes, parse_classes, read_class_names
+from .classes import match_student, match_verifier, parse_classes, read_class_names
 from .dataset import SyntheticSet, check_folder, read_settings
 from .generator import BATCH_SIZE, GENERATOR_WEIGHTS, Choice, GeneratorInverter, run_pilot
 from .inversion import Augmentation, Competitor, Execution, Inverter, LossWeights, Resolution, batch_targets
@@ -41,7 +41,8 @@ LOG_INTERVAL = 60.  # seconds, where there is no terminal for a progress bar
 def _images_per_class(args: argparse.Namespace, num_classes: int, saved: Dict[str, Any]) -> int:
     """Return --images-per-class.
 
-    The default for a generator is that of the `saved` settings, else batches of equal size with up to 1,920 images.
+    The default for a generator is that of the `saved` settings, else batches of equal size with up to 1,920 images, and
+    enough of them for all classes.
     """
     if args.images_per_class is not None:
         return args.images_per_class
@@ -49,8 +50,11 @@ def _images_per_class(args: argparse.Namespace, num_classes: int, saved: Dict[st
         return 7
     classes = min(args.classes_per_batch, num_classes)
     needed = math.ceil(args.num_images / classes)
-    num_batches = math.ceil(needed / max(1, MAX_GENERATED // classes))
-    return saved.get('images_per_class', math.ceil(needed / num_batches))
+    fewest = math.ceil(num_classes / classes)
+    per_class = math.ceil(needed / max(math.ceil(needed / max(1, MAX_GENERATED // classes)), fewest))
+    if math.ceil(needed / per_class) < fewest:
+        per_class = max(1, needed // fewest)
+    return saved.get('images_per_class', per_class)
 
 
 def build_inverter(args: argparse.Namespace, model: Any, names: Sequence[str], precision: Precision) -> Inverter:
@@ -68,7 +72,7 @@ def build_inverter(args: argparse.Namespace, model: Any, names: Sequence[str], p
     competitor = None
     if args.student:
         student = load_model(args.student, args.student_checkpoint, device=precision.device)
-        competitor = Competitor(student, match_classes(student, names, 'student'))
+        competitor = Competitor(student, match_student(student, names))
     mean, std = _normalisation(model)
     jitter = max(r.size for r in resolutions) // 8 if args.jitter is None else args.jitter
     return (GeneratorInverter if args.generator else Inverter)(
@@ -144,7 +148,8 @@ def run(args: argparse.Namespace) -> None:
     verifier = None
     if args.verifier:
         verifier = load_model(args.verifier, args.verifier_checkpoint, device=device)
-    judge = Judge(model, verifier, names, *_normalisation(model), args.min_prob)
+    classes = match_verifier(verifier, model, names) if verifier is not None else ()
+    judge = Judge(model, verifier, classes, *_normalisation(model), args.min_prob)
     judge.check_size(inverter.size)
     choice = Choice(inverter.weights, not args.no_flip)
     if isinstance(inverter, GeneratorInverter):
@@ -220,6 +225,7 @@ def _settings(
         'betas': list(args.betas),
         'num_images': args.num_images,
         'weights': [weights_fingerprint(network) for network in networks],
+        'normalisation': list(_normalisation(inverter.model)),
         'versions': dict(timm_dearkd=timm_dearkd.__version__, torch=torch.__version__, timm=timm.__version__),
     }
 
@@ -234,6 +240,10 @@ def _count_batches(args: argparse.Namespace, num_classes: int, per_class: int, r
             f'--num-images {args.num_images} is rounded up to {count * size}: {count} batches of {classes} classes with'
             f' {per_class} images each. For smaller batches, lower --classes-per-batch or'
             ' --images-per-class.')
+    if count * classes < num_classes and ranks.is_primary:
+        _logger.warning(
+            f'{count * size} images leave out {num_classes - count * classes} of {num_classes} classes. Set'
+            f' --num-images {math.ceil(num_classes / classes) * size} or more, or name some --classes.')
     return count
 
 
@@ -337,9 +347,9 @@ def report(args: argparse.Namespace, dataset: SyntheticSet, inverter: Inverter, 
         _logger.warning(advise(inverter, losses))
     if counts['kept'] < 2:
         return
-    missing = len(dataset.classes) - len(class_map)
+    missing = len(dataset.classes) - counts['classes']
     if missing:
-        _logger.warning(f'{missing} of {len(dataset.classes)} classes have no image that was kept.')
+        _logger.warning(f'{missing} of {len(dataset.classes)} classes have no image.')
     command = train_command(
         args, str(dataset.root), counts['kept'], class_map, inverter.model, inverter.size, choice.mirror)
     print(f'Train on them: {command}')

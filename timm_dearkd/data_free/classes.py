@@ -1,4 +1,5 @@
 """Classes of a CNN: indices, names, and the same classes in another network."""
+import logging
 from typing import Any, List, Optional, Sequence
 
 from timm_dearkd.analysis.inputs import label_names
@@ -6,7 +7,9 @@ from timm_dearkd.engine.distillation import label_names as saved_names
 
 from .dataset import folder_name
 
-__all__ = ['match_classes', 'parse_classes', 'read_class_names']
+__all__ = ['match_student', 'match_verifier', 'parse_classes', 'read_class_names']
+
+_logger = logging.getLogger(__name__)
 
 
 def parse_classes(texts: Optional[Sequence[str]], num_classes: int) -> List[int]:
@@ -21,8 +24,8 @@ def parse_classes(texts: Optional[Sequence[str]], num_classes: int) -> List[int]
     """
     classes: List[int] = []
     for text in texts or [f'0-{num_classes - 1}']:
-        first, _, last = text.partition('-')
-        if not first.isdecimal() or not (last or first).isdecimal():
+        first, dash, last = text.partition('-')
+        if not first.isdecimal() or (dash and not last.isdecimal()):
             raise ValueError(f'--classes has {text!r}, expected an index such as 3 or a range such as 0-9.')
         if int(last or first) < int(first):
             raise ValueError(f'--classes has the range {text!r}, whose end is before its start.')
@@ -46,34 +49,66 @@ def read_class_names(path: Optional[str], model: Any) -> List[str]:
     count: int = model.num_classes
     names = label_names(model) or []
     if path:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8-sig') as f:
             names = [line.strip() for line in f if line.strip()]
         if len(names) != count:
             raise ValueError(f'--class-names {path} has {len(names)} names, expected {count}, one per class.')
     if len(names) != count:
         names = [f'{index:0{len(str(count - 1))}d}' for index in range(count)]
+    return _folder_names(names)
+
+
+def _folder_names(names: Sequence[str]) -> List[str]:
+    """Return a folder name for each class name; all are different."""
     names = [folder_name(name, index) for index, name in enumerate(names)]
-    return [f'{name} {index}' if names.count(name) > 1 else name for index, name in enumerate(names)]
+    while len(set(names)) < len(names):
+        names = [f'{name} {index}' if names.count(name) > 1 else name for index, name in enumerate(names)]
+    return names
 
 
-def match_classes(model: Any, names: Sequence[str], role: str) -> List[int]:
-    """Return the CNN's class index for each class of another network.
-
-    Classes are matched by name if all names of the network are names of the CNN, else by index.
+def match_student(student: Any, names: Sequence[str]) -> List[int]:
+    """Return the CNN's class for each class of a student: by name if the CNN knows all names, else by index.
 
     Args:
-        model: The other network.
+        student: The student, which may know fewer classes.
         names: Class names of the CNN, see `read_class_names`.
-        role: Flag of the other network without its dashes, for the error.
 
     Raises:
         ValueError: If the classes cannot be matched.
     """
-    own = [folder_name(name, index) for index, name in enumerate(saved_names(model))]
+    own = _folder_names(saved_names(student))
     if own and set(own) <= set(names):
         return [names.index(name) for name in own]
+    return _match_in_order(student, own, names, 'student')
+
+
+def match_verifier(verifier: Any, model: Any, names: Sequence[str]) -> List[int]:
+    """Return the verifier's class for each class of a CNN: by name if the verifier knows all names, else by index.
+
+    Args:
+        verifier: The verifier, which may know more classes.
+        model: The CNN.
+        names: See `match_student`.
+
+    Raises:
+        ValueError: If the classes cannot be matched.
+    """
+    own = _folder_names(label_names(verifier) or [])
+    for known in (list(names), _folder_names(label_names(model) or [])):
+        if known and set(known) <= set(own):
+            return [own.index(name) for name in known]
+    return _match_in_order(verifier, own, names, 'verifier')
+
+
+def _match_in_order(model: Any, own: Sequence[str], names: Sequence[str], role: str) -> List[int]:
+    """Match as many classes by index. Warns if their names are known and differ."""
     if model.num_classes != len(names):
         raise ValueError(
             f'--{role} has {model.num_classes} classes, the CNN {len(names)}, and their names do not match.'
             f' Choose a {role} that was trained on the same classes.')
+    different = [(name, other) for name, other in zip(names, own) if name != other]
+    if different:
+        _logger.warning(
+            f'The classes of --{role} have other names than those of the CNN, and are taken in its order:'
+            f' {different[0][0]!r} is {different[0][1]!r}. If they are others, choose another {role}.')
     return list(range(len(names)))

@@ -19,6 +19,8 @@ from .look import encode_png
 __all__ = ['FORMATS', 'SyntheticSet', 'check_folder', 'folder_name', 'read_settings']
 
 FORMATS = ('folder', 'wds')
+# Options that name networks, whose weights are compared
+NETWORKS = {'model', 'checkpoint', 'student', 'student_checkpoint', 'verifier', 'verifier_checkpoint'}
 
 
 class SyntheticSet:
@@ -53,7 +55,9 @@ class SyntheticSet:
         self._sampled: Set[Path] = set()
         check_folder(root, resume)
         saved = read_settings(root)
-        keys = {*saved, *self.settings} - {'versions', 'num_images'} if saved else ()
+        keys = {*saved, *self.settings} - {'versions', 'num_images'} if saved else set()
+        if saved.get('weights') == self.settings.get('weights'):  # from wherever they were loaded
+            keys -= NETWORKS
         differing = sorted(key for key in keys if saved.get(key) != self.settings.get(key))
         if differing:
             raise ValueError(
@@ -116,8 +120,8 @@ class SyntheticSet:
         """Write the manifest, the class map, `losses.csv`, and `_info.json` for shards.
 
         Returns:
-            Numbers of images 'made', 'kept' and 'sure' (probability above 0.5) and of 'failed' batches; and the class
-            map.
+            Numbers of images 'made', 'kept' and 'sure' (probability above 0.5), of 'classes' with kept images and of
+            'failed' batches; and the class map.
         """
         batches = list(self.batches())
         images = [{**image, 'class': self.classes[image['target']]} for b in batches for image in b['images']]
@@ -139,7 +143,9 @@ class SyntheticSet:
         if self.data_format == 'wds':
             self._write_info(kept)
         sure = sum(image['teacher_prob'] > 0.5 for image in images)
-        return dict(made=len(images), kept=len(kept), sure=sure, failed=len(failed)), self.class_map(kept)
+        classes = len({image['class'] for image in kept})
+        counts = dict(made=len(images), kept=len(kept), classes=classes, sure=sure, failed=len(failed))
+        return counts, self.class_map(kept)
 
     def class_map(self, kept: Sequence[Dict[str, Any]]) -> List[int]:
         """Return the CNN's class for each class of a student of these images.

@@ -272,8 +272,9 @@ def _choose(
             _logger.info(f'Pilot: {_flags(weights, names)}: the loss is not finite.')
             continue
         with torch.no_grad():
-            right, mirrored = (
-                inverter.model(x.to(inverter.device)).argmax(1).cpu() == targets for x in (images, images.flip(3)))
+            right, mirrored = (torch.cat([
+                inverter.model(chunk.to(inverter.device)).argmax(1).cpu() for chunk in x.split(BATCH_SIZE)]) == targets
+                for x in (images, images.flip(3)))
         results[weights] = _Result(
             right.float().mean().item(), (right & mirrored).sum().item() / max(1, right.sum().item()))
         _logger.info(

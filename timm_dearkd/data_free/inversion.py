@@ -226,10 +226,10 @@ class Inverter:
             self._features.append(args[0].flatten(1))
 
     def check_sizes(self) -> None:
-        """Run the CNN once at every resolution.
+        """Run the CNN and the competitor once at every resolution.
 
         Raises:
-            ValueError: If the CNN does not take a size, or does not call its classifier.
+            ValueError: If one of them does not take a size, or the CNN does not call its classifier.
         """
         for resolution in self.resolutions:
             images = torch.zeros(1, self.in_chans, resolution.size, resolution.size, device=self.device)
@@ -239,6 +239,12 @@ class Inverter:
                 raise ValueError(
                     f'The CNN does not take images of {resolution.size} pixels ({first_line(e)}). Set other sizes with'
                     ' --resolutions SIZE:STEPS:LR.') from e
+            try:
+                self._compete(images)
+            except (RuntimeError, AssertionError) as e:
+                raise ValueError(
+                    f'--student does not take images of {resolution.size} pixels ({first_line(e)}). Choose another one.'
+                ) from e
             if self._handles and not self._features:
                 raise ValueError(
                     f'{type(self.model).__name__} does not call its classifier (get_classifier()), whose input the'

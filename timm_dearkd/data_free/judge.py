@@ -5,10 +5,11 @@ import torch
 
 from distill_hooks.errors import first_line
 
-from .classes import match_classes
 from .inversion import spectator
 
-__all__ = ['Judge']
+__all__ = ['MAX_IMAGES', 'Judge']
+
+MAX_IMAGES = 120  # at once, as in a generator's step
 
 
 class Judge:
@@ -17,20 +18,17 @@ class Judge:
     Args:
         model: The CNN that the images are made from.
         verifier: Independent network, whose classes may have another order; None keeps all images.
-        names: Class names of `model`.
+        classes: The verifier's class for each class of `model`.
         mean: Normalisation of `model`.
         std: See `mean`.
         min_prob: Least probability by the verifier of an image to keep.
-
-    Raises:
-        ValueError: If the verifier does not have all classes of `model`.
     """
 
     def __init__(
             self,
             model: torch.nn.Module,
             verifier: Optional[torch.nn.Module],
-            names: Sequence[str],
+            classes: Sequence[int],
             mean: Sequence[float],
             std: Sequence[float],
             min_prob: float,
@@ -39,12 +37,8 @@ class Judge:
         self.model = model
         self.verifier = None
         if verifier is not None:
-            classes = match_classes(verifier, names, 'verifier')
-            if len(classes) < len(names):
-                raise ValueError(
-                    f'--verifier has {len(classes)} of the {len(names)} classes. Choose one that was trained on all.')
             self.verifier = spectator(verifier, mean, std)
-            self.verifier_classes = torch.tensor(classes).argsort()  # the verifier's for each of the CNN's
+            self.verifier_classes = torch.tensor(classes)
         self.min_prob = min_prob
 
     def check_size(self, size: int) -> None:
@@ -76,10 +70,11 @@ class Judge:
         def probabilities(logits: torch.Tensor, classes: torch.Tensor) -> List[float]:
             return logits.float().softmax(1).gather(1, classes.to(device)[:, None])[:, 0].tolist()
 
-        teacher = probabilities(self.model(images), targets)
+        chunks = images.split(MAX_IMAGES)
+        teacher = probabilities(torch.cat([self.model(x) for x in chunks]), targets)
         verifier: List[Optional[float]] = [None] * len(targets)
         if self.verifier is not None:
-            logits, _ = self.verifier(images, with_features=False)
+            logits = torch.cat([self.verifier(x, with_features=False)[0] for x in chunks])
             verifier = list(probabilities(logits, self.verifier_classes[targets]))
         return [
             dict(target=target, teacher_prob=round(p, 4), verifier_prob=None if v is None else round(v, 4),

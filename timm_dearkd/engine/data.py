@@ -37,9 +37,9 @@ from .wrappers import ClassFraction, SkipHighBitDepth, SkipUnreadable
 
 __all__ = [
     'Classes', 'UNKNOWN_CLASSES', 'build_datasets', 'check_img_size', 'check_label_gaps', 'check_labels',
-    'class_indices', 'class_names', 'classes_of', 'count_classes', 'dataset_kwargs', 'folder_of', 'image_mode',
-    'is_image_folder', 'open_dataset', 'open_eval_dataset', 'open_validation_set', 'open_with_classes', 'relabel',
-    'spread',
+    'class_indices', 'class_names', 'classes_of', 'count_classes', 'dataset_kwargs', 'folder_of',
+    'have_same_folder', 'image_mode', 'is_image_folder', 'open_dataset', 'open_eval_dataset', 'open_validation_set',
+    'open_with_classes', 'relabel', 'spread',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -448,12 +448,17 @@ def build_datasets(args, trained: Classes = UNKNOWN_CLASSES) -> Tuple[Any, Any]:
             num_samples=args.val_num_samples, **common)
     except FileNotFoundError as e:
         raise FileNotFoundError(f'{e} --val-split "" trains without validation images.') from e
-    folders = {os.path.realpath(str(folder_of(dataset))) for dataset in (train_set, eval_set)}
-    if is_image_folder(args.dataset) and len(folders) == 1:
+    if have_same_folder(args, train_set, eval_set):
         _logger.warning(
             f'{root} has no splits, so the validation images are those of the training, and their accuracy says little.'
             f' {_advise_splits(root)}')
     return train_set, eval_set
+
+
+def have_same_folder(args, train_set, eval_set) -> bool:
+    """Return whether both are image folders, and of the same images."""
+    folders = {os.path.realpath(str(folder_of(dataset))) for dataset in (train_set, eval_set)}
+    return is_image_folder(args.dataset) and eval_set is not None and len(folders) == 1
 
 
 def _advise_splits(root: str) -> str:

@@ -23,7 +23,7 @@ from .._version import __version__
 from ..distances import LOG_NAME, DistanceLog
 from ..files import append_row, write_text
 from .checkpoints import AtomicCheckpointSaver, Position, remove_recovery
-from .data import Classes
+from .data import Classes, have_same_folder
 from .distillation import TeacherCheck
 from .loader import images_per_update, model_dtype
 from .loop import Trainer, mean_lr
@@ -364,6 +364,8 @@ def describe_run(args, train_set, eval_set, model: nn.Module, precision: Precisi
 
     device = precision.device
     data = dict(train_images=count(train_set), validation_images=count(eval_set), classes=model.num_classes)
+    if have_same_folder(args, train_set, eval_set):
+        data.update(validation_is_training=True)
     environment = dict(
         device=torch.cuda.get_device_name(device) if device.type == 'cuda' else
         f'{device} ({platform.machine()}, {torch.get_num_threads()} threads)',

@@ -51,6 +51,13 @@ def test_mean_over_pairs_then_over_classes(folder):
     assert (result['pairs'], result['images']) == (12, 9)
 
 
+def test_a_class_may_be_called_train(folder):
+    """`train` is a split if it has folders."""
+    (folder / 'alone').rename(folder / 'train')
+    result = measure_diversity(str(folder), lambda a, b: (a - b).abs().mean(dim=(1, 2, 3)), img_size=24)
+    assert set(result['classes']) == {'same', 'apart'}
+
+
 @pytest.mark.parametrize('name', ['test_resnet', 'test_mambaout'])
 def test_feature_distance_is_the_slow_formula(name):
     model = timm.create_model(name, num_classes=3).eval()

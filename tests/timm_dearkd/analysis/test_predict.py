@@ -38,6 +38,15 @@ def test_against_one_image_at_a_time(model, image_folder):
         assert p.label == label == NAMES.index(path.split('/')[-2])
 
 
+def test_images_of_several_splits_are_said_to_be(image_folder, caplog):
+    """Their accuracy is not that of the validation images."""
+    assert len(find_images([str(image_folder)], NAMES)) == 60
+    assert f'has the splits train, validation. All of their images count. For those of one split, give {image_folder}' \
+        in caplog.text
+    caplog.clear()
+    assert len(find_images([str(image_folder / 'validation')], NAMES)) == 12 and not caplog.text
+
+
 def test_labels_come_from_folder_names_or_from_their_order(tmp_path, caplog):
     for name in ('b', 'a', 'x'):
         (tmp_path / name).mkdir()

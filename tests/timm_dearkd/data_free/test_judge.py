@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import timm_dearkd  # noqa: F401
-from timm_dearkd.data_free.judge import Judge
+from timm_dearkd.data_free.classes import match_student, match_verifier, parse_classes, read_class_names
+from timm_dearkd.data_free.judge import MAX_IMAGES, Judge
 
 
 def test_a_verifier_of_other_order_and_size(cnn):
@@ -22,11 +23,13 @@ def test_a_verifier_of_other_order_and_size(cnn):
     other.pretrained_cfg = {**model.pretrained_cfg, 'label_names': [names[i] for i in order]}
     pixels = torch.randint(0, 256, (6, 32, 32, 3), dtype=torch.uint8)
     targets = torch.tensor([0, 1, 2, 0, 1, 2])
-    for record in Judge(model, other, names, *norm, 0.3).records(pixels, targets):
+    classes = match_verifier(other, model, names)
+    assert classes == [1, 2, 0] == match_verifier(other, model, ['himmel', 'gras', 'rost'])  # by the CNN's own names
+    for record in Judge(model, other, classes, *norm, 0.3).records(pixels, targets):
         assert record['verifier_prob'] == pytest.approx(record['teacher_prob'], abs=1e-3)
         assert record['kept'] == (record['verifier_prob'] >= 0.3)
     vit = timm.create_model('test_vit', num_classes=3, img_size=48).eval()
-    judge = Judge(model, vit, names, *norm, 0.3)
+    judge = Judge(model, vit, range(3), *norm, 0.3)
     judge.check_size(32)
     array = F.interpolate(pixels.permute(0, 3, 1, 2) / 255, (48, 48), mode='bilinear', antialias=True)
     mean, std = (torch.tensor(vit.pretrained_cfg[key]).view(3, 1, 1) for key in ('mean', 'std'))
@@ -34,9 +37,48 @@ def test_a_verifier_of_other_order_and_size(cnn):
         expected = vit((array - mean) / std).softmax(1)[range(6), targets]
     found = [record['verifier_prob'] for record in judge.records(pixels, targets)]
     assert found == pytest.approx(expected.tolist(), abs=1e-3)
-    other.pretrained_cfg['label_names'] = names[:2]
-    with pytest.raises(ValueError, match='has 2 of the 3 classes'):
-        Judge(model, other, names, *norm, 0.3)
     small = timm.create_model('inception_v3', num_classes=3).eval()
     with pytest.raises(ValueError, match='verifier does not take images of 8 pixels'):
-        Judge(model, small, names, *norm, 0.3).check_size(8)
+        Judge(model, small, range(3), *norm, 0.3).check_size(8)
+
+
+def test_many_images_are_judged_in_parts(cnn):
+    """A generator makes up to 1,920 at once, which do not fit into memory at 224 pixels."""
+    model = timm.create_model(f'local-dir:{cnn}', pretrained=True).eval()
+    sizes = []
+    model.register_forward_hook(lambda module, args, out: sizes.append(len(args[0])))
+    pixels = torch.randint(0, 256, (MAX_IMAGES + 2, 8, 8, 3), dtype=torch.uint8)
+    records = Judge(model, model, range(3), [0.5] * 3, [0.5] * 3, 0.).records(pixels, torch.ones(len(pixels)).long())
+    assert sizes == [MAX_IMAGES, 2] * 2
+    alone = Judge(model, None, (), [0.5] * 3, [0.5] * 3, 0.).records(pixels[-1:], torch.ones(1).long())
+    assert alone[0]['teacher_prob'] == pytest.approx(records[-1]['teacher_prob'], abs=1e-4)
+    assert records[-1]['teacher_prob'] == pytest.approx(records[-1]['verifier_prob'], abs=1e-4)
+
+
+@pytest.mark.parametrize('known, classes, told', [
+    (['date', 'apple', 'cherry', 'banana'], [1, 3, 2], False),  # more classes
+    (['apple', 'cherry', 'date'], [0, 1, 2], True),  # partly others
+    ([], [0, 1, 2], False)])
+def test_classes_of_a_verifier(known, classes, told, caplog):
+    names = ['apple', 'banana', 'cherry']
+    cnn, verifier = (timm.create_model('test_resnet', num_classes=len(n) or 3) for n in (names, known))
+    cnn.pretrained_cfg = {**cnn.pretrained_cfg, 'label_names': names}
+    verifier.pretrained_cfg = {**verifier.pretrained_cfg, 'label_names': known}
+    assert match_verifier(verifier, cnn, names) == classes
+    assert ("'banana' is 'cherry'" in caplog.text) == told
+    if len(known) < 4:  # a student has no more classes
+        assert match_student(verifier, names) == classes
+
+
+def test_folder_names_are_different_and_synsets_are_known(tmp_path):
+    """Also of a file of Windows, with a byte order mark."""
+    (tmp_path / 'names.txt').write_text('\ufeffcrane\ncrane\ncrane 0\n', encoding='utf-8')
+    cnn = timm.create_model('test_resnet', num_classes=3)
+    names = read_class_names(str(tmp_path / 'names.txt'), cnn)
+    assert len(set(names)) == 3 and names[0].startswith('crane')
+    imagenet = timm.create_model('test_resnet', num_classes=1000)
+    assert match_verifier(imagenet, cnn, ['n03888257', 'n01440764', 'n01443537']) == [701, 0, 1]
+    assert parse_classes(['2', '0-1'], 3) == [0, 1, 2]
+    for text in ('1-', '-1', '1-x'):
+        with pytest.raises(ValueError, match='--classes has'):
+            parse_classes([text], 3)
