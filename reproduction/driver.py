@@ -134,7 +134,7 @@ class Driver:
 
     def photos_hash(self, name: str) -> str:
         """Return the `files_hash` of a folder of photographs, as it was when the driver first looked."""
-        if name not in self.hashes:
+        if not self.hashes.get(name):  # the folder may not have been there
             self.hashes[name] = files_hash(self.data / name)
         return self.hashes[name]
 
@@ -353,9 +353,12 @@ class Driver:
                     add(need)
             todo.setdefault(cell.name, cell)
 
-        for cell in cells:
-            if not self.has_result(cell):
-                add(cell)
+        count = -1
+        while len(todo) > count:  # a model that is trained again makes other results outdated
+            count = len(todo)
+            for cell in cells:
+                if not self.has_result(cell) or any(need.name in todo for need in own_models(cell)):
+                    add(cell)
         return todo
 
     def report(self, cell: Cell, future: Future, left: List[Cell]) -> str:

@@ -1,5 +1,4 @@
 """Write or check the data of the experiments."""
-import hashlib
 import os
 import subprocess
 import sys
@@ -14,7 +13,8 @@ from distill_hooks import load_model
 from reproduction.cells import LITE0, LITE0_TIMM, ROOT, Cell, Scale
 from reproduction.fashion_mnist import write_fashion_mnist
 from reproduction.stamps import write_stamps
-from timm_dearkd.engine.image_folder import scan_folder
+from timm_dearkd.engine.image_folder import ImageFolderReader, index_by_name, scan_folder
+from timm_dearkd.engine.label_cache import describe_files
 from timm_dearkd.files import write_bytes
 from timm_dearkd.images import look_at, prepare_splits
 
@@ -77,9 +77,9 @@ def link_photos(source: Path, folder: Path) -> None:
 
 
 def files_hash(folder: Path) -> str:
-    """Return a hash of the names and sizes of the images in a folder; '' if there are none."""
-    files = [(os.path.relpath(path, folder), os.path.getsize(path)) for path, _ in scan_folder(str(folder)).images]
-    return hashlib.sha256(repr(files).encode()).hexdigest()[:12] if files else ''
+    """Return `describe_files` of the images in a folder; '' if there are none."""
+    scan = scan_folder(str(folder))
+    return describe_files(ImageFolderReader(scan.root, scan.images, index_by_name(scan.names))) if scan.images else ''
 
 
 def write_digits(folder: Path) -> None:

@@ -91,15 +91,9 @@ def student_figures(folder: Path) -> Dict[str, Any]:
 
 
 def distill_figures(folder: Path) -> Dict[str, Any]:
-    """Return the figures of a student of `timm-dearkd distill`, and the top-1 of its teacher.
-
-    A CNN that `distill` trains counts after its last epoch, as all students do. It teaches as it was in its best one.
-    """
-    if (folder / 'teacher').exists():
-        teacher_top1 = student_figures(folder / 'teacher')['top1']
-    else:
-        teacher_top1 = json.loads((folder / 'student' / 'run.json').read_text())['results']['teacher_top1']
-    return dict(student_figures(folder / 'student'), teacher_top1=teacher_top1)
+    """Return the figures of a student of `timm-dearkd distill`, and the top-1 of its teacher as it taught."""
+    results = json.loads((folder / 'student' / 'run.json').read_text())['results']
+    return dict(student_figures(folder / 'student'), teacher_top1=results['teacher_top1'])
 
 
 def shares(images: Sequence[Dict[str, Any]]) -> Dict[str, float]:

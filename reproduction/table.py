@@ -4,9 +4,12 @@ from typing import Dict, List, NamedTuple, Optional, Tuple
 
 from reproduction.cells import Cell
 
-__all__ = ['AGREEMENT', 'HIDDEN', 'Claim', 'Decision', 'Entry', 'Key', 'Table']
+__all__ = ['AGREEMENT', 'HIDDEN', 'OWN_CNN', 'Claim', 'Decision', 'Entry', 'Key', 'Table']
 
 HIDDEN = 'hidden loss'  # noise group: students with the hidden loss vary far less from seed to seed
+OWN_CNN = (
+    'A CNN that `distill` trains counts in its best epoch on the test images, as it teaches; its student after its last'
+    ' epoch.')
 AGREEMENT = 'Teacher agreement: the share of the augmented images whose label the teacher predicts.'
 Key = Tuple[str, str]  # row and column
 

@@ -24,7 +24,7 @@ from reproduction.cells import (
 )
 from reproduction.choices import choices, first_choices, recipes
 from reproduction.data_free import inversion, other_cnn, table5, table6
-from reproduction.table import AGREEMENT, HIDDEN, Claim, Entry, Table
+from reproduction.table import AGREEMENT, HIDDEN, OWN_CNN, Claim, Entry, Table
 from timm_dearkd.engine.optimizer import epochs_for
 from timm_dearkd.settings import choose_batch_size
 
@@ -212,6 +212,7 @@ def own_teacher(scale: Scale, seeds: Sequence[int]) -> Table:
     note = (
         '\n\nRows with `distill` are `timm-dearkd distill` without flags (recipe `small_folder`), which trains the CNN'
         ' for 0.4 times the epochs of the student. The other CNN differs in the epochs and the warm-up alone.'
+        f'\n\n{OWN_CNN}'
     ) if entries else ''
     return Table(
         'A teacher that has seen no more than the student',
@@ -259,7 +260,7 @@ def defaults(scale: Scale, seeds: Sequence[int]) -> Table:
         ' stamps, small drawings and photographs of Tux Paint in 12 classes. A given teacher teaches soft labels of'
         ' mixed images, and the classes of the training images count for nothing. Without a teacher, `distill` trains a'
         " CNN on the student's images first, which teaches hard labels beside the classes. The first column is DearKD"
-        ' of table 2, with 4x4 patches instead of 8x8.',
+        f' of table 2, with 4x4 patches instead of 8x8.\n\n{OWN_CNN}',
         entries)
 
 

@@ -77,7 +77,7 @@ def estimate_minutes(step: Step, task: TrainingTask, images: Images, device: tor
             torch.accelerator.synchronize(device)
         times.append(time.monotonic() - began)
     num_evaluated = images.num_validation * args.epochs / args.val_interval
-    return (args.epochs * images.num_train + num_evaluated / 3) * min(times[1:]) / len(x) / 60
+    return (args.epochs * images.epoch_length + num_evaluated / 3) * min(times[1:]) / len(x) / 60
 
 
 @contextlib.contextmanager
@@ -231,10 +231,9 @@ def prepare_distillation(
     has_own_splits = {'train_split', 'val_split'} & set(given)
     root = os.path.abspath(
         data if has_own_splits else prepare_splits(data, output, args.class_map, args.input_key))
-    # with `steps`, an epoch is as long as with all images
-    share = args.train_fraction if args.fraction_keep == 'epochs' else 1.
     images = look_at(
-        root, args.train_split, args.val_split, share, args.class_map, input_key=args.input_key,
+        root, args.train_split, args.val_split, args.train_fraction, args.class_map,
+        keep_length=args.fraction_keep == 'steps', input_key=args.input_key,
         input_img_mode=args.input_img_mode or 'RGB')
     planner = Planner(root, output, images, student, device, user, given)
     try:

@@ -88,7 +88,7 @@ def model_card(run: Run, model: Any, repo: str, license: Optional[str] = None) -
         repo: Name of the repository, ORG/NAME.
         license: Licence of the weights, by the Hub's name; None takes the one in `config.json`, if any.
     """
-    title, best = repo.split('/')[-1], run.best()
+    title, best = repo.split('/')[-1], _best(run)
     is_dearkd = any(isinstance(module, ConvAttention) for module in model.modules()) or 'train_stage' in run.columns
     metadata = ModelCardData(
         license=license or model.pretrained_cfg.get('license'), library_name='timm',
@@ -112,12 +112,17 @@ def _data_name(run: Run) -> str:
         args.get('data_dir') or args.get('data') or 'images')
 
 
+def _best(run: Run) -> Optional[Tuple[int, float]]:
+    """Return the best epoch and its metric; None if there is none, or if it was measured on the training images."""
+    return None if run.info.get('data', {}).get('validation_is_training') else run.best()
+
+
 def _results(run: Run) -> Optional[List[EvalResult]]:
-    """Return the best top-1 for the metadata; None if the run does not have it, or has that of training images."""
-    best, data = run.best(), run.info.get('data', {})
-    if not best or run.metric != 'eval_top1' or data.get('validation_is_training'):
+    """Return the best top-1 for the metadata; None if the run does not have it."""
+    best = _best(run)
+    if not best or run.metric != 'eval_top1':
         return None
-    name = f'{_data_name(run)}, {run.args.get("val_split") or "validation"} split'
+    name = f'{_data_name(run)}, {_last_part(run.args.get("val_split") or "validation")} split'
     return [EvalResult(
         task_type='image-classification', dataset_type='imagefolder', dataset_name=name, metric_type='accuracy',
         metric_name='top-1', metric_value=round(best[1] / 100, 4))]

@@ -44,6 +44,7 @@ class Images:
 
     Args:
         num_train: Number of training images.
+        epoch_length: Number of training images per epoch.
         num_validation: Number of validation images.
         num_classes: Number of classes.
         side: Median of the shorter sides, in pixels.
@@ -51,6 +52,7 @@ class Images:
         samples: Paths of some training images.
     """
     num_train: int
+    epoch_length: int
     num_validation: int
     num_classes: int
     side: int
@@ -64,6 +66,7 @@ def look_at(
         val_split: str,
         train_fraction: float = 1.,
         class_map: str = '',
+        keep_length: bool = False,
         **kwargs: Any,
 ) -> Images:
     """Count the images of a folder with splits, and open some of them.
@@ -74,6 +77,7 @@ def look_at(
         val_split: Name of the validation split; '' if there is none.
         train_fraction: Share of each class that is used.
         class_map: See `open_folder`.
+        keep_length: An epoch is as long as with all images.
         **kwargs: Further arguments of `open_folder`.
 
     Raises:
@@ -101,8 +105,8 @@ def look_at(
     num_validation = len(open_folder(data, val_split, reader.class_to_idx, **kwargs)) if val_split else 0
     num_train = sum(num_kept(train_fraction, count) for count in Counter(label for _, label in images).values())
     return Images(
-        num_train, num_validation, len(set(reader.class_to_idx.values())), sorted(sides)[len(sides) // 2],
-        modes <= {'L', '1'}, samples)
+        num_train, len(images) if keep_length else num_train, num_validation, len(set(reader.class_to_idx.values())),
+        sorted(sides)[len(sides) // 2], modes <= {'L', '1'}, samples)
 
 
 def _check_classes(root: str, names: Collection[str]) -> None:
@@ -146,6 +150,8 @@ def prepare_splits(data: str, output: str, class_map: str = '', input_key: Optio
     if not scan.images:
         raise ValueError(f'No images in {root!r}. Put the images into one folder per class: {root}/CLASS/IMAGE.')
     if class_map:
+        if not os.path.isfile(class_map):  # train.py looks for it in the split, too, where it is not
+            raise FileNotFoundError(f'--class-map: no file {class_map!r}.')
         class_to_idx = resolve_class_map(class_map, root, scan.names) or {}
         scan.images = [(path, name) for path, name in scan.images if name in class_to_idx]
     else:

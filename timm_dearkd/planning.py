@@ -19,6 +19,7 @@ from . import train
 from .analysis.runs import open_run
 from .engine.checkpoints import EXPORT_NAME, changed_options
 from .engine.data import image_mode
+from .engine.image_folder import exceeds_8_bits
 from .engine.optimizer import epochs_for
 from .engine.options import find_config, options_to_argv, parse_args
 from .engine.process import default_workers
@@ -148,11 +149,11 @@ class Planner:
         self.data, self.output, self.images, self.device = data, output, images, device
         self.user, self.given, self.user_args = list(user), set(given), parse(user)
         self.batch_size: int = (
-            self.user_args.batch_size if 'batch_size' in self.given else choose_batch_size(images.num_train))
+            self.user_args.batch_size if 'batch_size' in self.given else choose_batch_size(images.epoch_length))
         self.epochs = self.user_args.epochs
         if 'epochs' not in self.given:
-            num_updates = images.num_train // (self.batch_size * self.user_args.grad_accum_steps)
-            self.epochs = epochs_for(images.num_train, num_updates)
+            num_updates = images.epoch_length // (self.batch_size * self.user_args.grad_accum_steps)
+            self.epochs = epochs_for(images.epoch_length, num_updates)
         self.sizes = choose_student(student, images, device)
         self.size: int = self.user_args.img_size or self.sizes['img_size']
         self.reports = True
@@ -198,7 +199,9 @@ class Planner:
         if is_trained:
             mode = self.user_args.input_img_mode if channels == in_chans else None
             mode = image_mode(mode, channels)
-            options['hflip'] = 0.5 if is_mirrored_alike(cnn, self.images.samples, seen or self.size, mode) else 0.
+            is_deep = exceeds_8_bits(mode, 'L')  # which timm's transform of single images does not take
+            is_alike = not is_deep and is_mirrored_alike(cnn, self.images.samples, seen or self.size, mode)
+            options['hflip'] = 0.5 if is_alike else 0.
         return options
 
     def student(self, teacher: str, from_teacher: Dict[str, Any], is_own: bool) -> Step:

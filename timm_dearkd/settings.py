@@ -105,10 +105,10 @@ def choose_training(images: Images, in_chans: int, device: torch.device, epochs:
         epochs: Epochs of the run.
     """
     # Evaluation takes a third of training per image: at most a fifth of the time, but at least 5 evaluations
-    num_evaluations = 0.6 * epochs * images.num_train / max(1, images.num_validation)
+    num_evaluations = 0.6 * epochs * images.epoch_length / max(1, images.num_validation)
     num_evaluations = min(MAX_EVALUATIONS, max(5, int(num_evaluations)))
     options: Dict[str, Any] = dict(
-        in_chans=in_chans, batch_size=choose_batch_size(images.num_train), epochs=epochs,
+        in_chans=in_chans, batch_size=choose_batch_size(images.epoch_length), epochs=epochs,
         warmup_epochs=min(max(1, epochs // 20), epochs - 1), val_interval=max(1, epochs // num_evaluations))
     if in_chans == 1:
         options.update(mean=[0.5], std=[0.5])

@@ -149,7 +149,7 @@ def test_the_patient_cnn_is_that_of_distill_with_the_epochs_of_the_student(tmp_p
         assert cnn.cells == student.cells and [cell.seed for cell in patient.cells] == SEEDS
         argv = driver.command(cnn.cells[0])
         user = distill_parser().parse_known_args(argv[3:])[1]
-        images = Images(round(60000 * share), 10000, 10, 28, True, [])
+        images = Images(round(60000 * share), round(60000 * share), 10000, 10, 28, True, [])
         planner = Planner(argv[3], 'out', images, None, torch.device('cpu'), user, [
             'device', 'fraction_seed', 'seed', 'train_fraction'])
         planned, found = vars(planner.teacher(None).args), options(driver, patient.cells[0])

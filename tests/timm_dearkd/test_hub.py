@@ -110,6 +110,22 @@ def test_the_card_is_that_of_the_run(run_folder):
                  '@inproceedings'):
         assert text in card.text, text
     assert str(run_folder.parent) not in card.content  # where its author keeps things
+
+
+def test_the_card_names_the_split_and_no_accuracy_of_training_images(run_folder, tmp_path):
+    from timm_dearkd.hub import prepare_folder
+    for name, same in (('holdout', False), ('training', True)):
+        folder = shutil.copytree(run_folder, tmp_path / name)
+        args = yaml.safe_load((folder / 'args.yaml').read_text())
+        (folder / 'args.yaml').write_text(yaml.safe_dump({**args, 'val_split': '/home/me/holdout'}))
+        info = json.loads((folder / 'run.json').read_text())
+        info['data']['validation_is_training'] = same
+        (folder / 'run.json').write_text(json.dumps(info))
+        prepare_folder(str(folder), tmp_path / f'{name} card', 'someone/test')
+        card = ModelCard.load(tmp_path / f'{name} card' / 'README.md')
+        assert '/home/me' not in card.content and ('Best eval' in card.text) != same
+        assert [result.dataset_name.split(', ')[1] for result in card.data.eval_results or ()] == (
+            [] if same else ['holdout split'])
     assert 'pip install PATH_TO_CLONE' in card.text and 'pip install timm-dearkd' not in card.text
 
 

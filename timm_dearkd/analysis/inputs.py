@@ -14,12 +14,14 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from timm.models import get_model_input_config, is_model
 
 import distill_hooks
+from distill_hooks.checkpoint import training_args
 from timm_dearkd.commands import add_device
 from timm_dearkd.engine.data import spread
 from timm_dearkd.engine.distillation import label_names as saved_names
 from timm_dearkd.engine.image_folder import (
     check_mode,
     class_order,
+    exceeds_8_bits,
     find_splits,
     has_class_folders,
     index_by_name,
@@ -107,9 +109,10 @@ def load_model(name: str, checkpoint: Optional[str] = None, device: Optional[str
         ValueError: If the name or the device is unknown, or no weights are available.
     """
     model: Any = distill_hooks.load_model(name, checkpoint, device=find_device(device)).eval()
-    recorded = Path(name.removeprefix('local-dir:'), 'args.yaml')
-    mode = yaml.safe_load(recorded.read_text(encoding='utf-8')).get('input_img_mode') if recorded.is_file() else None
-    if mode:
+    recorded, weights = Path(name.removeprefix('local-dir:'), 'args.yaml'), checkpoint or name
+    options = yaml.safe_load(recorded.read_text(encoding='utf-8')) if recorded.is_file() else None
+    mode = (options or (training_args(weights) if os.path.isfile(weights) else {})).get('input_img_mode')
+    if mode and not exceeds_8_bits(mode, 'L'):
         model.pretrained_cfg['input_img_mode'] = mode
     elif get_model_input_config(model)['input_size'][0] == 4:
         _logger.warning('Reads the images as CMYK. The results are wrong if the model was trained on RGBA.')
