@@ -99,7 +99,7 @@ def table2(scale: Scale, seeds: Sequence[int]) -> Table:
             Entry(label, column, students(
                 scale, name, methods(scale)[name], fraction, seeds[:2] if i == 3 else seeds),
                 paper[name][i] if name in paper else None, column + (HIDDEN if 'dearkd' in name else ''))
-            for i, (column, fraction) in enumerate(zip(columns, scale.fractions)) for name, label in TABLE2.items()
+            for name, label in TABLE2.items() for i, (column, fraction) in enumerate(zip(columns, scale.fractions))
             if fraction == scale.ablation_fraction or name not in ('feature', 'dearkd_soft')],
         claims)
 
