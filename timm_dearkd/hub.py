@@ -108,8 +108,11 @@ def model_card(run: Run, model: Any, repo: str, license: Optional[str] = None) -
 def _data_name(run: Run) -> str:
     """Return the name of the data set, without directories."""
     args = run.args
-    return _without_folders(args.get('dataset') or '') or _last_part(
-        args.get('data_dir') or args.get('data') or 'images')
+    place = args.get('data_dir') or args.get('data') or 'images'
+    split = Path(place, 'split.json')  # of `distill`, which names the folder of the images
+    if split.is_file():
+        place = json.loads(split.read_text(encoding='utf-8')).get('source') or place
+    return _without_folders(args.get('dataset') or '') or _last_part(place)
 
 
 def _best(run: Run) -> Optional[Tuple[int, float]]:
