@@ -51,7 +51,7 @@ GPU_PYTHON ?= 3.12
 gpu-check-wheels: $(INSTALLED)
 	$(VENV)/bin/python -m pip download --quiet --no-deps --only-binary :all: --python-version $(GPU_PYTHON) \
 	    --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform any --dest build/gpu-wheels \
-	    'timm>=1.0.31,<1.1' 'filelock>=3.30' 'scipy>=1.10'
+	    'timm>=1.0.31,<1.1' 'filelock>=3.30' 'scipy>=1.10' 'pillow<13'
 
 reproduction-report: $(INSTALLED)
 	$(VENV)/bin/python reproduction/report.py

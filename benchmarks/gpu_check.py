@@ -80,9 +80,10 @@ def missing_packages() -> Dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             missing[_normalize(requirement.name)] = f'{text} (not installed)'
             continue
-        # Newer versions than those that are declared may serve
-        least = [s.version for s in requirement.specifier if s.operator == '>=']
-        if least and not Requirement(f'{requirement.name}>={least[0]}').specifier.contains(version, prereleases=True):
+        # Newer versions than those that are declared may serve, unless nothing but the newest is declared
+        least = [s for s in map(str, requirement.specifier) if s.startswith('>=')]
+        bounds = least or list(map(str, requirement.specifier))
+        if not Requirement(f'{requirement.name}{",".join(bounds)}').specifier.contains(version, prereleases=True):
             missing[_normalize(requirement.name)] = f'{text} ({version} is installed)'
     return missing
 

@@ -30,6 +30,11 @@ def make_images(batch_size: int, check: Check) -> torch.Tensor:
     return torch.randn(batch_size, 3, side, side, device=check.device)
 
 
+def bytes_of(model: torch.nn.Module) -> int:
+    """Bytes of the parameters and buffers."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
 def time_models(
         check: Check,
         models: Dict[str, torch.nn.Module],
@@ -37,15 +42,19 @@ def time_models(
         train: bool,
         rounds: int,
 ) -> Tuple[Dict[str, float], Dict[str, Any]]:
-    """Median seconds of each model that fits into memory, and the peak memory of each in GiB."""
+    """Median seconds of each model that fits into memory, and the peak memory of each in GiB, without the others."""
     autocast = check.precision(torch.bfloat16).autocast
     functions: Dict[str, Callable[[], Any]] = {}
     memory = {}
     for name, model in models.items():
         function = step(model, images, train, autocast)
+        for other in models.values():
+            other.zero_grad(set_to_none=True)
+        others = sum(bytes_of(other) for key, other in models.items() if key != name) / 2 ** 30
         try:
             function()
-            memory[name] = check.peak_memory(function)
+            peak = check.peak_memory(function)
+            memory[name] = None if peak is None else peak - others
         except torch.OutOfMemoryError:
             check.skip(f'{name}, batch {len(images)}', 'it does not fit into memory')
             check.free()
@@ -96,6 +105,7 @@ def run(check: Check) -> None:
 
 
 def compare_compiled(check: Check, name: str, size: str, batch_size: int, train: bool) -> None:
+    torch.compiler.reset()  # all of timm's ViTs count as one function, of which Dynamo compiles eight versions
     models = make_models(size, check)
     del models['convit']
     compiled: Dict[str, Any] = {

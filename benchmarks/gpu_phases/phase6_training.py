@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -70,7 +71,7 @@ class Runs:
             '--epochs', str(LAST_EPOCH + 1), '--dearkd-stage1-epochs', '1', '--warmup-epochs', '0', '--opt', 'adamw',
             '--lr', '1e-4', '--workers', '0' if toy else '8', '--output', str(folder / 'runs'), '--amp',
             '--channels-last', '--drop-path', '0.1', '--mixup', '0.8', '--cutmix', '1', '--reprob', '0.25',
-            '--aa', 'rand-m9-mstd0.5-inc1', '--model-ema', '--model-ema-decay', '0.9',
+            '--aa', 'rand-m9-mstd0.5-inc1', '--model-ema', '--model-ema-decay', '0.9', '--log-interval', '1',
         ]
 
     def run_folder(self, name: str) -> Path:
@@ -101,9 +102,10 @@ class Runs:
             return [float(value) for row in csv.DictReader(f) for value in row.values() if value]
 
     def images_per_second(self, name: str) -> float:
-        """Speed of the last epoch after its first update."""
-        found = re.findall(r'([\d.]+) img/s', self.log(name).read_text(errors='replace'))
-        return float(found[-1]) if found else math.nan
+        """Median speed of the updates of the last epoch after the first one, which may compile."""
+        text = self.log(name).read_text(errors='replace')
+        found = [float(speed) for speed in re.findall(rf'Train: {LAST_EPOCH} .* ([\d.]+) img/s', text)]
+        return statistics.median(found[1:]) if len(found) > 1 else math.nan
 
 
 class _Stop(logging.Handler):
@@ -136,7 +138,7 @@ def run(check: Check) -> None:
         seconds = 0. if check.toy else 15.  # of a run, until one was timed
         start = time.monotonic()
         with check.part('bfloat16'):
-            runs.run('whole', '--save-images', '--log-interval', '1')
+            runs.run('whole', '--save-images')
             write_finite(check, runs, 'whole', 'bfloat16')
         if not check.toy:
             seconds = time.monotonic() - start
@@ -193,10 +195,9 @@ def deterministic(check: Check, runs: Runs) -> None:
 
 def stop_and_resume(check: Check, runs: Runs) -> None:
     """Stop a run within its last epoch, resume it, and compare with the run that was not stopped."""
-    options = ('--save-images', '--log-interval', '1')
-    runs.run('resumed', *options, stop=True)
+    runs.run('resumed', '--save-images', stop=True)
     check.data('stopped', checkpoints=sorted(path.name for path in runs.run_folder('resumed').glob('*.pth.tar')))
-    runs.run('resumed', *options, '--resume', 'auto')
+    runs.run('resumed', '--save-images', '--resume', 'auto')
     whole, resumed = runs.run_folder('whole'), runs.run_folder('resumed')
     differing = [
         update for update in range(1, runs.updates + 1)

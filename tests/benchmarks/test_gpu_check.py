@@ -16,7 +16,7 @@ from conftest import ROOT, run_python
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 import gpu_check  # noqa: E402
 import timing  # noqa: E402
-from gpu_phases import NO_CUDNN, PHASES, Phase, phase2_precision, phase3_syncs, report  # noqa: E402
+from gpu_phases import NO_CUDNN, PHASES, Phase, phase2_precision, phase3_syncs, phase4_models, report  # noqa: E402
 from gpu_phases.check import Check, at_least, at_most  # noqa: E402
 
 pytestmark = pytest.mark.gpu_check
@@ -153,6 +153,36 @@ def test_a_phase_that_cudnn_kills_counts_as_its_failure(run_phases):
     assert report.has_cudnn_failure(lines) and not report.has_cudnn_failure(rest)
 
 
+def test_a_check_that_measured_nothing_fails(run_phases):
+    """But for the repetitions without cuDNN, which need not fit."""
+    lines = run_phases(budget=0., phase1=lambda check: check.row('first', 1.))
+    assert [line['status'] for line in statuses(lines)] == ['skipped'] and not report.passes(lines)
+    assert not report.passes([])
+    complete = run_phases(phase2=lambda check: check.row('second', 1.))
+    complete = [line for line in complete if line['phase'] == 2]
+    repeated = [{**line, 'variant': NO_CUDNN, 'status': 'skipped'} for line in complete if line['kind'] == 'status']
+    assert report.passes([*complete, *repeated])
+
+
+def test_memory_of_a_model_is_its_own(monkeypatch, tmp_path):
+    """Not that of the models beside it, nor their gradients."""
+    check = Check(4, tmp_path / 'lines', device_type='cpu')
+    check.toy = True
+    models = phase4_models.make_models('tiny', check)
+    seen = []
+
+    def peak_memory(function):
+        function()
+        seen.append({name for name, model in models.items() if any(p.grad is not None for p in model.parameters())})
+        return sum(map(phase4_models.bytes_of, models.values())) / 2 ** 30
+
+    monkeypatch.setattr(check, 'peak_memory', peak_memory)
+    _, memory = phase4_models.time_models(check, models, phase4_models.make_images(1, check), True, 1)
+    assert seen == [{name} for name in models]
+    for name, model in models.items():
+        assert memory[name] == pytest.approx(phase4_models.bytes_of(model) / 2 ** 30)
+
+
 def test_time_that_is_left_is_shared_by_the_seconds_of_the_phases(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, 'LEAST_SECONDS', 0.)
     runner = gpu_check.Runner(tmp_path, 100., True, 'cpu', {})
@@ -198,7 +228,8 @@ def test_missing_and_old_packages_are_named_in_one_line(monkeypatch, capsys, tmp
 
     monkeypatch.setattr(gpu_check.importlib.metadata, 'version', version)
     assert gpu_check.missing_packages() == {
-        'timm': 'timm>=1.0.31,<1.1 (1.0.19 is installed)', 'safetensors': 'safetensors>=0.4 (not installed)'}
+        'timm': 'timm>=1.0.31,<1.1 (1.0.19 is installed)', 'safetensors': 'safetensors>=0.4 (not installed)',
+        'pillow': 'pillow<13 (99 is installed)'}
     with pytest.raises(gpu_check.Failure, match='--wheels FOLDER'):
         gpu_check.import_packages(toy=True)
 

@@ -3,6 +3,7 @@ import argparse
 import itertools
 import logging
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, List, Optional, Sequence, Tuple
 
@@ -149,13 +150,15 @@ def _imagenet_info(model: Any) -> Optional[ImageNetInfo]:
 
 
 def class_names(model: Any) -> List[str]:
-    """Return a readable name for each class: description (ImageNet), name or index."""
+    """Return a readable name for each class, all different: description (ImageNet), name or index."""
     names, info = label_names(model), _imagenet_info(model)
     if names is None:
         return [str(index) for index in range(model.num_classes)]
     if info is None or names != info.label_names():
         return names
-    return [info.label_name_to_description(name) for name in names]
+    descriptions = [info.label_name_to_description(name) for name in names]
+    counts = Counter(descriptions)  # a crane is a bird, and a machine
+    return [f'{text} ({index})' if counts[text] > 1 else text for index, text in enumerate(descriptions)]
 
 
 def open_image(path: str, mode: str = 'RGB') -> Image.Image:

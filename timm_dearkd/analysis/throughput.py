@@ -148,7 +148,8 @@ def _compiles_each(backend: Optional[str]) -> Iterator[None]:
         return
     from torch._dynamo import config  # slow to import
     torch.compiler.reset()  # else sizes of earlier calls become dynamic shapes
-    with config.patch(recompile_limit=1000, accumulated_recompile_limit=1000):
+    limit = 'recompile_limit' if hasattr(config, 'recompile_limit') else 'cache_size_limit'  # its name in PyTorch 2.6
+    with config.patch({limit: 1000, f'accumulated_{limit}': 1000}):
         yield
 
 
