@@ -41,7 +41,7 @@ def test_stages_and_labels_of_a_run_that_chooses_its_epochs(train_cli, cnn, tmp_
             '--kd-label-cache', tmp_path / 'labels', '--output', tmp_path, '--experiment', 'x', *flags, small=False)
         assert result.returncode == 0, result.stderr
         assert 'stage I: 320 epochs' in result.stderr and 'stage II: 14 epochs' in result.stderr
-        assert 'with 15 images per update' in result.stderr and 'stage I lasts' not in result.stderr
+        assert 'An update has 15 images: --batch-size 15 x' in result.stderr and 'stage I lasts' not in result.stderr
         results = json.loads((tmp_path / 'x' / 'run.json').read_text())['results']
         assert results['labels_read'] + results['labels_computed'] == 45 * stop
 

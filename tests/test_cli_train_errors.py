@@ -17,7 +17,7 @@ ERRORS = {
     'betas of nothing': (['--opt', 'nothing', '--opt-betas', '0.9', '0.9'], 'Optimizer nothing not found'),
     'optimizer': (['--opt', 'nothing'], 'Could not create --opt nothing'),
     'start': (['--start-epoch', '-1'], 'argument --start-epoch: -1, expected 0 or more'),
-    'teacher file': (['--kd-model-name', 'README.md'], 'and the file as its checkpoint'),
+    'teacher file': (['--kd-model-name', 'README.md'], 'Give its timm name and the file'),
     'smoothing': (['--smoothing', '1.5'], 'argument --smoothing: 1.5, expected 0 or more, less than 1'),
     'scale': (['--scale', '0.5'], 'expected the least and the greatest'),
     'scale order': (['--scale', '0.5', '0.1'], '--scale is 0.5 0.1, expected the least and the greatest'),

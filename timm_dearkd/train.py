@@ -162,6 +162,10 @@ def build_run_in(
         loader_teacher = build_teacher_loader(args, train_set, data_config, device, ranks)
     loader_train = build_train_loader(args, train_set, data_config, mixup, device, ranks)
     args = choose_epochs(args, len(loader_train), ranks)
+    if not args.train_img_sizes:  # whose batches differ
+        _logger.info(
+            f'An update has {images_per_update(args, ranks)} images: --batch-size {args.batch_size} x'
+            f' --grad-accum-steps {args.grad_accum_steps} x {ranks.world_size} processes.')
     distance_images = build_distance_images(args, eval_set, data_config, model, device)
 
     names = class_names(train_set) or []
@@ -302,8 +306,7 @@ def fit(
         TrainingError: If training cannot continue.
     """
     ranks = trainer.ranks
-    batch = '' if args.train_img_sizes else f', with {images_per_update(args, ranks)} images per update'
-    _logger.info(f'Training for {len(epochs)} epochs, up to {epochs.stop}{batch}. Output: {recorder.folder}')
+    _logger.info(f'Training for {len(epochs)} epochs, up to {epochs.stop}. Output: {recorder.folder}')
     if not ranks.is_primary:
         logging.getLogger().setLevel(logging.WARNING)
     if recorder.saver is not None:  # after a kill between checkpoint and export
