@@ -384,7 +384,7 @@ def test_a_generator_makes_images_of_all_classes(num_classes, num_images):
 def test_classes_without_images_are_told_before_any_is_made(make, tmp_path):
     result = make(tmp_path / 'images', '--num-images', '6')
     assert result.returncode == 0, result.stderr
-    assert '6 images leave out 1 of 3 classes. Set --num-images 12 or more' in result.stderr
+    assert '1 of 3 classes get no image. Set --num-images 12 or more' in result.stderr
     assert '1 of 3 classes have no image.' in result.stderr
 
 

@@ -47,7 +47,7 @@ def test_stages_and_labels_of_a_run_that_chooses_its_epochs(train_cli, cnn, tmp_
 
 
 def test_distillation_of_features_takes_a_teacher_of_other_classes(train_cli, tmp_path):
-    """And options of another kind do nothing where the kind is named, as over a recipe, but are said to."""
+    """Options of another kind have no effect, and a warning names them."""
     torch.save(timm.create_model('test_resnet', num_classes=7).state_dict(), tmp_path / 'cnn.pth')
     for name, args in (('plain', []), ('recipe', ['--dearkd-stage1-epochs', '1', '--kd-temperature', '2'])):
         result = train_cli(

@@ -242,8 +242,8 @@ def _count_batches(args: argparse.Namespace, num_classes: int, per_class: int, r
             ' --images-per-class.')
     if count * classes < num_classes and ranks.is_primary:
         _logger.warning(
-            f'{count * size} images leave out {num_classes - count * classes} of {num_classes} classes. Set'
-            f' --num-images {math.ceil(num_classes / classes) * size} or more, or name some --classes.')
+            f'{num_classes - count * classes} of {num_classes} classes get no image. Set --num-images'
+            f' {math.ceil(num_classes / classes) * size} or more, or name some --classes.')
     return count
 
 
