@@ -5,7 +5,7 @@ import logging
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -110,14 +110,21 @@ def load_model(name: str, checkpoint: Optional[str] = None, device: Optional[str
         ValueError: If the name or the device is unknown, or no weights are available.
     """
     model: Any = distill_hooks.load_model(name, checkpoint, device=find_device(device)).eval()
-    recorded, weights = Path(name.removeprefix('local-dir:'), 'args.yaml'), checkpoint or name
-    options = yaml.safe_load(recorded.read_text(encoding='utf-8')) if recorded.is_file() else None
-    mode = (options or (training_args(weights) if os.path.isfile(weights) else {})).get('input_img_mode')
+    mode = _run_options(name, checkpoint).get('input_img_mode')
     if mode and not exceeds_8_bits(mode, 'L'):
         model.pretrained_cfg['input_img_mode'] = mode
     elif get_model_input_config(model)['input_size'][0] == 4:
         _logger.warning('Reads the images as CMYK. The results are wrong if the model was trained on RGBA.')
     return model
+
+
+def _run_options(name: str, checkpoint: Optional[str]) -> Dict[str, Any]:
+    """Return the options of the run that a model comes from: of its folder or its checkpoint; {} if there are none."""
+    recorded = Path(name.removeprefix('local-dir:'), 'args.yaml')
+    if recorded.is_file():
+        return yaml.safe_load(recorded.read_text(encoding='utf-8')) or {}
+    weights = checkpoint or name
+    return training_args(weights) if os.path.isfile(weights) else {}
 
 
 def image_transform(model: Any) -> Tuple[Callable[[Image.Image], torch.Tensor], str]:

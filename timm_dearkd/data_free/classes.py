@@ -101,7 +101,7 @@ def match_verifier(verifier: Any, model: Any, names: Sequence[str]) -> List[int]
 
 
 def _match_in_order(model: Any, own: Sequence[str], names: Sequence[str], role: str) -> List[int]:
-    """Match as many classes by index. Warns if their names are known and differ."""
+    """Match the classes by index, if both networks have as many. Warns if their names are known and differ."""
     if model.num_classes != len(names):
         raise ValueError(
             f'--{role} has {model.num_classes} classes, the CNN {len(names)}, and their names do not match.'
