@@ -4,8 +4,8 @@ VENV ?= .venv
 INSTALLED = $(VENV)/.installed
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: demo demo-data-free docs test test-slow test-integrations lint bench gpu-check gpu-check-toy gpu-check-wheels
-.PHONY: reproduction-report install clean
+.PHONY: demo demo-data-free docs test test-slow check test-integrations lint bench gpu-check gpu-check-toy
+.PHONY: gpu-check-wheels reproduction-report install clean
 
 demo: $(INSTALLED)
 	sh examples/digits.sh
@@ -13,11 +13,17 @@ demo: $(INSTALLED)
 demo-data-free: $(INSTALLED)
 	sh examples/data_free_digits.sh
 
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal
+
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal
+	$(PYTEST)
 
 test-slow: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m slow
+	$(PYTEST) -m slow
+
+# What has to pass before a change is merged
+check: lint docs
+	$(PYTEST) -m 'not integrations'
 
 test-integrations: $(INSTALLED)
 	$(VENV)/bin/python -m pip install --quiet -e '.[app]' playwright transformers
@@ -60,7 +66,7 @@ install: $(INSTALLED)
 
 $(INSTALLED): setup.cfg pyproject.toml
 	$(VENV)/bin/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet -e '.[demo,docs,test]'
+	$(VENV)/bin/python -m pip install --quiet --no-compile -e '.[demo,docs,test]'
 	touch $@
 
 clean:
