@@ -107,7 +107,7 @@ class GeneratorInverter(Inverter):
 
     def set_choices(self, weights: LossWeights, mirror: bool) -> None:
         """Set the weights of the losses, and whether the CNN sees mirror images."""
-        self.weights = weights
+        self.set_weights(weights)
         self.augmentation = Augmentation(self.augmentation.jitter, flip=mirror)
 
     def run(

@@ -21,6 +21,7 @@ __all__ = [
 
 DIVERSITIES = ('none', 'adi', 'intra')
 BN_NORMS = ('absolute', 'relative', 'averaged')
+SCALES = ('tv', 'l2', 'bn', 'ep', 'triplet', 'adi')  # the factors in `LossWeights`
 OnCheck = Callable[[int, Dict[str, float]], None]
 
 
@@ -35,8 +36,8 @@ class Resolution(NamedTuple):
 class LossWeights:
     """Weights and settings of the losses.
 
-    They are the paper's, except `first_bn`, `margin`, `adi`, `adi_temperature` and the last three, which are ours.
-    `adi` is for small images; DeepInversion's code takes 0.2 for ImageNet's 224 pixels. `bn_norm` is one of `BN_NORMS`.
+    `tv`, `l2`, `bn`, `ep` and `triplet` are the paper's, the others are ours. `adi` is for small images; DeepInversion's
+    code takes 0.2 for ImageNet's 224 pixels. `bn_norm` is one of `BN_NORMS`.
     """
     tv: float = 1e-4
     l2: float = 1e-5
@@ -182,7 +183,7 @@ class Inverter:
         self.device = next(model.parameters()).device
         self.resolutions = list(resolutions)
         self.size = max(resolution.size for resolution in resolutions)
-        self.weights = weights or LossWeights()
+        self.set_weights(weights or LossWeights())
         self.diversity = diversity
         self.augmentation = augmentation or Augmentation()
         self.betas = betas
@@ -208,6 +209,12 @@ class Inverter:
         self._losses = self.losses
         if execution.backend:  # a graph per size, so that a batch does not depend on those before
             self._losses = torch.compile(self.losses, backend=execution.backend, dynamic=False)
+
+    def set_weights(self, weights: LossWeights) -> None:
+        """Set the weights of the losses."""
+        self.weights = weights
+        # Tensors: a compiled function is compiled again for each value of a number
+        self._scales = {name: torch.tensor(getattr(weights, name), device=self.device) for name in SCALES}
 
     def close(self) -> None:
         """Remove the hooks from the CNN."""
@@ -253,13 +260,13 @@ class Inverter:
             self._stats.clear()
 
     def losses(self, images: torch.Tensor, targets: torch.Tensor) -> Dict[str, torch.Tensor]:
-        """Return the loss of Eq. 8 and its unweighted terms.
+        """Return the loss of Eq. 8 and its terms. They are unweighted, but for the diversity loss of 'intra'.
 
         Args:
             images: Normalised images (B, C, H, W).
             targets: Classes (B,).
         """
-        weights = self.weights
+        weights, scales = self.weights, self._scales
         with self.autocast():
             logits = self.model(images)
             student_logits = self._compete(images)
@@ -269,18 +276,21 @@ class Inverter:
             tv=total_variation(images),
             l2=l2_prior(images),
         )
-        loss = terms['ce'] + weights.bn * terms['bn'] + weights.tv * terms['tv'] + weights.l2 * terms['l2']
+        loss = terms['ce']
+        for name in ('bn', 'tv', 'l2'):
+            loss = loss + scales[name] * terms[name]
         if self.diversity == 'intra':
             features = self._features.pop()
             if weights.normalized_latent:
                 features = F.normalize(features.float(), dim=1)
-            terms['diversity'] = intra_divergence_loss(features, targets, weights.ep, weights.triplet, weights.margin)
+            terms['diversity'] = intra_divergence_loss(
+                features, targets, scales['ep'], scales['triplet'], weights.margin)
             loss = loss + terms['diversity']
         if student_logits is not None:
             if self.student_classes is not None:
                 logits = logits.index_select(1, self.student_classes)
             terms['diversity'] = competition_loss(logits, student_logits, weights.adi_temperature)
-            loss = loss + weights.adi * terms['diversity']
+            loss = loss + scales['adi'] * terms['diversity']
         return dict(loss=loss, **terms)
 
     def _compete(self, images: torch.Tensor) -> Optional[torch.Tensor]:

@@ -47,7 +47,7 @@ def loss_curves(losses: Sequence[Dict[str, Any]]) -> bytes:
     """Plot each loss in a panel of a PNG: mean and range over the batches, by step.
 
     Args:
-        losses: Rows with 'step' and the unweighted losses of a batch.
+        losses: Rows with 'step' and the losses of a batch.
 
     Raises:
         ImportError: If matplotlib is not installed.

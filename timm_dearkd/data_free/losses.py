@@ -1,6 +1,6 @@
 """Losses of synthetic images: priors, BatchNorm, diversity (Eq. 10-16)."""
 import math
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -202,8 +202,8 @@ def triplet_loss(features: torch.Tensor, targets: torch.Tensor, margin: float = 
 def intra_divergence_loss(
         features: torch.Tensor,
         targets: torch.Tensor,
-        ep_weight: float = 50.,
-        triplet_weight: float = 0.5,
+        ep_weight: Union[float, torch.Tensor] = 50.,
+        triplet_weight: Union[float, torch.Tensor] = 0.5,
         margin: float = 1.,
 ) -> torch.Tensor:
     """Return the intra-divergence loss (Eq. 13): weighted sum of L_ep and L_triplet.

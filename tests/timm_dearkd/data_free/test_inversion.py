@@ -124,15 +124,18 @@ def test_a_size_that_the_cnn_does_not_take(size):
 
 
 @pytest.mark.slow
-def test_looking_at_the_sizes_leads_to_no_further_graph():
+def test_a_look_at_the_sizes_and_other_weights_lead_to_no_further_graph():
     counts = []
-    for looks in (False, True):
+    for further in (False, True):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         with make(execution=Execution(backend='eager')) as inverter:
-            if looks:
+            if further:
                 inverter.check_sizes()
-            inverter.run(TARGETS, 0)
+            images = inverter.run(TARGETS, 0)
+            if further:  # as the pilot does it
+                inverter.set_weights(LossWeights(bn=3., ep=0.))
+                assert not torch.equal(inverter.run(TARGETS, 0), images)
         counts.append(torch._dynamo.utils.counters['stats']['unique_graphs'])
     assert counts[0] == counts[1] > 0
 
