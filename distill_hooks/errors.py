@@ -1,4 +1,6 @@
 """Helpers for error messages."""
+from typing import Optional
+
 __all__ = ['first_line', 'one_line']
 
 
@@ -7,6 +9,6 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def one_line(error: Exception) -> str:
-    """Return an error's message in one line of at most 400 characters; its type if it has none."""
-    return ' '.join(str(error).split())[:400] or type(error).__name__
+def one_line(error: BaseException, limit: Optional[int] = 600) -> str:
+    """Return an error's message in one line, of at most `limit` characters; its type if it has none."""
+    return ' '.join(str(error).split())[:limit] or type(error).__name__

@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Dict, List, Sequence
 
+from distill_hooks.errors import one_line
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
@@ -81,7 +83,7 @@ def main() -> None:
             prepare_data(scale, args.data, [cell for cell in cells if cell.data.startswith('photos/')], args.photos)
         prepare_data(scale, args.data, [*driver.missing(cells).values()], args.photos)
     except (OSError, ValueError, subprocess.CalledProcessError) as e:
-        parser.error(' '.join(str(e).split()))
+        parser.error(one_line(e, limit=None))
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, driver.stop)
     sys.exit(0 if driver.run(cells) else 1)

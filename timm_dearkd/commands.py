@@ -3,6 +3,8 @@ import argparse
 import sys
 from typing import Callable, Optional, Sequence
 
+from distill_hooks.errors import one_line
+
 __all__ = ['add_device', 'natural_int', 'positive_int', 'run_command']
 
 
@@ -44,7 +46,7 @@ def run_command(
     try:
         main(argv)
     except (OSError, ValueError) as e:
-        sys.stderr.write(f'{name}: error: {" ".join(str(e).split())}\n')
+        sys.stderr.write(f'{name}: error: {one_line(e, limit=None)}\n')
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write(f'{name}: Interrupted. {hint}'.rstrip() + '\n')

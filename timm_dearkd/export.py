@@ -19,6 +19,7 @@ from timm.utils import setup_default_logging
 
 import timm_dearkd  # noqa: F401  registers the architectures
 from distill_hooks import load_model
+from distill_hooks.errors import one_line
 from timm_dearkd.analysis.inputs import check_overwrite
 from timm_dearkd.attention import ConvAttention
 from timm_dearkd.commands import positive_int, run_command
@@ -89,7 +90,7 @@ def export(model: Any, kind: str, path: Path, img_size: Optional[int] = None) ->
         expected = model(images)
     except (AssertionError, RuntimeError) as e:
         size_text = f' of --img-size {img_size}' if img_size else ''
-        raise ValueError(f'The model does not take images{size_text}: {" ".join(str(e).split())}') from e
+        raise ValueError(f'The model does not take images{size_text}: {one_line(e)}') from e
     if kind != 'safetensors':
         for module in model.modules():
             if isinstance(module, ConvAttention):
@@ -138,7 +139,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         model: Any = load_model(args.model, args.checkpoint)
         error = export(model, args.format, path, args.img_size)
     except (RuntimeError, SafetensorError) as e:  # from damaged files and from the exporters
-        raise ValueError(' '.join(str(e).split())[:600]) from e
+        raise ValueError(one_line(e)) from e
     print(f'{path} (checked: its logits differ by at most {error:.1g})')
 
 

@@ -20,6 +20,7 @@ from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 
 import timm_dearkd  # noqa: F401  registers the architectures
+from distill_hooks.errors import one_line
 from distill_hooks.teacher import training_args
 from timm_dearkd.analysis.compare import drawn_columns, plot_runs
 from timm_dearkd.analysis.figures import render
@@ -255,7 +256,7 @@ def prepare_folder(run_folder: str, folder: Path, repo: str, license: Optional[s
     try:
         model: Any = timm.create_model(f'local-dir:{run.folder}', pretrained=True)
     except (KeyError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as e:
-        raise ValueError(f'The model in {run_folder!r} cannot be loaded: {" ".join(str(e).split())}') from e
+        raise ValueError(f'The model in {run_folder!r} cannot be loaded: {one_line(e)}') from e
     if license:
         model.pretrained_cfg['license'] = license
     temporary = folder.with_name(f'.{folder.name}.tmp')

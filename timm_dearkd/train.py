@@ -521,7 +521,7 @@ def run_script(
     try:
         run = (prepare_run or prepare)(argv)
     except (ImportError, OSError, ValueError) as e:
-        fail(' '.join(str(e).split()))
+        fail(one_line(e, limit=None))
     except KeyboardInterrupt:
         parser.exit(130, f'{prog}: Interrupted before the first step.\n')
     status, message = 0, None
@@ -529,7 +529,7 @@ def run_script(
         with compile_errors():
             run()
     except (OSError, TrainingError, CompileError) as e:
-        fail(str(e).strip().splitlines()[-1])
+        fail((str(e).strip().splitlines() or [type(e).__name__])[-1])
     except RuntimeError as e:
         if not torch.are_deterministic_algorithms_enabled() or 'determinis' not in str(e):
             raise

@@ -169,7 +169,7 @@ def open_viewer(name: str) -> Viewer:
     try:
         viewer.teacher, viewer.teacher_names = _find_teacher(viewer, run, config)
     except (OSError, ValueError) as e:
-        _logger.warning(f'The page shows no teacher: {" ".join(str(e).split())}')
+        _logger.warning(f'The page shows no teacher: {one_line(e)}')
         viewer.facts += ' No teacher: it could not be loaded, the terminal shows why.'
     return viewer
 

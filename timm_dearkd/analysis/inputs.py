@@ -16,10 +16,12 @@ from timm.models import get_model_input_config, is_model
 
 import distill_hooks
 from distill_hooks.checkpoint import training_args
+from distill_hooks.errors import one_line
 from timm_dearkd.commands import add_device
 from timm_dearkd.engine.data import spread
 from timm_dearkd.engine.distillation import label_names as saved_names
 from timm_dearkd.engine.image_folder import (
+    UNREADABLE,
     check_mode,
     class_order,
     exceeds_8_bits,
@@ -180,8 +182,8 @@ def open_image(path: str, mode: str = 'RGB') -> Image.Image:
             found, image = file.mode, file.convert(mode)
     except FileNotFoundError:
         raise FileNotFoundError(f'No image at {path!r}.') from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:  # Pillow's for broken files
-        raise ValueError(f'{path!r} cannot be read as an image ({" ".join(str(e).split())}).') from e
+    except UNREADABLE as e:
+        raise ValueError(f'{path!r} cannot be read as an image ({one_line(e)}).') from e
     check_mode(path, found, mode)
     return image
 

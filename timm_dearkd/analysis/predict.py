@@ -9,6 +9,7 @@ import torch.nn as nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from distill_hooks.errors import one_line
 from timm_dearkd.commands import natural_int, positive_int
 from timm_dearkd.engine.process import default_workers
 from timm_dearkd.files import write_bytes, write_table
@@ -64,7 +65,7 @@ class _Inputs(Dataset):
             image, label = self.dataset[place]
             return place, label, self.transform(image)
         except (OSError, ValueError) as e:
-            _logger.warning(f'{" ".join(str(e).split())} Skipping it.')
+            _logger.warning(f'{one_line(e)} Skipping it.')
             return place, None, None
 
 

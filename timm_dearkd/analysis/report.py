@@ -12,6 +12,7 @@ from PIL import Image
 from timm.data import resolve_model_data_config
 from torch.utils.data import IterableDataset
 
+from distill_hooks.errors import one_line
 from timm_dearkd._version import __version__
 from timm_dearkd.commands import add_device, positive_int
 from timm_dearkd.distances import read_log
@@ -133,7 +134,7 @@ def _load(run: Run, device: Optional[str]) -> Tuple[Any, str]:
     try:
         return load_model(str(run.folder), device=device), ''
     except (OSError, ValueError) as e:
-        return None, f'The model could not be loaded: {" ".join(str(e).split())}'
+        return None, f'The model could not be loaded: {one_line(e)}'
 
 
 def _summary(run: Run) -> str:
@@ -225,7 +226,7 @@ def _predictions(run: Run, model: Any, num_images: int) -> Tuple[Optional[Dict[s
         places = spread(len(dataset), num_images)
         found = predict(model, dataset, places)
     except (OSError, ValueError) as e:
-        return None, f'The validation images could not be read: {" ".join(str(e).split())}'
+        return None, f'The validation images could not be read: {one_line(e)}'
     top1 = accuracy(found)
     if top1 is None:
         return None, 'None of the validation images could be read.'

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from distill_hooks.errors import one_line
 from timm_dearkd.commands import add_device, positive_int
 from timm_dearkd.engine.process import check_backend, find_device
 from timm_dearkd.files import write_bytes, write_table
@@ -177,7 +178,7 @@ def _prepare(
         macs = count_macs(model, torch.zeros(1, chans, *size))
     except (AssertionError, RuntimeError, ValueError) as e:
         problem = f'does not take images of {img_size}x{img_size}' if img_size else 'cannot be created'
-        raise ValueError(f'{name!r} {problem}: {" ".join(str(e).split())}') from e
+        raise ValueError(f'{name!r} {problem}: {one_line(e)}') from e
     result = Measurement(name, batch_size, sum(p.numel() for p in model.parameters()), macs)
     try:
         model = model.to(device=device, dtype=dtype, memory_format=memory_format)
@@ -195,7 +196,7 @@ def _prepare(
     except RuntimeError as e:
         if "can't allocate memory" in str(e):  # out of memory on a CPU
             return None, result
-        raise ValueError(f'{name!r} cannot run: {" ".join(str(e).split())[:300]}') from e
+        raise ValueError(f'{name!r} cannot run: {one_line(e)}') from e
     weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     result.peak_memory = None if peak is None else peak + weights
     return forward, result

@@ -36,8 +36,8 @@ class Resolution(NamedTuple):
 class LossWeights:
     """Weights and settings of the losses.
 
-    `tv`, `l2`, `bn`, `ep` and `triplet` are the paper's, the others are ours. `adi` is for small images; DeepInversion's
-    code takes 0.2 for ImageNet's 224 pixels. `bn_norm` is one of `BN_NORMS`.
+    `tv`, `l2`, `bn`, `ep` and `triplet` are the paper's, the others are ours. `adi` is for small images; the code of
+    DeepInversion takes 0.2 for ImageNet's 224 pixels. `bn_norm` is one of `BN_NORMS`.
     """
     tv: float = 1e-4
     l2: float = 1e-5

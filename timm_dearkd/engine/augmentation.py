@@ -1,13 +1,12 @@
 """Geometric augmentation of synthetic images."""
 import math
-from typing import Any, Sequence, Tuple
+from typing import Sequence, Tuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms import Compose
 
-__all__ = ['FILLS', 'AffineJitter', 'add_affine']
+__all__ = ['FILLS', 'AffineJitter']
 
 FILLS = ('edge', 'black', 'mean')
 # Largest changes, our choices: log zoom per axis, angles in degrees, shift as a share of the side, log gamma
@@ -64,10 +63,3 @@ class AffineJitter:
 def _uniform(limit: float) -> float:
     """Draw a number from -limit to limit."""
     return torch.empty(()).uniform_(-limit, limit).item()
-
-
-def add_affine(transform: Any, affine: AffineJitter) -> Any:
-    """Return a transform of timm's `create_transform` that begins with an `AffineJitter`."""
-    if isinstance(transform, tuple):  # the three of --aug-splits
-        return (Compose([affine, transform[0]]), *transform[1:])
-    return Compose([affine, transform])

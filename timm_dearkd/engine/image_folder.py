@@ -5,6 +5,7 @@ import numbers
 import os
 import pickle
 import re
+import struct
 import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -30,7 +31,8 @@ _logger = logging.getLogger(__name__)
 
 NUM_BIT_DEPTH_CHECKS = 50  # classes
 NUM_BIT_DEPTH_IMAGES = 10  # of a class
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # Pillow raises these
+# Pillow's errors for broken files and for files that are not images
+UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 NUM_DIGEST_FILES = 20
 # Images that are not read; each system knows other ones
 _OTHER_TYPES = {'.avif', '.heic', '.heif', '.j2k', '.jp2', '.jxl', '.tga'}

@@ -8,16 +8,15 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 import torch
 import torch.nn as nn
 from PIL import Image
-from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader, create_transform
+from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader
 from timm.data.distributed_sampler import RepeatAugSampler
-from timm.data.loader import PrefetchLoader, fast_collate
-from timm.data.scheduled_sampler import ScheduledBatchSampler, ScheduledTransformDataset
-from timm.layers import to_2tuple
+from timm.data.loader import fast_collate
+from timm.data.scheduled_sampler import ScheduledBatchSampler
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, default_collate
 from torchvision.transforms import Compose
 
 from ..distances import attention_layers
-from .augmentation import AffineJitter, add_affine
+from .augmentation import AffineJitter
 from .data import image_mode, open_validation_set, spread
 from .process import SINGLE, Ranks, init_worker
 from .seeding import EpochBatchSampler, SeededCollate, SeededDataset, SeededErasing
@@ -39,8 +38,15 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
 def _convert_images(dataset, in_chans: int) -> None:
     """Convert the images of a torchvision data set, which have the mode of their files; timm's convert their own."""
     if not hasattr(dataset, 'reader') and hasattr(dataset, 'transform'):
-        convert = partial(_convert, mode='RGB' if in_chans == 3 else 'L')
-        dataset.transform = Compose([convert, dataset.transform]) if dataset.transform is not None else convert
+        mode = getattr(dataset, 'input_img_mode', None) or image_mode(None, in_chans)
+        _apply_first(partial(_convert, mode=mode), dataset)
+
+
+def _apply_first(function: Optional[Callable], dataset) -> None:
+    """Apply a function to the images of a data set, before its transform."""
+    if function is not None:
+        transform = dataset.transform
+        dataset.transform = Compose([function, transform]) if transform is not None else function
 
 
 @contextlib.contextmanager
@@ -141,13 +147,12 @@ def create_train_loader(
             raise ValueError(f'{flag} cannot be used with a streamed data set. Remove the flag.')
         loader = _create_loader(
             dataset, data_config, device=device, batch_size=batch_size, is_training=True, collate_fn=collate_fn,
-            persistent_workers=not mixup_off_epoch,  # its collate function would not hear of it
+            persistent_workers=not mixup_off_epoch,  # a worker keeps the Mixup that it started with
             **kwargs, **(stream_kwargs or {}))
-        if affine is not None:
-            loader.dataset.transform = add_affine(loader.dataset.transform, affine)
+        _apply_first(affine, dataset)
         return TrainLoader(loader, mixup=mixup, mixup_off_epoch=mixup_off_epoch)
     batches = _build_batches(dataset, batch_size, seed, ranks, num_aug_repeats, schedule)
-    if not image_sizes:  # which --train-batches-per-epoch sets, too
+    if not image_sizes:  # --train-batches-per-epoch sets image_sizes, too
         _log_unused_images(len(batches.sampler), batch_size, ranks.world_size, even=mixup is not None)
     collate_fn = SeededCollate(collate_fn, seed, mixup, mixup_off_epoch)
     return _create_seeded_loader(
@@ -185,64 +190,42 @@ def _create_seeded_loader(
         seed: int,
         ranks: Ranks,
         image_sizes: Sequence[Any],
-        affine: Optional[AffineJitter] = None,
+        affine: Optional[AffineJitter],
         *,
         use_prefetcher: bool,
         img_dtype: torch.dtype = torch.float32,
-        num_workers: int = 1,
-        pin_memory: bool = False,
         num_aug_splits: int = 0,
-        re_prob: float = 0.,
-        re_mode: str = 'const',
-        re_count: int = 1,
-        re_split: bool = False,
-        **augmentation: Any,
+        **kwargs: Any,
 ) -> 'TrainLoader':
-    """Create a loader as timm's `create_loader`, which takes no sampler, with random numbers as in `seeding`."""
-    channels, *image_size = data_config['input_size']
-    normalisation: Dict[str, Any] = dict(mean=data_config['mean'], std=data_config['std'])
-    erasing: Dict[str, Any] = dict(
-        re_prob=0. if augmentation.get('no_aug') else re_prob, re_mode=re_mode, re_count=re_count,
-        re_num_splits=(num_aug_splits or 2) if re_split else 0)
+    """Create timm's loader with other batches, and with random numbers as in `seeding`."""
+    source = AugMixDataset(dataset, num_splits=num_aug_splits) if num_aug_splits > 1 else dataset
     with _timm_errors():
-        transforms = [
-            create_transform(
-                (channels, *to_2tuple(size)), is_training=True, use_prefetcher=use_prefetcher,
-                separate=num_aug_splits > 0, **normalisation, **erasing, **augmentation)
-            for size in image_sizes or [image_size]]
-        if affine is not None:
-            transforms = [add_affine(transform, affine) for transform in transforms]
-        augmented = _augment(dataset, transforms, num_aug_splits, scheduled=bool(image_sizes))
-        _convert_images(dataset, channels)
-        loader: Any = DataLoader(
-            SeededDataset(augmented, seed),
-            batch_sampler=(sampler := EpochBatchSampler(batches, ranks.rank, ranks.world_size)),
-            num_workers=num_workers,
-            collate_fn=collate_fn,
-            pin_memory=pin_memory,
-            worker_init_fn=partial(init_worker, None),
-            persistent_workers=num_workers > 0,
-            generator=_worker_generator(),
-        )
-        if not use_prefetcher:
-            return TrainLoader(DeviceLoader(loader, device, img_dtype), [sampler])
-        loader = PrefetchLoader(
-            loader, channels=channels, device=device, img_dtype=img_dtype, **normalisation, **erasing)
+        loader: Any = create_loader(
+            source, data_config['input_size'], batch_size=len(dataset),  # its batches are not used
+            is_training=True, mean=data_config['mean'], std=data_config['std'], device=device,
+            use_prefetcher=use_prefetcher, img_dtype=img_dtype, num_aug_splits=num_aug_splits,
+            input_size_choices=image_sizes or None, **kwargs)
+    _apply_first(affine, dataset)
+    _convert_images(dataset, data_config['input_size'][0])
+    plain = getattr(loader, 'loader', loader)
+    sampler = EpochBatchSampler(batches, ranks.rank, ranks.world_size)
+    plain = DataLoader(
+        SeededDataset(plain.dataset, seed),
+        batch_sampler=sampler,
+        num_workers=plain.num_workers,
+        collate_fn=collate_fn,
+        pin_memory=plain.pin_memory,
+        worker_init_fn=partial(init_worker, None),
+        persistent_workers=plain.persistent_workers,
+        generator=_worker_generator(),
+    )
+    if not use_prefetcher:
+        return TrainLoader(DeviceLoader(plain, device, img_dtype), [sampler])
+    loader.loader = plain
     if loader.random_erasing is None:
         return TrainLoader(loader, [sampler])
     loader.random_erasing = SeededErasing(loader.random_erasing, seed, device, ranks.rank, ranks.world_size)
     return TrainLoader(loader, [sampler, loader.random_erasing])
-
-
-def _augment(dataset, transforms: List[Any], num_aug_splits: int, scheduled: bool):
-    """Set the transform of a data set: AugMix's three, one, or one for each size of a schedule."""
-    if scheduled:
-        dataset.transform = None
-        return ScheduledTransformDataset(dataset, transforms)
-    if num_aug_splits > 1:
-        dataset = AugMixDataset(dataset, num_splits=num_aug_splits)
-    dataset.transform = transforms[0]
-    return dataset
 
 
 def _log_unused_images(num_images: int, batch_size: int, world_size: int, even: bool) -> None:
@@ -282,8 +265,8 @@ class TrainLoader:
         loader: Batches on the device.
         parts: Its parts with a `set_epoch`. Without them, as for streamed data sets, an epoch that is continued reads
             the batches that were there before, and drops them.
-        mixup: What such a stream mixes with.
-        mixup_off_epoch: Epoch from which on it does not.
+        mixup: Mixup of a stream, which has no parts.
+        mixup_off_epoch: First epoch without mixing; 0 mixes in all epochs.
     """
 
     def __init__(
@@ -327,7 +310,7 @@ def create_eval_loader(
 ):
     """Evaluation loader of batches on the device: every image once, in order, with the crop of `data_config`.
 
-    Several processes take turns; the last images of some come twice, so that all have as many.
+    Several processes take turns. The first images come again at the end, so that all have as many.
     """
     return _create_loader(
         dataset,
@@ -478,10 +461,7 @@ def build_eval_loader(args, dataset, data_config: Dict[str, Any], device: torch.
 
 
 def build_teacher_loader(args, train_set, data_config: Dict[str, Any], device: torch.device, ranks: Ranks):
-    """Build a loader of training images without augmentation, to check the teacher; None for a stream.
-
-    It must be built before the training loader, which sets the transform of a data set that shares its own.
-    """
+    """Build a loader of training images without augmentation, to check the teacher; None for a stream."""
     if isinstance(train_set, IterableDataset):
         return None
     return build_eval_loader(

@@ -15,6 +15,7 @@ from timm.task import ClassificationEvaluator
 from timm.utils import ParseKwargs
 
 from distill_hooks.checkpoint import nearest_names, training_args
+from distill_hooks.errors import one_line
 
 from .augmentation import FILLS
 from .checkpoints import find_checkpoint
@@ -506,7 +507,7 @@ def parse_args(
         except FileNotFoundError as e:
             parser.error(str(e))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-            parser.error(f'configuration file {config_args.config}: {" ".join(str(e).split())}')
+            parser.error(f'configuration file {config_args.config}: {one_line(e)}')
         if not isinstance(config, dict):
             parser.error(f'configuration file {config_args.config}: expected "option: value" lines')
         if config.get('kd_distill_type') == 'logit' and not config.get('kd_model_name'):

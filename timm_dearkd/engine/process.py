@@ -12,6 +12,8 @@ import torch.distributed as dist
 from timm.utils import NativeScaler
 from timm.utils.distributed import init_distributed_device_so, is_distributed_env, world_info_from_env
 
+from distill_hooks.errors import one_line
+
 __all__ = [
     'CompileError', 'Interrupted', 'Precision', 'Ranks', 'SINGLE', 'StopRequest', 'TIMM_WORKERS', 'TrainingError',
     'check_backend', 'compile_errors', 'default_workers', 'find_device', 'init_worker', 'select_device',
@@ -67,7 +69,7 @@ def compile_errors() -> Iterator[None]:
     try:
         yield
     except torch._dynamo.exc.TorchDynamoException as e:
-        reason = ' '.join(str(e).split())[:300]
+        reason = one_line(e)
         raise CompileError(
             f'--torchcompile: the model could not be compiled: {reason} Remove the flag.') from e
 

@@ -1,23 +1,20 @@
 """Data sets around those of timm: they skip unreadable images, or take a fraction."""
 import copy
 import logging
-import struct
 from typing import Any, Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 from timm.data import IterableImageDataset
 from torch.utils.data import Dataset
 
-from .image_folder import check_mode, exceeds_8_bits, resolve_link
+from distill_hooks.errors import one_line
+
+from .image_folder import UNREADABLE, check_mode, exceeds_8_bits, resolve_link
 
 __all__ = ['ClassFraction', 'Sample', 'SkipHighBitDepth', 'SkipUnreadable', 'set_image_mode']
 
 _logger = logging.getLogger(__name__)
-
-# Pillow's errors for broken files and for files that are not images
-_BROKEN = (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 
 
 class _Wrapper(Dataset):
@@ -106,14 +103,14 @@ class SkipUnreadable(_Wrapper):
             if not str(e).startswith('Failed to load'):
                 raise
             raise ValueError(f'{self._name(index)!r} cannot be read as an image.') from e
-        except Image.DecompressionBombError as e:
-            raise ValueError(f'{self._name(index)!r} cannot be read as an image ({e}).') from e
+        except UNREADABLE as e:
+            raise ValueError(f'{self._name(index)!r} cannot be read as an image ({one_line(e)}).') from e
         if exceeds_8_bits(image.mode, self.input_img_mode):  # first, because the name of each image takes time
             check_mode(self._name(index), image.mode, self.input_img_mode)
         try:
             return image.convert(self.input_img_mode), *rest
-        except _BROKEN as e:
-            raise ValueError(f'{self._name(index)!r} cannot be read as an image ({" ".join(str(e).split())}).') from e
+        except UNREADABLE as e:
+            raise ValueError(f'{self._name(index)!r} cannot be read as an image ({one_line(e)}).') from e
 
     def _name(self, index: int) -> str:
         name = self.dataset.filename(index, absolute=True)
@@ -163,6 +160,14 @@ class SkipHighBitDepth(IterableImageDataset):
                 ' white. Skipped: the last image of 8 bits takes their place. Convert them to 8 bits.')
 
 
+def _copy(dataset):
+    """Copy a data set and the one that it wraps, so that the copy has a transform of its own."""
+    dataset = copy.copy(dataset)
+    if isinstance(dataset, _Wrapper):
+        dataset.dataset = _copy(dataset.dataset)
+    return dataset
+
+
 class Sample(_Wrapper):
     """Some images of a data set, with a transform of their own.
 
@@ -172,7 +177,7 @@ class Sample(_Wrapper):
     """
 
     def __init__(self, dataset, indices: Sequence[int]) -> None:
-        super().__init__(copy.copy(dataset))
+        super().__init__(_copy(dataset))
         self.indices = indices
 
     def __len__(self) -> int:
@@ -233,12 +238,9 @@ class ClassFraction(_Wrapper):
 
 
 def set_image_mode(dataset, mode: str) -> None:
-    """Set the Pillow mode that a timm data set converts its images to."""
+    """Set the Pillow mode that a data set converts its images to."""
     while isinstance(dataset, _Wrapper) and not isinstance(dataset, SkipUnreadable):
         dataset = dataset.dataset
-    if isinstance(dataset, (SkipUnreadable, SkipHighBitDepth)):
-        dataset.input_img_mode = mode
-        return
-    for source in (dataset, getattr(dataset, 'reader', dataset)):
-        if hasattr(source, 'input_img_mode'):
-            source.input_img_mode = mode
+    dataset.input_img_mode = mode
+    if not isinstance(dataset, (SkipUnreadable, SkipHighBitDepth)) and hasattr(dataset, 'reader'):
+        dataset.reader.input_img_mode = mode

@@ -6,10 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import create_transform
 
 from timm_dearkd.engine import augmentation
-from timm_dearkd.engine.augmentation import FILLS, AffineJitter, add_affine
+from timm_dearkd.engine.augmentation import FILLS, AffineJitter
 
 
 def draw(monkeypatch, *numbers):
@@ -80,16 +79,3 @@ def test_it_depends_on_torchs_generator_alone():
         torch.manual_seed(seed)
         results.append(np.asarray(AffineJitter()(image)).tobytes())
     assert results[0] == results[1] != results[2]
-
-
-@pytest.mark.parametrize('separate', [False, True])
-def test_it_comes_first(separate, monkeypatch):
-    draw(monkeypatch, 0., 0., math.log(2), math.log(2), 0., 0., 0.)
-    transform = create_transform(
-        (3, 8, 8), is_training=True, use_prefetcher=True, separate=separate, scale=(1., 1.), ratio=(1., 1.), hflip=0.,
-        color_jitter=0.)
-    result = Image.new('RGB', (16, 16), (200, 100, 50))
-    parts = add_affine(transform, AffineJitter('black'))
-    for part in parts if separate else [parts]:
-        result = part(result)
-    assert result[:, 4, 4].tolist() == [200, 100, 50] and result[:, 0, 0].tolist() == [0, 0, 0]

@@ -1,3 +1,5 @@
+import itertools
+import math
 import random
 
 import numpy as np
@@ -7,10 +9,19 @@ import torch
 from PIL import Image
 from torchvision.datasets import FakeData
 
+from timm_dearkd.engine import augmentation
 from timm_dearkd.engine.augmentation import AffineJitter
 from timm_dearkd.engine.data import open_dataset
-from timm_dearkd.engine.loader import _loader_kwargs, create_eval_loader, create_train_loader
+from timm_dearkd.engine.loader import (
+    _loader_kwargs,
+    build_eval_loader,
+    build_teacher_loader,
+    build_train_loader,
+    create_eval_loader,
+    create_train_loader,
+)
 from timm_dearkd.engine.process import SINGLE, Ranks
+from timm_dearkd.engine.wrappers import ClassFraction
 from timm_dearkd.train import _parse_args
 
 CPU = torch.device('cpu')
@@ -173,6 +184,50 @@ def test_torchvision_sets_are_converted_to_the_channels_asked_for(in_chans, mode
     images, _ = next(iter(loader))
     assert images.shape == (4, in_chans, 32, 32)
     torch.testing.assert_close(images, torch.full_like(images, (128 / 255 - 0.5) / 0.25))
+
+
+class Plain(torch.utils.data.Dataset):
+    """Images of one colour, as torchvision's data sets have them: with a transform, and without a reader."""
+    transform = None
+    targets = [0, 1] * 2
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        image = Image.new('RGB', (16, 16), (200, 100, 50))
+        return image if self.transform is None else self.transform(image), self.targets[index]
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(num_aug_splits=2), dict(image_sizes=[16])])
+def test_the_affine_map_comes_first(kwargs, monkeypatch):
+    """The image is made smaller, so that its border is black, before timm's augmentation, which here does nothing."""
+    numbers = itertools.cycle([0., 0., math.log(2), math.log(2), 0., 0., 0.])
+    monkeypatch.setattr(augmentation, '_uniform', lambda limit: next(numbers))
+    loader = create_train_loader(
+        Plain(), dict(config(size=16), mean=(0.,) * 3, std=(1 / 255,) * 3), 4, CPU, num_workers=0, scale=(1., 1.),
+        ratio=(1., 1.), hflip=0., color_jitter=0., affine=AffineJitter('black'), **kwargs)
+    images = next(iter(loader))[0][:4]
+    torch.testing.assert_close(images[:, :, 8, 8], torch.tensor([[200., 100., 50.]] * 4))
+    assert images[:, :, 0, 0].count_nonzero() == 0
+
+
+@pytest.mark.parametrize('mode,in_chans', [(None, 3), ('YCbCr', 3), ('RGBA', 4)])
+def test_torchvision_sets_take_the_mode_of_the_images(mode, in_chans):
+    args = _parse_args(['DIR', '-b', '4', '--workers', '0', *(['--input-img-mode', mode] if mode else [])])[0]
+    images, _ = next(iter(build_eval_loader(args, Plain(), config(in_chans, size=16), CPU, SINGLE)))
+    expected = torch.tensor(Image.new('RGB', (1, 1), (200, 100, 50)).convert(mode or 'RGB').getpixel((0, 0))) / 255
+    torch.testing.assert_close(images[0, :, 8, 8], (expected - 0.5) / 0.25)
+
+
+def test_the_teacher_is_checked_on_images_without_augmentation():
+    """Also on a fraction of a data set of torchvision."""
+    args = _parse_args(['DIR', '-b', '2', '--workers', '0', '--reprob', '1', '--train-img-sizes', '16', '8'])[0]
+    train_set = ClassFraction(Plain(), 0.5)
+    loader = build_teacher_loader(args, train_set, config(size=16), CPU, SINGLE)
+    before, _ = next(iter(loader))
+    build_train_loader(args, train_set, config(size=16), None, CPU, SINGLE)
+    assert torch.equal(next(iter(loader))[0], before)
 
 
 def test_strongest_augmentation(image_folder):
