@@ -168,7 +168,7 @@ def test_a_teacher_is_matched_by_the_names_of_its_classes(train_cli, cnn, tmp_pa
     for args in (same, turned, more, other):
         result = train_cli(*args, '--epochs', '1')
         assert result.returncode == 0, result.stderr
-        assert ('found by name' in result.stderr) == (args in (turned, more))
+        assert ('matched by name' in result.stderr) == (args in (turned, more))
         told = "no class 'blue sky'" in result.stderr and "where 'blue sky' is 'a'" in result.stderr
         assert told == (args is other)
         (row,), (expected,) = read_summary(tmp_path / args[-1]), read_summary(tmp_path / 'same run')

@@ -7,7 +7,7 @@ import os
 import shlex
 import time
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import timm
 import torch
@@ -16,19 +16,19 @@ from timm.task import ClassificationTask, TrainingTask
 from distill_hooks import DearKDTask, Teacher, TwoStageSchedule, load_model
 from distill_hooks.checkpoint import nearest_names
 from distill_hooks.errors import one_line
-from distill_hooks.task import has_content_tokens
 
 from . import train
 from .analysis.report import check_available as check_report
 from .analysis.runs import Run, open_run
 from .engine.data import build_datasets
+from .engine.distillation import choose_distill_type
 from .engine.loader import build_mixup, build_train_loader
 from .engine.optimizer import build_optimizer
-from .engine.options import check_distillation, given_options, options_to_argv, resolve_args
+from .engine.options import given_options, options_to_argv, resolve_args
 from .engine.process import SINGLE, Interrupted, Precision, TrainingError, find_device
 from .engine.student import build_student, create_student
 from .images import Images, look_at, prepare_splits
-from .planning import Planner, Step, find_teacher, is_known, parse, read_options
+from .planning import Planner, Step, find_teacher, is_known, parse, quiet, read_options
 
 __all__ = ['distill']
 
@@ -52,9 +52,7 @@ def build_task(step: Step, cnn: Any, device: torch.device) -> TrainingTask:
         return ClassificationTask(cnn, device=device, verbose=False)
     args = step.args
     model = create_student(args, cnn.num_classes, timm.create_model)
-    kind = args.kd_distill_type or ('dearkd' if has_content_tokens(model) else 'logit')
-    check_distillation(args, kind)
-    if kind != 'dearkd':
+    if choose_distill_type(args, model) != 'dearkd':
         return ClassificationTask(model, device=device, verbose=False)
     teacher = Teacher(cnn, in_chans=args.in_chans, img_size=args.kd_teacher_img_size)
     return DearKDTask(model, teacher, TwoStageSchedule(1), hooks=args.dearkd_hooks, device=device, verbose=False)
@@ -78,18 +76,6 @@ def estimate_minutes(step: Step, task: TrainingTask, images: Images, device: tor
         times.append(time.monotonic() - began)
     num_evaluated = images.num_validation * args.epochs / args.val_interval
     return (args.epochs * images.epoch_length + num_evaluated / 3) * min(times[1:]) / len(x) / 60
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Log nothing."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        root.setLevel(level)
 
 
 def check_student(step: Step, device: torch.device) -> None:
@@ -135,8 +121,7 @@ def run_step(step: Step, run: Callable[[], Any]) -> float:
         with contextlib.redirect_stdout(io.StringIO()):
             run()
     except Interrupted as e:
-        e.args = (f'{str(e).partition(".")[0]}. The same call resumes.',)
-        raise
+        raise Interrupted(e.signum, 'The same call resumes.') from None
     return (time.monotonic() - began) / 60
 
 
@@ -235,12 +220,13 @@ def prepare_distillation(
         root, args.train_split, args.val_split, args.train_fraction, args.class_map,
         keep_length=args.fraction_keep == 'steps', input_key=args.input_key,
         input_img_mode=args.input_img_mode or 'RGB')
-    planner = Planner(root, output, images, student, device, user, given)
+    reports = True
     try:
         check_report()
     except ValueError as e:
-        planner.reports = False
+        reports = False
         _logger.warning(f'No report.html: {e}')
+    planner = Planner(root, output, images, student, device, user, given, reports)
     name, first = find_teacher(planner, teacher, args.kd_teacher_checkpoint)
     step = planner.student_in_folder(name, is_own=first is not None)
     if step is not None and step.is_finished():

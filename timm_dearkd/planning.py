@@ -5,7 +5,7 @@ import io
 import logging
 import os
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import timm
 import torch
@@ -36,7 +36,7 @@ from .settings import (
     is_mirrored_alike,
 )
 
-__all__ = ['Planner', 'Step', 'find_teacher', 'is_known', 'parse', 'read_options']
+__all__ = ['Planner', 'Step', 'find_teacher', 'is_known', 'parse', 'quiet', 'read_options']
 
 _logger = logging.getLogger(__name__)
 
@@ -104,6 +104,18 @@ class Step:
         return ', '.join(texts)
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Log nothing."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse options of train.py.
 
@@ -112,7 +124,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """
     errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(errors):
+        with contextlib.redirect_stderr(errors), quiet():  # `train.prepare` parses them again
             return parse_args(train.parser, train.config_parser, argv)[0]
     except SystemExit:
         raise ValueError(errors.getvalue().rpartition('error: ')[2].strip()) from None
@@ -134,6 +146,7 @@ class Planner:
         device: Device of the runs.
         user: The user's arguments of train.py.
         given: Names of the options that the user sets.
+        reports: Whether the student's folder gets a report.
     """
 
     def __init__(
@@ -145,8 +158,10 @@ class Planner:
             device: torch.device,
             user: Sequence[str],
             given: Sequence[str],
+            reports: bool = True,
     ) -> None:
         self.data, self.output, self.images, self.device = data, output, images, device
+        self.reports = reports
         self.user, self.given, self.user_args = list(user), set(given), parse(user)
         self.batch_size: int = (
             self.user_args.batch_size if 'batch_size' in self.given else choose_batch_size(images.epoch_length))
@@ -156,7 +171,6 @@ class Planner:
             self.epochs = epochs_for(images.epoch_length, num_updates)
         self.sizes = choose_student(student, images, device)
         self.size: int = self.user_args.img_size or self.sizes['img_size']
-        self.reports = True
 
     def _step(self, name: str, chosen: Dict[str, Any], user: Sequence[str], given: Sequence[str]) -> Step:
         fixed = dict(output=self.output, experiment=name, resume='auto', report=name == 'student' and self.reports)

@@ -66,7 +66,8 @@ from timm_dearkd.engine.student import build_evaluation, build_student, warn_of_
 
 _logger = logging.getLogger('train')
 
-_GROUP_OPTIONS = {'lr', 'lr_scale', 'weight_decay', 'betas', 'eps', 'momentum'}  # not what an optimizer keeps there
+# Options of a parameter group; other entries are the optimizer's own
+_GROUP_OPTIONS = {'lr', 'lr_scale', 'weight_decay', 'betas', 'eps', 'momentum'}
 
 config_parser = build_config_parser()
 parser = build_parser()
@@ -162,7 +163,7 @@ def build_run_in(
         loader_teacher = build_teacher_loader(args, train_set, data_config, device, ranks)
     loader_train = build_train_loader(args, train_set, data_config, mixup, device, ranks)
     args = choose_epochs(args, len(loader_train), ranks)
-    if not args.train_img_sizes:  # whose batches differ
+    if not args.train_img_sizes:  # with several sizes, updates differ in their number of images
         _logger.info(
             f'An update has {images_per_update(args, ranks)} images: --batch-size {args.batch_size} x'
             f' --grad-accum-steps {args.grad_accum_steps} x {ranks.world_size} processes.')
@@ -259,10 +260,10 @@ def schedule_run(args, trainer: Trainer, checkpoint: str) -> Tuple[Position, ran
         start = resume_run(
             checkpoint, task, dict(vars(args)), None if args.no_resume_opt else optimizer, trainer.precision,
             images_per_update(args, trainer.ranks))
-    for group, options in zip(optimizer.param_groups, given):  # which need not be those of the checkpoint
+    for group, options in zip(optimizer.param_groups, given):  # this run's win over the checkpoint's
         rate = options.pop('lr')
         group.update(options)
-        if args.sched != 'plateau':  # whose rate is no function of the epoch
+        if args.sched != 'plateau':  # its rate depends on earlier metrics, so the checkpoint's stays
             group['lr'] = group['initial_lr'] = rate
     resumed = start
     if args.start_epoch is not None:

@@ -19,7 +19,7 @@ from distill_hooks.checkpoint import training_args
 from distill_hooks.errors import one_line
 from timm_dearkd.commands import add_device
 from timm_dearkd.engine.data import spread
-from timm_dearkd.engine.distillation import label_names as saved_names
+from timm_dearkd.engine.distillation import saved_names
 from timm_dearkd.engine.image_folder import (
     UNREADABLE,
     check_mode,

@@ -3,7 +3,7 @@ import logging
 from typing import Any, List, Optional, Sequence
 
 from timm_dearkd.analysis.inputs import label_names
-from timm_dearkd.engine.distillation import label_names as saved_names
+from timm_dearkd.engine.distillation import saved_names
 
 from .dataset import folder_name
 

@@ -82,13 +82,13 @@ class AtomicCheckpointSaver(CheckpointSaver):
         os.replace(link, dst)
 
     def forget_ranks(self) -> None:
-        """Rank what comes by itself, for its metric is another; checkpoints that are there count by recency."""
+        """Rank later epochs without the earlier ones, whose metric is another. Order those by recency."""
         self.best_metric = self.best_epoch = None
         newest_first = sorted((path for path, _ in self.checkpoint_files), key=self._epoch_of, reverse=True)
         self.checkpoint_files = [(path, None) for path in newest_first]
 
     def _epoch_of(self, path: str) -> int:
-        """The N of a `checkpoint-N`; -1 where it is no number."""
+        """Return the N of `checkpoint-N`; -1 if it is not a number."""
         number = os.path.basename(path)[len(self.save_prefix) + 1:-len(self.extension)]
         return int(number) if number.isdecimal() else -1
 

@@ -391,7 +391,7 @@ def check_img_size(model: nn.Module, train_sizes: Sequence[int] = ()) -> None:
 
 
 def dataset_kwargs(args) -> Dict[str, Any]:
-    """Options of both data sets."""
+    """Return the options that both data sets share."""
     return dict(
         download=args.dataset_download,
         batch_size=args.batch_size,

@@ -38,8 +38,8 @@ from .loop import Validator
 from .options import check_distillation
 
 __all__ = [
-    'TeacherCheck', 'build_schedule', 'build_task', 'check_teacher', 'label_names', 'load_teacher',
-    'log_changed_stages',
+    'TeacherCheck', 'build_schedule', 'build_task', 'check_teacher', 'choose_distill_type', 'load_teacher',
+    'log_changed_stages', 'saved_names',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -92,10 +92,8 @@ def build_task(
         device=device,
         dtype=model_dtype(args),
     )
-    distill_type = args.kd_distill_type or ('dearkd' if has_content_tokens(model) else 'logit')
-    is_dearkd = bool(args.kd_model_name) and distill_type == 'dearkd'
-    if args.kd_model_name:
-        check_distillation(args, distill_type)
+    distill_type = choose_distill_type(args, model) if args.kd_model_name else ''
+    is_dearkd = distill_type == 'dearkd'
     model = _convert_norms(args, model, is_dearkd)
     task: Any
     if not args.kd_model_name:
@@ -144,13 +142,13 @@ def _match_classes(teacher: Any, names: Sequence[str], num_classes: int) -> Opti
 
     Warns if the names differ: they may be other names of the same classes.
     """
-    known = label_names(teacher)
+    known = saved_names(teacher)
     names = [normal_name(name) for name in names]
     if len(names) != num_classes or len(known) != teacher.num_classes or known == names:
         return None
     unknown = [name for name in names if name not in known]
     if not unknown:
-        _logger.info("The teacher's classes are in another order, or more: those of the images are found by name.")
+        _logger.info("The teacher's classes have another order, or are more. They are matched by name.")
         return [known.index(name) for name in names]
     if len(known) > num_classes:
         raise ValueError(
@@ -320,7 +318,18 @@ def log_changed_stages(args, stage1_epochs: int, resumed: Position, first_epoch:
         _logger.info(f'{change} (was {old_epochs}).{keep}')
 
 
-def label_names(model: Any) -> List[str]:
+def choose_distill_type(args, student: nn.Module) -> str:
+    """Return the kind of distillation: --kd-distill-type, or the one for this student.
+
+    Raises:
+        ValueError: See `check_distillation`.
+    """
+    kind = args.kd_distill_type or ('dearkd' if has_content_tokens(student) else 'logit')
+    check_distillation(args, kind)
+    return kind
+
+
+def saved_names(model: Any) -> List[str]:
     """Return the class names of a model in the order of its classifier, see `normal_name`; [] if it has none."""
     names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
     return [normal_name(str(name)) for name in names] if isinstance(names, (list, tuple)) else []
@@ -357,8 +366,9 @@ def check_teacher(
     teacher = model.teacher
     num_classes = task.get_eval_model().num_classes
     uses_classes = getattr(task, 'uses_classes', True)
-    known = label_names(teacher.model)
-    if teacher.num_classes not in (None, num_classes) or not (uses_classes or known in ([], list(names)) or not names):
+    known = saved_names(teacher.model)
+    has_other_names = bool(known and names) and known != list(names)
+    if teacher.num_classes not in (None, num_classes) or (has_other_names and not uses_classes):
         return TeacherCheck(None)
     counts = None
     if 2 <= num_classes <= MAX_CLASSES:

@@ -20,11 +20,12 @@ from torch.utils.data import IterableDataset
 from distill_hooks import DearKDTask
 
 from ..files import create_file, write_bytes
+from .loader import train_interpolation
 from .loop import Trainer
 from .process import SINGLE, Ranks, TrainingError
 from .run_folder import on_primary
 
-__all__ = ['IMAGE_OPTIONS', 'LabelCache', 'build_label_cache', 'describe_files', 'describe_labels', 'open_folder']
+__all__ = ['IMAGE_OPTIONS', 'LabelCache', 'build_label_cache', 'describe_files', 'describe_labels', 'open_label_folder']
 
 _logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class LabelCache:
     well, and compared. Nothing waits for the device between two calls of `save`.
 
     Args:
-        folder: The folder. See `open_folder`.
+        folder: The folder. See `open_label_folder`.
         task: The task. It must be given the cache as its `label_store`.
         num_batches: Batches per epoch and process.
         max_images: Largest number of images of a batch.
@@ -204,7 +205,6 @@ def describe_labels(args, trainer: Trainer, dataset: Any, data_config: Dict[str,
     """Return all that the labels depend on, as JSON values: images, mixes and teacher."""
     teacher: Any = trainer.task.teacher
     class_map = teacher.class_map
-    interpolation = (not args.no_aug and args.train_interpolation) or data_config['interpolation']
     erases_on_device = args.reprob > 0 and not args.no_aug and not args.no_prefetcher
     facts = dict(
         teacher=teacher.weights_hash,
@@ -214,7 +214,7 @@ def describe_labels(args, trainer: Trainer, dataset: Any, data_config: Dict[str,
         image_files=describe_files(dataset),
         **{name: getattr(args, name) for name in IMAGE_OPTIONS},
         **{name: data_config[name] for name in ('input_size', 'mean', 'std')},
-        train_interpolation=interpolation,
+        train_interpolation=train_interpolation(args, data_config),
         processes=trainer.ranks.world_size,
         # its random numbers are those of the device
         erasing_device=trainer.precision.device.type if erases_on_device else None,
@@ -223,7 +223,7 @@ def describe_labels(args, trainer: Trainer, dataset: Any, data_config: Dict[str,
     return json.loads(json.dumps(facts))
 
 
-def open_folder(folder: str, facts: Dict[str, Any]) -> None:
+def open_label_folder(folder: str, facts: Dict[str, Any]) -> None:
     """Create the folder with its manifest, or compare the manifest with the present run.
 
     Args:
@@ -276,7 +276,7 @@ def build_label_cache(args, trainer: Trainer, dataset: Any, data_config: Dict[st
             '--kd-label-cache: this run uses no labels of the teacher. Remove the flag, or set --dearkd-alpha below 1.')
 
     def prepare() -> None:
-        open_folder(args.kd_label_cache, describe_labels(args, trainer, dataset, data_config))
+        open_label_folder(args.kd_label_cache, describe_labels(args, trainer, dataset, data_config))
 
     on_primary(trainer.ranks, prepare)
     max_images = max(args.train_batch_sizes or [args.batch_size]) * max(1, args.aug_splits)

@@ -25,7 +25,7 @@ from .wrappers import Sample, set_image_mode
 __all__ = [
     'DeviceLoader', 'NUM_DISTANCE_IMAGES', 'TrainLoader', 'build_distance_images', 'build_eval_loader',
     'build_mixup', 'build_train_loader', 'create_eval_loader', 'create_train_loader', 'images_per_update',
-    'model_dtype',
+    'model_dtype', 'train_interpolation',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ def _create_seeded_loader(
         **kwargs: Any,
 ) -> 'TrainLoader':
     """Create timm's loader with other batches, and with random numbers as in `seeding`."""
-    source = AugMixDataset(dataset, num_splits=num_aug_splits) if num_aug_splits > 1 else dataset
+    source: Any = AugMixDataset(dataset, num_splits=num_aug_splits) if num_aug_splits > 1 else dataset
     with _timm_errors():
         loader: Any = create_loader(
             source, data_config['input_size'], batch_size=len(dataset),  # its batches are not used
@@ -381,6 +381,11 @@ def images_per_update(args, ranks: Ranks) -> int:
     return args.batch_size * args.grad_accum_steps * ranks.world_size
 
 
+def train_interpolation(args, data_config: Dict[str, Any]) -> str:
+    """Return the interpolation of the training images."""
+    return (not args.no_aug and args.train_interpolation) or data_config['interpolation']
+
+
 def _loader_kwargs(args, device: torch.device, ranks: Ranks) -> Dict[str, Any]:
     return dict(
         device=device,
@@ -446,7 +451,7 @@ def build_train_loader(
         grayscale_prob=args.grayscale_prob or 0.,
         gaussian_blur_prob=args.gaussian_blur_prob or 0.,
         auto_augment=args.aa,
-        interpolation=(not args.no_aug and args.train_interpolation) or data_config['interpolation'],
+        interpolation=train_interpolation(args, data_config),
         **_loader_kwargs(args, device, ranks),
     )
 

@@ -97,9 +97,16 @@ def build_scheduler(args, optimizer: torch.optim.Optimizer, num_updates: int, st
 
     Returns:
         The schedule, and the number of epochs of the run.
+
+    Raises:
+        ValueError: If timm refuses the options.
     """
     rates = [group['lr'] for group in optimizer.param_groups]
-    lr_scheduler, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=num_updates)
+    try:
+        lr_scheduler, num_epochs = create_scheduler_v2(
+            optimizer, **scheduler_kwargs(args), updates_per_epoch=num_updates)
+    except (AssertionError, ValueError) as e:
+        raise ValueError(f'Could not create --sched {args.sched}: {one_line(e)}') from e
     if lr_scheduler is not None and start.epoch + start.update > 0:
         if args.sched_on_updates:
             lr_scheduler.step_update(start.epoch * num_updates + start.update)
@@ -125,8 +132,8 @@ def warn_of_short_run(args, num_epochs: int, num_updates: int, num_images: int, 
     total = num_epochs * num_updates
     if is_dearkd and args.opt == 'sgd':
         _logger.warning(
-            f'--opt sgd, the default, with a learning rate of {args.lr or args.lr_base:g} hardly trains a ViT. Try'
-            ' -c small_folder (with --lr 5e-4 for a larger model than nano).')
+            '--opt sgd, the default, hardly trains a ViT. Try -c small_folder (with --lr 5e-4 for a larger model than'
+            ' nano).')
     elif is_dearkd and total < MIN_UPDATES:
         _logger.warning(
             f'The run has {total} updates, too few for a ViT. Set more --epochs: -c small_folder takes'

@@ -288,7 +288,8 @@ def _add_optimizer(group) -> None:
 
 def _add_schedule(group) -> None:
     add = group.add_argument
-    add('--sched', default='cosine', help='schedule: cosine, tanh, step, multistep, plateau, poly, constant or none')
+    add('--sched', default='cosine', help='schedule of the learning rate',
+        choices=('cosine', 'tanh', 'step', 'multistep', 'plateau', 'poly', 'constant', 'wsd', 'rsqrt', 'none'))
     add('--sched-on-updates', action='store_true', help='change the learning rate after every update, not every epoch')
     add('--lr', type=NON_NEGATIVE, help='learning rate (default: --lr-base scaled by the batch size)')
     add('--lr-base', type=float, default=0.1, help='learning rate at --lr-base-size images per update')
@@ -303,7 +304,7 @@ def _add_schedule(group) -> None:
     add('--lr-cycle-limit', type=int, default=1, help='number of cycles')
     add('--lr-k-decay', type=float, default=1.0, help='exponent of the cosine and poly schedules')
     add('--warmup-lr', type=float, default=1e-5, help='learning rate at the start of the warm-up')
-    add('--min-lr', type=float, default=0, help='learning rate at the end of a cycle')
+    add('--min-lr', type=NON_NEGATIVE, default=0, help='learning rate at the end of a cycle')
     add('--epochs', type=POSITIVE_INT, default=300, help='epochs of the run, without --cooldown-epochs')
     add('--auto-epochs', action='store_true',
         help='choose the epochs by the number of images: 700 / n^(1/4), at least 1,000 updates')
@@ -311,7 +312,8 @@ def _add_schedule(group) -> None:
     add('--start-epoch', type=NON_NEGATIVE_INT, help='first epoch, from 0 (default: after those of the checkpoint)')
     add('--stop-epoch', type=int, metavar='N', help='stop after N epochs; schedules stay those of the whole run')
     add('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], help='epochs of the multistep schedule')
-    add('--decay-epochs', type=float, default=90, help='epochs between the steps of the step schedule')
+    add('--decay-epochs', type=POSITIVE, default=90,
+        help='epochs between the steps of step; of the decay at the end of wsd and rsqrt, below 1 a share')
     add('--warmup-epochs', type=int, default=5, help='epochs of the warm-up')
     add('--warmup-prefix', action='store_true', help='count the warm-up before the epochs of the schedule')
     add('--cooldown-epochs', type=int, default=0, help='epochs at --min-lr after the schedule')
@@ -385,7 +387,8 @@ def _add_run(group) -> None:
     add('--seed', type=NON_NEGATIVE_INT, default=42, help='random seed')
     add('--output', default='', metavar='DIR', help='parent of the output folder (default: ./output/train)')
     add('--experiment', default='', metavar='NAME', help='name of the output folder (default: date, model and size)')
-    add('--log-interval', type=POSITIVE_INT, default=50, metavar='N', help='batches between log lines')
+    add('--log-interval', type=POSITIVE_INT, default=50, metavar='N',
+        help='updates between log lines; batches in an evaluation')
     add('--val-interval', type=POSITIVE_INT, default=1, metavar='N', help='epochs between evaluations')
     add('--recovery-interval', type=NON_NEGATIVE_INT, default=0, metavar='N',
         help='updates between checkpoints within an epoch (default: 0, none)')
@@ -514,9 +517,10 @@ def parse_args(
             del config['kd_distill_type']  # timm writes its default into every args.yaml
         config_argv = options_to_argv(config, parser)
     args = parser.parse_args(rest, parser.parse_args(config_argv))
-    if 'epochs' in given_options(parser, rest):
+    given = given_options(parser, rest)
+    if 'epochs' in given:
         args.auto_epochs = False  # the command line wins
-    if args.data and not parser.parse_args(rest).data_dir:
+    if args.data and 'data_dir' not in given:
         args.data_dir = None  # the file's
     if os.path.isdir(args.model) and not is_model(args.model):
         args.model = f'local-dir:{args.model}'
@@ -525,7 +529,7 @@ def parse_args(
 
 
 def resolve_args(args: argparse.Namespace) -> argparse.Namespace:
-    """Check the options as far as they tell alone, and fill in those that depend on the machine or on files.
+    """Check the options that need neither data nor model, and fill in those that depend on the machine or on files.
 
     Returns:
         A copy, which nothing changes later.
@@ -538,7 +542,6 @@ def resolve_args(args: argparse.Namespace) -> argparse.Namespace:
     _check_files(args)
     _check_values(args)
     _check_combinations(args)
-    _check_auto_epochs(args)
     _check_mixing(args)
     _check_teacher(args)
     _check_size_schedule(args)
@@ -592,7 +595,7 @@ def output_parent(args: argparse.Namespace) -> str:
     return args.output or os.path.join('.', 'output', 'train')
 
 
-def _given(args: argparse.Namespace, keys: Sequence[str]) -> List[str]:
+def _changed(args: argparse.Namespace, keys: Sequence[str]) -> List[str]:
     """Return those options that do not have their defaults."""
     parser = build_parser()
     return [key for key in keys if getattr(args, key) != parser.get_default(key)]
@@ -606,7 +609,7 @@ def _check_model(args: argparse.Namespace) -> None:
     source, name = parse_model_name(args.model)
     if source is None and not is_model(name.split('.')[0]):
         raise ValueError(f'Unknown --model {args.model!r}. The nearest names: {nearest_names(name)}.')
-    for key in _given(args, [key for key in vars(args) if key.startswith('naflex_')]):
+    for key in _changed(args, [key for key in vars(args) if key.startswith('naflex_')]):
         raise ValueError(
             f'{_flag(key)} is not supported: NaFlex feeds sequences of patches, and a DearKD student needs a grid of'
             ' tokens. Remove the flag. --train-img-sizes trains at several sizes.')
@@ -660,11 +663,6 @@ def _check_combinations(args: argparse.Namespace) -> None:
         raise ValueError('--torchscript is for training. Remove it with --eval-only; in a file, torchscript: false.')
 
 
-def _check_auto_epochs(args: argparse.Namespace) -> None:
-    if args.auto_epochs and args.train_img_sizes:
-        raise ValueError('--auto-epochs does not go with --train-img-sizes. Set --epochs instead.')
-
-
 def _check_mixing(args: argparse.Namespace) -> None:
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
     for flag, sizes in (('--batch-size', [args.batch_size]), ('--train-batch-sizes', args.train_batch_sizes or [])):
@@ -686,7 +684,7 @@ def _check_teacher(args: argparse.Namespace) -> None:
     if args.dearkd_labels == 'teacher' and (args.bce_loss or args.jsd_loss):
         flag = '--bce-loss' if args.bce_loss else '--jsd-loss'
         raise ValueError(f'--dearkd-labels teacher does not go with {flag}: it has its own loss. Remove one of them.')
-    for key in _given(args, taught) if args.kd_model_name is None else ():
+    for key in _changed(args, taught) if args.kd_model_name is None else ():
         raise ValueError(
             f'{_flag(key)} needs a teacher: add --kd-model-name NAME. An empty name ("") trains without a teacher.')
 
@@ -704,15 +702,15 @@ def check_distillation(args: argparse.Namespace, distill_type: str) -> None:
         raise ValueError(
             '--torchscript does not go with --kd-distill-type token, which trains two heads that TorchScript merges.'
             ' Use --torchcompile.')
-    hard = distill_type == 'dearkd' and not args.dearkd_soft_labels and args.kd_distill_type is None
-    if hard and _given(args, ['kd_temperature']):
-        raise ValueError(
-            '--kd-temperature is the temperature of soft labels, and DearKD learns hard ones. Add --dearkd-soft-labels,'
-            ' or remove the flag.')
+    if distill_type == 'dearkd' and not args.dearkd_soft_labels and _changed(args, ['kd_temperature']):
+        message = '--kd-temperature is the temperature of soft labels, and DearKD learns hard ones'
+        if args.kd_distill_type is None:
+            raise ValueError(f'{message}. Add --dearkd-soft-labels, or remove the flag.')
+        _logger.warning(f'{message}. It has no effect.')
     if args.kd_label_cache and args.dearkd_soft_labels:
         raise ValueError('--kd-label-cache keeps hard labels. Remove the flag, or --dearkd-soft-labels.')
     others = dict.fromkeys(key for keys in _TAUGHT.values() for key in keys if key not in _TAUGHT[distill_type])
-    for key in _given(args, list(others)):
+    for key in _changed(args, list(others)):
         kinds = ' or '.join(kind for kind, keys in _TAUGHT.items() if key in keys)
         message = f'{_flag(key)} goes with --kd-distill-type {kinds}, this run has {distill_type}'
         if args.kd_distill_type is None or key in ('kd_class_map', 'kd_label_cache'):
@@ -727,6 +725,8 @@ def _check_size_schedule(args: argparse.Namespace) -> None:
         if given and len(given) != len(sizes or ()):
             raise ValueError(
                 f'{_flag(key)} has {len(given)} values for the {len(sizes or ())} of --train-img-sizes. Give as many.')
+    if args.auto_epochs and sizes:
+        raise ValueError('--auto-epochs does not go with --train-img-sizes. Set --epochs instead.')
     if args.train_size_schedule == 'progressive' and len(sizes or ()) < 2:
         raise ValueError('--train-size-schedule progressive needs two or more --train-img-sizes.')
     if (sizes or args.train_batches_per_epoch) and args.aug_splits:

@@ -28,7 +28,6 @@ TIMM_WORKERS = 4  # timm's default
 class Ranks(NamedTuple):
     """Rank of this process, and the number of processes."""
     rank: int = 0
-    local_rank: int = 0
     world_size: int = 1
 
     @property
@@ -125,7 +124,7 @@ def select_device(name: Optional[str]) -> Tuple[torch.device, Ranks]:
     """
     device = find_device(name)
     result = init_distributed_device_so(device.type if is_distributed_env() else str(device))
-    ranks = Ranks(result['global_rank'], result['local_rank'], result['world_size'])
+    ranks = Ranks(result['global_rank'], result['world_size'])
     of = f', {ranks.world_size} processes' if ranks.distributed else ''
     if ranks.is_primary:
         _logger.info(f'Running on {result["device"]}{of}.')
@@ -158,12 +157,11 @@ class Interrupted(Exception):
 
     Args:
         signum: Number of the signal.
-        checkpoint: File to resume from; '' in processes that write none.
+        remedy: How to resume, a sentence.
     """
 
-    def __init__(self, signum: int, checkpoint: str = '') -> None:
-        remedy = f' Resume with --resume {checkpoint}, or --resume auto.' if checkpoint else ''
-        super().__init__(f'Interrupted by {signal.Signals(signum).name}.{remedy}')
+    def __init__(self, signum: int, remedy: str = '') -> None:
+        super().__init__(f'Interrupted by {signal.Signals(signum).name}. {remedy}'.rstrip())
         self.signum = signum
 
 

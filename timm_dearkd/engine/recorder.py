@@ -114,7 +114,7 @@ class Recorder:
             self.trainer.check_finite(epoch)
             self._save_recovery(epoch, update)
         if stopping:
-            raise Interrupted(stop.signum, self.saver.curr_recovery_file if self.saver is not None else '')
+            raise self._interruption(stop)
 
     def on_eval_batch(self, stop: StopRequest) -> None:
         """Stop the evaluation after an epoch if a signal has come. A resumed run evaluates again.
@@ -124,7 +124,11 @@ class Recorder:
         """
         if stop:
             self._save_recovery(self.trainer.epoch, self.trainer.num_updates)
-            raise Interrupted(stop.signum, self.saver.curr_recovery_file if self.saver is not None else '')
+            raise self._interruption(stop)
+
+    def _interruption(self, stop: StopRequest) -> Interrupted:
+        remedy = f'Resume with --resume {self.saver.curr_recovery_file}, or --resume auto.' if self.saver else ''
+        return Interrupted(stop.signum, remedy)
 
     def _save_recovery(self, epoch: int, update: int) -> None:
         if self.trainer.labels is not None:  # a run that resumes here does not see the images again
@@ -259,10 +263,9 @@ class Recorder:
     def _collect_state(self, **state: Any) -> None:
         """Collect the state of the run for the next checkpoint, apart from the task and the optimizer."""
         device, ranks = self.trainer.precision.device, self.trainer.ranks
-        rng_states: List[Any] = [get_rng_state(device)]
+        rng_states: List[Any] = [get_rng_state(device)] * ranks.world_size
         if ranks.distributed:
-            rng_states *= ranks.world_size
-            dist.all_gather_object(rng_states, get_rng_state(device))
+            dist.all_gather_object(rng_states, rng_states[0])
         if self.saver is not None:
             plateau = getattr(self.trainer.lr_scheduler, 'lr_scheduler', None)  # the one schedule with a state
             ema = getattr(self.trainer.task, 'trainable_module_ema', None)
@@ -316,7 +319,7 @@ def build_recorder(
         classes: Classes,
         distance_images: Optional[torch.Tensor] = None,
 ) -> Recorder:
-    """The output folder with `args.yaml` and `run.json`, and what writes into it."""
+    """Create the output folder with `args.yaml` and `run.json`, and return the recorder of the run."""
     default_name = '-'.join([
         datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(data_config['input_size'][-1])])
     folder = on_primary(trainer.ranks, partial(run_folder.create, default_name))
@@ -355,7 +358,7 @@ def build_recorder(
 
 
 def describe_run(args, train_set, eval_set, model: nn.Module, precision: Precision, ranks: Ranks) -> Dict[str, Any]:
-    """Data and environment, for `run.json`."""
+    """Return facts on the data and the environment, for `run.json`."""
     def count(dataset) -> Optional[int]:
         try:
             return len(dataset)

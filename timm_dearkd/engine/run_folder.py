@@ -75,7 +75,7 @@ class RunFolder:
             self._acquire()
         if resume == 'auto':
             resume = find_checkpoint(self.path)
-        if self.path:
+        elif self.path:
             refuse_to_overwrite(self.path, resume)
         self.checkpoint = resume
         return resume
@@ -163,7 +163,7 @@ def _write_owner(lock_file: str, text: str) -> None:
 
 
 def _owner(lock_file: str) -> str:
-    """The process that holds a lock, in words."""
+    """Return the process that holds a lock, in words."""
     try:
         owner = Path(lock_file).read_text()
     except OSError:

@@ -188,5 +188,5 @@ def mhca_stats(model: nn.Module) -> Dict[str, torch.Tensor]:
 
 
 def scalars(tensors: Mapping[str, torch.Tensor]) -> Dict[str, float]:
-    """0-dim tensors of one device as numbers, in one transfer."""
+    """Return 0-dim tensors of one device as numbers, in one transfer."""
     return dict(zip(tensors, torch.stack(list(tensors.values())).tolist())) if tensors else {}

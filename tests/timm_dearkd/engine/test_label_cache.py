@@ -21,7 +21,7 @@ from timm_dearkd.engine.label_cache import (
     LabelCache,
     build_label_cache,
     describe_files,
-    open_folder,
+    open_label_folder,
 )
 from timm_dearkd.engine.loop import Stepper, Trainer
 from timm_dearkd.engine.options import build_parser
@@ -273,15 +273,15 @@ def test_what_cannot_be_cached(tmp_path):
         build_label_cache(args, Namespace(task=task), [], {})
     (tmp_path / 'file').touch()
     with pytest.raises(ValueError, match="--kd-label-cache '.*file' cannot be used"):
-        open_folder(str(tmp_path / 'file'), {})
+        open_label_folder(str(tmp_path / 'file'), {})
     (tmp_path / 'file').unlink()
     for content in ('', '[1]', '{"images": []}'):
         (tmp_path / 'labels.json').write_text(content)
         with pytest.raises(ValueError, match='labels.json. cannot be read. Remove the folder'):
-            open_folder(str(tmp_path), {})
+            open_label_folder(str(tmp_path), {})
     (tmp_path / 'labels.json').rename(tmp_path / 'photo.png')
     with pytest.raises(ValueError, match='has other files and no labels.json. Name another folder'):
-        open_folder(str(tmp_path), {})
+        open_label_folder(str(tmp_path), {})
 
 
 def test_data_sets_that_are_no_files():

@@ -114,7 +114,7 @@ def test_processes_share_the_images_of_one(image_folder, kwargs):
     def samples(batch_size, rank, world_size):
         dataset = open_dataset('', str(image_folder), 'train')
         loader = create_train_loader(
-            dataset, config(), batch_size, CPU, num_workers=0, ranks=Ranks(rank, rank, world_size),
+            dataset, config(), batch_size, CPU, num_workers=0, ranks=Ranks(rank, world_size),
             scale=(0.1, 1.), auto_augment='rand-m9', **kwargs)
         loader.set_epoch(1, 1)
         return [images for images, _ in loader]

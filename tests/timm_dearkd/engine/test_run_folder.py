@@ -140,7 +140,7 @@ def test_a_file_system_without_locks_gets_a_warning(error, monkeypatch, tmp_path
 
 def ask_primary(rank, store, results):
     dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=2)
-    ranks = Ranks(rank, rank, 2)
+    ranks = Ranks(rank, 2)
 
     def fail():
         raise ValueError('of the primary')
