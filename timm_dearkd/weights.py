@@ -19,8 +19,6 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from timm.models import PretrainedCfg, list_models
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, hf_split
 
-from distill_hooks.errors import one_line
-
 __all__ = ['HubError', 'download_weights', 'hub_errors', 'locate_weights']
 
 NAMESPACE_VARIABLE = 'TIMM_DEARKD_HUB'
@@ -66,7 +64,7 @@ def hub_errors(repo: str) -> Iterator[None]:
 
 def _explain(error: Exception, status: Optional[int], is_offline: bool) -> str:
     """Return the cause of an error and its remedy in one line."""
-    reason = one_line(error)
+    reason = ' '.join(str(error).split())
     if isinstance(error, HFValidationError):
         return 'this is not the name of a Hub repository. Expected ORG/NAME.'
     if isinstance(error, GatedRepoError):
