@@ -25,7 +25,7 @@ from reproduction.cells import (
 from reproduction.choices import choices, first_choices, recipes
 from reproduction.data_free import inversion, other_cnn, table5, table6
 from reproduction.table import AGREEMENT, HIDDEN, OWN_CNN, Claim, Entry, Table
-from timm_dearkd.engine.optimizer import epochs_for
+from timm_dearkd.engine.schedule import epochs_for
 from timm_dearkd.settings import choose_batch_size
 
 __all__ = ['CHOOSING', 'TABLES', 'collect_cells', 'tables_of']

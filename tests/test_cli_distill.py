@@ -14,7 +14,7 @@ from timm.data import create_dataset
 import timm_dearkd.train
 from reproduction.results import distill_figures
 from timm_dearkd.cli import COMMANDS
-from timm_dearkd.engine.optimizer import epochs_for
+from timm_dearkd.engine.schedule import epochs_for
 from timm_dearkd.engine.wrappers import ClassFraction
 from timm_dearkd.images import Images, look_at
 from timm_dearkd.settings import choose_batch_size, choose_student, is_mirrored_alike

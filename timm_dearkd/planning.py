@@ -20,9 +20,9 @@ from .analysis.runs import open_run
 from .engine.checkpoints import EXPORT_NAME, changed_options
 from .engine.data import image_mode
 from .engine.image_folder import exceeds_8_bits
-from .engine.optimizer import epochs_for
 from .engine.options import find_config, options_to_argv, parse_args
 from .engine.process import default_workers
+from .engine.schedule import epochs_for
 from .engine.student import create_student
 from .images import Images
 from .settings import (

@@ -10,13 +10,10 @@ import gc
 import importlib
 import json
 import logging
-import os
 import shlex
-import sys
 import time
-from datetime import datetime, timedelta
 from functools import partial
-from typing import Any, Callable, Dict, List, NoReturn, Optional, Sequence, Tuple, cast
+from typing import Any, Callable, Dict, NoReturn, Optional, Sequence, cast
 
 import torch
 import torch.distributed as dist
@@ -32,9 +29,9 @@ from distill_hooks.errors import first_line, one_line
 from distill_hooks.task import keep_constants_local
 from timm_dearkd.analysis.report import check_available as check_report
 from timm_dearkd.analysis.report import write_report
-from timm_dearkd.engine.checkpoints import EXPORT_NAME, Position, read_classes, resume_run
+from timm_dearkd.engine.checkpoints import Position, read_classes, restore_generators
 from timm_dearkd.engine.data import UNKNOWN_CLASSES, build_datasets, class_names, classes_of
-from timm_dearkd.engine.distillation import build_schedule, build_task, check_teacher, log_changed_stages
+from timm_dearkd.engine.distillation import build_task, uses_ema
 from timm_dearkd.engine.label_cache import build_label_cache
 from timm_dearkd.engine.loader import (
     TrainLoader,
@@ -46,7 +43,7 @@ from timm_dearkd.engine.loader import (
     images_per_update,
 )
 from timm_dearkd.engine.loop import Stepper, Trainer, Validator, mean_lr
-from timm_dearkd.engine.optimizer import build_optimizer, build_scheduler, choose_epochs, warn_of_short_run
+from timm_dearkd.engine.optimizer import build_optimizer
 from timm_dearkd.engine.options import build_config_parser, build_parser, output_parent, parse_args, resolve_args
 from timm_dearkd.engine.process import (
     CompileError,
@@ -55,19 +52,24 @@ from timm_dearkd.engine.process import (
     Ranks,
     StopRequest,
     TrainingError,
+    command_line,
     compile_errors,
     select_device,
     use_deterministic_kernels,
 )
-from timm_dearkd.engine.recorder import Recorder, build_recorder, describe_run, print_results
+from timm_dearkd.engine.recorder import (
+    Recorder,
+    build_recorder,
+    describe_run,
+    evaluate_teacher,
+    log_expected_end,
+    log_results,
+)
 from timm_dearkd.engine.run_folder import RunFolder, complete_export, export_model, on_primary, record_results
-from timm_dearkd.engine.seeding import set_rng_state
+from timm_dearkd.engine.schedule import choose_epochs, evaluated_epochs, schedule_run
 from timm_dearkd.engine.student import build_evaluation, build_student, warn_of_new_weights
 
 _logger = logging.getLogger('train')
-
-# Options of a parameter group; other entries are the optimizer's own
-_GROUP_OPTIONS = {'lr', 'lr_scale', 'weight_decay', 'betas', 'eps', 'momentum'}
 
 config_parser = build_config_parser()
 parser = build_parser()
@@ -109,20 +111,6 @@ def prepare(argv: Optional[Sequence[str]] = None) -> Callable[[], None]:
     if args.eval_only:
         return prepare_evaluation(args, precision, ranks)
     return prepare_training(args, args_text, command_line(argv, ranks), precision, ranks)
-
-
-def command_line(argv: Optional[Sequence[str]], ranks: Ranks) -> str:
-    """Return the command that started this run, as far as the process knows it."""
-    local = os.environ.get('LOCAL_WORLD_SIZE')
-    nodes = ranks.world_size // int(local) if local else 1
-    launcher = ['python']
-    if local and ranks.distributed:
-        launcher = ['torchrun', *(['--nnodes', str(nodes)] if nodes > 1 else []), '--nproc_per_node', local]
-    if argv is not None and launcher == ['python']:
-        return shlex.join(['timm-dearkd', 'train', *argv])
-    is_module = argv is not None or sys.modules['__main__'].__spec__ is not None
-    script = ['-m', 'timm_dearkd.train'] if is_module else ['train.py']
-    return shlex.join([*launcher, *script, *(sys.argv[1:] if argv is None else argv)])
 
 
 def prepare_training(args, args_text: str, command: str, precision: Precision, ranks: Ranks) -> Callable[[], None]:
@@ -178,8 +166,7 @@ def build_run_in(
     export = partial(export_model, model, data_config=data_config, label_names=names)
     if args.resume == 'auto' and start.epoch >= epochs.stop:
         _logger.info(f'{args.experiment} has its {start.epoch} epochs already. It is left as it is.')
-        use_ema = task.has_ema() and not args.model_ema_force_cpu
-        complete = partial(complete_run, args, run_folder.path, export, use_ema, device)
+        complete = partial(complete_run, args, run_folder.path, export, uses_ema(args, task), device)
         return complete if ranks.is_primary else lambda: None
     if start.epoch >= epochs.stop:
         raise ValueError(f'Nothing to train: the run ends after epoch {epochs.stop}, and {start.epoch} are done.')
@@ -187,15 +174,7 @@ def build_run_in(
     trainer.labels = build_label_cache(args, trainer, train_set, data_config)
     if trainer.labels is not None:
         trainer.labels.num_read, trainer.labels.num_computed = start.num_labels
-    if args.torchcompile:
-        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
-        task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
-    if ranks.distributed:
-        keep_constants_local(cast(torch.nn.Module, task.trainable_module))
-        task.prepare_distributed(
-            device_ids=[device] if device.type != 'cpu' else None,
-            gradient_as_bucket_view=True,  # no copy of the gradients
-            **(dict(broadcast_buffers=False) if args.no_ddp_bb else {}))
+    compile_and_distribute(args, task, device, ranks)
     run_info = describe_run(args, train_set, eval_set, model, precision, ranks)
     run_info.update(command=command, epochs=epochs.stop)
     recorder = build_recorder(
@@ -205,6 +184,19 @@ def build_run_in(
         evaluate_teacher, args, trainer, validator or build_validator(args, task, loader_teacher, precision, ranks),
         recorder, start, names, validator is not None)
     return partial(fit, args, trainer, validator, recorder, start, epochs, check)
+
+
+def compile_and_distribute(args, task: TrainingTask, device: torch.device, ranks: Ranks) -> None:
+    """Compile the task and wrap it for several processes, as the options ask for."""
+    if args.torchcompile:
+        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+        task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
+    if ranks.distributed:
+        keep_constants_local(cast(torch.nn.Module, task.trainable_module))
+        task.prepare_distributed(
+            device_ids=[device] if device.type != 'cpu' else None,
+            gradient_as_bucket_view=True,  # no copy of the gradients
+            **(dict(broadcast_buffers=False) if args.no_ddp_bb else {}))
 
 
 def build_trainer(
@@ -251,37 +243,6 @@ def complete_run(args, folder: str, export: Callable[..., Any], use_ema: bool, d
         report(folder, device)
 
 
-def schedule_run(args, trainer: Trainer, checkpoint: str) -> Tuple[Position, range]:
-    """Resume the run, set up its schedules, and return where it starts and its epochs."""
-    task, optimizer = trainer.task, trainer.step.optimizer
-    given = [{key: group[key] for key in _GROUP_OPTIONS & group.keys()} for group in optimizer.param_groups]
-    start = Position()
-    if checkpoint:
-        start = resume_run(
-            checkpoint, task, dict(vars(args)), None if args.no_resume_opt else optimizer, trainer.precision,
-            images_per_update(args, trainer.ranks))
-    for group, options in zip(optimizer.param_groups, given):  # this run's win over the checkpoint's
-        rate = options.pop('lr')
-        group.update(options)
-        if args.sched != 'plateau':  # its rate depends on earlier metrics, so the checkpoint's stays
-            group['lr'] = group['initial_lr'] = rate
-    resumed = start
-    if args.start_epoch is not None:
-        start = Position(args.start_epoch)
-    trainer.num_skipped = start.num_skipped
-    num_images = trainer.num_updates * images_per_update(args, trainer.ranks)
-    trainer.lr_scheduler, num_epochs = build_scheduler(args, optimizer, trainer.num_updates, start)
-    if isinstance(task, DearKDTask):
-        task.schedule = build_schedule(args, num_epochs)
-        log_changed_stages(args, task.schedule.stage1_epochs, resumed, start.epoch)
-    warn_of_short_run(args, num_epochs, trainer.num_updates, num_images, isinstance(task, DearKDTask))
-    stop_epoch = num_epochs if args.stop_epoch is None else args.stop_epoch
-    for name, epoch in (('stop-epoch', stop_epoch), *(('save-epochs', epoch) for epoch in args.save_epochs)):
-        if not 1 <= epoch <= num_epochs:
-            raise ValueError(f'--{name} is {epoch}, expected 1 to {num_epochs}, the epochs of the run.')
-    return start, range(start.epoch, stop_epoch)
-
-
 def fit(
         args,
         trainer: Trainer,
@@ -312,7 +273,7 @@ def fit(
         logging.getLogger().setLevel(logging.WARNING)
     if recorder.saver is not None:  # after a kill between checkpoint and export
         complete_export(recorder.folder, recorder.export, recorder.export_ema)
-    restore_generators(args.seed, trainer, start)
+    restore_generators(start, args.seed, trainer.task, trainer.precision.device, ranks)
     evaluated = evaluated_epochs(args, epochs)
     with recorder.tracker, StopRequest(ranks) as stop:
         if before_epochs is not None:
@@ -333,18 +294,6 @@ def fit(
             record_results(
                 recorder.folder, labels_read=trainer.labels.num_read, labels_computed=trainer.labels.num_computed)
         log_results(recorder, args.eval_metric)
-
-
-def restore_generators(seed: int, trainer: Trainer, start: Position) -> None:
-    """Restore the random generators of a resumed run, or seed those of a new one."""
-    task: Any = trainer.task
-    ranks = trainer.ranks
-    if len(start.rng_states) == ranks.world_size:
-        set_rng_state(start.rng_states[ranks.rank], trainer.precision.device)
-    else:
-        random_seed(seed, ranks.rank)
-    if start.ema_rng_state is not None and task.has_ema():
-        task.trainable_module_ema._sr_generator.set_state(start.ema_rng_state)
 
 
 def run_epoch(
@@ -377,90 +326,6 @@ def run_epoch(
     return eval_seconds
 
 
-def log_results(recorder: Recorder, eval_metric: str) -> None:
-    """Log the best epoch and where its student is, and print the best epochs."""
-    recorder.compare_with_teacher()
-    saver = recorder.saver
-    if saver is not None and saver.best_metric is not None:
-        _logger.info(f'*** Best metric: {saver.best_metric:.4g} (epoch {saver.best_epoch})')
-        if os.path.exists(os.path.join(recorder.folder, 'config.json')):
-            _logger.info(f"*** Load it with timm.create_model('local-dir:{recorder.folder}', pretrained=True)")
-        else:
-            _logger.info(f'*** Its weights: {os.path.join(recorder.folder, EXPORT_NAME)}')
-    print_results(recorder.results, eval_metric)
-
-
-def evaluate_teacher(
-        args,
-        trainer: Trainer,
-        validator: Optional[Validator],
-        recorder: Recorder,
-        start: Position,
-        names: Sequence[str],
-        is_validation: bool,
-        stop: StopRequest,
-) -> None:
-    """Evaluate the teacher before the first epoch of a run, and again if it is resumed with another image size.
-
-    Args:
-        args: The options.
-        trainer: Trainer of the run.
-        validator: Evaluates the teacher; None if there are no images.
-        recorder: Records the result.
-        start: Where the run starts.
-        names: Class names.
-        is_validation: Whether the validator has validation images. Otherwise, it has images of the training set.
-        stop: Signals.
-
-    Raises:
-        Interrupted: If a signal has come.
-    """
-    if getattr(trainer.task, 'teacher', None) is None:
-        return
-    if validator is None:
-        _logger.info("The order of the teacher's classes is not checked: that needs validation images.")
-        return
-    is_resumed = bool(start.epoch or start.update)
-    has_same_size = (start.options or {}).get('kd_teacher_img_size') == args.kd_teacher_img_size
-    knows = on_primary(trainer.ranks, lambda: recorder.knows_teacher)
-    if is_resumed and has_same_size and (knows or not is_validation):
-        return
-
-    def check() -> None:
-        if stop:
-            raise Interrupted(stop.signum)
-
-    validator.on_batch = check if validator.in_step else None
-    recorder.on_teacher(check_teacher(trainer.task, validator, recorder.folder, names), is_validation)
-
-
-def evaluated_epochs(args, epochs: range) -> List[int]:
-    """Return the epochs after which the student is evaluated."""
-    always = (epochs.stop, *args.save_epochs)
-    return [epoch for epoch in epochs if (epoch + 1) % args.val_interval == 0 or epoch + 1 in always]
-
-
-def log_expected_end(
-        epoch: int, epochs: range, evaluated: Sequence[int], seconds: float, eval_seconds: float) -> None:
-    """Log when the run will be over, from the time of one epoch.
-
-    Args:
-        epoch: The epoch.
-        epochs: Epochs of the run.
-        evaluated: Those that are evaluated.
-        seconds: Time of the epoch, evaluation included.
-        eval_seconds: Time of its evaluation; about 0 if it has none.
-    """
-    epochs_left, evals_left = epochs.stop - epoch - 1, sum(other > epoch for other in evaluated)
-    if not epochs_left:
-        return
-    left = timedelta(seconds=round((seconds - eval_seconds) * epochs_left + eval_seconds * evals_left))
-    end = (datetime.now() + left).strftime('%Y-%m-%d %H:%M')
-    untimed = f', plus {evals_left} evaluations' if evals_left and epoch not in evaluated else ''
-    _logger.info(
-        f'Epoch {epoch} took {timedelta(seconds=round(seconds))}. Expected end: about {end}, in {left}{untimed}.')
-
-
 def report(folder: str, device: torch.device) -> None:
     """Write the report of a finished run. Errors only give a warning."""
     try:
@@ -476,7 +341,7 @@ def evaluate_epoch(args, trainer: Trainer, validator: Optional[Validator], label
     task: Any = trainer.task
     ranks = trainer.ranks
     metrics: Dict[str, float] = {}
-    for ema in (False, True) if task.has_ema() and not args.model_ema_force_cpu else (False,):
+    for ema in (False, True) if uses_ema(args, task) else (False,):
         model = task.get_eval_model(ema=ema)
         if ranks.distributed and args.dist_bn:
             distribute_bn(model, ranks.world_size, args.dist_bn == 'reduce')

@@ -8,18 +8,19 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import torch
 import yaml
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
-from timm.utils import CheckpointSaver
+from timm.utils import CheckpointSaver, random_seed
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch.utils._pytree import tree_map_only
 
 from distill_hooks.errors import first_line, one_line
 
 from .data import UNKNOWN_CLASSES, Classes
-from .process import Precision, TrainingError
+from .process import Precision, Ranks, TrainingError
+from .seeding import set_rng_state
 
 __all__ = [
     'EXPORT_NAME', 'AtomicCheckpointSaver', 'Position', 'changed_options', 'find_checkpoint', 'read_classes',
-    'refuse_to_overwrite', 'remove_recovery', 'resume_run',
+    'refuse_to_overwrite', 'remove_recovery', 'restore_generators', 'resume_run',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -329,3 +330,13 @@ def _check_resumable(
         raise ValueError(
             f'--resume {path} is a run with a teacher, this one has none. Add --kd-model-name {teacher}, or start'
             ' from its weights with --initial-checkpoint.')
+
+
+def restore_generators(start: Position, seed: int, task: Any, device: torch.device, ranks: Ranks) -> None:
+    """Restore the random generators of a resumed run, or seed those of a new one."""
+    if len(start.rng_states) == ranks.world_size:
+        set_rng_state(start.rng_states[ranks.rank], device)
+    else:
+        random_seed(seed, ranks.rank)
+    if start.ema_rng_state is not None and task.has_ema():
+        task.trainable_module_ema._sr_generator.set_state(start.ema_rng_state)

@@ -39,7 +39,7 @@ from .options import check_distillation
 
 __all__ = [
     'TeacherCheck', 'build_schedule', 'build_task', 'check_teacher', 'choose_distill_type', 'load_teacher',
-    'log_changed_stages', 'saved_names',
+    'log_changed_stages', 'saved_names', 'uses_ema',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -316,6 +316,11 @@ def log_changed_stages(args, stage1_epochs: int, resumed: Position, first_epoch:
             f' {stage1_epochs - 1} are in stage I again.{keep}')
     else:
         _logger.info(f'{change} (was {old_epochs}).{keep}')
+
+
+def uses_ema(args, task: TrainingTask) -> bool:
+    """Return whether the average of weights is evaluated and exported; on the CPU, it is only kept."""
+    return task.has_ema() and not args.model_ema_force_cpu
 
 
 def choose_distill_type(args, student: nn.Module) -> str:

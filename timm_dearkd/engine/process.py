@@ -3,9 +3,11 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import shlex
 import signal
+import sys
 import threading
-from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -16,7 +18,7 @@ from distill_hooks.errors import one_line
 
 __all__ = [
     'CompileError', 'Interrupted', 'Precision', 'Ranks', 'SINGLE', 'StopRequest', 'TIMM_WORKERS', 'TrainingError',
-    'check_backend', 'compile_errors', 'default_workers', 'find_device', 'init_worker', 'select_device',
+    'check_backend', 'command_line', 'compile_errors', 'default_workers', 'find_device', 'init_worker', 'select_device',
     'use_deterministic_kernels',
 ]
 
@@ -129,6 +131,20 @@ def select_device(name: Optional[str]) -> Tuple[torch.device, Ranks]:
     if ranks.is_primary:
         _logger.info(f'Running on {result["device"]}{of}.')
     return torch.device(result['device']), ranks
+
+
+def command_line(argv: Optional[Sequence[str]], ranks: Ranks) -> str:
+    """Return the command that started this run, as far as the process knows it."""
+    local = os.environ.get('LOCAL_WORLD_SIZE')
+    nodes = ranks.world_size // int(local) if local else 1
+    launcher = ['python']
+    if local and ranks.distributed:
+        launcher = ['torchrun', *(['--nnodes', str(nodes)] if nodes > 1 else []), '--nproc_per_node', local]
+    if argv is not None and launcher == ['python']:
+        return shlex.join(['timm-dearkd', 'train', *argv])
+    is_module = argv is not None or sys.modules['__main__'].__spec__ is not None
+    script = ['-m', 'timm_dearkd.train'] if is_module else ['train.py']
+    return shlex.join([*launcher, *script, *(sys.argv[1:] if argv is None else argv)])
 
 
 class Precision:

@@ -5,10 +5,10 @@ import logging
 import math
 import os
 import platform
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, cast
+from typing import Any, Callable, Dict, List, Optional, Sequence, cast
 
 import timm
 import torch
@@ -22,17 +22,20 @@ from distill_hooks import DearKDTask
 from .._version import __version__
 from ..distances import LOG_NAME, DistanceLog
 from ..files import append_row, write_text
-from .checkpoints import AtomicCheckpointSaver, Position, remove_recovery
+from .checkpoints import EXPORT_NAME, AtomicCheckpointSaver, Position, remove_recovery
 from .data import Classes, have_same_folder
-from .distillation import TeacherCheck
+from .distillation import TeacherCheck, check_teacher, uses_ema
 from .loader import images_per_update, model_dtype
-from .loop import Trainer, mean_lr
+from .loop import Trainer, Validator, mean_lr
 from .process import Interrupted, Precision, Ranks, StopRequest
 from .run_folder import RunFolder, on_primary, read_run_info, record_results, save_images, trim_table, write_run_info
 from .seeding import get_rng_state
 from .tracking import Tracker, mhca_stats, scalars
 
-__all__ = ['Recorder', 'build_recorder', 'describe_run', 'print_results', 'summary_row']
+__all__ = [
+    'Recorder', 'build_recorder', 'describe_run', 'evaluate_teacher', 'log_expected_end', 'log_results',
+    'print_results', 'summary_row',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -349,7 +352,7 @@ def build_recorder(
         export,
         images_per_update=images_per_update(args, trainer.ranks),
         recovery_interval=args.recovery_interval,
-        export_ema=trainer.task.has_ema() and not args.model_ema_force_cpu,
+        export_ema=uses_ema(args, trainer.task),
         saves_images=args.save_images,
         distance_log=DistanceLog(
             folder, cast(nn.Module, trainer.task.get_eval_model()), distance_images, trainer.precision.autocast,
@@ -399,3 +402,81 @@ def _build_saver(
     else:
         remove_recovery(folder)  # of a run that has no other checkpoint
     return saver
+
+
+def evaluate_teacher(
+        args,
+        trainer: Trainer,
+        validator: Optional[Validator],
+        recorder: Recorder,
+        start: Position,
+        names: Sequence[str],
+        is_validation: bool,
+        stop: StopRequest,
+) -> None:
+    """Evaluate the teacher before the first epoch of a run, and again if it is resumed with another image size.
+
+    Args:
+        args: The options.
+        trainer: Trainer of the run.
+        validator: Evaluates the teacher; None if there are no images.
+        recorder: Records the result.
+        start: Where the run starts.
+        names: Class names.
+        is_validation: Whether the validator has validation images. Otherwise, it has images of the training set.
+        stop: Signals.
+
+    Raises:
+        Interrupted: If a signal has come.
+    """
+    if getattr(trainer.task, 'teacher', None) is None:
+        return
+    if validator is None:
+        _logger.info("The order of the teacher's classes is not checked: that needs validation images.")
+        return
+    is_resumed = bool(start.epoch or start.update)
+    has_same_size = (start.options or {}).get('kd_teacher_img_size') == args.kd_teacher_img_size
+    knows = on_primary(trainer.ranks, lambda: recorder.knows_teacher)
+    if is_resumed and has_same_size and (knows or not is_validation):
+        return
+
+    def check() -> None:
+        if stop:
+            raise Interrupted(stop.signum)
+
+    validator.on_batch = check if validator.in_step else None
+    recorder.on_teacher(check_teacher(trainer.task, validator, recorder.folder, names), is_validation)
+
+
+def log_expected_end(
+        epoch: int, epochs: range, evaluated: Sequence[int], seconds: float, eval_seconds: float) -> None:
+    """Log when the run will be over, from the time of one epoch.
+
+    Args:
+        epoch: The epoch.
+        epochs: Epochs of the run.
+        evaluated: Those that are evaluated.
+        seconds: Time of the epoch, evaluation included.
+        eval_seconds: Time of its evaluation; about 0 if it has none.
+    """
+    epochs_left, evals_left = epochs.stop - epoch - 1, sum(other > epoch for other in evaluated)
+    if not epochs_left:
+        return
+    left = timedelta(seconds=round((seconds - eval_seconds) * epochs_left + eval_seconds * evals_left))
+    end = (datetime.now() + left).strftime('%Y-%m-%d %H:%M')
+    untimed = f', plus {evals_left} evaluations' if evals_left and epoch not in evaluated else ''
+    _logger.info(
+        f'Epoch {epoch} took {timedelta(seconds=round(seconds))}. Expected end: about {end}, in {left}{untimed}.')
+
+
+def log_results(recorder: Recorder, eval_metric: str) -> None:
+    """Log the best epoch and where its student is, and print the best epochs."""
+    recorder.compare_with_teacher()
+    saver = recorder.saver
+    if saver is not None and saver.best_metric is not None:
+        _logger.info(f'*** Best metric: {saver.best_metric:.4g} (epoch {saver.best_epoch})')
+        if os.path.exists(os.path.join(recorder.folder, 'config.json')):
+            _logger.info(f"*** Load it with timm.create_model('local-dir:{recorder.folder}', pretrained=True)")
+        else:
+            _logger.info(f'*** Its weights: {os.path.join(recorder.folder, EXPORT_NAME)}')
+    print_results(recorder.results, eval_metric)
