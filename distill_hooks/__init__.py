@@ -1,11 +1,11 @@
 """Distillation of CNNs into vision transformers, as timm training tasks."""
 from .aligner import Aligner
 from .capture import FeatureCapture, find_module
-from .checkpoint import load_model, resolve_teacher
+from .checkpoint import load_model, resolve_model
 from .losses import dearkd_loss, hard_label_loss, hidden_loss, soft_label_loss
 from .schedule import StageWeights, TwoStageSchedule
 from .task import DearKDTask, LabelStore, has_content_tokens
-from .teacher import Teacher, create_teacher, load_class_map, resolve_layer
+from .teacher import Teacher, load_class_map, resolve_layer
 from .timm_tasks import FeatureTask, LogitTask, TimmTeacher, TokenTask
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     'TimmTeacher',
     'TokenTask',
     'TwoStageSchedule',
-    'create_teacher',
     'dearkd_loss',
     'find_module',
     'hard_label_loss',
@@ -29,6 +28,6 @@ __all__ = [
     'load_class_map',
     'load_model',
     'resolve_layer',
-    'resolve_teacher',
+    'resolve_model',
     'soft_label_loss',
 ]

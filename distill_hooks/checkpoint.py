@@ -25,7 +25,7 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from .errors import first_line
 
-__all__ = ['load_model', 'resolve_teacher', 'training_args']
+__all__ = ['load_model', 'resolve_model', 'training_args']
 
 _logger = logging.getLogger(__name__)
 
@@ -256,7 +256,7 @@ def nearest_names(name: str) -> str:
     return ', '.join(list(dict.fromkeys(beginnings + near))[:4]) or 'none'
 
 
-def resolve_teacher(name: str, checkpoint: Optional[str] = None) -> Tuple[str, Optional[str]]:
+def resolve_model(name: str, checkpoint: Optional[str] = None) -> Tuple[str, Optional[str]]:
     """Return the timm name of a model and the file of its weights.
 
     Args:
@@ -381,7 +381,7 @@ def load_model(
         FileNotFoundError: If the checkpoint does not exist.
         ValueError: If the name is unknown, no weights are available, or the checkpoint does not fit.
     """
-    name, checkpoint = resolve_teacher(name, checkpoint)
+    name, checkpoint = resolve_model(name, checkpoint)
     state_dict = _read_state_dict(checkpoint) if checkpoint else {}
     args = training_args(checkpoint) if checkpoint else {}
     if checkpoint:

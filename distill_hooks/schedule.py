@@ -20,11 +20,6 @@ class StageWeights(NamedTuple):
         """Whether the loss needs the teacher's labels."""
         return self.alpha < 1.
 
-    @property
-    def uses_teacher(self) -> bool:
-        """Whether the loss needs the teacher at all."""
-        return self.uses_labels or self.uses_features
-
 
 class TwoStageSchedule:
     """Loss weights of the two stages, by epoch (section 3.2, appendix C).

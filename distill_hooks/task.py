@@ -189,7 +189,7 @@ class LabelStore(Protocol):
     """Known labels of the teacher, for the attribute `label_store` of a `DearKDTask`.
 
     The task calls `take` for every batch whose labels it needs, in the order of the batches. Where the labels are
-    known, the teacher computes its feature maps alone, or does not run at all.
+    known, the teacher computes its feature maps alone, or does not run at all. Soft labels are not stored.
     """
 
     def take(self, batch_size: int) -> Optional[torch.Tensor]:
@@ -320,7 +320,7 @@ class DearKDTask(TrainingTask):
         """
         self.weights = self.schedule(epoch)
         trainable = unwrap_model(self.trainable_module)
-        changed = trainable.set_branches(head_dist=self.weights.alpha < 1., aligners=self.weights.uses_features)
+        changed = trainable.set_branches(head_dist=self.weights.uses_labels, aligners=self.weights.uses_features)
         if changed and self._ddp_kwargs is not None:
             # DDP waits for the gradient of every parameter that it was created with
             self.trainable_module = self._wrap_distributed(cast(nn.Module, self.trainable_module.module))
@@ -385,7 +385,7 @@ class DearKDTask(TrainingTask):
                 the schedule needs a teacher.
         """
         if not state:
-            if strict and len(self.log_names) > 2:
+            if strict and self.log_names != ['loss', 'ce_loss']:
                 raise ValueError(
                     'The checkpoint has no aligner and no head_dist, because it was trained without DearKD.'
                     ' To start from its weights, use --initial-checkpoint instead of --resume.')
@@ -441,7 +441,7 @@ class DearKDTask(TrainingTask):
         far as necessary. See `LabelStore` for labels that are known.
         """
         uses_labels = self.weights.uses_labels or self.labels == 'teacher'
-        store = self.label_store if uses_labels else None
+        store = self.label_store if uses_labels and self.soft_temperature is None else None
         answers = store.take(len(input)) if store is not None else None
         with_logits, with_features = uses_labels and answers is None, self.weights.uses_features
         if not with_logits and not with_features:

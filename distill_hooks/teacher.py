@@ -13,14 +13,12 @@ from timm.models import get_model_input_config
 from timm.utils import unwrap_model
 
 from .capture import FeatureCapture, find_module
-from .checkpoint import load_model, resolve_teacher, training_args
+from .checkpoint import load_model
 from .errors import first_line
 from .fold import fold_batchnorm
 from .truncate import truncate
 
-__all__ = [
-    'FeatureSpec', 'Teacher', 'create_teacher', 'load_class_map', 'resolve_layer', 'resolve_teacher', 'training_args',
-]
+__all__ = ['FeatureSpec', 'Teacher', 'load_class_map', 'resolve_layer']
 
 # Module names of stages. timm's feature_info may begin with a stem (stride at most 2), whose name does not match
 _STAGES = re.compile(r'^(blocks|stages?|layers?[1-9]?|level[1-9]|s[1-9]|features\.(?!norm0|conv1))')
@@ -95,16 +93,6 @@ def load_class_map(path: str) -> List[int]:
     if not class_map:
         raise ValueError(f'Class map {path!r} is empty. Write one teacher class index per line.')
     return class_map
-
-
-def create_teacher(
-        name: str,
-        checkpoint: Optional[str] = None,
-        device: Optional[torch.device] = None,
-        **kwargs: Any,
-) -> nn.Module:
-    """Load a teacher with trained weights; the same as `load_model`."""
-    return load_model(name, checkpoint, device, **kwargs)
 
 
 def _per_channel(values: Sequence[float], in_chans: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import timm_dearkd  # noqa: F401  registers the architectures
-from distill_hooks.teacher import resolve_teacher
+from distill_hooks import resolve_model
 
 
 class Segmenter(nn.Module):
@@ -56,7 +56,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
 
-    name, _ = resolve_teacher(args.model)  # a folder becomes timm's local-dir:
+    name, _ = resolve_model(args.model)  # a folder becomes timm's local-dir:
     trained = name.startswith('local-dir:')
     backbone = timm.create_model(name, pretrained=trained, features_only=True, out_indices=(-3, -1))
     config = backbone.pretrained_cfg

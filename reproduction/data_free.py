@@ -1,5 +1,4 @@
 """Define the tables of images that are synthesised from a CNN."""
-from dataclasses import replace
 from typing import Dict, List, Optional, Sequence, Tuple
 
 from reproduction.cells import (
@@ -51,15 +50,19 @@ def inversion_cell(
         seed: int,
         num_images: int,
         weights: Tuple[str, ...],
+        student: Optional[Cell] = None,
 ) -> Cell:
-    """Return a set of images of one mode and its loss weights. A CNN trained on other images verifies them."""
+    """Return a set of images of one mode and its loss weights. A CNN trained on other images verifies them.
+
+    ADI competes with `student`, or with the student of DeepInversion's images.
+    """
     teacher, needs = teacher_cell(scale), []
     argv = ['--model', '{teacher}', '--num-images', str(num_images), '--diversity', mode, *scale.inversion]
     if teacher:
         needs += [teacher, cnn_cell(scale, 0)]
         argv += ['--verifier', f'{{runs}}/{needs[1].name}', '--min-prob', '0']
     if mode == 'adi':
-        needs.append(synthetic_student_cell(scale, 'none', seed))
+        needs.append(student or synthetic_student_cell(scale, 'none', seed))
         argv += ['--student', f'{{runs}}/{needs[-1].name}']
     cost = num_images * (80. if mode == 'adi' else 40.)
     return Cell(name, data, (*argv, *weights), cost, seed, tuple(needs), 'data_free')
@@ -91,10 +94,7 @@ def round_cells(scale: Scale, number: int, seed: int) -> List[Cell]:
         return [first]
     student = recipe_student(scale, f'round{number - 1}', merged_cell(scale, number - 1, seed), FILLS[0], seed)
     name = f'images-round{number}-seed{seed}'
-    cell = inversion_cell(scale, name, scale.data, 'adi', seed + 100 * number, count, scale.adi)
-    argv = list(cell.argv)
-    argv[argv.index('--student') + 1] = f'{{runs}}/{student.name}'
-    cell = replace(cell, argv=tuple(argv), needs=(*cell.needs[:-1], student), seed=seed + 100 * number)
+    cell = inversion_cell(scale, name, scale.data, 'adi', seed + 100 * number, count, scale.adi, student)
     return [*round_cells(scale, number - 1, seed), cell]
 
 
@@ -261,11 +261,12 @@ def inversion(scale: Scale, seeds: Sequence[int]) -> Table:
 def table5(scale: Scale, seeds: Sequence[int]) -> Table:
     """Return students on synthetic images, and on about as many real ones."""
     recipe = bool(scale.synthetic)  # if there is one, its students are compared with the paper's
-    entries = [
-        entry for mode, (label, paper, _) in MODES.items()
-        for cells in [tuple(synthetic_student_cell(scale, mode, seed) for seed in seeds[:2])]
-        for entry in (Entry(label, 'top-1', cells, None if recipe else paper, 'synthetic'),
-                      Entry(label, 'teacher agreement', cells, None, 'labels', 'teacher_agreement', 2))]
+    entries = []
+    for mode, (label, paper, _) in MODES.items():
+        cells = tuple(synthetic_student_cell(scale, mode, seed) for seed in seeds[:2])
+        entries += [
+            Entry(label, 'top-1', cells, None if recipe else paper, 'synthetic'),
+            Entry(label, 'teacher agreement', cells, None, 'labels', 'teacher_agreement', 2)]
     real, intra = real_students(scale, seeds), (MODES['intra'][0], 'top-1')
     note = (
         f'- DearKD students on {scale.num_synthetic} images synthesised from a CNN'

@@ -36,7 +36,7 @@ from reproduction.results import (
     read_result,
     weights_hash,
 )
-from timm_dearkd.files import write_bytes
+from timm_dearkd.files import write_bytes, write_text
 
 __all__ = ['Driver', 'count_processes', 'git_commit', 'is_taught']
 
@@ -307,7 +307,7 @@ class Driver:
             result['seconds'] = max(1, round(log['seconds']))
             if cell.program == 'train':
                 result['weights'] = weights_hash(self.work / cell.name)
-            write_bytes(self.result_path(cell.name), json.dumps(result, indent=1).encode())
+            write_text(self.result_path(cell.name), json.dumps(result, indent=1))
             return result
 
     def keep_files(self, cell: Cell) -> None:
@@ -329,7 +329,7 @@ class Driver:
         return shlex.join([*(['python'] if alone else self.launcher), *self.command(cell)])
 
     def write_log(self, cell: Cell, log: Dict[str, Any]) -> None:
-        write_bytes(self.work / f'{cell.name}.json', json.dumps(log).encode())
+        write_text(self.work / f'{cell.name}.json', json.dumps(log))
 
     def stop(self, signum: int, *_: Any) -> None:
         """Handle a signal: running cells write their checkpoints, and no other cell starts."""

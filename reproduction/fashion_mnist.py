@@ -8,15 +8,20 @@ DIR/train and DIR/validation hold the 60,000 training and the 10,000 test images
 import argparse
 import gzip
 import os
-import tempfile
+import sys
 import zlib
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Sequence
 
 import numpy as np
 from PIL import Image
 from torchvision.datasets import FashionMNIST
 from tqdm import tqdm
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+from timm_dearkd.commands import run_command  # noqa: E402
+from timm_dearkd.files import new_folder  # noqa: E402
 
 DEBIAN_FOLDER = Path('/usr/share/datasets/fashion-mnist')  # Debian package dataset-fashion-mnist
 NUM_SET_ASIDE = 500  # per class
@@ -59,12 +64,8 @@ def write_fashion_mnist(folder: Path, source: Optional[Path] = None) -> None:
     """Write the folders described above, unless they exist."""
     if folder.exists():
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f'.{folder.name}.', dir=folder.parent) as temporary:
-        images = Path(temporary, 'images')
-        _write_images(images, find_source(source, Path(temporary)))
-        if not folder.exists():  # unless another process was faster
-            os.replace(images, folder)
+    with new_folder(folder) as temporary:
+        _write_images(temporary, find_source(source, temporary.parent))
 
 
 def _write_images(folder: Path, source: Path) -> None:
@@ -85,13 +86,13 @@ def _write_images(folder: Path, source: Path) -> None:
                 os.link(path, link)
 
 
-def main() -> None:
+def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', type=Path)
     parser.add_argument('--source', type=Path, help='folder of the four idx files, gzipped or not')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     write_fashion_mnist(args.folder, args.source)
 
 
 if __name__ == '__main__':
-    main()
+    run_command('fashion_mnist.py', main)

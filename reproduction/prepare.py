@@ -1,8 +1,6 @@
 """Write or check the data of the experiments."""
-import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Optional, Sequence
 
@@ -15,7 +13,7 @@ from reproduction.fashion_mnist import write_fashion_mnist
 from reproduction.stamps import write_stamps
 from timm_dearkd.engine.image_folder import ImageFolderReader, index_by_name, scan_folder
 from timm_dearkd.engine.label_cache import describe_files
-from timm_dearkd.files import write_bytes
+from timm_dearkd.files import new_folder, write_bytes
 from timm_dearkd.images import look_at, prepare_splits
 
 PHOTOS_BATCH = 32  # of the recipe `small_folder`
@@ -98,9 +96,7 @@ def write_cifar10(folder: Path) -> None:
     """
     if folder.exists():
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f'.{folder.name}.', dir=folder.parent) as temporary:
-        images = Path(temporary, 'images')
+    with new_folder(folder) as temporary:
         for split in ('train', 'validation'):
             try:
                 dataset = CIFAR10(str(folder.parent), train=split == 'train', download=True)
@@ -109,11 +105,9 @@ def write_cifar10(folder: Path) -> None:
                     f'Cannot download CIFAR-10 ({e}). Put cifar-10-batches-py, the folder in its archive'
                     f' cifar-10-python.tar.gz, into {folder.parent}.') from e
             for index, (image, label) in enumerate(dataset):
-                path = images / split / dataset.classes[label] / f'{index:05d}.png'
+                path = temporary / split / dataset.classes[label] / f'{index:05d}.png'
                 path.parent.mkdir(parents=True, exist_ok=True)
                 image.save(path)
-        if not folder.exists():  # unless another process was faster
-            os.replace(images, folder)
 
 
 def prepare_data(scale: Scale, data: Path, cells: Sequence[Cell], photos: Optional[Path] = None) -> None:

@@ -21,7 +21,7 @@ from reproduction.table import Key, Table  # noqa: E402
 from reproduction.tables import CHOOSING  # noqa: E402
 from timm_dearkd.analysis.figures import new_figure, render  # noqa: E402
 from timm_dearkd.commands import run_command  # noqa: E402
-from timm_dearkd.files import write_bytes  # noqa: E402
+from timm_dearkd.files import write_bytes, write_text  # noqa: E402
 
 STATISTICS = (
     '- `±` is the half-width of the 95 % confidence interval: in cells, in differences and in plots. A table of one'
@@ -224,7 +224,7 @@ def update_readme(readme: Path, found: Results) -> None:
     rows = [re.sub(r' \[[\d.]+\]', '', line) for line in lines]
     begin, end = '<!-- results: begin -->\n', '<!-- results: end -->'
     before, rest = readme.read_text(encoding='utf-8').split(begin)
-    write_bytes(readme, (before + begin + '\n'.join(rows) + '\n' + end + rest.split(end)[1]).encode())
+    write_text(readme, before + begin + '\n'.join(rows) + '\n' + end + rest.split(end)[1])
 
 
 def write_report(scale: Scale, results: Path, seeds: Sequence[int], output: Path) -> None:
@@ -251,7 +251,7 @@ def write_report(scale: Scale, results: Path, seeds: Sequence[int], output: Path
     if appendix:
         body += ['## Appendix: choices', '', *appendix]
     text = ['# Results', '', *summarise(scale, claims), *describe_setup(scale, found, results), *body]
-    write_bytes(output, ('\n'.join(text).rstrip() + '\n').encode())
+    write_text(output, '\n'.join(text).rstrip() + '\n')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -263,7 +263,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument('--output', type=Path, help='file to write (default: RESULTS.md, or RESULTS-SCALE.md)')
     args = parser.parse_args(argv)
     scale = SCALES[args.scale]
-    scale = replace(scale, photos=args.photos) if args.photos and scale.photos else scale
+    if args.photos and not scale.photos:
+        parser.error(f'--photos is for scales with the table photos, and --scale {scale.name} has none. Remove it.')
+    if args.photos:
+        scale = replace(scale, photos=args.photos)
     output = args.output or ROOT / ('RESULTS.md' if scale.name == 'small' else f'RESULTS-{scale.name}.md')
     results = args.results or RESULTS / scale.name
     write_report(scale, results, args.seeds, output)

@@ -7,9 +7,14 @@ in colour or grey, with transparent pixels. Groups of fewer than 10 images are s
 """
 import argparse
 import shutil
-import tempfile
+import sys
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Sequence
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+from timm_dearkd.commands import run_command  # noqa: E402
+from timm_dearkd.files import new_folder  # noqa: E402
 
 __all__ = ['write_stamps']
 
@@ -22,6 +27,7 @@ def write_stamps(folder: Path, source: Optional[Path] = None) -> None:
 
     Raises:
         FileNotFoundError: If the stamps are not installed.
+        ValueError: If the source has no stamps.
     """
     source = source or DEBIAN_FOLDER
     if folder.exists():
@@ -30,25 +36,24 @@ def write_stamps(folder: Path, source: Optional[Path] = None) -> None:
         raise FileNotFoundError(
             f'No folder {source}. Install the stamps (apt-get install tuxpaint-stamps-default), or give their folder'
             ' with --source.')
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f'.{folder.name}.', dir=folder.parent) as temporary:
-        for group in sorted(path for path in source.iterdir() if path.is_dir()):
-            files = sorted(group.rglob('*.png'))
-            if len(files) >= MIN_IMAGES:
-                target = Path(temporary, 'images', group.name)
-                target.mkdir(parents=True)
-                for file in files:
-                    shutil.copy(file, target / '_'.join(file.relative_to(group).parts))
-        Path(temporary, 'images').rename(folder)
+    groups = {group.name: sorted(group.rglob('*.png')) for group in sorted(source.iterdir()) if group.is_dir()}
+    groups = {name: files for name, files in groups.items() if len(files) >= MIN_IMAGES}
+    if not groups:
+        raise ValueError(f'{source} has no folder with {MIN_IMAGES} PNG files or more. Give the folder of the stamps.')
+    with new_folder(folder) as temporary:
+        for name, files in groups.items():
+            (temporary / name).mkdir()
+            for file in files:
+                shutil.copy(file, temporary / name / '_'.join(file.relative_to(source / name).parts))
 
 
-def main() -> None:
+def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', type=Path)
     parser.add_argument('--source', type=Path, help=f'folder of the stamps (default: {DEBIAN_FOLDER})')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     write_stamps(args.folder, args.source)
 
 
 if __name__ == '__main__':
-    main()
+    run_command('stamps.py', main)

@@ -106,41 +106,42 @@ def table2(scale: Scale, seeds: Sequence[int]) -> Table:
 
 def longer(scale: Scale, seeds: Sequence[int]) -> Table:
     """Return the smallest training set with four times the epochs, to tell few images from few updates; one seed."""
-    share, patient = scale.fractions[0], replace(scale, epochs=4 * scale.epochs)
-    once = ('--val-interval', str(patient.epochs))  # at the end
-    rows = {
-        f'{scale.epochs} epochs (table 2)': {
-            name: students(scale, name, argv, share, seeds[:1]) for name, argv in methods(scale).items()},
-        f'{patient.epochs} epochs': {
-            name: students(patient, f'longer-{name}', argv + once, share, seeds[:1])
-            for name, argv in methods(patient).items()}}
+    share, long = scale.fractions[0], replace(scale, epochs=4 * scale.epochs)
+    once = ('--val-interval', str(long.epochs))  # at the end
+    entries = []
+    for name, label in METHODS.items():
+        short_run = students(scale, name, methods(scale)[name], share, seeds[:1])
+        long_run = students(long, f'longer-{name}', methods(long)[name] + once, share, seeds[:1])
+        entries += [
+            Entry(f'{scale.epochs} epochs (table 2)', label, short_run),
+            Entry(f'{long.epochs} epochs', label, long_run)]
     return Table(
         'Four times as many epochs',
-        f'Students on {100 * share:g} % of the images, where an epoch has the fewest updates.',
-        [Entry(row, label, cells[name]) for row, cells in rows.items() for name, label in METHODS.items()])
+        f'Students on {100 * share:g} % of the images, where an epoch has the fewest updates.', entries)
 
 
-def pupil_cell(scale: Scale, name: str, argv: Tuple[str, ...], cnn: Cell) -> Cell:
+def own_teacher_cell(scale: Scale, name: str, argv: Tuple[str, ...], cnn: Cell) -> Cell:
     """Return a student whose teacher, `cnn`, was trained on the student's images alone."""
     cell = student_cell(scale, name, argv, scale.ablation_fraction, cnn.seed)
     argv = tuple(arg.replace('{teacher}', f'{{runs}}/{cnn.name}') for arg in cell.argv)
     return replace(cell, argv=argv, needs=(cnn,))
 
 
-def pupils(scale: Scale, method: str, seeds: Sequence[int]) -> Tuple[Cell, ...]:
+def own_teacher_students(scale: Scale, method: str, seeds: Sequence[int]) -> Tuple[Cell, ...]:
     """Return such students of a method for several seeds."""
-    return tuple(pupil_cell(scale, f'pupil_{method}', methods(scale)[method], cnn_cell(scale, seed)) for seed in seeds)
+    argv = methods(scale)[method]
+    return tuple(own_teacher_cell(scale, f'pupil_{method}', argv, cnn_cell(scale, seed)) for seed in seeds)
 
 
-def longer_pupils(scale: Scale, seeds: Sequence[int]) -> Dict[str, Tuple[Cell, ...]]:
+def longer_own_students(scale: Scale, seeds: Sequence[int]) -> Dict[str, Tuple[Cell, ...]]:
     """Return DearKD with such a teacher and four times the epochs, in one stage and in two, by name."""
-    patient = replace(scale, epochs=4 * scale.epochs)
+    long = replace(scale, epochs=4 * scale.epochs)
     kinds = {
-        'mhca_hidden': methods(patient)['mhca_hidden'], 'dearkd': methods(patient)['dearkd'],
-        'stage50_anneal': two_stages(patient, 1 / 2, 'anneal')}
-    once = ('--val-interval', str(patient.epochs))  # at the end
+        'mhca_hidden': methods(long)['mhca_hidden'], 'dearkd': methods(long)['dearkd'],
+        'stage50_anneal': two_stages(long, 1 / 2, 'anneal')}
+    once = ('--val-interval', str(long.epochs))  # at the end
     return {
-        name: tuple(pupil_cell(patient, name, argv + once, cnn_cell(scale, seed)) for seed in seeds)
+        name: tuple(own_teacher_cell(long, name, argv + once, cnn_cell(scale, seed)) for seed in seeds)
         for name, argv in ((f'longer_pupil_{kind}', argv) for kind, argv in kinds.items())}
 
 
@@ -166,7 +167,7 @@ def distill_part(scale: Scale, name: str, share: float, seed: int, *argv: str, n
         '--fraction-seed', str(seed), needs=needs)
 
 
-def patient_cnn_cell(scale: Scale, share: float, seed: int) -> Cell:
+def long_cnn_cell(scale: Scale, share: float, seed: int) -> Cell:
     """Return the CNN that `distill` trains on a share of grey images, but with as many updates as its student."""
     num_images = round(scale.num_train * share)
     batch_size = choose_batch_size(num_images)
@@ -184,11 +185,11 @@ def equal_updates(scale: Scale, seeds: Sequence[int]) -> Tuple[List[Entry], List
     for share in scale.fractions[:2]:
         text = f'{100 * share:g} %, `distill`'
         own = tuple(distill_part(scale, 'own', share, seed) for seed in seeds)
-        patient = tuple(patient_cnn_cell(scale, share, seed) for seed in seeds)
+        long = tuple(long_cnn_cell(scale, share, seed) for seed in seeds)
         cnn, longer_cnn, student = (
             f'{text}: {row}' for row in ('its CNN', 'this CNN with the updates of the student', 'DearKD'))
         entries += [
-            Entry(cnn, 'top-1', own, None, text, 'teacher_top1'), Entry(longer_cnn, 'top-1', patient, None, text),
+            Entry(cnn, 'top-1', own, None, text, 'teacher_top1'), Entry(longer_cnn, 'top-1', long, None, text),
             Entry(student, 'top-1', own, None, f'{text} {HIDDEN}'),
             Entry(student, 'teacher agreement', own, None, f'{text} labels', 'teacher_agreement', 2)]
         claims += [
@@ -203,8 +204,8 @@ def own_teacher(scale: Scale, seeds: Sequence[int]) -> Table:
     rows = {
         'ViT': students(scale, 'vit', methods(scale)['vit'], scale.ablation_fraction, seeds),
         'CNN trained on the same images': tuple(cnn_cell(scale, seed) for seed in seeds),
-        'ViT, hard labels of this CNN': pupils(scale, 'hard', seeds),
-        'DearKD with this CNN': pupils(scale, 'dearkd', seeds),
+        'ViT, hard labels of this CNN': own_teacher_students(scale, 'hard', seeds),
+        'DearKD with this CNN': own_teacher_students(scale, 'dearkd', seeds),
         'DearKD with the CNN trained on all images': students(
             scale, 'dearkd', methods(scale)['dearkd'], scale.ablation_fraction, seeds)}
     vit, cnn, hard, dearkd, _ = ((row, 'top-1') for row in rows)
@@ -243,7 +244,7 @@ def defaults(scale: Scale, seeds: Sequence[int]) -> Table:
             student_cell(scale, 'dearkd', methods(scale)['dearkd'], second, seed),
             distill_part(scale, 'kept', second, seed, '--teacher', '{teacher}', needs=cnn)),
         f'{scale.data}, {100 * second:g} %, no teacher given': (
-            *pupils(scale, 'dearkd', [seed]), distill_part(scale, 'own', second, seed)),
+            *own_teacher_students(scale, 'dearkd', [seed]), distill_part(scale, 'own', second, seed)),
         'digits, 125 images, teacher of 1,257': (None, distill_cell(
             scale, 'digits', 'digits', 125, seed, '--train-split', 'train_10pct', '--teacher',
             f'{{runs}}/{digits_cnn.name}', needs=[digits_cnn])),
@@ -336,7 +337,7 @@ def longer_stages(scale: Scale, seeds: Sequence[int]) -> Table:
     shares = dict(longer_pupil_mhca_hidden='100 %', longer_pupil_dearkd='83 %', longer_pupil_stage50_anneal='50 %')
     paper = {'100 %': 74.6, '83 %': 74.8}
     entries = [Entry(shares[name], 'top-1', cells, paper.get(shares[name]), HIDDEN)
-               for name, cells in longer_pupils(scale, seeds).items()]
+               for name, cells in longer_own_students(scale, seeds).items()]
     one, *two = shares.values()
     return Table(
         'Two stages with a weak teacher and four times as many epochs',
@@ -352,7 +353,7 @@ def figure4(scale: Scale, seeds: Sequence[int]) -> Table:
     """Return the runs whose attention distance is recorded."""
     half = two_stages(scale, 1 / 2, 'ce')
     argv = {**methods(scale), 'stage50_ce': half, 'stage50_ce_rpe_drop': half + RPE_DROP}
-    cells = longer_pupils(scale, seeds) if scale.cnn else {}
+    cells = longer_own_students(scale, seeds) if scale.cnn else {}
     for name, arguments in argv.items():
         cells[name] = students(
             scale, name, arguments, scale.ablation_fraction, seeds if name in methods(scale) else seeds[:2])

@@ -270,7 +270,8 @@ ERRORS = {
     'no images': (['--images-per-class', '0'], 'expected a whole number of 1 or more'),
     'compile': (['--torchcompile', 'gcc'], "--torchcompile is 'gcc', expected one of"),
     'jitter': (['--jitter', '-1'], 'expected a whole number of 0 or more'),
-    'betas': (['--betas', '0.9', '1.5'], 'not from 0 to below 1'),
+    'betas': (['--betas', '0.9', '1.5'], "argument --betas: '1.5', expected a number from 0 to below 1"),
+    'beta': (['--betas', 'x', '0.9'], "argument --betas: 'x', expected a number from 0 to below 1"),
     'weights': (['--model', 'resnet18'], 'Name a trained checkpoint of it'),
     'student classes': (
         ['--diversity', 'adi', '--student', 'test_vit', '--student-checkpoint', 'FOUR'],

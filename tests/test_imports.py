@@ -10,8 +10,8 @@ ROOT = Path(__file__).parent.parent
 # Each room may import those of the lines above
 LEVELS = [
     {'distill_hooks'},
-    {'_version', 'commands', 'files', 'rel_pos', 'weights'},
-    {'attention'},
+    {'_version', 'files', 'rel_pos', 'weights'},
+    {'attention', 'commands'},
     {'distances', 'models'},
     {'__init__'},
     {'engine'},

@@ -133,9 +133,14 @@ class ConvAttention(Attention):
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.rpe.parameters())
 
     @torch.jit.unused
+    def _is_traced(self) -> bool:
+        """Return whether the call is recorded. A cache would become a constant."""
+        return torch.jit.is_tracing() or torch.compiler.is_compiling() or isinstance(self.rpe.alpha, torch.fx.Proxy)
+
+    @torch.jit.unused
     def _cached_channels(self, qkv: torch.Tensor) -> Optional[torch.Tensor]:
         """Return the cached channels, or None if this call must not use the cache."""
-        if torch.jit.is_tracing() or torch.compiler.is_compiling() or isinstance(self.rpe.alpha, torch.fx.Proxy):
+        if self._is_traced():
             return None
         if self.training or self._takes_gradient():
             self.rpe._channels_cache = None  # a fused optimizer may step next, and free the gradients
@@ -147,12 +152,8 @@ class ConvAttention(Attention):
         frozen = self.frozen_scores
         if frozen is not None:
             return frozen.to(dtype)
-        if not torch.jit.is_scripting():
-            traced = (
-                torch.jit.is_tracing() or torch.compiler.is_compiling() or isinstance(self.rpe.alpha, torch.fx.Proxy)
-            )
-            if self._scores_are_constant() and not traced:
-                return self.rpe.cached_scores(dtype)
+        if not torch.jit.is_scripting() and self._is_cpu_inference() and not self._is_traced():
+            return self.rpe.cached_scores(dtype)
         return self.rpe().to(dtype)
 
     def _append_scores(self, qkv: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

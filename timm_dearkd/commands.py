@@ -1,11 +1,14 @@
-"""Helpers that all commands share: argument types, flags, and errors in one line."""
+"""Helpers that all commands share: argument types, flags, output files, and errors in one line."""
 import argparse
 import sys
+from pathlib import Path
 from typing import Callable, Optional, Sequence
 
 from distill_hooks.errors import one_line
 
-__all__ = ['add_device', 'natural_int', 'positive_int', 'run_command']
+from .files import find_obstacle
+
+__all__ = ['add_device', 'check_overwrite', 'natural_int', 'positive_int', 'run_command']
 
 
 def _whole_number(text: str, least: int) -> int:
@@ -27,6 +30,20 @@ def positive_int(text: str) -> int:
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add `--device`, see `timm_dearkd.engine.process.find_device`."""
     parser.add_argument('--device', help='cuda, cpu, cuda:1, ... (default: the accelerator, else the CPU)')
+
+
+def check_overwrite(files: Sequence[Path], overwrite: bool) -> None:
+    """Check that files can be written, before any work.
+
+    Raises:
+        ValueError: If a file exists and `overwrite` is false, or its folder is not writable.
+    """
+    for file in files:
+        if file.exists() and not overwrite:
+            raise ValueError(f'{str(file)!r} exists. Add --overwrite to replace it, or set another --output.')
+        parent = find_obstacle(file.absolute().parent)
+        if parent:
+            raise ValueError(f'{str(file)!r} cannot be written: no write access to {str(parent)!r}. Set --output.')
 
 
 def run_command(

@@ -2,7 +2,7 @@
 import csv
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
 
 import torch
 import torch.nn as nn
@@ -14,10 +14,11 @@ from .rel_pos import AdaptiveRelPos
 
 __all__ = [
     'LOG_NAME', 'DistanceHistory', 'DistanceLog', 'attention_distances', 'attention_layers', 'attention_weights',
-    'mean_distances', 'read_log', 'stride',
+    'mean_distances', 'read_attention', 'read_log', 'stride',
 ]
 
 LOG_NAME = 'attention_distance.csv'
+T = TypeVar('T')
 LOG_HEADER = ('epoch', 'layer', 'head', 'patches', 'pixels')
 
 
@@ -80,6 +81,26 @@ def stride(model: Any) -> int:
 
 
 @torch.no_grad()
+def read_attention(
+        model: nn.Module,
+        images: torch.Tensor,
+        layers: Sequence[nn.Module],
+        read: Callable[[Any, torch.Tensor], T],
+) -> List[T]:
+    """Run a model in eval mode. Return what `read` makes of some attention layers and their tokens (B, T, C)."""
+    results: List[T] = []
+    handles = [
+        layer.register_forward_pre_hook(lambda module, args: results.append(read(module, args[0]))) for layer in layers]
+    training = model.training
+    try:
+        model.eval().forward(images)  # forward(): a compiled call would not run the hooks
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return results
+
+
 def attention_distances(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Compute the mean attention distance of every layer and head of a ViT.
 
@@ -93,22 +114,10 @@ def attention_distances(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: If the model has no blocks with timm's `Attention`.
     """
-    layers = attention_layers(model)
     grid_size = model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))  # type: ignore[union-attr, operator]
-    results: List[torch.Tensor] = []
-    handles = [
-        layer.register_forward_pre_hook(
-            lambda module, args: results.append(mean_distances(attention_weights(module, args[0]), grid_size)))
-        for layer in layers
-    ]
-    training = model.training
-    try:
-        model.eval().forward(images)  # forward(): a compiled call would not run the hooks
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
-    return torch.stack(results)
+    return torch.stack(read_attention(
+        model, images, attention_layers(model),
+        lambda layer, tokens: mean_distances(attention_weights(layer, tokens), grid_size)))
 
 
 class DistanceLog:

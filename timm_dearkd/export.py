@@ -20,9 +20,8 @@ from timm.utils import setup_default_logging
 import timm_dearkd  # noqa: F401  registers the architectures
 from distill_hooks import load_model
 from distill_hooks.errors import one_line
-from timm_dearkd.analysis.inputs import check_overwrite
 from timm_dearkd.attention import ConvAttention
-from timm_dearkd.commands import positive_int, run_command
+from timm_dearkd.commands import check_overwrite, positive_int, run_command
 from timm_dearkd.engine.run_folder import save_folder
 
 __all__ = ['FORMATS', 'export']
@@ -107,6 +106,8 @@ def export(model: Any, kind: str, path: Path, img_size: Optional[int] = None) ->
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         os.replace(temporary, path)
+    except RuntimeError as e:  # of the exporters
+        raise ValueError(one_line(e)) from e
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
@@ -137,9 +138,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     check_overwrite([path], args.overwrite)
     try:
         model: Any = load_model(args.model, args.checkpoint)
-        error = export(model, args.format, path, args.img_size)
-    except (RuntimeError, SafetensorError) as e:  # from damaged files and from the exporters
+    except (RuntimeError, SafetensorError) as e:  # of damaged files
         raise ValueError(one_line(e)) from e
+    error = export(model, args.format, path, args.img_size)
     print(f'{path} (checked: its logits differ by at most {error:.1g})')
 
 

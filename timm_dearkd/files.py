@@ -1,11 +1,13 @@
 """Atomic writes: readers never see half a file."""
+import contextlib
 import csv
 import io
 import os
+import tempfile
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence
 
-__all__ = ['append_row', 'create_file', 'find_obstacle', 'write_bytes', 'write_table', 'write_text']
+__all__ = ['append_row', 'create_file', 'find_obstacle', 'new_folder', 'write_bytes', 'write_table', 'write_text']
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -33,6 +35,18 @@ def create_file(path: Path, content: bytes) -> None:
     except OSError:  # a file system without links
         os.replace(complete, path)
     complete.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder, which becomes `folder` in the end. Of several processes, the first one writes it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f'.{folder.name}.', dir=folder.parent) as temporary:
+        content = Path(temporary, 'content')
+        content.mkdir()
+        yield content
+        if not folder.exists():
+            os.replace(content, folder)
 
 
 def find_obstacle(path: Path) -> Optional[Path]:
@@ -64,9 +78,9 @@ def write_table(path: Path, rows: Iterable[Sequence[Any]]) -> None:
     """Write a CSV file atomically. The first row is the header."""
     text = io.StringIO(newline='')
     csv.writer(text).writerows(rows)
-    write_bytes(path, text.getvalue().encode())
+    write_text(path, text.getvalue())
 
 
-def write_text(folder: str, name: str, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    write_bytes(Path(folder) / name, text.encode())
+    write_bytes(path, text.encode())

@@ -20,18 +20,18 @@ from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 
 import timm_dearkd  # noqa: F401  registers the architectures
+from distill_hooks.checkpoint import training_args
 from distill_hooks.errors import one_line
-from distill_hooks.teacher import training_args
 from timm_dearkd.analysis.compare import drawn_columns, plot_runs
 from timm_dearkd.analysis.figures import render
-from timm_dearkd.analysis.inputs import IMAGE_MODES
 from timm_dearkd.analysis.runs import Run, open_run, why_no_model
 from timm_dearkd.attention import ConvAttention
 from timm_dearkd.commands import run_command
+from timm_dearkd.engine.image_folder import IMAGE_MODES
 from timm_dearkd.engine.options import build_config_parser
 from timm_dearkd.engine.options import build_parser as build_train_parser
 from timm_dearkd.engine.run_folder import save_folder
-from timm_dearkd.files import write_bytes
+from timm_dearkd.files import write_bytes, write_text
 from timm_dearkd.weights import HubError, hub_errors
 
 __all__ = ['model_card', 'prepare_folder', 'push']
@@ -263,7 +263,7 @@ def prepare_folder(run_folder: str, folder: Path, repo: str, license: Optional[s
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         save_folder(model, temporary)
-        write_bytes(temporary / 'README.md', model_card(run, model, repo, license).content.encode())
+        write_text(temporary / 'README.md', model_card(run, model, repo, license).content)
         if drawn_columns([run]):
             write_bytes(temporary / 'curves.png', render(plot_runs([run])))
         shutil.rmtree(folder, ignore_errors=True)

@@ -40,7 +40,7 @@ def model_size(name: str) -> int:
 
 
 def choose_student(name: Optional[str], images: Images, device: torch.device) -> Dict[str, Any]:
-    """Return the model, the image size and the learning rate of a student.
+    """Return the options of a student: model, image size, and the learning rate if it is not that of the recipe.
 
     Args:
         name: timm name; None chooses the model.

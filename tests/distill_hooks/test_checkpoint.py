@@ -10,7 +10,7 @@ import torch
 import torchvision
 from timm.models import save_for_hf
 
-from distill_hooks import Teacher, create_teacher
+from distill_hooks import Teacher, load_model
 
 PREFIXES = ['model.', 'module.', 'model._orig_mod.', 'student.backbone.', 'module.model.module.']
 
@@ -51,7 +51,7 @@ def test_checkpoints_bring_their_class_and_channel_count(tmp_path, caplog, kind)
         }
         torch.save(contents[kind], path)
     with caplog.at_level(logging.INFO):
-        teacher = create_teacher('test_resnet', path)
+        teacher = load_model('test_resnet', path)
     assert 'loaded by order' not in caplog.text
     assert teacher.num_classes == 5 and teacher.in_chans == 1
     assert all(v.equal(weights[k]) for k, v in teacher.state_dict().items())
@@ -72,7 +72,7 @@ def test_torchvision_weights_give_torchvision_logits(tmp_path, caplog, name, the
     logits, path = lively(model, x), str(tmp_path / 'torchvision.pth')
     torch.save(model.state_dict(), path)
     with caplog.at_level(logging.INFO):
-        teacher = create_teacher(name, path).eval()
+        teacher = load_model(name, path).eval()
     assert ('loaded by order' in caplog.text) == by_order
     with torch.no_grad():
         torch.testing.assert_close(teacher(x), logits, atol=1e-5, rtol=1e-5)
@@ -87,7 +87,7 @@ def test_loading_by_order(tmp_path):
         return {f'n{i}.{k.rpartition(".")[2]}': v for i, (k, v) in enumerate(tensors.items())}
 
     torch.save({k: v for k, v in foreign(weights).items() if 'num_batches' not in k}, path)  # as before PyTorch 0.4.1
-    teacher = create_teacher('test_resnet', path)
+    teacher = load_model('test_resnet', path)
     assert teacher.num_classes == 5 and teacher.in_chans == 1
     assert all(v.equal(weights[k]) for k, v in teacher.state_dict().items())
 
@@ -103,11 +103,11 @@ def test_loading_by_order(tmp_path):
             ({moved.get(k, k): v for k, v in weights.items()}, 'layer1.0.bn2.bias .* is in place of layer1.0.bn1.b')):
         torch.save(tensors, path)
         with pytest.raises(ValueError, match=message):
-            create_teacher('test_resnet', path)
+            load_model('test_resnet', path)
     path = str(tmp_path / 'foreign.safetensors')
     safetensors.torch.save_file(foreign(weights), path)
     with pytest.raises(ValueError, match=r'77 of its 77 tensors missing \(conv1.0.w.*, …\), 77 unknown.*…\). Give'):
-        create_teacher('test_resnet', path)
+        load_model('test_resnet', path)
 
 
 class Settings(dict):
@@ -131,7 +131,7 @@ def test_weights_of_a_wrapped_model(tmp_path, caplog, prefix, kind):
             'state_dict': tensors, 'hyper_parameters': {'lr': 0.1, 'name': 'x'}, 'epoch': 3, 'callbacks': {},
             'pytorch-lightning_version': '2.5.0', 'optimizer_states': []}, path)
     with caplog.at_level(logging.INFO):
-        teacher = create_teacher('test_resnet', path)
+        teacher = load_model('test_resnet', path)
     assert teacher.num_classes == 5 and teacher.in_chans == 1
     assert all(v.equal(weights[k]) for k, v in teacher.state_dict().items())
     assert re.search(r'80 tensors that test_resnet does not have were skipped: \w+.*, …\.', caplog.text)
@@ -154,10 +154,10 @@ def test_wrapped_models_that_do_not_fit(tmp_path):
              r'holds Python objects besides its tensors \(.*Settings\).*torch.save\(torch.load\(FILE')):
         torch.save(contents, path)
         with pytest.raises(ValueError, match=message) as error:
-            create_teacher('test_resnet', path)
+            load_model('test_resnet', path)
         assert '\n' not in str(error.value)
     torch.save(under['ema'], path)
-    assert all(v.equal(weights[k]) for k, v in create_teacher('test_resnet', path).state_dict().items())
+    assert all(v.equal(weights[k]) for k, v in load_model('test_resnet', path).state_dict().items())
 
 
 def test_wrapped_torchvision_weights(tmp_path, caplog):
@@ -167,7 +167,7 @@ def test_wrapped_torchvision_weights(tmp_path, caplog):
         model = getattr(torchvision.models, theirs)(num_classes=5).eval()
         torch.save({'state_dict': {f'model.{key}': value for key, value in model.state_dict().items()}}, path)
         with torch.no_grad():
-            torch.testing.assert_close(create_teacher(name, path).eval()(x), model(x), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(load_model(name, path).eval()(x), model(x), atol=1e-5, rtol=1e-5)
 
 
 def test_folder_of_a_run(tmp_path):
@@ -176,11 +176,11 @@ def test_folder_of_a_run(tmp_path):
     save_for_hf(model, str(folder), safe_serialization=True)
     torch.save({'state_dict': other.state_dict(), 'epoch': 3}, path)
     for name in (str(folder), f'local-dir:{folder}'):
-        for teacher, expected in ((create_teacher(name), model), (create_teacher(name, path), other)):
+        for teacher, expected in ((load_model(name), model), (load_model(name, path), other)):
             assert all(v.equal(expected.state_dict()[k]) for k, v in teacher.state_dict().items())
     (folder / 'config.json').unlink()
     with pytest.raises(ValueError, match='config.json'):
-        create_teacher(str(folder))
+        load_model(str(folder))
 
 
 @pytest.mark.parametrize('name,kwargs,options', [
@@ -197,7 +197,7 @@ def test_a_training_checkpoint_brings_its_arguments_and_its_normalisation(tmp_pa
     torch.save({'arch': name, 'args': args, 'state_dict': model.state_dict()}, path)
     images = torch.rand(2, 1, 32, 48 if 'input_size' in options else 32)
     for given in ((path, None), (name, path)):
-        teacher = create_teacher(*given)
+        teacher = load_model(*given)
         config = timm.data.resolve_model_data_config(teacher)
         assert config['input_size'] == tuple(images.shape[1:]) and config['crop_pct'] == 0.7
         logits, _ = Teacher(teacher, in_chans=1, mean=[0.4], std=[0.3])((images - 0.4) / 0.3)
@@ -205,8 +205,8 @@ def test_a_training_checkpoint_brings_its_arguments_and_its_normalisation(tmp_pa
     if name == 'test_efficientnet':  # options of a script of others mean what they mean there
         args = argparse.Namespace(mean='0.5,0.5', img_size='224')
         torch.save({'arch': name, 'args': args, 'state_dict': model.state_dict()}, path)
-        assert create_teacher(path).num_classes == 5
+        assert load_model(path).num_classes == 5
     else:  # a file that says nothing of it
         torch.save(timm.create_model(name, img_size=32).state_dict(), path)
         with pytest.raises(ValueError, match='another image size, give its run folder'):
-            create_teacher(name, path)
+            load_model(name, path)

@@ -10,13 +10,13 @@ def test_the_papers_300_epochs():
     for k in range(50):
         stage, alpha, beta = schedule(250 + k)
         assert (stage, beta) == (2, 0.) and alpha == pytest.approx(0.5 + 0.5 * (k + 1) / 50)
-    assert schedule(299).alpha == 1. and not schedule(299).uses_teacher and schedule(298).uses_teacher
+    assert schedule(299) == (2, 1., 0.) and schedule(298).uses_labels
     assert not schedule(298).uses_features
 
 
 def test_the_papers_1000_epochs():
     schedule = TwoStageSchedule(1000, 800, 'ce')
-    assert schedule(799) == (1, 0.5, 10.0) and schedule(800) == (2, 1., 0.) and not schedule(800).uses_teacher
+    assert schedule(799) == (1, 0.5, 10.0) and schedule(800) == (2, 1., 0.)
 
 
 def test_cooldown_belongs_to_stage_two():

@@ -5,7 +5,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from distill_hooks import Teacher, create_teacher, resolve_layer
+from distill_hooks import Teacher, load_model, resolve_layer
 from distill_hooks.teacher import load_class_map
 
 
@@ -157,32 +157,32 @@ def test_class_map_file(tmp_path):
 
 def test_teachers_that_cannot_be_had(tmp_path):
     with pytest.raises(FileNotFoundError, match='nothing.pth'):
-        create_teacher('test_resnet', 'nothing.pth')
+        load_model('test_resnet', 'nothing.pth')
     path = tmp_path / 'broken.pth'
     path.write_bytes(b'PK\x03\x04 not a checkpoint')
     with pytest.raises(ValueError, match='cannot be read'):
-        create_teacher('test_resnet', str(path))
+        load_model('test_resnet', str(path))
     model = timm.create_model('test_convnext')
     torch.save(model.state_dict(), path)
     with pytest.raises(ValueError, match="does not fit architecture 'test_resnet'"):
-        create_teacher('test_resnet', str(path))
+        load_model('test_resnet', str(path))
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=r'cannot be read \(.*truncated'):
-        create_teacher('test_resnet', str(path))
+        load_model('test_resnet', str(path))
     with pytest.raises(ValueError, match='is a folder. Name a file in it'):
-        create_teacher('test_resnet', str(tmp_path))
+        load_model('test_resnet', str(tmp_path))
     for contents, message in (
             (model, r'cannot be read.*\(timm.*torch.save\(model.state_dict\(\), PATH\)'),
             ({'epoch': 3, 'args': {}}, 'holds no state dict'),
             ({'net': model.state_dict(), 'net_ema': model.state_dict()}, "holds 'net' and 'net_ema'")):
         torch.save(contents, path)
         with pytest.raises(ValueError, match=message) as error:
-            create_teacher('test_resnet', str(path))
+            load_model('test_resnet', str(path))
         assert '\n' not in str(error.value)
     with pytest.raises(ValueError, match="Unknown model 'regnety_161'.*regnety_160"):
-        create_teacher('regnety_161')
+        load_model('regnety_161')
     with pytest.raises(ValueError, match='Name a trained checkpoint of it'):
-        create_teacher('mnasnet_050')  # has no weights to download
+        load_model('mnasnet_050')  # has no weights to download
 
 
 def test_stored_weights_give_what_autocast_gives():

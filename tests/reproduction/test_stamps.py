@@ -1,5 +1,6 @@
 """The folder of the stamps, from a stand-in of the package's."""
 import pytest
+from conftest import run_python
 from PIL import Image
 
 from reproduction.stamps import write_stamps
@@ -22,3 +23,7 @@ def test_files_of_all_levels_by_group(tmp_path):
 def test_stamps_that_are_not_installed(tmp_path):
     with pytest.raises(FileNotFoundError, match='apt-get install tuxpaint-stamps-default'):
         write_stamps(tmp_path / 'images', tmp_path / 'none')
+    (tmp_path / 'empty' / 'animals').mkdir(parents=True)
+    result = run_python('reproduction/stamps.py', tmp_path / 'images', '--source', tmp_path / 'empty')
+    assert result.returncode == 2 and 'no folder with 10 PNG files or more' in result.stderr
+    assert not (tmp_path / 'images').exists()

@@ -136,8 +136,7 @@ class Viewer:
 
 def _answer(logits: torch.Tensor, names: Sequence[str], topk: int) -> Answer:
     (classes,), (probs,) = top_classes(logits, topk)
-    # two classes of ImageNet are a crane
-    return {names[c] if names.count(names[c]) == 1 else f'{names[c]} ({c})': prob for c, prob in zip(classes, probs)}
+    return {names[c]: prob for c, prob in zip(classes, probs)}
 
 
 def open_viewer(name: str) -> Viewer:

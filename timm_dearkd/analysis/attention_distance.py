@@ -112,6 +112,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _run_over_epochs(args: argparse.Namespace) -> None:
+    if args.checkpoint:
+        raise ValueError('--checkpoint has the weights of --model. Add --model NAME.')
     log = read_log(args.images)
     if not log:
         raise ValueError(

@@ -14,8 +14,8 @@ from torchvision.transforms.functional import to_pil_image
 from distill_hooks.teacher import input_normalisation
 from timm_dearkd.attention import ConvAttention
 from timm_dearkd.commands import positive_int
-from timm_dearkd.distances import attention_layers, attention_weights
-from timm_dearkd.files import write_bytes
+from timm_dearkd.distances import attention_layers, attention_weights, read_attention
+from timm_dearkd.files import write_bytes, write_text
 
 from .figures import new_figure, render
 from .inputs import add_model_arguments, image_transform, load_model, open_image, output_files
@@ -61,14 +61,7 @@ def attention_maps(
     if not (0 <= patch[0] < rows and 0 <= patch[1] < columns):
         raise ValueError(f'--patch {patch[0]} {patch[1]}, expected a row from 0 to {rows - 1} and a column from 0 to'
                          f' {columns - 1}.')
-    found: Dict[str, torch.Tensor] = {}
-    handle = layers[layer - 1].register_forward_pre_hook(lambda module, args: found.update(_parts(module, args[0])))
-    training = model.training
-    try:
-        model.eval().forward(image.unsqueeze(0))
-    finally:
-        model.train(training)
-        handle.remove()
+    found, = read_attention(model, image.unsqueeze(0), [layers[layer - 1]], _parts)
     query = patch[0] * columns + patch[1] - rows * columns  # counted from the end; patches follow the prefix tokens
     return {name: maps[:, query, -rows * columns:].unflatten(-1, (rows, columns)) for name, maps in found.items()}
 
@@ -185,7 +178,7 @@ def run(args: argparse.Namespace) -> None:
         model=args.model[0], image=args.image, layer=args.layer, patch=patch,
         maps={name: values.tolist() for name, values in maps.items()},
         heads=[dict(layer=number, alpha=alpha, delta=delta) for number, (alpha, delta) in positions.items()])
-    write_bytes(files[0], json.dumps(numbers).encode())
+    write_text(files[0], json.dumps(numbers))
     write_bytes(files[1], render(plot_maps(seen_image(model, tensor), maps, patch)))
     if positions:
         write_bytes(files[2], render(plot_heads(positions)))

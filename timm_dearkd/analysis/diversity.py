@@ -16,12 +16,12 @@ from timm.data import resolve_model_data_config
 from tqdm import tqdm
 
 from distill_hooks import Teacher, load_model
-from timm_dearkd.commands import add_device, natural_int, positive_int
+from timm_dearkd.commands import add_device, check_overwrite, natural_int, positive_int
 from timm_dearkd.engine.image_folder import has_class_folders, index_by_name, scan_folder
 from timm_dearkd.engine.process import find_device
-from timm_dearkd.files import write_bytes
+from timm_dearkd.files import write_text
 
-from .inputs import check_overwrite, open_image
+from .inputs import open_image
 
 _logger = logging.getLogger(__name__)
 
@@ -248,8 +248,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('folders', nargs='+', metavar='FOLDER', help='image folders with a folder per class, or outputs of data_free')
     add('--model', metavar='NAME', help='timm CNN whose features are compared (default: use LPIPS)')
     add('--checkpoint', metavar='FILE', help='weights of --model (default: its pretrained ones)')
-    add('--lpips-net', default='alex', choices=('alex', 'vgg', 'squeeze'),
-        help='network of LPIPS (default: %(default)s)')
+    add('--lpips-net', choices=('alex', 'vgg', 'squeeze'), help='network of LPIPS (default: alex)')
     add('--pairs-per-class', type=positive_int, default=100, metavar='N',
         help='random pairs of each class (default: %(default)s)')
     add('--img-size', type=positive_int, metavar='N',
@@ -263,6 +262,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print a table with a row for each folder."""
+    if args.checkpoint and not args.model:
+        raise ValueError('--checkpoint has the weights of --model. Add --model NAME.')
+    if args.lpips_net and args.model:
+        raise ValueError('--lpips-net is for LPIPS, and --model measures with a CNN instead. Remove one of them.')
     check_overwrite([Path(args.output)] if args.output else [], args.overwrite)
     for folder in args.folders:
         _find_root(folder)  # before the networks are loaded
@@ -271,7 +274,7 @@ def run(args: argparse.Namespace) -> None:
     if args.model:
         distance = FeatureDistance(load_model(args.model, args.checkpoint, device=device), args.model)
     else:
-        distance = LPIPSDistance(args.lpips_net, device)
+        distance = LPIPSDistance(args.lpips_net or 'alex', device)
     results = {
         folder: measure_diversity(
             folder, distance, args.img_size or distance.img_size, distance.in_chans, args.pairs_per_class,
@@ -284,4 +287,4 @@ def run(args: argparse.Namespace) -> None:
         print(f'| {folder} | {result["mean"]:.3f} | {stderr} | {len(result["classes"])} | {result["pairs"]} |')
     if args.output:
         content = json.dumps(dict(metric=distance.name, folders=results), indent=1)
-        write_bytes(Path(args.output), content.encode())
+        write_text(Path(args.output), content)

@@ -17,10 +17,11 @@ from timm.models import get_model_input_config, is_model
 import distill_hooks
 from distill_hooks.checkpoint import training_args
 from distill_hooks.errors import one_line
-from timm_dearkd.commands import add_device
+from timm_dearkd.commands import add_device, check_overwrite
 from timm_dearkd.engine.data import spread
 from timm_dearkd.engine.distillation import saved_names
 from timm_dearkd.engine.image_folder import (
+    IMAGE_MODES,
     UNREADABLE,
     check_mode,
     class_order,
@@ -32,16 +33,13 @@ from timm_dearkd.engine.image_folder import (
     scan_folder,
 )
 from timm_dearkd.engine.process import find_device
-from timm_dearkd.files import find_obstacle
 
 __all__ = [
-    'IMAGE_MODES', 'ImageFiles', 'add_model_arguments', 'add_output_arguments', 'check_overwrite', 'class_names',
-    'find_images', 'image_transform', 'label_names', 'load_images', 'load_model', 'open_image', 'output_files',
+    'ImageFiles', 'add_model_arguments', 'add_output_arguments', 'class_names', 'find_images', 'image_transform',
+    'label_names', 'load_images', 'load_model', 'open_image', 'output_files',
 ]
 
 _logger = logging.getLogger(__name__)
-
-IMAGE_MODES = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'CMYK'}  # by number of channels
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, output: str, required: bool = True) -> None:
@@ -86,20 +84,6 @@ def output_files(args: argparse.Namespace, name: str, source: str, *endings: str
             break
     check_overwrite(files, args.overwrite)
     return files
-
-
-def check_overwrite(files: Sequence[Path], overwrite: bool) -> None:
-    """Check that files can be written, before any work.
-
-    Raises:
-        ValueError: If a file exists and `overwrite` is false, or its folder is not writable.
-    """
-    for file in files:
-        if file.exists() and not overwrite:
-            raise ValueError(f'{str(file)!r} exists. Add --overwrite to replace it, or set another --output.')
-        parent = find_obstacle(file.absolute().parent)
-        if parent:
-            raise ValueError(f'{str(file)!r} cannot be written: no write access to {str(parent)!r}. Set --output.')
 
 
 def load_model(name: str, checkpoint: Optional[str] = None, device: Optional[str] = None) -> Any:
@@ -163,11 +147,10 @@ def class_names(model: Any) -> List[str]:
     names, info = label_names(model), _imagenet_info(model)
     if names is None:
         return [str(index) for index in range(model.num_classes)]
-    if info is None or names != info.label_names():
-        return names
-    descriptions = [info.label_name_to_description(name) for name in names]
-    counts = Counter(descriptions)  # a crane is a bird, and a machine
-    return [f'{text} ({index})' if counts[text] > 1 else text for index, text in enumerate(descriptions)]
+    if info is not None and names == info.label_names():
+        names = [info.label_name_to_description(name) for name in names]
+    counts = Counter(names)  # a crane is a bird, and a machine
+    return [f'{name} ({index})' if counts[name] > 1 else name for index, name in enumerate(names)]
 
 
 def open_image(path: str, mode: str = 'RGB') -> Image.Image:

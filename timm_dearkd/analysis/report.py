@@ -14,18 +14,18 @@ from torch.utils.data import IterableDataset
 
 from distill_hooks.errors import one_line
 from timm_dearkd._version import __version__
-from timm_dearkd.commands import add_device, positive_int
+from timm_dearkd.commands import add_device, check_overwrite, positive_int
 from timm_dearkd.distances import read_log
 from timm_dearkd.engine.data import class_indices, is_image_folder, open_dataset, spread
 from timm_dearkd.engine.image_folder import normal_name
 from timm_dearkd.engine.wrappers import set_image_mode
-from timm_dearkd.files import write_bytes
+from timm_dearkd.files import write_bytes, write_text
 
 from .attention_distance import plot_over_epochs
 from .attention_map import head_positions, plot_heads
 from .compare import drawn_columns, plot_column, plot_runs
 from .figures import new_figure, render
-from .inputs import ImageFiles, check_overwrite, class_names, image_transform, label_names, load_model
+from .inputs import ImageFiles, class_names, image_transform, label_names, load_model
 from .predict import Prediction, accuracy, mistakes_first, predict
 from .runs import Run, open_run, readable, why_no_model
 
@@ -99,7 +99,7 @@ def write_report(
         commands=[session['command'] for session in run.info.get('sessions', ())],
         facts=_facts(run), options=sorted(run.args.items()))
     path = Path(output) if output else run.folder / 'report.html'
-    write_bytes(path, page.encode())
+    write_text(path, page)
     return path
 
 

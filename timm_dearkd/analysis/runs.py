@@ -72,12 +72,13 @@ class Run:
 
         Training losses are compared only among epochs with the loss weights of the last one.
         """
-        rows = [row for row in self.rows if self.metric in row]
-        if self.metric.startswith('train_'):
+        metric = self.metric
+        rows = [row for row in self.rows if metric in row]
+        if metric.startswith('train_'):
             rows = [row for row in rows if all(
                 row.get(key) == rows[-1].get(key) for key in ('train_stage', 'train_alpha'))]
-        points = [(int(row['epoch']), row[self.metric]) for row in rows]
-        choose = min if 'loss' in self.metric else max
+        points = [(int(row['epoch']), row[metric]) for row in rows]
+        choose = min if 'loss' in metric else max
         return choose(points, key=lambda point: point[1]) if points else None
 
     def summary(self) -> Dict[str, float]:

@@ -334,8 +334,8 @@ def report(args: argparse.Namespace, dataset: SyntheticSet, inverter: Inverter, 
     if losses:
         try:
             write_bytes(dataset.root / 'losses.png', loss_curves(losses))
-        except ImportError:
-            _logger.info('losses.png was not drawn: it needs matplotlib (pip install matplotlib).')
+        except ValueError as e:
+            _logger.info(f'losses.png was not drawn. {e}')
     failed = f', {counts["failed"]} batches failed' if counts['failed'] else ''
     asked = f' ({args.num_images} requested, in whole batches)' if counts['made'] > args.num_images else ''
     print(f'{counts["kept"]} of {counts["made"]} images kept{asked}{failed}: {dataset.root}/train, manifest.json,'

@@ -12,7 +12,7 @@ from typing import Any, Dict, Iterator, List, Sequence, Set, Tuple
 from PIL import Image
 
 from timm_dearkd.engine.image_folder import class_order, normal_name
-from timm_dearkd.files import find_obstacle, write_bytes, write_table
+from timm_dearkd.files import find_obstacle, write_bytes, write_table, write_text
 
 from .look import encode_png
 
@@ -68,7 +68,7 @@ class SyntheticSet:
 
     def start(self) -> None:
         """Write the settings."""
-        write_bytes(self.root / 'settings.json', json.dumps(self.settings, indent=2).encode())
+        write_text(self.root / 'settings.json', json.dumps(self.settings, indent=2))
 
     def _batch_path(self, batch: int) -> Path:
         return self.root / 'batches' / f'{batch:06d}.json'
@@ -100,7 +100,7 @@ class SyntheticSet:
                 write_bytes(self.root / 'train' / class_name / f'{name}.png', encode_png(image))
         elif files:
             write_bytes(self.root / 'train' / f'train-{batch:06d}.tar', self._tar(files))
-        write_bytes(self._batch_path(batch), json.dumps(dict(batch=batch, images=entries, **info)).encode())
+        write_text(self._batch_path(batch), json.dumps(dict(batch=batch, images=entries, **info)))
 
     def _tar(self, files: Dict[str, Any]) -> bytes:
         buffer = io.BytesIO()
@@ -135,10 +135,10 @@ class SyntheticSet:
             seconds=round(sum(b.get('seconds', 0.) for b in batches), 1),
             images=images,
         )
-        write_bytes(self.root / 'manifest.json', json.dumps(manifest, indent=1).encode())
+        write_text(self.root / 'manifest.json', json.dumps(manifest, indent=1))
         kept = [image for image in images if image['kept'] and self._exists(image)]
         lines = [f'{index} {self.classes[index]}\n' for index in self.class_map(kept)]
-        write_bytes(self.root / 'kd_class_map.txt', ''.join(lines).encode())
+        write_text(self.root / 'kd_class_map.txt', ''.join(lines))
         rows = [dict(batch=b['batch'], **row) for b in batches for row in b.get('losses', ())]
         if rows:
             write_table(self.root / 'losses.csv', [list(rows[0]), *([row[name] for name in rows[0]] for row in rows)])
@@ -200,7 +200,7 @@ class SyntheticSet:
         split = dict(
             name='train', num_samples=len(kept), filenames=[f'train/{shard}' for shard in counts],
             shard_lengths=list(counts.values()))
-        write_bytes(self.root / '_info.json', json.dumps(dict(splits=dict(train=split))).encode())
+        write_text(self.root / '_info.json', json.dumps(dict(splits=dict(train=split))))
 
 
 def check_folder(root: str, resume: bool) -> None:

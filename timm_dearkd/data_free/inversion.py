@@ -16,7 +16,7 @@ from .losses import BatchNormStats, competition_loss, intra_divergence_loss, l2_
 
 __all__ = [
     'BN_NORMS', 'DIVERSITIES', 'Augmentation', 'Competitor', 'Execution', 'Inverter', 'LossWeights', 'Resolution',
-    'batch_targets', 'spectator',
+    'batch_targets', 'wrap_network',
 ]
 
 DIVERSITIES = ('none', 'adi', 'intra')
@@ -129,7 +129,7 @@ def batch_targets(
     return batches
 
 
-def spectator(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Teacher:
+def wrap_network(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Teacher:
     """Wrap a network so that it takes images with a CNN's normalisation.
 
     A ViT sees the images at its own size.
@@ -194,7 +194,7 @@ class Inverter:
         low, high = ((value - torch.tensor(mean)) / torch.tensor(std) for value in (0., 1.))
         self.low, self.high = (bound.float().view(1, -1, 1, 1).to(self.device) for bound in (low, high))
         self.model = model.eval().requires_grad_(False).to(memory_format=self.memory_format)  # type: ignore[call-overload]
-        self.student = None if competitor is None else spectator(competitor.model, mean, std)
+        self.student = None if competitor is None else wrap_network(competitor.model, mean, std)
         self.student_classes = None
         if competitor is not None and competitor.classes is not None:
             self.student_classes = torch.tensor(competitor.classes, device=self.device)

@@ -5,7 +5,7 @@ import torch
 
 from distill_hooks.errors import first_line
 
-from .inversion import spectator
+from .inversion import wrap_network
 
 __all__ = ['MAX_IMAGES', 'Judge']
 
@@ -37,7 +37,7 @@ class Judge:
         self.model = model
         self.verifier = None
         if verifier is not None:
-            self.verifier = spectator(verifier, mean, std)
+            self.verifier = wrap_network(verifier, mean, std)
             self.verifier_classes = torch.tensor(classes)
         self.min_prob = min_prob
 

@@ -4,6 +4,8 @@ from typing import Any, Dict, List, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
+from timm_dearkd.analysis.figures import new_figure, render
+
 __all__ = ['contact_sheet', 'encode_png', 'loss_curves']
 
 
@@ -50,19 +52,15 @@ def loss_curves(losses: Sequence[Dict[str, Any]]) -> bytes:
         losses: Rows with 'step' and the losses of a batch.
 
     Raises:
-        ImportError: If matplotlib is not installed.
+        ValueError: If matplotlib is not installed.
     """
-    from matplotlib.figure import Figure
-
     names = [name for name in losses[0] if name not in ('batch', 'step')]
     steps = sorted({row['step'] for row in losses})
-    figure = Figure(figsize=(3 * len(names), 2.8), layout='constrained')
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
+    figure, (panels,) = new_figure(1, len(names), (3 * len(names), 2.8))
+    for axes, name in zip(panels, names):
         values = [[row[name] for row in losses if row['step'] == step] for step in steps]
         axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], alpha=0.2)
         axes.plot(steps, [sum(v) / len(v) for v in values], marker='.')
         axes.set(title=name, xlabel='step')
         axes.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format='png', dpi=100)
-    return buffer.getvalue()
+    return render(figure)

@@ -1,5 +1,6 @@
 """Options of the command that makes images, their defaults, and which go together."""
 import argparse
+import math
 from typing import Any, Collection, Dict
 
 from timm_dearkd.commands import add_device, natural_int, positive_int
@@ -15,9 +16,13 @@ WEIGHTS = ('tv', 'l2', 'bn', 'first_bn', 'ep', 'triplet', 'adi')
 
 
 def _beta(text: str) -> float:
-    if not 0 <= float(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is not from 0 to below 1')
-    return float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f'{text!r}, expected a number from 0 to below 1')
+    return value
 
 
 def _resolution(text: str) -> Resolution:

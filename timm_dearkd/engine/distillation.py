@@ -3,6 +3,7 @@ import logging
 import os
 import shlex
 from functools import partial
+from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, cast
 
 import torch
@@ -21,9 +22,9 @@ from distill_hooks import (
     TimmTeacher,
     TokenTask,
     TwoStageSchedule,
-    create_teacher,
     has_content_tokens,
     load_class_map,
+    load_model,
 )
 from distill_hooks.answers import MAX_CLASSES, ClassOrder, count_answers, find_order
 from distill_hooks.checkpoint import training_args
@@ -187,7 +188,7 @@ def load_teacher(
         FileNotFoundError: If a file does not exist.
         ValueError: If the teacher does not load or does not fit the student.
     """
-    model = create_teacher(name, checkpoint)
+    model = load_model(name, checkpoint)
     indices = load_class_map(class_map) if class_map else _match_classes(model, names, cast(Any, student).num_classes)
     return Teacher.for_student(
         student,
@@ -398,7 +399,7 @@ def _warn_of_order(teacher: Teacher, order: ClassOrder, folder: str, names: Sequ
     names = list(names) or [''] * len(classes)
     path = os.path.join(folder, 'kd_class_map.txt')
     lines = [f'{index} {name}'.rstrip() for index, name in zip(classes, names)]
-    write_text(folder, os.path.basename(path), '\n'.join(lines) + '\n')
+    write_text(Path(path), '\n'.join(lines) + '\n')
     examples = ', '.join(
         f'class {names[label] or label!r} looks like its class {classes[label]}' for label in order.moved[:3])
     _logger.warning(

@@ -21,14 +21,16 @@ from timm.data.readers.reader import Reader
 from timm.utils.misc import natural_key
 
 __all__ = [
-    'UNREADABLE', 'FolderScan', 'ImageFolderReader', 'check_bit_depth', 'check_class_folders', 'check_mode',
-    'check_split_names', 'class_order', 'exceeds_8_bits', 'find_splits', 'first_names', 'has_class_folders',
-    'image_types', 'index_by_name', 'is_image_file', 'normal_label', 'normal_name', 'normal_names', 'open_folder',
-    'read_class_map', 'resolve_class_map', 'resolve_link', 'scan_folder', 'split_folder', 'warn_of_other_types',
+    'IMAGE_MODES', 'UNREADABLE', 'FolderScan', 'ImageFolderReader', 'check_bit_depth', 'check_class_folders',
+    'check_mode', 'check_split_names', 'class_order', 'exceeds_8_bits', 'find_splits', 'first_names',
+    'has_class_folders', 'image_types', 'index_by_name', 'is_image_file', 'normal_label', 'normal_name', 'normal_names',
+    'open_folder', 'read_class_map', 'resolve_class_map', 'resolve_link', 'scan_folder', 'split_folder',
+    'warn_of_other_types',
 ]
 
 _logger = logging.getLogger(__name__)
 
+IMAGE_MODES = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'CMYK'}  # Pillow's, by number of channels
 NUM_BIT_DEPTH_CHECKS = 50  # classes
 NUM_BIT_DEPTH_IMAGES = 10  # of a class
 # Pillow's errors for broken files and for files that are not images

@@ -328,7 +328,7 @@ def build_recorder(
     folder = on_primary(trainer.ranks, partial(run_folder.create, default_name))
     saver, is_primary = None, trainer.ranks.is_primary
     if is_primary:
-        write_text(folder, 'args.yaml', args_text)
+        write_text(Path(folder, 'args.yaml'), args_text)
         write_run_info(folder, position=start, **run_info)
         saver = _build_saver(args, run_folder, model, trainer, classes)
         for table in ('summary.csv', LOG_NAME):

@@ -222,14 +222,14 @@ def write_run_info(folder: str, command: str, position: Position, **info: Any) -
     started = datetime.now().astimezone().isoformat(' ', 'seconds')
     sessions.append(dict(command=command, epoch=position.epoch, started=started))
     info.update(sessions=sessions, results=before.get('results', {}))
-    write_text(folder, 'run.json', json.dumps(info, indent=1))
+    write_text(Path(folder, 'run.json'), json.dumps(info, indent=1))
 
 
 def record_results(folder: str, **results: Optional[float]) -> None:
     """Add numbers to the `results` of `run.json`."""
     info = read_run_info(folder)
     info['results'] = {**info.get('results', {}), **results}
-    write_text(folder, 'run.json', json.dumps(info, indent=1))
+    write_text(Path(folder, 'run.json'), json.dumps(info, indent=1))
 
 
 def save_config(model: nn.Module, path: Path, label_names: Optional[Sequence[str]] = None, **kwargs: Any) -> None:

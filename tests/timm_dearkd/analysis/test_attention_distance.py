@@ -28,6 +28,7 @@ ERRORS = {
     'folder': (['MISSING', '--model', 'test_dearkd', '--checkpoint', 'WEIGHTS'], 'No folder'),
     'empty': (['EMPTY', '--model', 'test_dearkd', '--checkpoint', 'WEIGHTS'], 'has no images'),
     'no attention': (['FOLDER', '--model', 'test_resnet', '--checkpoint', 'CNN'], 'no blocks with timm'),
+    'weights of nothing': (['FOLDER', '--checkpoint', 'WEIGHTS'], 'Add --model NAME'),
     'count': (['FOLDER', '--model', 'test_dearkd', '--num-images', '0'], 'expected a whole number of 1 or more'),
 }
 

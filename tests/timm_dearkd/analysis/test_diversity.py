@@ -129,6 +129,8 @@ ERRORS = {
     'no maps': (['FOLDER', '--model', 'test_vit', '--checkpoint', 'VIT'], 'not feature maps'),
     'device': (['FOLDER', '--device', 'cuda:77'], 'is not available here'),
     'model': (['FOLDER', '--model', 'resnet26x'], 'nearest timm names'),
+    'network': (['FOLDER', '--lpips-net', 'vgg'], '--lpips-net is for LPIPS, and --model measures with a CNN'),
+    'weights of nothing': (['FOLDER', '--model', '', '--checkpoint', 'TWO'], 'Add --model NAME'),
 }
 
 

@@ -66,6 +66,8 @@ def test_imagenet_folders_are_known_by_their_synsets():
     assert label_names(model)[281] == 'n02123045' and class_names(model)[281].startswith('tabby')
     model = timm.create_model('test_dearkd', img_size=32, num_classes=3)
     assert label_names(model) is None and class_names(model) == ['0', '1', '2']
+    model.pretrained_cfg['label_names'] = ['crane', 'crane', 'cat']
+    assert class_names(model) == ['crane (0)', 'crane (1)', 'cat']
 
 
 def test_mistakes_come_first_and_the_surest_before_the_others():

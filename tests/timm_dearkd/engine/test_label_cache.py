@@ -2,6 +2,7 @@ import logging
 import os
 import shutil
 from argparse import Namespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -55,6 +56,15 @@ def run(folder=None, **schedule):
         losses = trainer.train_epoch(epoch)
         ran[epoch], parts[:] = list(parts), []
     return task, losses, ran
+
+
+def test_soft_labels_are_not_stored():
+    """A stored label, which is hard, would be taken for logits."""
+    task = make_task()
+    task.soft_temperature, task.label_store = 4., MagicMock()
+    images = torch.randn(task.teacher.num_classes, *BATCHES[0][0].shape[1:])
+    result = task(images, torch.zeros(len(images), dtype=torch.long))
+    assert result['loss'].isfinite() and not task.label_store.mock_calls
 
 
 def test_a_run_that_reads_its_labels_is_the_run_that_computes_them(tmp_path):
