@@ -14,11 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Dict, List, Sequence
 
-from distill_hooks.errors import one_line
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
+from distill_hooks.errors import one_line  # noqa: E402
 from reproduction.cells import SCALES, Cell  # noqa: E402
 from reproduction.driver import Driver  # noqa: E402
 from reproduction.prepare import prepare_data  # noqa: E402

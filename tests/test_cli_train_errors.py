@@ -34,9 +34,10 @@ ERRORS = {
     'weights folder': (['--initial-checkpoint', 'FOLDER'], '--model local-dir:'),
     'other classes': (
         ['--model', 'test_resnet', '--num-classes', '4', '--initial-checkpoint', 'FILE'], 'go in by --pretrained-path'),
+    'splits': (['--aug-splits', '2', '--no-prefetcher'], '--aug-splits needs the prefetcher'),
     'schedule': (['--sched', 'cosin'], "argument --sched: invalid choice: 'cosin'"),
     'least rate': (['--min-lr', '-1'], 'argument --min-lr: -1, expected 0 or more'),
-    'decay': (['--sched', 'wsd'], 'Could not create --sched wsd: wsd schedule requires'),
+    'decay': (['--sched', 'wsd'], 'Check --decay-epochs and --warmup-epochs'),
     'layer decay': (['--layer-decay', '0.7', '--sched', 'none'], 'Set --sched constant'),
     'plateau': (['--sched', 'plateau', '--sched-on-updates'], 'does not go with --sched-on-updates'),
     'compile mode': (['--torchcompile', '--torchcompile-mode', 'x'], "--torchcompile-mode is 'x', expected one of"),

@@ -101,7 +101,8 @@ def log_step(step: Step, images: Images, cnn: Any, device: torch.device) -> None
     _logger.info(f'{step.name.capitalize()}: {step.describe()}.')
     if step.args.dearkd_labels == 'teacher':
         _logger.info("The student learns the teacher's answers. The classes of the training images have no effect.")
-    task = build_task(step, cnn, device)
+    with quiet():  # `train.prepare` says it again
+        task = build_task(step, cnn, device)
     try:
         minutes = f'{max(1., estimate_minutes(step, task, images, device)):.0f} min'
     except (AssertionError, RuntimeError, TypeError, ValueError) as e:

@@ -18,7 +18,7 @@ __all__ = [
 ]
 
 LOG_NAME = 'attention_distance.csv'
-T = TypeVar('T')
+Result = TypeVar('Result')
 LOG_HEADER = ('epoch', 'layer', 'head', 'patches', 'pixels')
 
 
@@ -85,10 +85,10 @@ def read_attention(
         model: nn.Module,
         images: torch.Tensor,
         layers: Sequence[nn.Module],
-        read: Callable[[Any, torch.Tensor], T],
-) -> List[T]:
-    """Run a model in eval mode. Return what `read` makes of some attention layers and their tokens (B, T, C)."""
-    results: List[T] = []
+        read: Callable[[Any, torch.Tensor], Result],
+) -> List[Result]:
+    """Run a model in eval mode. Call `read(layer, tokens)` on the input (B, T, C) of layers, and return the results."""
+    results: List[Result] = []
     handles = [
         layer.register_forward_pre_hook(lambda module, args: results.append(read(module, args[0]))) for layer in layers]
     training = model.training
@@ -114,10 +114,10 @@ def attention_distances(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: If the model has no blocks with timm's `Attention`.
     """
+    layers = attention_layers(model)
     grid_size = model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))  # type: ignore[union-attr, operator]
     return torch.stack(read_attention(
-        model, images, attention_layers(model),
-        lambda layer, tokens: mean_distances(attention_weights(layer, tokens), grid_size)))
+        model, images, layers, lambda layer, tokens: mean_distances(attention_weights(layer, tokens), grid_size)))
 
 
 class DistanceLog:

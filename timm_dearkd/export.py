@@ -106,7 +106,7 @@ def export(model: Any, kind: str, path: Path, img_size: Optional[int] = None) ->
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         os.replace(temporary, path)
-    except RuntimeError as e:  # of the exporters
+    except (RuntimeError, SafetensorError) as e:  # raised by the exporters
         raise ValueError(one_line(e)) from e
     finally:
         if temporary.is_dir():
@@ -138,7 +138,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     check_overwrite([path], args.overwrite)
     try:
         model: Any = load_model(args.model, args.checkpoint)
-    except (RuntimeError, SafetensorError) as e:  # of damaged files
+    except (RuntimeError, SafetensorError) as e:  # raised for damaged files
         raise ValueError(one_line(e)) from e
     error = export(model, args.format, path, args.img_size)
     print(f'{path} (checked: its logits differ by at most {error:.1g})')

@@ -39,7 +39,7 @@ def create_file(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder, which becomes `folder` in the end. Of several processes, the first one writes it."""
+    """Yield a temporary folder, which becomes `folder` in the end, unless another process was faster."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'.{folder.name}.', dir=folder.parent) as temporary:
         content = Path(temporary, 'content')

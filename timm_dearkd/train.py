@@ -57,14 +57,7 @@ from timm_dearkd.engine.process import (
     select_device,
     use_deterministic_kernels,
 )
-from timm_dearkd.engine.recorder import (
-    Recorder,
-    build_recorder,
-    describe_run,
-    evaluate_teacher,
-    log_expected_end,
-    log_results,
-)
+from timm_dearkd.engine.recorder import Recorder, build_recorder, describe_run, log_expected_end
 from timm_dearkd.engine.run_folder import RunFolder, complete_export, export_model, on_primary, record_results
 from timm_dearkd.engine.schedule import choose_epochs, evaluated_epochs, schedule_run
 from timm_dearkd.engine.student import build_evaluation, build_student, warn_of_new_weights
@@ -181,8 +174,8 @@ def build_run_in(
         args, args_text, run_folder, trainer, model, data_config, export, start, run_info,
         classes_of(train_set) if ranks.is_primary else UNKNOWN_CLASSES, distance_images)
     check = partial(
-        evaluate_teacher, args, trainer, validator or build_validator(args, task, loader_teacher, precision, ranks),
-        recorder, start, names, validator is not None)
+        recorder.evaluate_teacher, validator or build_validator(args, task, loader_teacher, precision, ranks),
+        start, names, validator is not None, args.kd_teacher_img_size)
     return partial(fit, args, trainer, validator, recorder, start, epochs, check)
 
 
@@ -293,7 +286,7 @@ def fit(
             _logger.info(trainer.labels.describe())
             record_results(
                 recorder.folder, labels_read=trainer.labels.num_read, labels_computed=trainer.labels.num_computed)
-        log_results(recorder, args.eval_metric)
+        recorder.log_results(args.eval_metric)
 
 
 def run_epoch(

@@ -1,5 +1,6 @@
 """The command of the reproduction."""
 import json
+import re
 import shlex
 import subprocess
 
@@ -70,3 +71,12 @@ def test_the_listed_commands_are_those_of_a_shell():
                         RESULTS / 'small', 1)
     cell = collect_cells(driver.scale, ['table2'], [0])[0]
     assert shell == ['python', *driver.command(cell)]
+
+
+def test_scripts_import_the_packages_of_their_own_clone():
+    """Not those that are installed: the clone comes first on the path, and then the imports."""
+    scripts = [text for path in (ROOT / 'reproduction').glob('*.py') if '__main__' in (text := path.read_text())]
+    for text in scripts:
+        own = re.search(r'^(?:from|import) (?:distill_hooks|reproduction|timm_dearkd)', text, re.MULTILINE)
+        assert own is None or 0 < text.find('sys.path[:0] =') < own.start(), text[:80]
+    assert len(scripts) == 6

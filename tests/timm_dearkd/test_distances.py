@@ -65,3 +65,8 @@ def test_the_weights_are_those_that_the_model_uses(name):
         values = attention.qkv(x).unflatten(2, (3, attention.num_heads, -1))[:, :, 2].transpose(1, 2)
         expected = attention.proj((attention_weights(attention, x) @ values).transpose(1, 2).flatten(2))
         torch.testing.assert_close(attention(x), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_models_without_attention_are_refused():
+    with pytest.raises(ValueError, match='no blocks with timm'):
+        attention_distances(timm.create_model('test_resnet'), torch.zeros(1, 3, 32, 32))

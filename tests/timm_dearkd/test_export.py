@@ -4,6 +4,7 @@ import sys
 import pytest
 import timm
 import torch
+from safetensors import SafetensorError
 
 import timm_dearkd  # noqa: F401
 from timm_dearkd.commands import run_command
@@ -107,6 +108,20 @@ def test_a_copy_that_computes_something_else_is_not_kept(kind, tmp_path, monkeyp
     with pytest.raises(ValueError, match='differs by .* from the original'):
         export(make_model(), kind, path)
     assert path.read_text() == 'what was there before' and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize('error', [RuntimeError, SafetensorError])
+def test_errors_of_the_exporters_are_one_line(error, tmp_path, monkeypatch):
+    from timm_dearkd import export as module
+
+    def fail(model, images, path):
+        path.write_bytes(b'half a file')
+        raise error('no space\nleft')
+
+    monkeypatch.setitem(module.FORMATS, 'safetensors', (fail, ''))
+    with pytest.raises(ValueError, match='^no space left$'):
+        export(make_model(), 'safetensors', tmp_path / 'model')
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('args, message', [

@@ -73,8 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('images', metavar='FOLDER',
         help='image folder; without --model, folder of a run with --track-attention-distance')
     add_model_arguments(parser, 'attention_distance', required=False)
-    add('--num-images', type=positive_int, default=64, metavar='N',
-        help='images to average over (default: %(default)s)')
+    add('--num-images', type=positive_int, metavar='N', help='images to average over (default: 64)')
 
 
 def _rows(distances: Dict[str, torch.Tensor], patch_sizes: Sequence[int]) -> List[Sequence[Any]]:
@@ -100,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
         model = load_model(name, args.checkpoint if i == 0 else None, args.device)
         attention_layers(model)
         device = next(model.parameters()).device
-        batches = load_images(model, args.images, args.num_images).split(16)
+        batches = load_images(model, args.images, args.num_images or 64).split(16)
         sums: Any = sum(attention_distances(model, batch.to(device)).cpu() * len(batch) for batch in batches)
         distances[name] = sums / sum(map(len, batches))
         patch_sizes.append(stride(model))
@@ -112,8 +111,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _run_over_epochs(args: argparse.Namespace) -> None:
-    if args.checkpoint:
-        raise ValueError('--checkpoint has the weights of --model. Add --model NAME.')
+    for flag in ('checkpoint', 'num_images', 'device'):
+        if getattr(args, flag) is not None:
+            raise ValueError(f'--{flag.replace("_", "-")} needs a model to measure. Add --model NAME.')
     log = read_log(args.images)
     if not log:
         raise ValueError(

@@ -263,7 +263,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print a table with a row for each folder."""
     if args.checkpoint and not args.model:
-        raise ValueError('--checkpoint has the weights of --model. Add --model NAME.')
+        raise ValueError('--checkpoint has weights of a CNN. Add its name, --model NAME.')
     if args.lpips_net and args.model:
         raise ValueError('--lpips-net is for LPIPS, and --model measures with a CNN instead. Remove one of them.')
     check_overwrite([Path(args.output)] if args.output else [], args.overwrite)

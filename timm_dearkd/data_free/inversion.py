@@ -260,7 +260,7 @@ class Inverter:
             self._stats.clear()
 
     def losses(self, images: torch.Tensor, targets: torch.Tensor) -> Dict[str, torch.Tensor]:
-        """Return the loss of Eq. 8 and its terms. They are unweighted, but for the diversity loss of 'intra'.
+        """Return the loss of Eq. 8 and its terms. They are unweighted, except the diversity of 'intra'.
 
         Args:
             images: Normalised images (B, C, H, W).

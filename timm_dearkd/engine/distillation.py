@@ -149,7 +149,7 @@ def _match_classes(teacher: Any, names: Sequence[str], num_classes: int) -> Opti
         return None
     unknown = [name for name in names if name not in known]
     if not unknown:
-        _logger.info("The teacher's classes have another order, or are more. They are matched by name.")
+        _logger.info("The teacher has more classes, or another order. They are matched by name.")
         return [known.index(name) for name in names]
     if len(known) > num_classes:
         raise ValueError(

@@ -313,7 +313,7 @@ def _add_schedule(group) -> None:
     add('--stop-epoch', type=int, metavar='N', help='stop after N epochs; schedules stay those of the whole run')
     add('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], help='epochs of the multistep schedule')
     add('--decay-epochs', type=POSITIVE, default=90,
-        help='epochs between the steps of step; of the decay at the end of wsd and rsqrt, below 1 a share')
+        help='step: epochs between drops; wsd and rsqrt: epochs of the final decay, or its share if below 1')
     add('--warmup-epochs', type=int, default=5, help='epochs of the warm-up')
     add('--warmup-prefix', action='store_true', help='count the warm-up before the epochs of the schedule')
     add('--cooldown-epochs', type=int, default=0, help='epochs at --min-lr after the schedule')
@@ -671,6 +671,8 @@ def _check_mixing(args: argparse.Namespace) -> None:
             raise ValueError(f'{flag} has {odd[0]}, but --mixup and --cutmix pair the images up. Make it even.')
     if mixes and args.aug_splits:
         raise ValueError('--aug-splits does not go with --mixup or --cutmix. Remove one of them.')
+    if args.aug_splits and args.no_prefetcher:
+        raise ValueError('--aug-splits needs the prefetcher. Remove --no-prefetcher.')
     if args.aug_splits == 1 or ((args.jsd_loss or args.split_bn) and not args.aug_splits):
         raise ValueError(
             f'--aug-splits is {args.aug_splits}, expected 2 or more for --jsd-loss and --split-bn. Set --aug-splits 3.')

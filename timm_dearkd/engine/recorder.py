@@ -33,8 +33,7 @@ from .seeding import get_rng_state
 from .tracking import Tracker, mhca_stats, scalars
 
 __all__ = [
-    'Recorder', 'build_recorder', 'describe_run', 'evaluate_teacher', 'log_expected_end', 'log_results',
-    'print_results', 'summary_row',
+    'Recorder', 'build_recorder', 'describe_run', 'log_expected_end', 'print_results', 'summary_row',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -191,6 +190,47 @@ class Recorder:
             state = self.trainer.task.get_checkpoint_state(ema=self.export_ema)
             self.export(self.folder, state['state_dict_ema' if self.export_ema else 'state_dict'])
 
+    def evaluate_teacher(
+            self,
+            validator: Optional[Validator],
+            start: Position,
+            names: Sequence[str],
+            is_validation: bool,
+            img_size: Optional[int],
+            stop: StopRequest,
+    ) -> None:
+        """Evaluate the teacher before the first epoch of a run, and again if it is resumed with another image size.
+
+        Args:
+            validator: Evaluates the teacher; None if there are no images.
+            start: Where the run starts.
+            names: Class names.
+            is_validation: Whether the validator has validation images. Otherwise, it has images of the training set.
+            img_size: --kd-teacher-img-size.
+            stop: Signals.
+
+        Raises:
+            Interrupted: If a signal has come.
+        """
+        task: Any = self.trainer.task
+        if getattr(task, 'teacher', None) is None:
+            return
+        if validator is None:
+            _logger.info("The order of the teacher's classes is not checked: that needs validation images.")
+            return
+        is_resumed = bool(start.epoch or start.update)
+        has_same_size = (start.options or {}).get('kd_teacher_img_size') == img_size
+        knows = on_primary(self.trainer.ranks, lambda: self.knows_teacher)
+        if is_resumed and has_same_size and (knows or not is_validation):
+            return
+
+        def check() -> None:
+            if stop:
+                raise Interrupted(stop.signum)
+
+        validator.on_batch = check if validator.in_step else None
+        self.on_teacher(check_teacher(task, validator, self.folder, names), is_validation)
+
     def on_teacher(self, check: TeacherCheck, is_validation: bool) -> None:
         """Record the evaluation of the teacher.
 
@@ -204,6 +244,17 @@ class Recorder:
             self.teacher_top1 = check.top1
             if self.saver is not None:
                 record_results(self.folder, teacher_top1=None if check.top1 is None else round(check.top1, 3))
+
+    def log_results(self, eval_metric: str) -> None:
+        """Log the best epoch and where its student is, and print the best epochs."""
+        self.compare_with_teacher()
+        if self.saver is not None and self.saver.best_metric is not None:
+            _logger.info(f'*** Best metric: {self.saver.best_metric:.4g} (epoch {self.saver.best_epoch})')
+            if os.path.exists(os.path.join(self.folder, 'config.json')):
+                _logger.info(f"*** Load it with timm.create_model('local-dir:{self.folder}', pretrained=True)")
+            else:
+                _logger.info(f'*** Its weights: {os.path.join(self.folder, EXPORT_NAME)}')
+        print_results(self.results, eval_metric)
 
     def compare_with_teacher(self) -> None:
         """Log the top-1 of the best epoch beside the teacher's."""
@@ -404,50 +455,6 @@ def _build_saver(
     return saver
 
 
-def evaluate_teacher(
-        args,
-        trainer: Trainer,
-        validator: Optional[Validator],
-        recorder: Recorder,
-        start: Position,
-        names: Sequence[str],
-        is_validation: bool,
-        stop: StopRequest,
-) -> None:
-    """Evaluate the teacher before the first epoch of a run, and again if it is resumed with another image size.
-
-    Args:
-        args: The options.
-        trainer: Trainer of the run.
-        validator: Evaluates the teacher; None if there are no images.
-        recorder: Records the result.
-        start: Where the run starts.
-        names: Class names.
-        is_validation: Whether the validator has validation images. Otherwise, it has images of the training set.
-        stop: Signals.
-
-    Raises:
-        Interrupted: If a signal has come.
-    """
-    if getattr(trainer.task, 'teacher', None) is None:
-        return
-    if validator is None:
-        _logger.info("The order of the teacher's classes is not checked: that needs validation images.")
-        return
-    is_resumed = bool(start.epoch or start.update)
-    has_same_size = (start.options or {}).get('kd_teacher_img_size') == args.kd_teacher_img_size
-    knows = on_primary(trainer.ranks, lambda: recorder.knows_teacher)
-    if is_resumed and has_same_size and (knows or not is_validation):
-        return
-
-    def check() -> None:
-        if stop:
-            raise Interrupted(stop.signum)
-
-    validator.on_batch = check if validator.in_step else None
-    recorder.on_teacher(check_teacher(trainer.task, validator, recorder.folder, names), is_validation)
-
-
 def log_expected_end(
         epoch: int, epochs: range, evaluated: Sequence[int], seconds: float, eval_seconds: float) -> None:
     """Log when the run will be over, from the time of one epoch.
@@ -467,16 +474,3 @@ def log_expected_end(
     untimed = f', plus {evals_left} evaluations' if evals_left and epoch not in evaluated else ''
     _logger.info(
         f'Epoch {epoch} took {timedelta(seconds=round(seconds))}. Expected end: about {end}, in {left}{untimed}.')
-
-
-def log_results(recorder: Recorder, eval_metric: str) -> None:
-    """Log the best epoch and where its student is, and print the best epochs."""
-    recorder.compare_with_teacher()
-    saver = recorder.saver
-    if saver is not None and saver.best_metric is not None:
-        _logger.info(f'*** Best metric: {saver.best_metric:.4g} (epoch {saver.best_epoch})')
-        if os.path.exists(os.path.join(recorder.folder, 'config.json')):
-            _logger.info(f"*** Load it with timm.create_model('local-dir:{recorder.folder}', pretrained=True)")
-        else:
-            _logger.info(f'*** Its weights: {os.path.join(recorder.folder, EXPORT_NAME)}')
-    print_results(recorder.results, eval_metric)

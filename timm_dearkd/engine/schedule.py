@@ -69,7 +69,8 @@ def build_scheduler(args, optimizer: torch.optim.Optimizer, num_updates: int, st
         lr_scheduler, num_epochs = create_scheduler_v2(
             optimizer, **scheduler_kwargs(args), updates_per_epoch=num_updates)
     except (AssertionError, ValueError) as e:
-        raise ValueError(f'Could not create --sched {args.sched}: {one_line(e)}') from e
+        raise ValueError(
+            f'Could not create --sched {args.sched}: {one_line(e)} Check --decay-epochs and --warmup-epochs.') from e
     if lr_scheduler is not None and start.epoch + start.update > 0:
         if args.sched_on_updates:
             lr_scheduler.step_update(start.epoch * num_updates + start.update)
@@ -121,7 +122,7 @@ def schedule_run(args, trainer: Trainer, checkpoint: str) -> Tuple[Position, ran
         start = resume_run(
             checkpoint, task, dict(vars(args)), None if args.no_resume_opt else optimizer, trainer.precision,
             images_per_update(args, trainer.ranks))
-    for group, options in zip(optimizer.param_groups, given):  # this run's win over the checkpoint's
+    for group, options in zip(optimizer.param_groups, given):  # this run's options replace the checkpoint's
         rate = options.pop('lr')
         group.update(options)
         if args.sched != 'plateau':  # its rate depends on earlier metrics, so the checkpoint's stays

@@ -28,7 +28,8 @@ ERRORS = {
     'folder': (['MISSING', '--model', 'test_dearkd', '--checkpoint', 'WEIGHTS'], 'No folder'),
     'empty': (['EMPTY', '--model', 'test_dearkd', '--checkpoint', 'WEIGHTS'], 'has no images'),
     'no attention': (['FOLDER', '--model', 'test_resnet', '--checkpoint', 'CNN'], 'no blocks with timm'),
-    'weights of nothing': (['FOLDER', '--checkpoint', 'WEIGHTS'], 'Add --model NAME'),
+    'weights of nothing': (['FOLDER', '--checkpoint', 'WEIGHTS'], '--checkpoint needs a model to measure'),
+    'images of nothing': (['FOLDER', '--num-images', '3'], '--num-images needs a model to measure'),
     'count': (['FOLDER', '--model', 'test_dearkd', '--num-images', '0'], 'expected a whole number of 1 or more'),
 }
 

@@ -130,7 +130,7 @@ ERRORS = {
     'device': (['FOLDER', '--device', 'cuda:77'], 'is not available here'),
     'model': (['FOLDER', '--model', 'resnet26x'], 'nearest timm names'),
     'network': (['FOLDER', '--lpips-net', 'vgg'], '--lpips-net is for LPIPS, and --model measures with a CNN'),
-    'weights of nothing': (['FOLDER', '--model', '', '--checkpoint', 'TWO'], 'Add --model NAME'),
+    'weights of nothing': (['FOLDER', '--model', '', '--checkpoint', 'TWO'], 'Add its name, --model NAME'),
 }
 
 
