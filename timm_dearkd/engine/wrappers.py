@@ -1,10 +1,12 @@
 """Data sets around those of timm: they skip unreadable images, or take a fraction."""
 import copy
 import logging
+import warnings
 from typing import Any, Sequence
 
 import numpy as np
 import torch
+from PIL import ExifTags, Image
 from timm.data import IterableImageDataset
 from torch.utils.data import Dataset
 
@@ -37,11 +39,22 @@ class _Wrapper(Dataset):
         return getattr(self.dataset, name)
 
 
+def orientation(image: Image.Image) -> int:
+    """Return an image's EXIF orientation; 1 is as it is stored."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try:
+            return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        except Exception:  # damaged EXIF data raise many kinds
+            return 1
+
+
 class SkipUnreadable(_Wrapper):
     """A timm data set that replaces each image it cannot read by the next one.
 
     Each such file is reported once, also with several workers. Images of 16 bits and more count as unreadable if 8 bits
-    are asked for. Pillow would clip them, and few file types tell how many of the bits are used.
+    are asked for. Pillow would clip them, and few file types tell how many of the bits are used. A warning names the
+    first image that has transparent pixels, or that a viewer would turn.
 
     Args:
         dataset: timm's `ImageDataset`, or a fraction of one.
@@ -64,6 +77,7 @@ class SkipUnreadable(_Wrapper):
         self.max_skips = max_skips
         # shared, because a loader may start new workers in each epoch; a fraction may repeat its files
         self.was_reported = torch.zeros(len(getattr(dataset, 'indices', dataset)), dtype=torch.bool).share_memory_()
+        self.was_told = torch.zeros(2, dtype=torch.bool).share_memory_()  # see `_warn_of_changes`
 
     @property
     def transform(self):
@@ -108,9 +122,25 @@ class SkipUnreadable(_Wrapper):
         if exceeds_8_bits(image.mode, self.input_img_mode):  # first, because the name of each image takes time
             check_mode(self._name(index), image.mode, self.input_img_mode)
         try:
+            self._warn_of_changes(image, index)
             return image.convert(self.input_img_mode), *rest
         except UNREADABLE as e:
             raise ValueError(f'{self._name(index)!r} cannot be read as an image ({one_line(e)}).') from e
+
+    def _warn_of_changes(self, image: Image.Image, index: int) -> None:
+        """Warn of the first image that a viewer shows differently: with transparent pixels, or turned."""
+        transparent, turned = range(2)
+        has_alpha = image.has_transparency_data and 'A' not in self.input_img_mode
+        if has_alpha and not self.was_told[transparent] and np.asarray(image.convert('RGBA'))[..., 3].min() < 255:
+            self.was_told[transparent] = True
+            _logger.warning(
+                f'{self._name(index)!r} has transparent pixels. They get the colour that the file has there, often'
+                ' black. So do those of other images. Fill their background if that hides what they show.')
+        if not self.was_told[turned] and orientation(image) != 1:
+            self.was_told[turned] = True
+            _logger.warning(
+                f'{self._name(index)!r} has an EXIF orientation, by which viewers turn it. timm does not. Turn this file'
+                ' and others like it.')
 
     def _name(self, index: int) -> str:
         name = self.dataset.filename(index, absolute=True)

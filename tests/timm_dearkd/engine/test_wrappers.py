@@ -10,7 +10,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import FakeData
 
@@ -127,6 +127,36 @@ def test_deep_images_behind_others_are_skipped_by_name(name, tmp_path, caplog):
             assert values == [0, 0, 0, 1, 1, 1]  # none is white
     assert len(caplog.messages) == 1
     assert 'cat/1.png' in caplog.text and 'mode I;16' in caplog.text and 'the next image takes its place' in caplog.text
+
+
+@pytest.mark.parametrize('image, is_told', [
+    (Image.new('RGBA', (8, 8), (9, 9, 9, 0)), True),
+    (Image.new('LA', (8, 8), (9, 254)), True),
+    (Image.new('P', (8, 8), 0), True),
+    (Image.new('RGBA', (8, 8), (9, 9, 9, 255)), False),
+    (Image.new('RGB', (8, 8)), False),
+])
+def test_the_first_image_with_transparent_pixels_is_named(image, is_told, tmp_path, caplog):
+    root = make_folder(tmp_path / 'data', ['cat', 'dog'], count=3)
+    for name in ('1', '2'):
+        image.save(tmp_path / 'data' / 'dog' / f'{name}.png', **(dict(transparency=0) if image.mode == 'P' else {}))
+    dataset = open_dataset('', root, 'train')
+    for mode in ('RGBA', 'RGB', 'L'):
+        set_image_mode(dataset, mode)
+        assert [picture.mode for picture, _ in dataset] == [mode] * 6
+        assert len(caplog.messages) == (is_told and mode != 'RGBA')
+    assert not is_told or ('dog/1.png' in caplog.text and 'has transparent pixels' in caplog.text)
+
+
+def test_the_first_image_that_a_viewer_would_turn_is_named(tmp_path, caplog):
+    root = make_folder(tmp_path / 'data', ['cat', 'dog'], count=2)
+    for name, value in (('a', 1), ('b', 6), ('c', 8)):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = value
+        Image.new('RGB', (8, 8)).save(tmp_path / 'data' / 'dog' / f'{name}.jpg', exif=exif)
+    Image.new('RGB', (8, 8)).save(tmp_path / 'data' / 'dog' / 'd.jpg', exif=b'Exif\0\0II*\0damaged')
+    assert len(list(open_dataset('', root, 'train'))) == 8
+    assert len(caplog.messages) == 1 and 'dog/b.jpg' in caplog.text and 'EXIF orientation' in caplog.text
 
 
 def make_stream(root, kinds):
