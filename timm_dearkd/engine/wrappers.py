@@ -139,8 +139,8 @@ class SkipUnreadable(_Wrapper):
         if not self.was_told[turned] and orientation(image) != 1:
             self.was_told[turned] = True
             _logger.warning(
-                f'{self._name(index)!r} has an EXIF orientation, by which viewers turn it. timm does not. Turn this file'
-                ' and others like it.')
+                f'{self._name(index)!r} has an EXIF orientation, by which viewers turn it. timm does not. Turn this'
+                ' file and others like it.')
 
     def _name(self, index: int) -> str:
         name = self.dataset.filename(index, absolute=True)
