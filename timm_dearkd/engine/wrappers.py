@@ -1,7 +1,6 @@
 """Data sets around those of timm: they skip unreadable images, or take a fraction."""
 import copy
 import logging
-import warnings
 from typing import Any, Sequence
 
 import numpy as np
@@ -41,12 +40,10 @@ class _Wrapper(Dataset):
 
 def orientation(image: Image.Image) -> int:
     """Return an image's EXIF orientation; 1 is as it is stored."""
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        try:
-            return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-        except Exception:  # damaged EXIF data raise many kinds
-            return 1
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged EXIF data raise many kinds
+        return 1
 
 
 class SkipUnreadable(_Wrapper):
@@ -130,7 +127,7 @@ class SkipUnreadable(_Wrapper):
     def _warn_of_changes(self, image: Image.Image, index: int) -> None:
         """Warn of the first image that a viewer shows differently: with transparent pixels, or turned."""
         transparent, turned = range(2)
-        has_alpha = image.has_transparency_data and 'A' not in self.input_img_mode
+        has_alpha = image.has_transparency_data and self.input_img_mode not in ('LA', 'RGBA')
         if has_alpha and not self.was_told[transparent] and np.asarray(image.convert('RGBA'))[..., 3].min() < 255:
             self.was_told[transparent] = True
             _logger.warning(

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import tarfile
+import warnings
 
 import numpy as np
 import pytest
@@ -157,6 +158,18 @@ def test_the_first_image_that_a_viewer_would_turn_is_named(tmp_path, caplog):
     Image.new('RGB', (8, 8)).save(tmp_path / 'data' / 'dog' / 'd.jpg', exif=b'Exif\0\0II*\0damaged')
     assert len(list(open_dataset('', root, 'train'))) == 8
     assert len(caplog.messages) == 1 and 'dog/b.jpg' in caplog.text and 'EXIF orientation' in caplog.text
+
+
+def test_warnings_of_pillow_come_once(tmp_path):
+    """Whatever looks at an image must not reset what Python has shown already."""
+    for i in range(3):
+        (tmp_path / 'train' / 'cat').mkdir(parents=True, exist_ok=True)
+        Image.new('P', (8, 8), 0).save(tmp_path / 'train' / 'cat' / f'{i}.png', transparency=b'\x80')
+    dataset = open_dataset('', str(tmp_path), 'train')
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter('default')
+        assert len(list(dataset)) == 3
+    assert sum('Palette images' in str(warning.message) for warning in found) == 1
 
 
 def make_stream(root, kinds):
