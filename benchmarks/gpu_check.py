@@ -80,10 +80,7 @@ def missing_packages() -> Dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             missing[_normalize(requirement.name)] = f'{text} (not installed)'
             continue
-        # A version above an upper bound may serve, unless that is the only bound
-        least = [s for s in map(str, requirement.specifier) if s.startswith('>=')]
-        bounds = least or list(map(str, requirement.specifier))
-        if not Requirement(f'{requirement.name}{",".join(bounds)}').specifier.contains(version, prereleases=True):
+        if not requirement.specifier.contains(version, prereleases=True):
             missing[_normalize(requirement.name)] = f'{text} ({version} is installed)'
     return missing
 

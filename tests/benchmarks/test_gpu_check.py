@@ -219,7 +219,7 @@ def test_phases_of_two_cards_are_not_one_table(tmp_path):
 
 
 def test_missing_and_old_packages_are_named_in_one_line(monkeypatch, capsys, tmp_path):
-    versions = {'timm': '1.0.19', 'torch': '2.11.0+cu130'}
+    versions = {'timm': '1.0.19', 'torch': '2.11.0+cu130', 'pillow': '13.0'}
 
     def version(name):
         if name == 'safetensors':
@@ -229,7 +229,7 @@ def test_missing_and_old_packages_are_named_in_one_line(monkeypatch, capsys, tmp
     monkeypatch.setattr(gpu_check.importlib.metadata, 'version', version)
     assert gpu_check.missing_packages() == {
         'timm': 'timm>=1.0.31,<1.1 (1.0.19 is installed)', 'safetensors': 'safetensors>=0.4 (not installed)',
-        'pillow': 'pillow<13 (99 is installed)'}
+        'pillow': 'pillow>=10.1,<13 (13.0 is installed)'}
     with pytest.raises(gpu_check.Failure, match='--wheels FOLDER'):
         gpu_check.import_packages(toy=True)
 
