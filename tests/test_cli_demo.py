@@ -65,7 +65,7 @@ def test_the_whole_script(tmp_path):
     assert 'runs of something else' in result.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.integrations
 def test_the_whole_script_without_real_images(tmp_path):
     """The data-free demo with few images and steps: its table and its picture."""
     script = (ROOT / 'examples' / 'data_free_digits.sh').read_text()

@@ -55,7 +55,7 @@ def test_cifar10_is_written_as_a_folder(tmp_path, cifar10, monkeypatch):
     write_cifar10(tmp_path / 'cifar10')
 
 
-@pytest.mark.slow
+@pytest.mark.integrations
 def test_a_student_of_cifar10(tmp_path, cifar10):
     """The teacher, its student and the report, with the images of the stand-in and fewer epochs."""
     scale, name = SCALES['cifar10'], 'dearkd-0.1-seed0'
