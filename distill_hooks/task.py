@@ -205,8 +205,8 @@ class DearKDTask(TrainingTask):
     Call `set_epoch` at the start of every epoch. The training loop needs no other change.
 
     Our choices, where the paper is silent: block 4 of the student learns from the teacher stage with the largest stride
-    up to half the patch size, or up to 8 for patches below 16. That was better than the stages around it (RESULTS.md).
-    `TwoStageSchedule` has the choices of alpha, beta and the stage lengths.
+    up to half the patch size, or up to 8 for patches below 16. In RESULTS.md, this stage is better than the next one,
+    and inconclusive against the previous one. `TwoStageSchedule` has the choices of alpha, beta and the stage lengths.
 
     Args:
         student_model: The timm ViT to train.

@@ -11,11 +11,13 @@ from timm_dearkd.engine.options import build_parser, recipe_names
 PATH = Path(__file__).parent / 'options.md'
 HEAD = '''# Options of train.py
 
-Names and defaults are timm's, where timm has the flag. Created by `python docs/generate_options.py`.
+Names and defaults are timm's, where timm has the flag. Three defaults differ: those of
+`--kd-distill-type`, `--device` and `--pin-mem`. Created by `python docs/generate_options.py`.
 
 Every flag can be a line of a YAML file, `-c FILE`: `--weight-decay 0.05` is `weight_decay: 0.05`, a switch is
 `amp: true`. The command line wins over the file. `-c NAME` takes a recipe of the package:
 {recipes}.
+To change one, copy it from `timm_dearkd/recipes` and give the copy.
 '''
 
 

@@ -8,8 +8,8 @@ __all__ = ['AGREEMENT', 'HIDDEN', 'OWN_CNN', 'Claim', 'Decision', 'Entry', 'Key'
 
 HIDDEN = 'hidden loss'  # noise group: students with the hidden loss vary far less from seed to seed
 OWN_CNN = (
-    'A CNN that `distill` trains counts in its best epoch on the test images, as it teaches; its student after its last'
-    ' epoch.')
+    'For a CNN that `distill` trains, the figure is that of its best epoch on the test images, which is the one that'
+    ' teaches. For its student, the figure is that of the last epoch. This favours the CNN.')
 AGREEMENT = 'Teacher agreement: the share of the augmented images whose label the teacher predicts.'
 Key = Tuple[str, str]  # row and column
 

@@ -259,7 +259,7 @@ def defaults(scale: Scale, seeds: Sequence[int]) -> Table:
         '`timm-dearkd distill` on a CPU with the data, and the teacher if there is one. Its rules were found on the'
         ' digits of another split, and on images of `fashion_mnist` set aside for tuning. Nothing was tuned on the'
         ' stamps, small drawings and photographs of Tux Paint in 12 classes. A given teacher teaches soft labels of'
-        ' mixed images, and the classes of the training images count for nothing. Without a teacher, `distill` trains a'
+        ' mixed images, and the classes of the training images have no effect. Without a teacher, `distill` trains a'
         " CNN on the student's images first, which teaches hard labels beside the classes. The first column is DearKD"
         f' of table 2, with 4x4 patches instead of 8x8.\n\n{OWN_CNN}',
         entries)
