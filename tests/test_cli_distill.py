@@ -432,3 +432,34 @@ def test_fewer_images_get_more_epochs_and_fewer_updates():
     epochs = [epochs_for(count, count // 24) for count in counts]
     updates = [number * (count // 24) for count, number in zip(counts, epochs)]
     assert epochs == sorted(epochs, reverse=True) and updates == sorted(updates) and updates[0] == 1000
+
+
+def test_a_folder_with_splits_that_has_changed_is_refused(photos, distilled, tmp_path, monkeypatch):
+    """An image in another class: a finished student is not returned as if it had seen it. Nothing else is refused."""
+    data, output = tmp_path / 'photos', tmp_path / 'out'
+    shutil.copytree(distilled[0] / 'data', data)
+    monkeypatch.setattr(timm_dearkd.train, 'prepare', lambda argv: lambda: None)
+    monkeypatch.setattr(timm_dearkd.api, 'run_step', lambda step, train: 1 / 0)
+    call = dict(teacher=str(distilled[0] / 'teacher'), output=str(output), device='cpu', epochs=3)
+
+    def fails_with(error):
+        with pytest.raises(error) as found:
+            timm_dearkd.distill(str(data), **call)
+        return str(found.value)
+
+    fails_with(ZeroDivisionError)  # the training begins
+    moved = next((data / 'train' / 'blue').iterdir())
+    moved.rename(data / 'train' / 'red' / 'moved.jpg')
+    fails_with(ZeroDivisionError)  # no run has begun
+    (output / 'student').mkdir()
+    (output / 'student' / 'args.yaml').write_text('')
+    (data / 'train' / 'red' / 'moved.jpg').rename(moved)
+    assert 'The images in train are not those of the runs' in fails_with(ValueError)
+
+
+def test_a_class_without_readable_images_is_refused(photos, tmp_path):
+    shutil.copytree(photos, tmp_path / 'photos')
+    for path in (tmp_path / 'photos' / 'red').iterdir():
+        path.write_bytes(b'ftypheic')
+    with pytest.raises(ValueError, match=r'No image of a class can be read, such as .*red.*remove the class'):
+        timm_dearkd.distill(str(tmp_path / 'photos'), output=str(tmp_path / 'out'), device='cpu')

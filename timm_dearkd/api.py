@@ -21,13 +21,13 @@ from . import train
 from .analysis.report import check_available as check_report
 from .analysis.runs import Run, open_run
 from .engine.data import build_datasets
-from .engine.distillation import choose_distill_type
+from .engine.distillation import choose_distill_type, load_cnn
 from .engine.loader import build_mixup, build_train_loader
 from .engine.optimizer import build_optimizer
 from .engine.options import given_options, options_to_argv, resolve_args
 from .engine.process import SINGLE, Interrupted, Precision, TrainingError, find_device
 from .engine.student import build_student, create_student
-from .images import Images, look_at, prepare_splits
+from .images import Images, check_unchanged, look_at, prepare_splits, record_images
 from .planning import Planner, Step, find_teacher, is_known, parse, quiet, read_options
 
 __all__ = ['distill']
@@ -228,6 +228,7 @@ def prepare_distillation(
         reports = False
         _logger.warning(f'No report.html: {e}')
     planner = Planner(root, output, images, student, device, user, given, reports)
+    check_unchanged(images, output)
     name, first = find_teacher(planner, teacher, args.kd_teacher_checkpoint)
     step = planner.student_in_folder(name, is_own=first is not None)
     if step is not None and step.is_finished():
@@ -246,7 +247,7 @@ def prepare_distillation(
         check_student(step, device)
         _logger.info('The trained teacher decides whether the student sees mirror images.')
         return partial(run_both, planner, first, train.prepare(first.argv), images)
-    cnn = load_model(name, args.kd_teacher_checkpoint).eval()
+    cnn = load_cnn({**vars(args), 'kd_model_name': name}).eval()
     step = step or planner.student(name, planner.ask_teacher(cnn), is_own=first is not None)
     resolve_args(step.args)
     log_step(step, images, cnn, device)
@@ -255,6 +256,7 @@ def prepare_distillation(
 
 def run_both(planner: Planner, first: Step, train_cnn: Callable[[], Any], images: Images) -> Run:
     """Train the CNN, and then the student."""
+    record_images(images, planner.output)
     minutes = {'teacher': run_step(first, train_cnn)}
     step = planner.student(first.folder, planner.ask_teacher(load_model(first.folder).eval()), is_own=True)
     try:
@@ -272,6 +274,7 @@ def run_student(
         minutes: Dict[str, float],
 ) -> Run:
     """Train the student, and finish."""
+    record_images(images, step.args.output)
     return finish(step, first, images, {**minutes, 'student': run_step(step, train_student)})
 
 

@@ -1,4 +1,5 @@
 """The images of a distillation: their splits, and what the choice of options depends on."""
+import hashlib
 import json
 import logging
 import os
@@ -6,9 +7,9 @@ import random
 import shutil
 import tempfile
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Collection, Dict, List, Optional, Sequence
+from typing import Any, Collection, Dict, List, Optional, Sequence, Tuple
 
 from PIL import Image
 
@@ -27,14 +28,16 @@ from .engine.image_folder import (
     warn_of_other_types,
 )
 from .engine.wrappers import num_kept
+from .files import write_text
 
-__all__ = ['Images', 'look_at', 'prepare_splits', 'split_images']
+__all__ = ['Images', 'check_unchanged', 'look_at', 'prepare_splits', 'record_images', 'split_images']
 
 _logger = logging.getLogger(__name__)
 
 # Our choices
 VALIDATION_SHARE = 0.2
 NUM_SAMPLES = 64  # images that are opened
+RECORD = 'images.json'  # in the folder of the runs
 SPLIT_NAMES = ('train', 'training', 'val', 'valid', 'validation', 'test', 'testing', 'eval')
 
 
@@ -50,6 +53,7 @@ class Images:
         side: Median of the shorter sides, in pixels.
         is_grey: Whether no sample has colours.
         samples: Paths of some training images.
+        hashes: Hash of the names of all images of a split, by split.
     """
     num_train: int
     epoch_length: int
@@ -58,6 +62,7 @@ class Images:
     side: int
     is_grey: bool
     samples: Sequence[str]
+    hashes: Dict[str, str] = field(default_factory=dict)
 
 
 def look_at(
@@ -102,11 +107,39 @@ def look_at(
         modes.add(image.mode)
     if not samples:
         raise ValueError(f'No image of a sample in {reader.root!r} can be read. Convert the images to PNG or JPEG.')
-    num_validation = len(open_folder(data, val_split, reader.class_to_idx, **kwargs)) if val_split else 0
+    validation = open_folder(data, val_split, reader.class_to_idx, **kwargs).samples if val_split else []
+    hashes = {split: _hash_names(data, found) for split, found in ((train_split, images), (val_split, validation))}
     num_train = sum(num_kept(train_fraction, count) for count in Counter(label for _, label in images).values())
     return Images(
-        num_train, len(images) if keep_length else num_train, num_validation, len(set(reader.class_to_idx.values())),
-        sorted(sides)[len(sides) // 2], modes <= {'L', '1'}, samples)
+        num_train, len(images) if keep_length else num_train, len(validation), len(set(reader.class_to_idx.values())),
+        sorted(sides)[len(sides) // 2], modes <= {'L', '1'}, samples, hashes)
+
+
+def _hash_names(data: str, samples: Sequence[Tuple[str, int]]) -> str:
+    names = sorted(os.path.relpath(path, data) for path, _ in samples)
+    return hashlib.sha256('\0'.join(names).encode(errors='surrogateescape')).hexdigest()[:16]
+
+
+def check_unchanged(images: Images, output: str) -> None:
+    """Refuse other images than those of the runs in OUTPUT.
+
+    Raises:
+        ValueError: If an image was added, removed, renamed or moved to another class.
+    """
+    path = Path(output, RECORD)
+    has_runs = any(Path(output).glob('*/args.yaml'))
+    known = json.loads(path.read_text(encoding='utf-8')) if has_runs and path.exists() else {}
+    changed = [split for split, found in images.hashes.items() if known.get(split, found) != found]
+    if changed:
+        raise ValueError(
+            f'The images in {", ".join(changed)} are not those of the runs in {output!r}: some were added, removed,'
+            ' renamed or moved to another class. Set another --output, or remove the folder.')
+
+
+def record_images(images: Images, output: str) -> None:
+    """Record the images that the runs in OUTPUT see, for `check_unchanged`."""
+    Path(output).mkdir(parents=True, exist_ok=True)
+    write_text(Path(output, RECORD), json.dumps(images.hashes))
 
 
 def _check_classes(root: str, names: Collection[str]) -> None:

@@ -176,15 +176,8 @@ def open_viewer(name: str) -> Viewer:
 def _find_teacher(viewer: Viewer, run: Run, config: Dict[str, Any]) -> Tuple[Teacher, Sequence[str]]:
     """Load the teacher of a run. Return it and the class names of its answers."""
     has_own_classes = run.args.get('kd_distill_type') == 'feature'
-    teacher = load_teacher(
-        viewer.student,
-        config,
-        run.args['kd_model_name'],
-        run.args.get('kd_teacher_checkpoint'),
-        img_size=run.args.get('kd_teacher_img_size'),
-        class_map=run.args.get('kd_class_map'),
-        names=() if has_own_classes else label_names(viewer.student) or (),
-    ).to(next(viewer.student.parameters()).device)
+    own_names = () if has_own_classes else label_names(viewer.student) or ()
+    teacher = load_teacher(viewer.student, config, run.args, own_names).to(next(viewer.student.parameters()).device)
     names = class_names(teacher.model) if has_own_classes else viewer.names
     if teacher.num_classes != len(names):
         raise ValueError(f'It has {teacher.num_classes} classes, the student {len(names)}.')

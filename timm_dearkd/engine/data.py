@@ -20,7 +20,7 @@ from distill_hooks.errors import one_line
 from .hf_labels import hf_classes
 from .image_folder import (
     ImageFolderReader,
-    check_bit_depth,
+    check_images,
     class_order,
     find_splits,
     image_types,
@@ -113,7 +113,7 @@ def _read_torch_folder(name: str, root: str, split: str, class_map: Any = '', **
     class_to_idx = resolve_class_map(class_map, folder.root, names, kwargs.get('is_training', False))
     if class_to_idx is None:
         class_to_idx = {name: index for index, name in enumerate(names)}
-    check_bit_depth(folder.samples, kwargs.get('input_img_mode', 'RGB'), kwargs.get('is_training', False))
+    check_images(folder.samples, kwargs.get('input_img_mode', 'RGB'), kwargs.get('is_training', False))
     return ImageFolderReader(folder.root, [(path, names[index]) for path, index in folder.samples], class_to_idx)
 
 

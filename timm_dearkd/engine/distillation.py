@@ -4,7 +4,7 @@ import os
 import shlex
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, cast
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, cast
 
 import torch
 import torch.distributed as dist
@@ -39,8 +39,8 @@ from .loop import Validator
 from .options import check_distillation
 
 __all__ = [
-    'TeacherCheck', 'build_schedule', 'build_task', 'check_teacher', 'choose_distill_type', 'load_teacher',
-    'log_changed_stages', 'saved_names', 'uses_ema',
+    'TeacherCheck', 'build_schedule', 'build_task', 'check_teacher', 'choose_distill_type', 'load_cnn',
+    'load_teacher', 'log_changed_stages', 'saved_names', 'uses_ema',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -163,14 +163,39 @@ def _match_classes(teacher: Any, names: Sequence[str], num_classes: int) -> Opti
     return None
 
 
+def load_cnn(options: Mapping[str, Any]) -> nn.Module:
+    """Load the teacher's model, with the normalisation of --kd-teacher-mean and --kd-teacher-std.
+
+    Args:
+        options: Options of a run.
+
+    Raises:
+        FileNotFoundError: If a file does not exist.
+        ValueError: If the model does not load.
+    """
+    name, checkpoint = options['kd_model_name'], options.get('kd_teacher_checkpoint')
+    model: Any = load_model(name, checkpoint)
+    given = {key: value for key in ('mean', 'std') if (value := options.get(f'kd_teacher_{key}'))}
+    model.pretrained_cfg = {**model.pretrained_cfg, **given}
+    if _has_only_weights(name, checkpoint) and len(given) < 2:
+        mean, std = (tuple(round(value, 3) for value in model.pretrained_cfg[key]) for key in ('mean', 'std'))
+        _logger.info(
+            f'{checkpoint!r} does not tell how its images were normalised. The teacher gets the mean {mean} and the'
+            f' deviation {std}. If it was trained with others, set --kd-teacher-mean and --kd-teacher-std.')
+    return model
+
+
+def _has_only_weights(name: str, checkpoint: Optional[str]) -> bool:
+    """Return whether nothing tells how a teacher was trained."""
+    if not checkpoint or os.path.isdir(name) or ':' in name:
+        return False
+    return not training_args(checkpoint)
+
+
 def load_teacher(
         student: nn.Module,
         data_config: Dict[str, Any],
-        name: str,
-        checkpoint: Optional[str] = None,
-        *,
-        img_size: Optional[int] = None,
-        class_map: Optional[str] = None,
+        options: Mapping[str, Any],
         names: Sequence[str] = (),
 ) -> Teacher:
     """Load the teacher of a student, with its classes in the student's order.
@@ -178,22 +203,19 @@ def load_teacher(
     Args:
         student: The student.
         data_config: timm's preprocessing configuration of the student.
-        name: See `distill_hooks.load_model`.
-        checkpoint: See `distill_hooks.load_model`.
-        img_size: Size at which the teacher sees the images; None is the student's.
-        class_map: File of a class map; None matches the classes by name.
+        options: Options of the student's run. Those of the teacher begin with `kd_`.
         names: Names of the student's classes; () keeps the teacher's classes.
 
     Raises:
         FileNotFoundError: If a file does not exist.
         ValueError: If the teacher does not load or does not fit the student.
     """
-    model = load_model(name, checkpoint)
+    model, class_map = load_cnn(options), options.get('kd_class_map')
     indices = load_class_map(class_map) if class_map else _match_classes(model, names, cast(Any, student).num_classes)
     return Teacher.for_student(
         student,
         model,
-        img_size=img_size,
+        img_size=options.get('kd_teacher_img_size'),
         class_map=indices,
         mean=data_config['mean'],
         std=data_config['std'],
@@ -214,15 +236,7 @@ def _build_distillation(
     Raises:
         ValueError: If the teacher, the student and the options do not fit together.
     """
-    teacher = load_teacher(
-        model,
-        data_config,
-        args.kd_model_name,
-        args.kd_teacher_checkpoint,
-        img_size=args.kd_teacher_img_size,
-        class_map=args.kd_class_map,
-        names=names if distill_type != 'feature' else (),
-    )
+    teacher = load_teacher(model, data_config, vars(args), names if distill_type != 'feature' else ())
     task: TrainingTask
     if distill_type == 'dearkd':
         task = DearKDTask(
@@ -275,9 +289,9 @@ def _build_timm_task(args, distill_type: str, model: nn.Module, teacher: nn.Modu
 
 def _log_teacher_size(args, teacher: nn.Module, input_size: Tuple[int, int, int]) -> None:
     """Log the size at which the teacher was trained, if it is known and differs from the size that it sees."""
-    checkpoint, name, given = args.kd_teacher_checkpoint, args.kd_model_name, args.kd_teacher_img_size
-    if checkpoint and not training_args(checkpoint) and not os.path.isdir(name) and ':' not in name:
-        return  # weights alone: the architecture's usual size need not be theirs
+    given = args.kd_teacher_img_size
+    if _has_only_weights(args.kd_model_name, args.kd_teacher_checkpoint):
+        return  # the architecture's usual size need not be theirs
     trained = tuple(get_model_input_config(teacher)['input_size'][1:])
     seen = tuple(input_size[1:]) if given is None else (given, given)
     if trained == seen:

@@ -21,7 +21,7 @@ from timm.data.readers.reader import Reader
 from timm.utils.misc import natural_key
 
 __all__ = [
-    'IMAGE_MODES', 'UNREADABLE', 'FolderScan', 'ImageFolderReader', 'check_bit_depth', 'check_class_folders',
+    'IMAGE_MODES', 'UNREADABLE', 'FolderScan', 'ImageFolderReader', 'check_class_folders', 'check_images',
     'check_mode', 'check_split_names', 'class_order', 'exceeds_8_bits', 'find_splits', 'first_names',
     'has_class_folders', 'image_types', 'index_by_name', 'is_image_file', 'normal_label', 'normal_name', 'normal_names',
     'open_folder', 'read_class_map', 'resolve_class_map', 'resolve_link', 'scan_folder', 'split_folder',
@@ -31,8 +31,8 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 IMAGE_MODES = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'CMYK'}  # Pillow's, by number of channels
-NUM_BIT_DEPTH_CHECKS = 50  # classes
-NUM_BIT_DEPTH_IMAGES = 10  # of a class
+NUM_CHECKED_CLASSES = 50  # classes
+NUM_CHECKED_IMAGES = 10  # of a class
 # Pillow's errors for broken files and for files that are not images
 UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 NUM_DIGEST_FILES = 20
@@ -223,7 +223,7 @@ def open_folder(
 
     Raises:
         FileNotFoundError: If the split or the class map does not exist.
-        ValueError: If there are no images, the folders are not classes, or see `check_bit_depth`.
+        ValueError: If there are no images, the folders are not classes, or see `check_images`.
     """
     folder = split_folder(root, split)
     scan = scan_folder(folder, input_key.split(';') if input_key else None)
@@ -238,7 +238,7 @@ def open_folder(
         check_class_folders(scan, is_training)
         class_to_idx = index_by_name(scan.names)
     reader = ImageFolderReader(scan.root, scan.images, class_to_idx)
-    check_bit_depth(reader.samples, input_img_mode, is_training)
+    check_images(reader.samples, input_img_mode, is_training)
     return reader
 
 
@@ -425,12 +425,12 @@ def first_names(names: Sequence[str]) -> str:
     return ', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
 
 
-def check_bit_depth(samples: Sequence[Tuple[str, int]], mode: str, is_training: bool) -> None:
-    """Refuse classes of images with more than 8 bits per channel, if the mode has 8.
+def check_images(samples: Sequence[Tuple[str, int]], mode: str, is_training: bool) -> None:
+    """Refuse classes without a readable image, and classes of images with more than 8 bits per channel.
 
-    Looks at the first and the last image of each class, of 50 classes at most, and if one of them has more bits, at ten
-    of the class. If at most half of these have, or the class has one image for validation, `SkipUnreadable` skips such
-    images.
+    Looks at the first and the last image of each class, of 50 classes at most. If one of them cannot be read, or has
+    more bits than the mode, it looks at ten of the class. Other such images are left to `SkipUnreadable`, and so is a
+    class with one image for validation.
 
     Args:
         samples: Path and class index of each image.
@@ -438,28 +438,33 @@ def check_bit_depth(samples: Sequence[Tuple[str, int]], mode: str, is_training: 
         is_training: Whether every class must have images.
 
     Raises:
-        ValueError: If most images of a class have more than 8 bits per channel, and the mode has 8.
+        ValueError: If no image of a class can be read, or most have more than 8 bits per channel and the mode has 8.
     """
     by_class: Dict[int, List[str]] = defaultdict(list)
     for path, label in samples:
         by_class[label].append(path)
 
-    def is_deep(path: str) -> bool:
+    def fault(path: str) -> str:
         try:
             with Image.open(path) as image:
-                return exceeds_8_bits(image.mode, mode)
+                return 'deep' if exceeds_8_bits(image.mode, mode) else ''
         except UNREADABLE:
-            return False  # `SkipUnreadable` reports it when it is read
+            return 'unreadable'
 
-    for paths in list(by_class.values())[::-(-len(by_class) // NUM_BIT_DEPTH_CHECKS)]:
-        if not (is_deep(paths[0]) or is_deep(paths[-1])) or (len(paths) == 1 and not is_training):
+    for paths in list(by_class.values())[::-(-len(by_class) // NUM_CHECKED_CLASSES)]:
+        if not (fault(paths[0]) or fault(paths[-1])) or (len(paths) == 1 and not is_training):
             continue
-        seen = paths[::-(-len(paths) // NUM_BIT_DEPTH_IMAGES)]
-        deep = [path for path in seen if is_deep(path)]
+        seen = paths[::-(-len(paths) // NUM_CHECKED_IMAGES)]
+        faults = {path: fault(path) for path in seen}
+        deep = [path for path in seen if faults[path] == 'deep']
         if 2 * len(deep) > len(seen):
             raise ValueError(
                 'Most images of a class have 16 bits per channel or more, such as'
                 f' {resolve_link(deep[0])!r}. Pillow clips them to white. Convert them to 8 bits.')
+        if all(found == 'unreadable' for found in faults.values()):
+            raise ValueError(
+                f'No image of a class can be read, such as {resolve_link(seen[0])!r} ({len(seen)} of {len(paths)} were'
+                ' tried). Convert them to PNG or JPEG, or remove the class.')
 
 
 def resolve_link(path: str) -> str:

@@ -41,14 +41,15 @@ _FOLDERS = {
 }
 # Options of each kind of distillation
 _WEIGHTS = ('distill_loss_weight', 'task_loss_weight')
+_INPUT = ('kd_teacher_img_size', 'kd_teacher_mean', 'kd_teacher_std')
 _TAUGHT = {
     'dearkd': (
         'dearkd_stage1_epochs', 'dearkd_stage2', 'dearkd_alpha', 'dearkd_beta', 'dearkd_hooks',
-        'dearkd_normalize_features', 'dearkd_labels', 'dearkd_soft_labels', 'kd_temperature', 'kd_teacher_img_size',
+        'dearkd_normalize_features', 'dearkd_labels', 'dearkd_soft_labels', 'kd_temperature', *_INPUT,
         'kd_class_map', 'kd_label_cache'),
-    'logit': ('kd_loss_type', 'kd_temperature', 'kd_teacher_img_size', 'kd_class_map', *_WEIGHTS),
-    'feature': ('kd_student_feature_dim', 'kd_teacher_feature_dim', 'kd_teacher_img_size', *_WEIGHTS),
-    'token': ('kd_token_distill_type', 'kd_temperature', 'kd_teacher_img_size', 'kd_class_map', *_WEIGHTS),
+    'logit': ('kd_loss_type', 'kd_temperature', *_INPUT, 'kd_class_map', *_WEIGHTS),
+    'feature': ('kd_student_feature_dim', 'kd_teacher_feature_dim', *_INPUT, *_WEIGHTS),
+    'token': ('kd_token_distill_type', 'kd_temperature', *_INPUT, 'kd_class_map', *_WEIGHTS),
 }
 
 
@@ -139,6 +140,10 @@ def _add_dearkd(group) -> None:
     add('--kd-teacher-checkpoint', metavar='FILE', help="weights of the teacher (default: timm's pretrained weights)")
     add('--kd-teacher-img-size', type=int, metavar='N',
         help="side length in pixels at which the teacher sees the images (default: the student's)")
+    add('--kd-teacher-mean', type=float, nargs='+', metavar='MEAN',
+        help="mean per channel with which the teacher was trained, of images from 0 to 1 (default: the model's)")
+    add('--kd-teacher-std', type=POSITIVE, nargs='+', metavar='STD',
+        help="standard deviation per channel with which the teacher was trained (default: the model's)")
     add('--kd-class-map', metavar='FILE', help="the teacher's class index per line, for each of the student's classes")
     add('--kd-label-cache', metavar='FOLDER',
         help="read the teacher's labels from this folder, and add those that are missing")

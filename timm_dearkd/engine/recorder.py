@@ -24,7 +24,8 @@ from ..distances import LOG_NAME, DistanceLog
 from ..files import append_row, write_text
 from .checkpoints import EXPORT_NAME, AtomicCheckpointSaver, Position, remove_recovery
 from .data import Classes, have_same_folder
-from .distillation import TeacherCheck, check_teacher, uses_ema
+from .distillation import TeacherCheck, check_teacher, saved_names, uses_ema
+from .image_folder import normal_name
 from .loader import images_per_update, model_dtype
 from .loop import Trainer, Validator, mean_lr
 from .process import Interrupted, Precision, Ranks, StopRequest
@@ -86,6 +87,7 @@ class Recorder:
         self.knows_teacher = 'teacher_top1' in results
         self.teacher_top1: Optional[float] = results.get('teacher_top1')
         self.teacher_was_reported = False
+        self.matches_names = False  # whether the teacher has the classes of the images, by their names
 
     def on_log(self, epoch: int, update: int, losses, rates, images: torch.Tensor) -> None:
         """Record the numbers of a log line."""
@@ -215,6 +217,7 @@ class Recorder:
         task: Any = self.trainer.task
         if getattr(task, 'teacher', None) is None:
             return
+        self.matches_names = bool(names) and {*map(normal_name, names)} <= {*saved_names(task.teacher.model)}
         if validator is None:
             _logger.info("The order of the teacher's classes is not checked: that needs validation images.")
             return
@@ -276,8 +279,9 @@ class Recorder:
             self.teacher_was_reported = True
             _logger.warning(
                 f"The student learns nothing but the teacher's answers, and {top1:.1f} % of these are right. Guessing"
-                f' gives {guessing:.1f} %. Choose another teacher, --kd-class-map, --kd-teacher-img-size, or --mean and'
-                ' --std. Or set --dearkd-labels dataset, which also teaches the classes of the images.')
+                f' gives {guessing:.1f} %. Choose another teacher, --kd-class-map, --kd-teacher-img-size, or'
+                ' --kd-teacher-mean and --kd-teacher-std. Or set --dearkd-labels dataset, which also teaches the'
+                ' classes of the images.')
 
     def _check_agreement(self, losses: Dict[str, float]) -> None:
         """Warn if the teacher does not know the training images better than by guessing."""
@@ -286,11 +290,15 @@ class Recorder:
             return
         guessing = 1 / cast(Any, self.trainer.task.get_eval_model()).num_classes
         if agreement < MIN_TEACHER * guessing:
+            remedy = (
+                'Are its classes those of the images, in the same order? If not: --kd-class-map FILE. Or was it trained'
+                ' with another normalisation (--kd-teacher-mean, --kd-teacher-std) or image size'
+                ' (--kd-teacher-img-size)?')
+            if self.matches_names:
+                remedy = 'It has the classes of the images, so it has hardly learned. Train it for more epochs.'
             _logger.warning(
                 f'The teacher finds the label of {100 * agreement:.1f} % of the training images, guessing would find'
-                f' {100 * guessing:.1f} %. Are its classes those of the images, in the same order? If not:'
-                ' --kd-class-map FILE. Or was it trained with another normalisation (--mean, --std) or image size'
-                ' (--kd-teacher-img-size)?')
+                f' {100 * guessing:.1f} %. {remedy}')
 
     def _check_learning(self, epoch: int, losses: Dict[str, float]) -> None:
         """Warn at the end of stage I if the student hardly knows more than by guessing."""

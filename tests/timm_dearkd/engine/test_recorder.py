@@ -9,10 +9,10 @@ from timm.task import ClassificationTask
 from timm.utils import update_summary
 
 from distill_hooks import DearKDTask, TwoStageSchedule
-from timm_dearkd.engine.checkpoints import AtomicCheckpointSaver
+from timm_dearkd.engine.checkpoints import AtomicCheckpointSaver, Position
 from timm_dearkd.engine.distillation import TeacherCheck
 from timm_dearkd.engine.loop import Stepper, Trainer
-from timm_dearkd.engine.process import Precision
+from timm_dearkd.engine.process import Precision, StopRequest
 from timm_dearkd.engine.recorder import Recorder, print_results
 from timm_dearkd.engine.run_folder import trim_table
 from timm_dearkd.engine.tracking import Tracker
@@ -91,6 +91,21 @@ def test_a_teacher_in_another_order_is_warned_of_once(tmp_path, caplog):
         assert recorder.teacher_top1 is None
         recorder.on_epoch(0, dict(loss=1., teacher_agreement=0.), {}, None, lr=0.1)
         assert ('guessing would find' in caplog.text) == (not has_other_order)
+
+
+@pytest.mark.parametrize('known,remedy', [
+    (['Emu', 'cat', 'dog'], 'Train it for more epochs'), (['a', 'b', 'c'], '--kd-class-map FILE'),
+    ([], '--kd-class-map FILE')])
+def test_a_teacher_with_the_names_of_the_classes_that_guesses_has_not_learned(known, remedy, tmp_path, caplog):
+    student, cnn = (timm.create_model(name, num_classes=3) for name in ('test_dearkd', 'test_resnet'))
+    cnn.pretrained_cfg = {**cnn.pretrained_cfg, 'label_names': known}
+    task = DearKDTask(student, cnn, TwoStageSchedule(6), hooks=['2'], verbose=False)
+    trainer = Trainer(
+        task, [None], Stepper(task, torch.optim.SGD(task.parameters(), lr=0.1)), Precision(torch.device('cpu')))
+    recorder = Recorder(trainer, str(tmp_path), None, Tracker(str(tmp_path)), lambda folder, state: None, 4)
+    recorder.evaluate_teacher(None, Position(), ['cat', 'dog', 'Emu'], False, None, StopRequest())
+    recorder.on_epoch(0, dict(loss=1., teacher_agreement=0.3), {}, None, lr=0.1)
+    assert 'guessing would find' in caplog.text and remedy in caplog.text
 
 
 @pytest.mark.parametrize('labels', ['dataset', 'teacher'])

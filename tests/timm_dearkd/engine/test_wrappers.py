@@ -36,18 +36,21 @@ def test_unreadable_images_are_named_once_and_replaced(image_folder, tmp_path, c
         assert [label for _, label in dataset] == [0] * 16 + [1] * 16 + [2] * 17  # after a.png comes the next class
     messages = [r.message for r in caplog.records if r.name == 'timm_dearkd.engine.wrappers']
     assert len(messages) == 2 and 'a.png' in ''.join(messages) and '0.png' in ''.join(messages)
+    dataset = open_dataset('', str(root), 'train')
     for path in (root / 'train').glob('*/*.png'):
         path.write_bytes(b'nothing')
     with pytest.raises(OSError, match='10 images in a row cannot be read'):
-        open_dataset('', str(root), 'train')[0]
+        dataset[0]
+    with pytest.raises(ValueError, match=r'No image of a class can be read, such as .*\(8 of 16 were tried\)'):
+        open_dataset('', str(root), 'train')
 
 
 def test_unreadable_images_are_named_once_by_all_workers(image_folder, tmp_path, capfd):
     root = tmp_path / 'data'
     shutil.copytree(image_folder, root)
+    dataset = SkipUnreadable(ClassFraction(open_dataset('', str(root), 'train').dataset, 0.5, keep_length=True))
     for path in (root / 'train' / 'grass').iterdir():
         path.write_bytes(b'nothing')
-    dataset = SkipUnreadable(ClassFraction(open_dataset('', str(root), 'train').dataset, 0.5, keep_length=True))
     dataset.transform = np.asarray
     handler = logging.StreamHandler(sys.stderr)
     logging.getLogger('timm_dearkd').addHandler(handler)
