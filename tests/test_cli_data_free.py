@@ -205,6 +205,7 @@ def test_looking_at_a_stream_leaves_it_as_it_was(whole, make, tmp_path):
     pytest.importorskip('webdataset')
     result = make(tmp_path, '--num-images', '24', '--format', 'wds')
     assert result.returncode == 0, result.stderr
+    assert 'Shards have no class names' in result.stdout
     args, _ = _parse_args([
         '--data-dir', str(tmp_path), '--dataset', 'wds/', '--val-split', 'train', '--workers', '2',
         '--track-attention-distance', '--model', 'test_vit', '--img-size', '32'])

@@ -22,6 +22,7 @@ from distill_hooks import load_model
 from distill_hooks.errors import one_line
 from timm_dearkd.attention import ConvAttention
 from timm_dearkd.commands import check_overwrite, positive_int, run_command
+from timm_dearkd.engine.data import check_img_size
 from timm_dearkd.engine.run_folder import save_folder
 
 __all__ = ['FORMATS', 'export']
@@ -90,6 +91,8 @@ def export(model: Any, kind: str, path: Path, img_size: Optional[int] = None) ->
     except (AssertionError, RuntimeError) as e:
         size_text = f' of --img-size {img_size}' if img_size else ''
         raise ValueError(f'The model does not take images{size_text}: {one_line(e)}') from e
+    if img_size is not None:
+        check_img_size(model)
     if kind != 'safetensors':
         for module in model.modules():
             if isinstance(module, ConvAttention):

@@ -92,6 +92,13 @@ def test_programs_hold_the_scores_as_a_constant(tmp_path):
     assert not any('rpe' in tensor.name and 'alpha' in tensor.name for tensor in graph.initializer)
 
 
+@pytest.mark.parametrize('size, is_told', [(30, True), (32, False), (None, False)])
+def test_pixels_that_the_model_ignores_are_told(size, is_told, tmp_path, caplog):
+    model = timm.create_model('dearkd_nano_patch4_32', num_classes=3, patch_size=8)
+    export(model, 'safetensors', tmp_path / 'model', size)
+    assert ('ignores the last 6 rows and 6 columns. To use them, set --img-size 24 or 32.' in caplog.text) == is_told
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', list(SUFFIX))
 def test_a_copy_that_computes_something_else_is_not_kept(kind, tmp_path, monkeypatch):

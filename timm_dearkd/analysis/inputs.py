@@ -31,8 +31,10 @@ from timm_dearkd.engine.image_folder import (
     index_by_name,
     normal_name,
     scan_folder,
+    warn_of_other_types,
 )
 from timm_dearkd.engine.process import find_device
+from timm_dearkd.engine.wrappers import warn_of_changes
 
 __all__ = [
     'ImageFiles', 'add_model_arguments', 'add_output_arguments', 'class_names', 'find_images', 'image_transform',
@@ -153,8 +155,13 @@ def class_names(model: Any) -> List[str]:
     return [f'{name} ({index})' if counts[name] > 1 else name for index, name in enumerate(names)]
 
 
-def open_image(path: str, mode: str = 'RGB') -> Image.Image:
+def open_image(path: str, mode: str = 'RGB', was_told: Optional[torch.Tensor] = None) -> Image.Image:
     """Read an image file.
+
+    Args:
+        path: The file.
+        mode: Pillow mode to convert to.
+        was_told: See `warn_of_changes`; None gives no such warnings.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -163,6 +170,8 @@ def open_image(path: str, mode: str = 'RGB') -> Image.Image:
     try:
         with Image.open(path) as file:
             found, image = file.mode, file.convert(mode)
+            if was_told is not None:
+                warn_of_changes(file, mode, was_told, lambda: path)
     except FileNotFoundError:
         raise FileNotFoundError(f'No image at {path!r}.') from None
     except UNREADABLE as e:
@@ -177,17 +186,23 @@ class ImageFiles(Sequence):
     Args:
         samples: Path and label of each image; None is an unknown label.
         mode: Pillow mode to convert to.
+        was_told: See `open_image`.
     """
 
-    def __init__(self, samples: List[Tuple[str, Optional[int]]], mode: str = 'RGB') -> None:
-        self.samples, self.mode = samples, mode
+    def __init__(
+            self,
+            samples: List[Tuple[str, Optional[int]]],
+            mode: str = 'RGB',
+            was_told: Optional[torch.Tensor] = None,
+    ) -> None:
+        self.samples, self.mode, self.was_told = samples, mode, was_told
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: Any) -> Any:
         path, label = self.samples[index]
-        return open_image(path, self.mode), label
+        return open_image(path, self.mode, self.was_told), label
 
 
 def find_images(
@@ -197,6 +212,8 @@ def find_images(
         mode: str = 'RGB',
 ) -> ImageFiles:
     """Find the images in files and folders. Class folders label their images.
+
+    Warns of image files of types that are not read, and of the first image that a viewer shows differently.
 
     Args:
         paths: Files and folders.
@@ -216,6 +233,7 @@ def find_images(
             samples.append((path, None))
             continue
         scan = scan_folder(path)
+        warn_of_other_types(scan)
         if not scan.images:
             raise ValueError(f'{path!r} has no images.')
         splits = [name for name in find_splits(path) if has_class_folders(os.path.join(path, name))]
@@ -231,7 +249,7 @@ def find_images(
                 f'{len(unknown)} of {len(scan.names)} folders in {path!r} are not classes of the model. Their images'
                 f' have no label: {", ".join(unknown[:5])}.')
         samples += [(file, labels.get(name)) for file, name in scan.images]
-    return ImageFiles(samples, mode)
+    return ImageFiles(samples, mode, torch.zeros(2, dtype=torch.bool).share_memory_())
 
 
 def load_images(model: nn.Module, folder: str, count: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from distill_hooks import resolve_model
 from distill_hooks.errors import one_line
 from timm_dearkd.commands import add_device, positive_int
 from timm_dearkd.engine.process import check_backend, find_device
@@ -107,7 +108,7 @@ def measure_throughput(
     The models take turns in each round, so that other load on the machine affects them alike.
 
     Args:
-        names: timm names. Weights are random, because speed does not depend on them.
+        names: timm names or run folders. Weights are random, because speed does not depend on them.
         batch_size: Images per batch.
         device: Device of the models.
         img_size: Side length in pixels; None is each model's own.
@@ -167,12 +168,13 @@ def _prepare(
 
     The forward is None if the device has too little memory. See `measure_throughput`.
     """
+    source, _ = resolve_model(name)
     try:
         try:
             kwargs: Dict[str, Any] = {} if img_size is None else {'img_size': img_size}
-            model: Any = timm.create_model(name, **kwargs).eval()
+            model: Any = timm.create_model(source, **kwargs).eval()
         except TypeError:  # CNNs have no argument img_size
-            model = timm.create_model(name).eval()
+            model = timm.create_model(source).eval()
         chans, *size = resolve_model_data_config(model)['input_size']
         size = [img_size or side for side in size]
         macs = count_macs(model, torch.zeros(1, chans, *size))
@@ -240,7 +242,7 @@ def plot_throughput(results: List[Measurement]) -> Any:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the tool."""
     add = parser.add_argument
-    add('models', nargs='+', metavar='NAME', help='timm names; speed ratios are relative to the first')
+    add('models', nargs='+', metavar='NAME', help='timm names or run folders; speed ratios are relative to the first')
     add('-b', '--batch-size', type=positive_int, nargs='+', default=[32], metavar='N',
         help='images per batch (default: 32)')
     add('--img-size', type=positive_int, metavar='N', help="side length of the images in pixels (default: the model's)")
@@ -273,9 +275,9 @@ def run(args: argparse.Namespace) -> None:
     """Print a table; write it as CSV and a plot after each batch size."""
     if not 0 < args.seconds < math.inf:
         raise ValueError(f'--seconds {args.seconds}, expected more than 0.')
-    unknown = [name for name in args.models if ':' not in name and not timm.is_model(name)]
-    if unknown:
-        raise ValueError(f'Unknown model {unknown[0]!r}. timm.list_models("*NAME*") lists the names.')
+    for name in args.models:
+        if resolve_model(name)[1]:
+            raise ValueError(f'{name!r} is a file, expected a timm name or a run folder. Give the folder of its run.')
     check_backend(args.torchcompile)
     new_figure()
     table, picture = output_files(args, 'throughput', args.models[0], '.csv', '.png')

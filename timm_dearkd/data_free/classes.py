@@ -4,6 +4,7 @@ from typing import Any, List, Optional, Sequence
 
 from timm_dearkd.analysis.inputs import label_names
 from timm_dearkd.engine.distillation import saved_names
+from timm_dearkd.engine.image_folder import normal_name
 
 from .dataset import folder_name
 
@@ -39,6 +40,8 @@ def parse_classes(texts: Optional[Sequence[str]], num_classes: int) -> List[int]
 def read_class_names(path: Optional[str], model: Any) -> List[str]:
     """Return a folder name for each class of a CNN; all are different.
 
+    Warns of a class whose folder has another name.
+
     Args:
         path: File with a name per line; None takes the names that the model was saved with, else the class indices.
         model: The CNN.
@@ -55,7 +58,14 @@ def read_class_names(path: Optional[str], model: Any) -> List[str]:
             raise ValueError(f'--class-names {path} has {len(names)} names, expected {count}, one per class.')
     if len(names) != count:
         names = [f'{index:0{len(str(count - 1))}d}' for index in range(count)]
-    return _folder_names(names)
+    folders = _folder_names(names)
+    changed = [(name, folder) for name, folder in zip(names, folders) if normal_name(name) != folder]
+    if changed:
+        _logger.warning(
+            f'{len(changed)} of {count} class names are invalid or not unique as folder names. {changed[0][0]!r}'
+            f' becomes {changed[0][1]!r}. The student gets the names of the folders. Rename the folders of its'
+            ' validation images to match.')
+    return folders
 
 
 def _folder_names(names: Sequence[str]) -> List[str]:

@@ -19,6 +19,10 @@ from .look import encode_png
 __all__ = ['FORMATS', 'SyntheticSet', 'check_folder', 'folder_name', 'read_settings']
 
 FORMATS = ('folder', 'wds')
+MAX_NAME_BYTES = 240  # file systems allow 255, and equal names get a number
+# File systems refuse these parts of a folder name. A leading dot hides the folder.
+_INVALID_PARTS = re.compile(
+    r'[<>:"/\\|?*\x00-\x1f\x7f]|^\.|[. ]+$|^(?=(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$))', re.IGNORECASE)
 # Options that name networks, whose weights are compared
 NETWORKS = {'model', 'checkpoint', 'student', 'student_checkpoint', 'verifier', 'verifier_checkpoint'}
 
@@ -228,5 +232,6 @@ def read_settings(root: str) -> Dict[str, Any]:
 
 
 def folder_name(name: str, index: int) -> str:
-    """Return a class name as a valid folder name, or the index if nothing is left."""
-    return re.sub(r'[^\w\-. ]+', '_', normal_name(name)).strip('. ') or f'{index:04d}'
+    """Return a class name as a folder name, with `_` for what file systems refuse, or the index if it is empty."""
+    short = normal_name(name).encode(errors='surrogatepass')[:MAX_NAME_BYTES].decode(errors='ignore')
+    return _INVALID_PARTS.sub('_', short) or f'{index:04d}'

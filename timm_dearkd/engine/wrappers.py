@@ -1,7 +1,7 @@
 """Data sets around those of timm: they skip unreadable images, or take a fraction."""
 import copy
 import logging
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from distill_hooks.errors import one_line
 
 from .image_folder import UNREADABLE, check_mode, exceeds_8_bits, resolve_link
 
-__all__ = ['ClassFraction', 'Sample', 'SkipHighBitDepth', 'SkipUnreadable', 'set_image_mode']
+__all__ = ['ClassFraction', 'Sample', 'SkipHighBitDepth', 'SkipUnreadable', 'set_image_mode', 'warn_of_changes']
 
 _logger = logging.getLogger(__name__)
 
@@ -46,6 +46,29 @@ def orientation(image: Image.Image) -> int:
         return 1
 
 
+def warn_of_changes(image: Image.Image, mode: str, was_told: torch.Tensor, get_name: Callable[[], str]) -> None:
+    """Warn of the first image that a viewer shows differently: with transparent pixels, or turned.
+
+    Args:
+        image: The image as its file stores it.
+        mode: Pillow mode to convert it to.
+        was_told: Whether each of the two warnings was given (2,). Workers share it.
+        get_name: Returns the image's name, which takes time.
+    """
+    transparent, turned = range(2)
+    has_alpha = image.has_transparency_data and mode not in ('LA', 'RGBA')
+    if has_alpha and not was_told[transparent] and np.asarray(image.convert('RGBA'))[..., 3].min() < 255:
+        was_told[transparent] = True
+        _logger.warning(
+            f'{get_name()!r} has transparent pixels. They get the colour that the file has there, often black. So do'
+            ' those of other images. Fill their background if that hides what they show.')
+    if not was_told[turned] and orientation(image) != 1:
+        was_told[turned] = True
+        _logger.warning(
+            f'{get_name()!r} has an EXIF orientation, by which viewers turn it. timm does not. Turn this file and'
+            ' others like it.')
+
+
 class SkipUnreadable(_Wrapper):
     """A timm data set that replaces each image it cannot read by the next one.
 
@@ -74,7 +97,7 @@ class SkipUnreadable(_Wrapper):
         self.max_skips = max_skips
         # shared, because a loader may start new workers in each epoch; a fraction may repeat its files
         self.was_reported = torch.zeros(len(getattr(dataset, 'indices', dataset)), dtype=torch.bool).share_memory_()
-        self.was_told = torch.zeros(2, dtype=torch.bool).share_memory_()  # see `_warn_of_changes`
+        self.was_told = torch.zeros(2, dtype=torch.bool).share_memory_()  # see `warn_of_changes`
 
     @property
     def transform(self):
@@ -119,25 +142,10 @@ class SkipUnreadable(_Wrapper):
         if exceeds_8_bits(image.mode, self.input_img_mode):  # first, because the name of each image takes time
             check_mode(self._name(index), image.mode, self.input_img_mode)
         try:
-            self._warn_of_changes(image, index)
+            warn_of_changes(image, self.input_img_mode, self.was_told, lambda: self._name(index))
             return image.convert(self.input_img_mode), *rest
         except UNREADABLE as e:
             raise ValueError(f'{self._name(index)!r} cannot be read as an image ({one_line(e)}).') from e
-
-    def _warn_of_changes(self, image: Image.Image, index: int) -> None:
-        """Warn of the first image that a viewer shows differently: with transparent pixels, or turned."""
-        transparent, turned = range(2)
-        has_alpha = image.has_transparency_data and self.input_img_mode not in ('LA', 'RGBA')
-        if has_alpha and not self.was_told[transparent] and np.asarray(image.convert('RGBA'))[..., 3].min() < 255:
-            self.was_told[transparent] = True
-            _logger.warning(
-                f'{self._name(index)!r} has transparent pixels. They get the colour that the file has there, often'
-                ' black. So do those of other images. Fill their background if that hides what they show.')
-        if not self.was_told[turned] and orientation(image) != 1:
-            self.was_told[turned] = True
-            _logger.warning(
-                f'{self._name(index)!r} has an EXIF orientation, by which viewers turn it. timm does not. Turn this'
-                ' file and others like it.')
 
     def _name(self, index: int) -> str:
         name = self.dataset.filename(index, absolute=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from timm.data import create_transform, resolve_model_data_config
 from torch.utils.data import DataLoader
 
@@ -147,3 +147,21 @@ def test_folders_of_any_type_and_images_too_deep(model, tmp_path, caplog):
     files = find_images([str(tmp_path)])
     assert len(files) == 6 and len(predict(model, files)) == 5
     assert "deep.png' has 16 bits per channel" in caplog.text and 'Skipping it.' in caplog.text
+
+
+def test_images_that_are_not_read_or_that_a_viewer_shows_differently_are_told(model, tmp_path, caplog):
+    """Once, also by workers."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    for name in 'abcd':
+        Image.new('RGB', (8, 8)).save(tmp_path / f'{name}.jpg', exif=exif)
+        Image.new('RGBA', (8, 8)).save(tmp_path / f'{name}.png')
+    for name in ('e.heic', 'f.heic', 'g.tga'):
+        (tmp_path / name).touch()
+    files = find_images([str(tmp_path)])
+    assert '2 .heic, 1 .tga. Convert them' in caplog.text
+    assert len(predict(model, files)) == len(predict(model, files)) == 8
+    assert len(caplog.messages) == 3
+    assert "a.jpg' has an EXIF orientation" in caplog.text and "a.png' has transparent pixels" in caplog.text
+    files.was_told.zero_()
+    assert len(predict(model, files, batch_size=4, workers=1)) == 8 and files.was_told.all()

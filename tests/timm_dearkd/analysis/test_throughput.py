@@ -8,6 +8,7 @@ import timm_dearkd  # noqa: F401
 from timm_dearkd.analysis import throughput
 from timm_dearkd.analysis.__main__ import main
 from timm_dearkd.commands import run_command
+from timm_dearkd.engine.run_folder import save_folder
 
 
 @pytest.mark.parametrize('name', ['test_vit', 'test_dearkd'])
@@ -70,8 +71,23 @@ def test_command(tmp_path, capsys):
     assert (tmp_path / 'out.png').stat().st_size > 3000
 
 
+def test_a_run_folder_is_measured_as_it_was_trained(tmp_path):
+    """Its size, patches and classes are those of its config.json, not those of its architecture."""
+    pytest.importorskip('matplotlib')
+    model = timm.create_model('test_dearkd', num_classes=3, img_size=32, patch_size=8)
+    save_folder(model, tmp_path / 'student', data_config=dict(input_size=(3, 32, 32)))
+    main(['throughput', str(tmp_path / 'student'), '--rounds', '1', '--seconds', '0.01', '--device', 'cpu'])
+    with (tmp_path / 'student' / 'analysis' / 'throughput.csv').open(newline='') as f:
+        row, = csv.DictReader(f)
+    assert row['model'] == str(tmp_path / 'student')
+    assert row['parameters, M'] == f'{sum(p.numel() for p in model.parameters()) * 1e-6:.2f}'
+    assert row['GMACs'] == f'{throughput.count_macs(model, torch.zeros(1, 3, 32, 32)) * 1e-9:.2f}'
+
+
 @pytest.mark.parametrize('args, message', [
     (['no_such_vit'], "Unknown model 'no_such_vit'"),
+    (['CHECKPOINT'], 'is a file, expected a timm name or a run folder'),
+    (['no/such/run'], "No folder 'no/such/run'"),
     (['test_vit', '--batch-size', '0'], "--batch-size: '0', expected a whole number of 1"),
     (['test_vit', '--seconds', '0'], 'expected more than 0'),
     (['test_vit', '--seconds', 'nan'], 'expected more than 0'),
@@ -80,6 +96,8 @@ def test_command(tmp_path, capsys):
 ])
 def test_errors_are_one_line_and_status_2(args, message, tmp_path, capsys):
     pytest.importorskip('matplotlib')
+    torch.save(dict(arch='test_vit', state_dict={}), tmp_path / 'last.pth.tar')
+    args = [str(tmp_path / 'last.pth.tar') if arg == 'CHECKPOINT' else arg for arg in args]
     with pytest.raises(SystemExit) as e:
         run_command('analysis', main, ['throughput', *args, '--device', 'cpu', '--output', str(tmp_path / 'out')])
     assert e.value.code == 2 and message in capsys.readouterr().err.strip().splitlines()[-1]

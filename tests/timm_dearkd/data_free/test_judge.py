@@ -5,10 +5,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import timm_dearkd  # noqa: F401
 from timm_dearkd.data_free.classes import match_student, match_verifier, parse_classes, read_class_names
+from timm_dearkd.data_free.dataset import SyntheticSet
 from timm_dearkd.data_free.judge import MAX_IMAGES, Judge
+from timm_dearkd.engine.image_folder import open_folder
 
 
 def test_a_verifier_of_other_order_and_size(cnn):
@@ -82,3 +85,19 @@ def test_folder_names_are_different_and_synsets_are_known(tmp_path):
     for text in ('1-', '-1', '1-x'):
         with pytest.raises(ValueError, match='--classes has'):
             parse_classes([text], 3)
+
+
+def test_class_names_of_the_cnn_are_those_of_the_student(tmp_path, caplog):
+    """If they are valid folder names. Others are told, stay apart, and are not hidden from the reader."""
+    names = ['50%', 'C++', '_x', 'cup (blue)', 'no, thanks', "rock'n'roll", '²', '[a] & {b}']
+    cnn = timm.create_model('test_resnet', num_classes=8, pretrained_cfg_overlay=dict(label_names=names))
+    assert read_class_names(None, cnn) == names and not caplog.messages
+    names = ['a/b', 'a:b', '.net', '..', 'etc. ', 'Nul', 'e' * 300, 'fine']
+    cnn.pretrained_cfg = {**cnn.pretrained_cfg, 'label_names': names}
+    folders = read_class_names(None, cnn)
+    assert folders == ['a_b 0', 'a_b 1', '_net', '__', 'etc_', '_Nul', 'e' * 240, 'fine']
+    assert len(caplog.messages) == 1 and "7 of 8 class names" in caplog.text and "'a/b' becomes 'a_b 0'" in caplog.text
+    dataset = SyntheticSet(str(tmp_path), dict(enumerate(folders)), {})
+    for index in range(8):
+        dataset.write(index, [Image.new('L', (4, 4))], [dict(target=index, teacher_prob=1., kept=True)])
+    assert set(open_folder(str(tmp_path), 'train', is_training=True).class_to_idx) == set(folders)
