@@ -5,6 +5,7 @@ import logging
 import os
 import re
 from collections import Counter
+from pathlib import Path
 from typing import Any, Collection, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import timm
@@ -39,6 +40,22 @@ def _few(names: Sequence[str], count: int = 3) -> str:
     return ', '.join(names[:count]) + (', …' if len(names) > count else '')
 
 
+def why_unreadable(checkpoint: str, error: Exception) -> str:
+    """Return the message for a checkpoint file that timm could not read, with the remedy."""
+    objects = re.search(r'Unsupported globals: (.+?)\.(\s|$)', str(error))
+    if objects:
+        found = sorted(objects[1].split(', '), key=lambda kind: (kind.startswith('torch.'), kind))
+        return (
+            f'Checkpoint {checkpoint!r} cannot be read safely: it holds Python objects besides its tensors'
+            f' ({_few(found)}), and reading them can run any code. If you trust the file, write only'
+            " its tensors: torch.save(torch.load(FILE, weights_only=False)['state_dict'], PATH), or for a"
+            ' whole model torch.save(model.state_dict(), PATH).')
+    reason = re.split(r'\.\s', str(error))[0].replace('\n', ' ')
+    return (
+        f'Checkpoint {checkpoint!r} cannot be read ({type(error).__name__}: {reason}). It may be'
+        ' truncated. Copy or download it again.')
+
+
 def _read_state_dict(checkpoint: str) -> Dict[str, torch.Tensor]:
     """Read the state dict of a checkpoint file, under any key.
 
@@ -55,18 +72,7 @@ def _read_state_dict(checkpoint: str) -> Dict[str, torch.Tensor]:
     except FileNotFoundError:
         raise FileNotFoundError(f'Checkpoint {checkpoint!r} does not exist. Check the path.') from None
     except Exception as e:  # torch's unpickler raises many kinds of errors
-        objects = re.search(r'Unsupported globals: (.+?)\.(\s|$)', str(e))
-        if objects:
-            found = sorted(objects[1].split(', '), key=lambda kind: (kind.startswith('torch.'), kind))
-            raise ValueError(
-                f'Checkpoint {checkpoint!r} cannot be read safely: it holds Python objects besides its tensors'
-                f' ({_few(found)}), and reading them can run any code. If you trust the file, write only'
-                " its tensors: torch.save(torch.load(FILE, weights_only=False)['state_dict'], PATH), or for a"
-                ' whole model torch.save(model.state_dict(), PATH).') from e
-        reason = re.split(r'\.\s', str(e))[0].replace('\n', ' ')
-        raise ValueError(
-            f'Checkpoint {checkpoint!r} cannot be read ({type(e).__name__}: {reason}). It may be'
-            ' truncated. Copy or download it again.') from e
+        raise ValueError(why_unreadable(checkpoint, e)) from e
     if not any(isinstance(value, torch.Tensor) for value in contents.values()):
         inner = {
             key: dict(value) for key, value in contents.items()
@@ -264,9 +270,10 @@ def resolve_model(name: str, checkpoint: Optional[str] = None) -> Tuple[str, Opt
         checkpoint: File of the weights.
 
     Raises:
-        ValueError: If the name is unknown, or the checkpoint does not name its architecture.
+        ValueError: If the name is unknown, the folder has no model but run folders, or the checkpoint does not name
+            its architecture.
     """
-    if os.path.isfile(name) and not checkpoint:
+    if os.path.isfile(name) and not checkpoint and not is_model(name):
         name, checkpoint = _architecture_of(name), name
     if os.path.isdir(name) and not is_model(name.split('.')[0]):
         name = f'local-dir:{name}'
@@ -274,19 +281,30 @@ def resolve_model(name: str, checkpoint: Optional[str] = None) -> Tuple[str, Opt
     if (folder != name or os.sep in folder) and ':' not in folder and not os.path.isdir(folder):
         raise ValueError(
             f'No folder {folder!r}. Give a run folder, the name of a timm model, or hf-hub:ORG/NAME.')
+    if folder != name and not _has_model(folder):
+        runs = sorted(str(path.parent) for path in Path(folder).glob('*/config.json'))
+        if runs:
+            raise ValueError(f'{folder!r} is not a run folder. Give one of the run folders in it: {_few(runs)}.')
     source, architecture = parse_model_name(name)
     if source is None and not is_model(architecture.split('.')[0]):
         raise ValueError(f'Unknown model {name!r}. The nearest timm names: {nearest_names(architecture)}.')
     return name, checkpoint
 
 
+def _has_model(folder: str) -> bool:
+    return os.path.isfile(os.path.join(folder, 'config.json'))
+
+
 def _architecture_of(checkpoint: str) -> str:
     """Return the architecture that a run's checkpoint names."""
     architecture = training_args(checkpoint).get('arch')
     if architecture is None:
-        raise ValueError(
-            f'File {checkpoint!r} does not name its architecture. Give its timm name and the file. For a teacher:'
-            ' --kd-model-name NAME --kd-teacher-checkpoint FILE. For a model: --model NAME --initial-checkpoint FILE.')
+        folder = os.path.dirname(checkpoint) or os.curdir
+        remedy = f'Give its folder, {folder}.' if _has_model(folder) else (
+            'Give its timm name, such as resnet18, and the file with the flag of that model: --checkpoint,'
+            ' --initial-checkpoint (train), --kd-teacher-checkpoint (teacher), or --student-checkpoint and'
+            ' --verifier-checkpoint (data-free).')
+        raise ValueError(f'File {checkpoint!r} does not name its architecture. {remedy}')
     return architecture
 
 

@@ -1,6 +1,8 @@
 """`timm-dearkd`, as users call it."""
 import json
 import shutil
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,7 +15,9 @@ from timm.data import create_dataset
 
 import timm_dearkd.train
 from reproduction.results import distill_figures
+from timm_dearkd.api import run_step
 from timm_dearkd.cli import COMMANDS
+from timm_dearkd.engine.process import TrainingError
 from timm_dearkd.engine.schedule import epochs_for
 from timm_dearkd.engine.wrappers import ClassFraction
 from timm_dearkd.images import Images, look_at
@@ -82,6 +86,27 @@ def test_the_same_call_again_returns_the_run(photos, distilled, monkeypatch):
     model = run.load_model()
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
     assert model.pretrained_cfg['label_names'] == ['blue', 'green', 'red']
+
+
+@pytest.mark.parametrize('data,teacher,message', [
+    (None, None, 'got data of type NoneType, expected a folder.'),
+    (['photos'], None, 'got data of type list, expected a folder.'),
+    ('photos', 1, 'got teacher of type int, expected a folder or a name.'),
+    ('photos', torch.nn.Linear(1, 1), 'got teacher of type Linear.*save_for_hf'),
+])
+def test_data_and_teacher_are_paths(data, teacher, message):
+    with pytest.raises(TypeError, match=message) as error:
+        timm_dearkd.distill(data, teacher=teacher)
+    assert len(str(error.value)) < 200 and '\n' not in str(error.value)
+
+
+def test_the_same_call_resumes_after_a_full_disk():
+    """`distill` does not take --resume."""
+    step = SimpleNamespace(name='student', argv=[])
+    for remedy, expected in (('Resume with --resume auto.', 'Make room. The same call resumes.'), ('', 'Make room.')):
+        with pytest.raises(TrainingError) as error:
+            run_step(step, Mock(side_effect=TrainingError('Make room.', remedy)))
+        assert str(error.value) == expected
 
 
 def test_options_in_python(photos, distilled, tmp_path, monkeypatch):
@@ -310,6 +335,7 @@ def test_train_py_repeats_the_student(distilled, tmp_path):
     (['PHOTOS', '--teacher', 'nowhere/cnn'], 'a run folder, hf-hub:ORG/NAME, or a name of timm.'),
     (['PHOTOS', '--kd-teacher-checkpoint', 'cnn.pth'], 'Name their architecture with --teacher'),
     (['PHOTOS', 'photos'], 'in quotes if its name has spaces'),
+    (['PHOTOS', '--img-size', '32', '33'], "Unexpected argument '33'"),
     (['PHOTOS', '--student', 'vit_tiny_patch16_224.foo'], "Unknown student 'vit_tiny_patch16_224.foo'"),
     (['PHOTOS', '--student', 'resnet18', '--img-size', '32', '--kd-distill-type', 'dearkd'], 'no content tokens'),
     (['PHOTOS', '--dearkd-hooks', '99'], '99'),
@@ -322,7 +348,8 @@ def test_train_py_repeats_the_student(distilled, tmp_path):
     (['PHOTOS', '--batch-size', '64'], '48 images, less than one batch of 64'),
     (['PHOTOS', '--opt', 'adamww'], 'adamww'),
     (['PHOTOS', '--aa', 'nonsense'], '--aa'),
-    (['PHOTOS', '--teacher', 'WEIGHTS'], '--teacher NAME --kd-teacher-checkpoint'),
+    (['PHOTOS', '--teacher', 'WEIGHTS'], 'and the file with the flag of that model: '),
+    (['PHOTOS', '--teacher', 'DONE'], 'Give one of the run folders in it: '),
     (['EMPTY'], 'No images'),
 ])
 def test_errors_are_one_line_and_status_2(args, message, photos, distilled, tmp_path):

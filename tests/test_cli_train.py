@@ -541,7 +541,7 @@ def test_the_module_can_be_driven(image_folder, cnn, tmp_path, monkeypatch):
     assert made == ['test_dearkd']
     assert 'blocks.0.attn.q_norm.weight' in torch.load(
         tmp_path / 'x' / 'last.pth.tar', weights_only=False)['state_dict']
-    with pytest.raises(ValueError, match='Unknown --model'):
+    with pytest.raises(ValueError, match="--model: Unknown model 'nothing'"):
         train.main([str(image_folder), '--model', 'nothing'])
 
 

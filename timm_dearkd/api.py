@@ -7,7 +7,7 @@ import os
 import shlex
 import time
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Union
 
 import timm
 import torch
@@ -36,10 +36,11 @@ _logger = logging.getLogger(__name__)
 
 # Options that `distill` sets itself, and what to give instead
 OWN_OPTIONS = dict(
-    data='one folder, first, and in quotes if its name has spaces', data_dir='the folder first',
+    data='the folder first', data_dir='the folder first',
     dataset='a folder of images', model='student', kd_model_name='teacher',
     output='output', experiment='output', resume='the same call, which resumes', eval_only='timm-dearkd train',
     input_size='img_size')
+RESUMES = 'The same call resumes.'
 
 
 def build_task(step: Step, cnn: Any, device: torch.device) -> TrainingTask:
@@ -115,6 +116,7 @@ def run_step(step: Step, run: Callable[[], Any]) -> float:
 
     Raises:
         Interrupted: If a signal has come.
+        TrainingError: If training cannot continue.
     """
     _logger.info(f'The same as: timm-dearkd train {shlex.join(step.argv)}')
     began = time.monotonic()
@@ -122,15 +124,17 @@ def run_step(step: Step, run: Callable[[], Any]) -> float:
         with contextlib.redirect_stdout(io.StringIO()):
             run()
     except Interrupted as e:
-        raise Interrupted(e.signum, 'The same call resumes.') from None
+        raise Interrupted(e.signum, RESUMES) from None
+    except TrainingError as e:
+        raise TrainingError(e.problem, e.remedy and RESUMES) from e.__cause__
     return (time.monotonic() - began) / 60
 
 
 def distill(
-        data: str,
-        teacher: Optional[str] = None,
+        data: Union[str, os.PathLike],
+        teacher: Union[str, os.PathLike, None] = None,
         *,
-        output: Optional[str] = None,
+        output: Union[str, os.PathLike, None] = None,
         student: Optional[str] = None,
         **train_options: Any,
 ) -> Run:
@@ -154,7 +158,7 @@ def distill(
 
     Raises:
         FileNotFoundError: If the folder does not exist.
-        TypeError: If train.py has no such option.
+        TypeError: If `data` or `teacher` is not a path or a name, or train.py has no such option.
         ValueError: If the images or the options do not allow the training.
 
     Examples:
@@ -164,6 +168,11 @@ def distill(
         print(run.summary())
         ```
     """
+    for name, value, expected in (('data', data, 'a folder'), ('teacher', teacher, 'a folder or a name')):
+        if not isinstance(value, (str, os.PathLike)) and (name == 'data' or value is not None):
+            is_model = isinstance(value, torch.nn.Module)
+            remedy = ' Save it with timm.models.save_for_hf(model, FOLDER), and give FOLDER.' if is_model else ''
+            raise TypeError(f'distill() got {name} of type {type(value).__name__}, expected {expected}.{remedy}')
     known = {action.dest for action in train.parser._actions} | {'config'}
     for name in train_options:
         if name not in known:
@@ -171,7 +180,8 @@ def distill(
     config = train_options.pop('config', None)
     argv = [*(['-c', str(config)] if config else []), *options_to_argv(train_options, train.parser)]
     return prepare_distillation(
-        str(data), teacher and str(teacher), output and str(output), student, argv, list(train_options))()
+        str(data), None if teacher is None else str(teacher), None if output is None else str(output), student, argv,
+        list(train_options))()
 
 
 def check_options(user: Sequence[str], given: Sequence[str], student: Optional[str]) -> List[str]:
@@ -183,6 +193,10 @@ def check_options(user: Sequence[str], given: Sequence[str], student: Optional[s
     config, flags = train.config_parser.parse_known_args(user)
     in_file = read_options(config.config) if config.config else {}
     given = sorted({*given, *given_options(train.parser, flags), *(name.replace('-', '_') for name in in_file)})
+    word = train.parser.parse_args(flags).data
+    if word is not None:
+        raise ValueError(
+            f'Unexpected argument {word!r}. Give one folder, first, and in quotes if its name has spaces.')
     for name in sorted({*given} & OWN_OPTIONS.keys()):
         raise ValueError(f'distill does not take {name!r}. Give {OWN_OPTIONS[name]}.')
     if student and not is_known(student):

@@ -12,7 +12,7 @@ import torch
 import yaml
 from timm.models import get_model_input_config
 
-from distill_hooks.checkpoint import nearest_names, training_args
+from distill_hooks.checkpoint import nearest_names, resolve_model, training_args
 from distill_hooks.task import has_content_tokens
 
 from . import train
@@ -269,11 +269,8 @@ def find_teacher(planner: Planner, name: Optional[str], checkpoint: Optional[str
     """
     if name is None and checkpoint:
         raise ValueError('--kd-teacher-checkpoint has weights alone. Name their architecture with --teacher.')
-    if name is not None and os.path.isfile(name) and not checkpoint and 'arch' not in training_args(name):
-        raise ValueError(
-            f'File {name!r} does not name its architecture. Give its timm name, such as resnet18, and the file:'
-            f' --teacher NAME --kd-teacher-checkpoint {name}.')
     if name is not None and os.path.exists(name):
+        resolve_model(name, checkpoint)  # raises for a file or a folder that is no model
         return os.path.abspath(name), None
     if name is not None and (':' in name or checkpoint):
         return name, None

@@ -178,9 +178,17 @@ def test_folder_of_a_run(tmp_path):
     for name in (str(folder), f'local-dir:{folder}'):
         for teacher, expected in ((load_model(name), model), (load_model(name, path), other)):
             assert all(v.equal(expected.state_dict()[k]) for k, v in teacher.state_dict().items())
+    weights = folder / 'model.safetensors'
+    with pytest.raises(ValueError, match=f'does not name its architecture. Give its folder, {folder}.$'):
+        load_model(str(weights))
+    for name in (str(tmp_path), f'local-dir:{tmp_path}'):
+        with pytest.raises(ValueError, match=f'is not a run folder. Give one of the run folders in it: {folder}.$'):
+            load_model(name)
     (folder / 'config.json').unlink()
     with pytest.raises(ValueError, match='config.json'):
         load_model(str(folder))
+    with pytest.raises(ValueError, match='the file with the flag of that model: --checkpoint, --initial-checkpoint'):
+        load_model(str(weights))
 
 
 @pytest.mark.parametrize('name,kwargs,options', [

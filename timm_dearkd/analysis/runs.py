@@ -29,6 +29,11 @@ class Run:
     rows: List[Dict[str, float]] = field(default_factory=list)
     info: Dict[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        epochs = f'{self.num_epochs} epochs' if self.state == 'finished' else self.state
+        top1 = self.summary().get('student')
+        return f'Run({str(self.folder)!r}, {epochs}' + (')' if top1 is None else f', top-1 {top1:.1f} %)')
+
     @property
     def name(self) -> str:
         """Name of the folder."""

@@ -1,6 +1,7 @@
 """Checkpoints of a run: written whole, found again, and resumed."""
 import logging
 import os
+import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
@@ -65,10 +66,19 @@ class AtomicCheckpointSaver(CheckpointSaver):
         try:
             super()._save(save_path, epoch, metric)
         except (OSError, RuntimeError) as e:  # PyTorch's writer raises the latter
+            reason = 'the disk is full' if self._is_disk_full() else first_line(e)
             Path(save_path).unlink(missing_ok=True)
             raise TrainingError(
-                f'Could not write a checkpoint to {self.checkpoint_dir}: {first_line(e)}. Those that are there'
-                ' are complete. Make room, and resume with --resume FILE, or --resume auto.') from e
+                f'Could not write a checkpoint to {self.checkpoint_dir}: {reason}. Those that are there are complete.'
+                ' Make room.', 'Resume with --resume FILE, or --resume auto.') from e
+
+    def _is_disk_full(self) -> bool:
+        """Return whether there is no room for the weights, which are a part of a checkpoint."""
+        num_bytes = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+        try:
+            return shutil.disk_usage(self.checkpoint_dir).free < num_bytes
+        except OSError:  # the folder is gone
+            return False
 
     def _replace(self, src: str, dst: str) -> None:
         with open(src, 'r+b') as f:  # Windows syncs what can be written

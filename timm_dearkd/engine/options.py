@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, NoReturn, Optional, Sequence, Set, Tuple
 
 import yaml
-from timm.models import is_model, parse_model_name
+from timm.models import is_model
 from timm.optim import get_optimizer_info
 from timm.task import ClassificationEvaluator
 from timm.utils import ParseKwargs
 
-from distill_hooks.checkpoint import nearest_names, training_args
+from distill_hooks.checkpoint import resolve_model, training_args
 from distill_hooks.errors import one_line
 
 from .augmentation import FILLS
@@ -573,8 +573,9 @@ def _resolve_weights(args: argparse.Namespace) -> Dict[str, Any]:
         resume = find_checkpoint(folder)
         if not resume:
             raise ValueError(f'--resume auto: there is no run in {folder!r}. Set its --output and --experiment.')
-    checkpoint = args.initial_checkpoint or args.pretrained_path or resume
-    changes = dict(initial_checkpoint=checkpoint, pretrained_path=None, pretrained=not checkpoint)
+    model, file = resolve_model(args.model)
+    checkpoint = args.initial_checkpoint or args.pretrained_path or file or resume
+    changes = dict(model=model, initial_checkpoint=checkpoint, pretrained_path=None, pretrained=not checkpoint)
     return {**changes, **(_trained_options(args, training_args(checkpoint)) if checkpoint else {})}
 
 
@@ -611,9 +612,12 @@ def _flag(name: str) -> str:
 
 
 def _check_model(args: argparse.Namespace) -> None:
-    source, name = parse_model_name(args.model)
-    if source is None and not is_model(name.split('.')[0]):
-        raise ValueError(f'Unknown --model {args.model!r}. The nearest names: {nearest_names(name)}.')
+    try:
+        name, checkpoint = resolve_model(args.model)
+    except ValueError as e:
+        raise ValueError(f'--model: {e}') from None
+    if checkpoint and not args.eval_only:
+        raise ValueError(f'--model {args.model!r} is a file. Give --model {name} --initial-checkpoint {checkpoint}.')
     for key in _changed(args, [key for key in vars(args) if key.startswith('naflex_')]):
         raise ValueError(
             f'{_flag(key)} is not supported: NaFlex feeds sequences of patches, and a DearKD student needs a grid of'

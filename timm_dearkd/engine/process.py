@@ -165,7 +165,17 @@ class Precision:
 
 
 class TrainingError(RuntimeError):
-    """An error that ends a run, in one line for its user."""
+    """An error that ends a run, in one line for its user.
+
+    Args:
+        problem: What went wrong, in sentences.
+        remedy: How to resume, a sentence. '' if the run cannot be resumed as it is.
+    """
+
+    def __init__(self, problem: str, remedy: str = '') -> None:
+        super().__init__(f'{problem} {remedy}'.rstrip())
+        self.problem = problem
+        self.remedy = remedy
 
 
 class Interrupted(Exception):

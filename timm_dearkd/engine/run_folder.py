@@ -295,8 +295,8 @@ def export_model(
         weights_file.unlink(missing_ok=True)
         config_file.unlink(missing_ok=True)
         raise TrainingError(
-            f'Could not write the student to {folder}: {e}. Its checkpoint is complete. Make room, and run the'
-            ' same command with --resume auto.') from e
+            f'Could not write the student to {folder}: {e}. Its checkpoint is complete. Make room.',
+            'Run the same command with --resume auto.') from e
 
 
 def why_no_config(model: nn.Module) -> str:

@@ -9,6 +9,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.data.model_config import resolve_input_data_config
 from timm.models import parse_model_name, resolve_model_input_args, safe_model_name
 
+from distill_hooks.checkpoint import why_unreadable
 from distill_hooks.errors import one_line
 
 from .checkpoints import EXPORT_NAME, read_classes
@@ -111,7 +112,9 @@ def create_student(args, num_classes: Optional[int], create_model: Callable[...,
         )
         _adapt_student(args, model)
     except (AssertionError, FileNotFoundError, KeyError, RuntimeError, TypeError, ValueError) as e:
-        remedy = ''
+        remedy, file = '', args.initial_checkpoint or args.pretrained_path
+        if file and 'weights_only=True' in str(e):
+            raise ValueError(why_unreadable(file, e)) from e
         if args.initial_checkpoint and 'size mismatch' in str(e):
             remedy = (
                 ' The file is of other classes than the images, or of another --img-size.' if args.eval_only else

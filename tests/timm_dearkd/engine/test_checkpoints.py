@@ -2,6 +2,7 @@ import argparse
 import os
 import shutil
 import threading
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -148,6 +149,9 @@ def test_a_failed_write_leaves_the_files_that_were_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, 'save', full_disk)
     with pytest.raises(TrainingError, match='No space left on device.*--resume auto'):
+        saver.save_checkpoint(1, 2.)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(TrainingError, match='the disk is full.*--resume auto'):
         saver.save_checkpoint(1, 2.)
     monkeypatch.undo()
     for name in ('last', 'model_best'):

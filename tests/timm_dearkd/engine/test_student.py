@@ -50,6 +50,20 @@ def test_weights_are_evaluated_with_the_classes_of_their_checkpoint(cnn, turned,
         evaluation(tmp_path / 'data', *flags, cnn / 'model_best.pth.tar')
 
 
+def test_the_checkpoint_of_a_run_is_evaluated_without_its_architecture(cnn, image_folder):
+    labels, logits = evaluation(image_folder, '--model', cnn / 'model_best.pth.tar')
+    expected = evaluation(
+        image_folder, '--model', 'test_resnet', '--initial-checkpoint', cnn / 'model_best.pth.tar')
+    assert labels == expected[0] and logits.equal(expected[1])
+
+
+@pytest.mark.parametrize('flag', ['--initial-checkpoint', '--pretrained-path'])
+def test_weights_with_python_objects_are_refused(flag, image_folder, tmp_path):
+    torch.save(timm.create_model('test_resnet', num_classes=3), tmp_path / 'whole.pth')
+    with pytest.raises(ValueError, match=r'cannot be read safely.*torch.save\(model.state_dict\(\), PATH\)'):
+        evaluation(image_folder, '--model', 'test_resnet', '--num-classes', 3, flag, tmp_path / 'whole.pth')
+
+
 @pytest.mark.parametrize('num_classes, names, labels, told', [
     (10, ('a', 'b', 'c'), {0, 1, 2}, True),
     (3, ('a', 'b', 'c'), {0, 1, 2}, False),
