@@ -262,19 +262,20 @@ def nearest_names(name: str) -> str:
     return ', '.join(list(dict.fromkeys(beginnings + near))[:4]) or 'none'
 
 
-def resolve_model(name: str, checkpoint: Optional[str] = None) -> Tuple[str, Optional[str]]:
+def resolve_model(name: str, checkpoint: Optional[str] = None, flag: str = '') -> Tuple[str, Optional[str]]:
     """Return the timm name of a model and the file of its weights.
 
     Args:
         name: A timm name, a run folder (which becomes `local-dir:`), or a checkpoint of a run.
         checkpoint: File of the weights.
+        flag: The flag for such a file, for the error of a file that does not name its architecture.
 
     Raises:
         ValueError: If the name is unknown, the folder has no model but run folders, or the checkpoint does not name
             its architecture.
     """
-    if os.path.isfile(name) and not checkpoint and not is_model(name):
-        name, checkpoint = _architecture_of(name), name
+    if os.path.isfile(name) and not checkpoint and name not in timm.list_models():
+        name, checkpoint = _architecture_of(name, flag), name
     if os.path.isdir(name) and not is_model(name.split('.')[0]):
         name = f'local-dir:{name}'
     folder = name.removeprefix('local-dir:')
@@ -295,15 +296,15 @@ def _has_model(folder: str) -> bool:
     return os.path.isfile(os.path.join(folder, 'config.json'))
 
 
-def _architecture_of(checkpoint: str) -> str:
+def _architecture_of(checkpoint: str, flag: str) -> str:
     """Return the architecture that a run's checkpoint names."""
     architecture = training_args(checkpoint).get('arch')
     if architecture is None:
         folder = os.path.dirname(checkpoint) or os.curdir
         remedy = f'Give its folder, {folder}.' if _has_model(folder) else (
+            f'Give its timm name, such as resnet18, and the file: {flag} {checkpoint}.' if flag else
             'Give its timm name, such as resnet18, and the file with the flag of that model: --checkpoint,'
-            ' --initial-checkpoint (train), --kd-teacher-checkpoint (teacher), or --student-checkpoint and'
-            ' --verifier-checkpoint (data-free).')
+            ' --kd-teacher-checkpoint (teacher), or --student-checkpoint and --verifier-checkpoint (data-free).')
         raise ValueError(f'File {checkpoint!r} does not name its architecture. {remedy}')
     return architecture
 

@@ -54,6 +54,7 @@ def test_distillation_of_features_takes_a_teacher_of_other_classes(train_cli, tm
             '--kd-model-name', 'test_resnet', '--kd-teacher-checkpoint', tmp_path / 'cnn.pth', '--kd-distill-type',
             'feature', '--epochs', '1', '--output', tmp_path, '--experiment', name, *args)
         assert result.returncode == 0, result.stderr
+        assert result.stderr.count('set --kd-teacher-mean and --kd-teacher-std') == 1  # the file has weights alone
         for flag in ('--dearkd-stage1-epochs', '--kd-temperature'):
             assert (f'{flag} goes with' in result.stderr) == (name == 'recipe')
     assert read_summary(tmp_path / 'plain') == read_summary(tmp_path / 'recipe')

@@ -158,7 +158,7 @@ def distill(
 
     Raises:
         FileNotFoundError: If the folder does not exist.
-        TypeError: If `data` or `teacher` is not a path or a name, or train.py has no such option.
+        TypeError: If an argument is neither a path nor a name, or train.py has no such option.
         ValueError: If the images or the options do not allow the training.
 
     Examples:
@@ -168,7 +168,9 @@ def distill(
         print(run.summary())
         ```
     """
-    for name, value, expected in (('data', data, 'a folder'), ('teacher', teacher, 'a folder or a name')):
+    for name, value, expected in (
+            ('data', data, 'a folder'), ('teacher', teacher, 'a folder or a name'), ('output', output, 'a folder'),
+            ('student', student, 'a name of timm')):
         if not isinstance(value, (str, os.PathLike)) and (name == 'data' or value is not None):
             is_model = isinstance(value, torch.nn.Module)
             remedy = ' Save it with timm.models.save_for_hf(model, FOLDER), and give FOLDER.' if is_model else ''
@@ -260,17 +262,20 @@ def prepare_distillation(
         log_step(step, images, cnn, device)
         check_student(step, device)
         _logger.info('The trained teacher decides whether the student sees mirror images.')
-        return partial(run_both, planner, first, train.prepare(first.argv), images)
+        train_cnn = train.prepare(first.argv)
+        record_images(images, output)
+        return partial(run_both, planner, first, train_cnn, images)
     cnn = load_cnn({**vars(args), 'kd_model_name': name}).eval()
     step = step or planner.student(name, planner.ask_teacher(cnn), is_own=first is not None)
     resolve_args(step.args)
     log_step(step, images, cnn, device)
-    return partial(run_student, step, train.prepare(step.argv), first, images, {})
+    train_student = train.prepare(step.argv)
+    record_images(images, output)
+    return partial(run_student, step, train_student, first, images, {})
 
 
 def run_both(planner: Planner, first: Step, train_cnn: Callable[[], Any], images: Images) -> Run:
     """Train the CNN, and then the student."""
-    record_images(images, planner.output)
     minutes = {'teacher': run_step(first, train_cnn)}
     step = planner.student(first.folder, planner.ask_teacher(load_model(first.folder).eval()), is_own=True)
     try:
@@ -288,7 +293,6 @@ def run_student(
         minutes: Dict[str, float],
 ) -> Run:
     """Train the student, and finish."""
-    record_images(images, step.args.output)
     return finish(step, first, images, {**minutes, 'student': run_step(step, train_student)})
 
 

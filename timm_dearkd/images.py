@@ -1,5 +1,4 @@
 """The images of a distillation: their splits, and what the choice of options depends on."""
-import hashlib
 import json
 import logging
 import os
@@ -9,7 +8,7 @@ import tempfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Collection, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Collection, Dict, List, Optional, Sequence
 
 from PIL import Image
 
@@ -27,6 +26,7 @@ from .engine.image_folder import (
     scan_folder,
     warn_of_other_types,
 )
+from .engine.label_cache import describe_files
 from .engine.wrappers import num_kept
 from .files import write_text
 
@@ -53,7 +53,7 @@ class Images:
         side: Median of the shorter sides, in pixels.
         is_grey: Whether no sample has colours.
         samples: Paths of some training images.
-        hashes: Hash of the names of all images of a split, by split.
+        files: Number, bytes and hash of the files of each split.
     """
     num_train: int
     epoch_length: int
@@ -62,7 +62,7 @@ class Images:
     side: int
     is_grey: bool
     samples: Sequence[str]
-    hashes: Dict[str, str] = field(default_factory=dict)
+    files: Dict[str, str] = field(default_factory=dict)
 
 
 def look_at(
@@ -107,39 +107,35 @@ def look_at(
         modes.add(image.mode)
     if not samples:
         raise ValueError(f'No image of a sample in {reader.root!r} can be read. Convert the images to PNG or JPEG.')
-    validation = open_folder(data, val_split, reader.class_to_idx, **kwargs).samples if val_split else []
-    hashes = {split: _hash_names(data, found) for split, found in ((train_split, images), (val_split, validation))}
+    validation: Any = open_folder(data, val_split, reader.class_to_idx, **kwargs) if val_split else []
+    files = {split: describe_files(found) for split, found in ((train_split, reader), (val_split, validation)) if split}
     num_train = sum(num_kept(train_fraction, count) for count in Counter(label for _, label in images).values())
     return Images(
         num_train, len(images) if keep_length else num_train, len(validation), len(set(reader.class_to_idx.values())),
-        sorted(sides)[len(sides) // 2], modes <= {'L', '1'}, samples, hashes)
+        sorted(sides)[len(sides) // 2], modes <= {'L', '1'}, samples, files)
 
-
-def _hash_names(data: str, samples: Sequence[Tuple[str, int]]) -> str:
-    names = sorted(os.path.relpath(path, data) for path, _ in samples)
-    return hashlib.sha256('\0'.join(names).encode(errors='surrogateescape')).hexdigest()[:16]
 
 
 def check_unchanged(images: Images, output: str) -> None:
     """Refuse other images than those of the runs in OUTPUT.
 
     Raises:
-        ValueError: If an image was added, removed, renamed or moved to another class.
+        ValueError: If an image was added, removed, renamed, replaced or moved to another class.
     """
     path = Path(output, RECORD)
     has_runs = any(Path(output).glob('*/args.yaml'))
     known = json.loads(path.read_text(encoding='utf-8')) if has_runs and path.exists() else {}
-    changed = [split for split, found in images.hashes.items() if known.get(split, found) != found]
-    if changed:
-        raise ValueError(
-            f'The images in {", ".join(changed)} are not those of the runs in {output!r}: some were added, removed,'
-            ' renamed or moved to another class. Set another --output, or remove the folder.')
+    for split, found in images.files.items():
+        if known.get(split, found) != found:
+            raise ValueError(
+                f'The images in {split} have changed since the run in {output!r}: it had {known[split]}, now there are'
+                f' {found}. Set another --output, or remove the folder.')
 
 
 def record_images(images: Images, output: str) -> None:
     """Record the images that the runs in OUTPUT see, for `check_unchanged`."""
     Path(output).mkdir(parents=True, exist_ok=True)
-    write_text(Path(output, RECORD), json.dumps(images.hashes))
+    write_text(Path(output, RECORD), json.dumps(images.files))
 
 
 def _check_classes(root: str, names: Collection[str]) -> None:

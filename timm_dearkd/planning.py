@@ -270,7 +270,7 @@ def find_teacher(planner: Planner, name: Optional[str], checkpoint: Optional[str
     if name is None and checkpoint:
         raise ValueError('--kd-teacher-checkpoint has weights alone. Name their architecture with --teacher.')
     if name is not None and os.path.exists(name):
-        resolve_model(name, checkpoint)  # raises for a file or a folder that is no model
+        resolve_model(name, checkpoint, '--kd-teacher-checkpoint')  # raises for a file or a folder that is no model
         return os.path.abspath(name), None
     if name is not None and (':' in name or checkpoint):
         return name, None
@@ -279,5 +279,9 @@ def find_teacher(planner: Planner, name: Optional[str], checkpoint: Optional[str
         raise ValueError(
             f'No folder and no timm model {name!r}. Give --teacher a run folder, hf-hub:ORG/NAME, or a name of timm.'
             f'{nearest}')
+    if planner.user_args.kd_teacher_mean or planner.user_args.kd_teacher_std:
+        raise ValueError(
+            '--kd-teacher-mean and --kd-teacher-std are for a trained CNN, and distill trains this one. Give --teacher'
+            ' and its file, or remove them.')
     step = planner.teacher(name)
     return step.folder, step

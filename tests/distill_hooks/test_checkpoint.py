@@ -187,7 +187,7 @@ def test_folder_of_a_run(tmp_path):
     (folder / 'config.json').unlink()
     with pytest.raises(ValueError, match='config.json'):
         load_model(str(folder))
-    with pytest.raises(ValueError, match='the file with the flag of that model: --checkpoint, --initial-checkpoint'):
+    with pytest.raises(ValueError, match='the file with the flag of that model: --checkpoint, --kd-teacher'):
         load_model(str(weights))
 
 
@@ -196,10 +196,12 @@ def test_folder_of_a_run(tmp_path):
     ('test_vit', dict(img_size=32, qkv_bias=False), dict(img_size=32, model_kwargs=dict(qkv_bias=False))),
     ('test_vit', dict(img_size=(32, 48)), dict(input_size=[1, 32, 48])),
 ])
-def test_a_training_checkpoint_brings_its_arguments_and_its_normalisation(tmp_path, name, kwargs, options):
+def test_a_training_checkpoint_brings_its_arguments_and_its_normalisation(
+        tmp_path, monkeypatch, name, kwargs, options):
     """The file alone gives the logits of the model that it was written from, on images normalised as it was."""
     model = timm.create_model(name, num_classes=5, in_chans=1, **kwargs).eval()
-    path = str(tmp_path / 'last.pth.tar')
+    monkeypatch.chdir(tmp_path)
+    path = f'{name}.pth.tar'  # timm takes what follows the dot for a tag
     args = argparse.Namespace(
         **dict(model=name, mean=[0.1], std=[0.9], crop_pct=0.7, interpolation='', gp=None), **options)
     torch.save({'arch': name, 'args': args, 'state_dict': model.state_dict()}, path)

@@ -171,17 +171,16 @@ def load_cnn(options: Mapping[str, Any]) -> nn.Module:
 
     Raises:
         FileNotFoundError: If a file does not exist.
-        ValueError: If the model does not load.
+        ValueError: If the model does not load, or has another number of channels.
     """
-    name, checkpoint = options['kd_model_name'], options.get('kd_teacher_checkpoint')
-    model: Any = load_model(name, checkpoint)
+    model: Any = load_model(options['kd_model_name'], options.get('kd_teacher_checkpoint'))
+    channels = get_model_input_config(model)['input_size'][0]
     given = {key: value for key in ('mean', 'std') if (value := options.get(f'kd_teacher_{key}'))}
+    for key, values in given.items():
+        if len(values) not in (1, channels):
+            raise ValueError(
+                f'--kd-teacher-{key} has {len(values)} values, expected 1, or {channels} for its channels.')
     model.pretrained_cfg = {**model.pretrained_cfg, **given}
-    if _has_only_weights(name, checkpoint) and len(given) < 2:
-        mean, std = (tuple(round(value, 3) for value in model.pretrained_cfg[key]) for key in ('mean', 'std'))
-        _logger.info(
-            f'{checkpoint!r} does not tell how its images were normalised. The teacher gets the mean {mean} and the'
-            f' deviation {std}. If it was trained with others, set --kd-teacher-mean and --kd-teacher-std.')
     return model
 
 
@@ -257,7 +256,7 @@ def _build_distillation(
     if args.kd_teacher_img_size is None:
         for size in args.train_img_sizes or ():
             teacher.probe((data_config['input_size'][0], size, size))
-    _log_teacher_size(args, teacher.model, data_config['input_size'])
+    _log_teacher_input(args, teacher.model, data_config['input_size'])
     teacher.fold_batchnorm(data_config['input_size'])
     if common['device'].type == 'cpu':  # faster for most CNNs, a little slower for ConvNeXt
         teacher.model.to(memory_format=torch.channels_last)
@@ -287,11 +286,17 @@ def _build_timm_task(args, distill_type: str, model: nn.Module, teacher: nn.Modu
         model, teacher, distill_type=args.kd_token_distill_type, temperature=args.kd_temperature, **common)
 
 
-def _log_teacher_size(args, teacher: nn.Module, input_size: Tuple[int, int, int]) -> None:
-    """Log the size at which the teacher was trained, if it is known and differs from the size that it sees."""
+def _log_teacher_input(args, teacher: Any, input_size: Tuple[int, int, int]) -> None:
+    """Log a normalisation that nothing tells, or the size at which the teacher was trained if it sees another one."""
     given = args.kd_teacher_img_size
-    if _has_only_weights(args.kd_model_name, args.kd_teacher_checkpoint):
-        return  # the architecture's usual size need not be theirs
+    if _has_only_weights(args.kd_model_name, args.kd_teacher_checkpoint):  # its size is not known either
+        if not (args.kd_teacher_mean and args.kd_teacher_std):
+            mean, std = (tuple(round(value, 3) for value in teacher.pretrained_cfg[key]) for key in ('mean', 'std'))
+            _logger.info(
+                f'{args.kd_teacher_checkpoint!r} does not tell how its images were normalised. The teacher gets the'
+                f' mean {mean} and the deviation {std}. If it was trained with others, set --kd-teacher-mean and'
+                ' --kd-teacher-std.')
+        return
     trained = tuple(get_model_input_config(teacher)['input_size'][1:])
     seen = tuple(input_size[1:]) if given is None else (given, given)
     if trained == seen:

@@ -20,6 +20,8 @@ from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader import Reader
 from timm.utils.misc import natural_key
 
+from distill_hooks.errors import one_line
+
 __all__ = [
     'IMAGE_MODES', 'UNREADABLE', 'FolderScan', 'ImageFolderReader', 'check_class_folders', 'check_images',
     'check_mode', 'check_split_names', 'class_order', 'exceeds_8_bits', 'find_splits', 'first_names',
@@ -31,7 +33,7 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 IMAGE_MODES = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'CMYK'}  # Pillow's, by number of channels
-NUM_CHECKED_CLASSES = 50  # classes
+NUM_CHECKED_CLASSES = 1000
 NUM_CHECKED_IMAGES = 10  # of a class
 # Pillow's errors for broken files and for files that are not images
 UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
@@ -428,7 +430,7 @@ def first_names(names: Sequence[str]) -> str:
 def check_images(samples: Sequence[Tuple[str, int]], mode: str, is_training: bool) -> None:
     """Refuse classes without a readable image, and classes of images with more than 8 bits per channel.
 
-    Looks at the first and the last image of each class, of 50 classes at most. If one of them cannot be read, or has
+    Looks at the first and the last image of each class, of 1,000 classes at most. If one of them cannot be read, or has
     more bits than the mode, it looks at ten of the class. Other such images are left to `SkipUnreadable`, and so is a
     class with one image for validation.
 
@@ -444,27 +446,28 @@ def check_images(samples: Sequence[Tuple[str, int]], mode: str, is_training: boo
     for path, label in samples:
         by_class[label].append(path)
 
-    def fault(path: str) -> str:
+    def find_fault(path: str) -> Optional[str]:
+        """Return 'deep' for more bits than the mode, or why the image cannot be read."""
         try:
             with Image.open(path) as image:
-                return 'deep' if exceeds_8_bits(image.mode, mode) else ''
-        except UNREADABLE:
-            return 'unreadable'
+                return 'deep' if exceeds_8_bits(image.mode, mode) else None
+        except UNREADABLE as e:
+            return one_line(e)
 
     for paths in list(by_class.values())[::-(-len(by_class) // NUM_CHECKED_CLASSES)]:
-        if not (fault(paths[0]) or fault(paths[-1])) or (len(paths) == 1 and not is_training):
+        first, last = find_fault(paths[0]), find_fault(paths[-1])
+        if not (first or last) or (len(paths) == 1 and not is_training):
             continue
         seen = paths[::-(-len(paths) // NUM_CHECKED_IMAGES)]
-        faults = {path: fault(path) for path in seen}
-        deep = [path for path in seen if faults[path] == 'deep']
-        if 2 * len(deep) > len(seen):
+        faults = [find_fault(path) for path in seen]
+        if 2 * faults.count('deep') > len(seen):
             raise ValueError(
                 'Most images of a class have 16 bits per channel or more, such as'
-                f' {resolve_link(deep[0])!r}. Pillow clips them to white. Convert them to 8 bits.')
-        if all(found == 'unreadable' for found in faults.values()):
+                f' {resolve_link(seen[faults.index("deep")])!r}. Pillow clips them to white. Convert them to 8 bits.')
+        if all(fault not in (None, 'deep') for fault in [last, *faults]):
             raise ValueError(
-                f'No image of a class can be read, such as {resolve_link(seen[0])!r} ({len(seen)} of {len(paths)} were'
-                ' tried). Convert them to PNG or JPEG, or remove the class.')
+                f'No image of a class can be read: {resolve_link(seen[0])!r} ({faults[0]}), and {len(seen)} of'
+                f' {len(paths)} were tried. Convert them to PNG or JPEG, or remove the class.')
 
 
 def resolve_link(path: str) -> str:

@@ -140,9 +140,9 @@ def _add_dearkd(group) -> None:
     add('--kd-teacher-checkpoint', metavar='FILE', help="weights of the teacher (default: timm's pretrained weights)")
     add('--kd-teacher-img-size', type=int, metavar='N',
         help="side length in pixels at which the teacher sees the images (default: the student's)")
-    add('--kd-teacher-mean', type=float, nargs='+', metavar='MEAN',
+    add('--kd-teacher-mean', type=SHARE, nargs='+', metavar='MEAN',
         help="mean per channel with which the teacher was trained, of images from 0 to 1 (default: the model's)")
-    add('--kd-teacher-std', type=POSITIVE, nargs='+', metavar='STD',
+    add('--kd-teacher-std', type=POSITIVE_SHARE, nargs='+', metavar='STD',
         help="standard deviation per channel with which the teacher was trained (default: the model's)")
     add('--kd-class-map', metavar='FILE', help="the teacher's class index per line, for each of the student's classes")
     add('--kd-label-cache', metavar='FOLDER',
@@ -613,9 +613,11 @@ def _flag(name: str) -> str:
 
 def _check_model(args: argparse.Namespace) -> None:
     try:
-        name, checkpoint = resolve_model(args.model)
+        name, checkpoint = resolve_model(args.model, flag='--initial-checkpoint')
     except ValueError as e:
         raise ValueError(f'--model: {e}') from None
+    if checkpoint and (args.initial_checkpoint or args.pretrained_path or args.resume):
+        raise ValueError(f'--model {args.model!r} has weights, and another flag names others. Give --model {name}.')
     if checkpoint and not args.eval_only:
         raise ValueError(f'--model {args.model!r} is a file. Give --model {name} --initial-checkpoint {checkpoint}.')
     for key in _changed(args, [key for key in vars(args) if key.startswith('naflex_')]):

@@ -290,15 +290,13 @@ class Recorder:
             return
         guessing = 1 / cast(Any, self.trainer.task.get_eval_model()).num_classes
         if agreement < MIN_TEACHER * guessing:
-            remedy = (
-                'Are its classes those of the images, in the same order? If not: --kd-class-map FILE. Or was it trained'
-                ' with another normalisation (--kd-teacher-mean, --kd-teacher-std) or image size'
-                ' (--kd-teacher-img-size)?')
-            if self.matches_names:
-                remedy = 'It has the classes of the images, so it has hardly learned. Train it for more epochs.'
+            question = (
+                'Has it hardly learned? Then train it for more epochs.' if self.matches_names else
+                'Are its classes those of the images, in the same order? If not: --kd-class-map FILE.')
             _logger.warning(
                 f'The teacher finds the label of {100 * agreement:.1f} % of the training images, guessing would find'
-                f' {100 * guessing:.1f} %. {remedy}')
+                f' {100 * guessing:.1f} %. {question} Or was it trained with another normalisation (--kd-teacher-mean,'
+                ' --kd-teacher-std) or image size (--kd-teacher-img-size)?')
 
     def _check_learning(self, epoch: int, losses: Dict[str, float]) -> None:
         """Warn at the end of stage I if the student hardly knows more than by guessing."""

@@ -113,7 +113,7 @@ def create_student(args, num_classes: Optional[int], create_model: Callable[...,
         _adapt_student(args, model)
     except (AssertionError, FileNotFoundError, KeyError, RuntimeError, TypeError, ValueError) as e:
         remedy, file = '', args.initial_checkpoint or args.pretrained_path
-        if file and 'weights_only=True' in str(e):
+        if file and 'Unsupported globals: ' in str(e):
             raise ValueError(why_unreadable(file, e)) from e
         if args.initial_checkpoint and 'size mismatch' in str(e):
             remedy = (

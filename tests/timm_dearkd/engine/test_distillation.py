@@ -138,19 +138,19 @@ def test_stages_that_change_when_a_run_is_resumed(before, now, position, level, 
 
 
 @pytest.mark.parametrize('given', [{}, dict(kd_teacher_mean=[0.2], kd_teacher_std=[0.3, 0.4, 0.5])])
-def test_the_normalisation_of_a_teacher_whose_file_has_weights_alone(given, tmp_path, caplog):
-    """The teacher sees the pixels normalised as it was trained. Without the flags, a line asks for them."""
+def test_the_normalisation_of_a_teacher_whose_file_has_weights_alone(given, tmp_path):
+    """The teacher sees the pixels normalised as it was trained."""
     cnn = timm.create_model('test_resnet', num_classes=3).eval()
     torch.save(cnn.state_dict(), tmp_path / 'cnn.pth')
     student = timm.create_model('test_dearkd', num_classes=3)
     config = dict(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), input_size=(3, 64, 64))
     options = dict(kd_model_name='test_resnet', kd_teacher_checkpoint=str(tmp_path / 'cnn.pth'), **given)
-    with caplog.at_level('INFO'):
-        teacher = load_teacher(student, config, options)
-    assert ('set --kd-teacher-mean and --kd-teacher-std' in caplog.text) == (not given)
+    teacher = load_teacher(student, config, options)
     pixels = torch.rand(2, 3, 64, 64)
     mean = given.get('kd_teacher_mean', cnn.pretrained_cfg['mean'])
     std = given.get('kd_teacher_std', cnn.pretrained_cfg['std'])
     expected = cnn((pixels - torch.tensor(mean).view(1, -1, 1, 1)) / torch.tensor(std).view(1, -1, 1, 1))
     logits, _ = teacher((pixels - 0.5) / 0.25, with_features=False)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match='--kd-teacher-std has 2 values, expected 1, or 3 for its channels'):
+        load_teacher(student, config, dict(options, kd_teacher_std=[0.3, 0.4]))

@@ -94,7 +94,7 @@ def test_a_teacher_in_another_order_is_warned_of_once(tmp_path, caplog):
 
 
 @pytest.mark.parametrize('known,remedy', [
-    (['Emu', 'cat', 'dog'], 'Train it for more epochs'), (['a', 'b', 'c'], '--kd-class-map FILE'),
+    (['Emu', 'cat', 'dog'], 'train it for more epochs'), (['a', 'b', 'c'], '--kd-class-map FILE'),
     ([], '--kd-class-map FILE')])
 def test_a_teacher_with_the_names_of_the_classes_that_guesses_has_not_learned(known, remedy, tmp_path, caplog):
     student, cnn = (timm.create_model(name, num_classes=3) for name in ('test_dearkd', 'test_resnet'))
