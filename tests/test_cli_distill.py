@@ -88,15 +88,17 @@ def test_the_same_call_again_returns_the_run(photos, distilled, monkeypatch):
     assert model.pretrained_cfg['label_names'] == ['blue', 'green', 'red']
 
 
-@pytest.mark.parametrize('data,teacher,message', [
-    (None, None, 'got data of type NoneType, expected a folder.'),
-    (['photos'], None, 'got data of type list, expected a folder.'),
-    ('photos', 1, 'got teacher of type int, expected a folder or a name.'),
-    ('photos', torch.nn.Linear(1, 1), 'got teacher of type Linear.*save_for_hf'),
+@pytest.mark.parametrize('data,options,message', [
+    (None, dict(), 'got data of type NoneType, expected a folder.'),
+    (['photos'], dict(), 'got data of type list, expected a folder.'),
+    ('photos', dict(teacher=1), 'got teacher of type int, expected a folder or a name.'),
+    ('photos', dict(teacher=torch.nn.Linear(1, 1)), 'got teacher of type Linear.*save_for_hf'),
+    ('photos', dict(output=['out']), 'got output of type list, expected a folder.'),
+    ('photos', dict(student=torch.nn.Linear(1, 1)), 'got student of type Linear, expected a name of timm.'),
 ])
-def test_data_and_teacher_are_paths(data, teacher, message):
+def test_paths_and_names_are_checked(data, options, message):
     with pytest.raises(TypeError, match=message) as error:
-        timm_dearkd.distill(data, teacher=teacher)
+        timm_dearkd.distill(data, **options)
     assert len(str(error.value)) < 200 and '\n' not in str(error.value)
 
 

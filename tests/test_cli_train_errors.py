@@ -105,6 +105,8 @@ ERRORS = {
     'beginning of a model': (['--model', 'dearkd-small'], 'The nearest timm names: dearkd_small_patch16_224'),
     'model of no folder': (['--model', 'output/nothing'], "--model: No folder 'output/nothing'. Give a run folder"),
     'model file': (['--model', 'FILE'], 'is a file. Give --model test_resnet --initial-checkpoint '),
+    'weights twice': (
+        ['--eval-only', '--model', 'FILE', '--initial-checkpoint', 'FILE'], 'weights, and another flag names others'),
     'batch size': (['--batch-size', '64'], 'Set --batch-size to 48 or less'),
     'classes': (['--num-classes', '2'], 'Set --num-classes 3'),
     'split': (['--train-split', 'trian'], "'trian'"),

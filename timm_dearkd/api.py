@@ -7,7 +7,7 @@ import os
 import shlex
 import time
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Sequence, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
@@ -172,8 +172,8 @@ def distill(
             ('data', data, 'a folder'), ('teacher', teacher, 'a folder or a name'), ('output', output, 'a folder'),
             ('student', student, 'a name of timm')):
         if not isinstance(value, (str, os.PathLike)) and (name == 'data' or value is not None):
-            is_model = isinstance(value, torch.nn.Module)
-            remedy = ' Save it with timm.models.save_for_hf(model, FOLDER), and give FOLDER.' if is_model else ''
+            is_cnn = name == 'teacher' and isinstance(value, torch.nn.Module)
+            remedy = ' Save it with timm.models.save_for_hf(model, FOLDER), and give FOLDER.' if is_cnn else ''
             raise TypeError(f'distill() got {name} of type {type(value).__name__}, expected {expected}.{remedy}')
     known = {action.dest for action in train.parser._actions} | {'config'}
     for name in train_options:
@@ -206,6 +206,28 @@ def check_options(user: Sequence[str], given: Sequence[str], student: Optional[s
     return given
 
 
+def open_images(data: str, output: str, args: argparse.Namespace, has_own_splits: bool) -> Tuple[str, Images]:
+    """Return the folder with splits and its images, which are those of earlier runs in OUTPUT.
+
+    Args:
+        data: See `distill`.
+        output: See `distill`.
+        args: The user's options of train.py.
+        has_own_splits: Whether the user names the splits.
+
+    Raises:
+        FileNotFoundError: If a folder or the class map does not exist.
+        ValueError: If the images do not allow the training, or have changed since a run.
+    """
+    root = os.path.abspath(data if has_own_splits else prepare_splits(data, output, args.class_map, args.input_key))
+    images = look_at(
+        root, args.train_split, args.val_split, args.train_fraction, args.class_map,
+        keep_length=args.fraction_keep == 'steps', input_key=args.input_key,
+        input_img_mode=args.input_img_mode or 'RGB')
+    check_unchanged(images, output)
+    return root, images
+
+
 def prepare_distillation(
         data: str,
         teacher: Optional[str],
@@ -230,13 +252,7 @@ def prepare_distillation(
     args, given = parse(user), check_options(user, given, student)
     device = find_device(args.device)
     output = os.path.abspath(output or os.path.join('output', 'distill', os.path.basename(os.path.realpath(data))))
-    has_own_splits = {'train_split', 'val_split'} & set(given)
-    root = os.path.abspath(
-        data if has_own_splits else prepare_splits(data, output, args.class_map, args.input_key))
-    images = look_at(
-        root, args.train_split, args.val_split, args.train_fraction, args.class_map,
-        keep_length=args.fraction_keep == 'steps', input_key=args.input_key,
-        input_img_mode=args.input_img_mode or 'RGB')
+    root, images = open_images(data, output, args, has_own_splits=bool({'train_split', 'val_split'} & set(given)))
     reports = True
     try:
         check_report()
@@ -244,7 +260,6 @@ def prepare_distillation(
         reports = False
         _logger.warning(f'No report.html: {e}')
     planner = Planner(root, output, images, student, device, user, given, reports)
-    check_unchanged(images, output)
     name, first = find_teacher(planner, teacher, args.kd_teacher_checkpoint)
     step = planner.student_in_folder(name, is_own=first is not None)
     if step is not None and step.is_finished():

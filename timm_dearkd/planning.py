@@ -265,7 +265,8 @@ def find_teacher(planner: Planner, name: Optional[str], checkpoint: Optional[str
     """Return the name or the folder of the teacher, and the run that trains it; None for a trained one.
 
     Raises:
-        ValueError: If the name is neither of a trained model nor of one that timm can train.
+        ValueError: If the name is neither of a trained model nor of one that timm can train, or options are given that
+            only a trained teacher takes.
     """
     if name is None and checkpoint:
         raise ValueError('--kd-teacher-checkpoint has weights alone. Name their architecture with --teacher.')
