@@ -1,7 +1,7 @@
-"""MHCA beside plain attention, the learned-bias form, and timm's ConViT: layers at T = 197, and whole models.
+"""Time MHCA, plain attention, the learned-bias form and timm's ConViT: layers at T = 197, and whole models.
 
-Everything that is compared takes turns in one process (A B C A B C ...), and the figures are medians; the ratio is to
-the plain form, larger is faster. One thread by default, so that the figures are those of a core.
+The variants take turns in one process (A B C A B C ...). The figures are medians. The ratio is to the plain form;
+larger is faster. One thread by default, so that the figures are those of a core.
 
     python benchmarks/attention.py                      # all sizes, a quarter of an hour on a slow core
     python benchmarks/attention.py --sizes tiny --rounds 5

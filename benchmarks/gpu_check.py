@@ -217,7 +217,7 @@ class Runner:
                 queue, again = queue + again, []
 
     def share(self, job: Job, later: List[Job]) -> float:
-        """Seconds for a phase: its part of what is left, so that time which one leaves serves the others."""
+        """Return the time limit of a phase in seconds: its share of the remaining time."""
         left = self.end - time.monotonic()
         part = job.phase.seconds / sum(j.phase.seconds for j in (job, *later))
         return min(left, max(LEAST_SECONDS, left * part))
@@ -267,7 +267,7 @@ class Runner:
         self.process.join()
 
     def be_phase(self, job: Job, end: float, log: Path) -> None:
-        """Be the process of a phase."""
+        """Run a phase in this process."""
         import torch
         from gpu_phases.check import Check, die_with_parent
         os.setsid()

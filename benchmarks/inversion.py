@@ -1,9 +1,9 @@
-"""A step of DF-DearKD's image optimisation beside the bare forward and backward of the CNN, and a plain implementation.
+"""Time a step of DF-DearKD's image optimisation, the CNN alone, and a plain implementation.
 
-What is compared takes turns in one process (A B C A B C ...), and the figures are medians. "Bare" is the CNN's forward,
+The variants take turns in one process (A B C A B C ...). The figures are medians. "Bare" is the CNN's forward,
 cross-entropy and the gradient of the images. "Step" adds the BatchNorm statistics, the priors, Adam, the shift and the
-flip. "Plain" has no shift and no flip, takes the statistics by `mean` and `var`, and computes the gradients of the
-weights, too, as DeepInversion's code does.
+flip. "Plain" has no shift and no flip, takes the statistics by `mean` and `var`, and also computes the gradients of the
+weights, as DeepInversion's code does.
 One thread by default, so that the figures are those of a core. Weights are random.
 
     python benchmarks/inversion.py                   # some minutes on a slow core

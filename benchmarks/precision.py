@@ -1,7 +1,7 @@
-"""Rounding error of MHCA's factorised form beside that of a bias of the same dtype, output and gradients.
+"""Compare the rounding errors of two forms of MHCA, factorised and with a bias, for output and gradients.
 
-Both are compared with the bias form in float64 on the same random inputs (alpha in [0, 2], delta within 3 patches); the
-figures are norms of the error relative to the norm of the exact value. On the CPU, in half a minute:
+The reference is the bias form in float64 on the same random inputs (alpha in [0, 2], delta within 3 patches). The
+figures are norms of the error relative to the norm of the reference. On the CPU, in half a minute:
 
     python benchmarks/precision.py
 """
@@ -16,7 +16,7 @@ HEADS, HEAD_DIM, BATCH = 12, 32, 2
 
 
 def attend(rpe: AdaptiveRelPos, inputs: List[torch.Tensor], dtype: torch.dtype, factorised: bool) -> List[torch.Tensor]:
-    """Output, and gradients of qkv (B, T, 3, heads, D), alpha and delta, in float64."""
+    """Return output and gradients of qkv (B, T, 3, heads, D), alpha and delta, in float64."""
     parameter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     weight = inputs[-1]
     leaves = [t.to(d).clone().requires_grad_() for t, d in zip(inputs, (dtype, parameter_dtype, parameter_dtype))]

@@ -1,11 +1,10 @@
-"""A whole training step of DearKD beside what it is made of, and timm's token distillation beside the same.
+"""Time a DearKD training step and its parts, and a step of timm's token distillation.
 
-What is compared takes turns in one process (A B C A B C ...), and the figures are medians. The steps are those of
-train.py's loop: losses, their means, the check for finite ones, backward, clipping, AdamW. In two rows the step needs
-no more than the teacher's feature map: with known labels (--kd-label-cache), and with alpha = 1, which uses none.
-"Student" and "teacher" are the parts, measured apart: the student's step on labels alone, and the teacher's forward, in
-these two rows up to the map. "Speed" is in relation to the first row. One thread by default, so that the figures are
-those of a core. Weights are random.
+The variants take turns in one process (A B C A B C ...). The figures are medians. The steps are those of train.py's
+loop: losses, their means, the check for finite ones, backward, clipping, AdamW. Two rows run the teacher only up to its
+feature map: with known labels (--kd-label-cache), and with alpha = 1, which uses no labels of the teacher. "Student" is
+the student's step on labels alone. "Teacher" is the teacher's forward. "Speed" is relative to the first row. One thread
+by default, so that the figures are those of a core. Weights are random.
 
     python benchmarks/train_step.py                       # some minutes on a slow core
     python benchmarks/train_step.py --teacher regnety_160 --batch-size 4

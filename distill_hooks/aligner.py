@@ -6,8 +6,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import LayerNorm
 
-__all__ = ['Aligner']
-
 Size = Tuple[int, int]
 
 

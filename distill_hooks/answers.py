@@ -4,8 +4,6 @@ from typing import List, NamedTuple, Optional
 import numpy as np
 import torch
 
-__all__ = ['MAX_CLASSES', 'ClassOrder', 'agreement', 'count_answers', 'find_order']
-
 MAX_CLASSES = 2000  # their counts take 64 MB
 # Our choices. A weak teacher that confuses similar classes gives the wrong answer up to twice as often as the right
 # one. A teacher in another order almost never gives the right one.

@@ -6,8 +6,6 @@ from typing import Any, Dict, List, Sequence
 import torch
 import torch.nn as nn
 
-__all__ = ['FeatureCapture', 'find_module']
-
 
 def find_module(model: nn.Module, name: str) -> nn.Module:
     """Return the submodule called `name`.

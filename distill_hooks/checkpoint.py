@@ -26,8 +26,6 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from .errors import first_line
 
-__all__ = ['load_model', 'resolve_model', 'training_args']
-
 _logger = logging.getLogger(__name__)
 
 # Tensor names of PyTorch's layers, the same in every model. Other tensors (layer scale) have any name

@@ -1,8 +1,6 @@
 """Helpers for error messages."""
 from typing import Optional
 
-__all__ = ['first_line', 'one_line']
-
 
 def first_line(error: Exception) -> str:
     """Return the first line of an error's text, or its type if it has no text."""

@@ -7,8 +7,6 @@ import torch.nn as nn
 from timm.layers import BatchNormAct2d
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-__all__ = ['fold_batchnorm']
-
 MAX_ERROR = 1e-4  # relative to the largest output; ResNets, RegNetY and EfficientNets stay below 4e-6
 
 

@@ -5,8 +5,6 @@ from typing import Optional, Union
 import torch
 import torch.nn.functional as F
 
-__all__ = ['hidden_loss', 'hard_label_loss', 'hard_labels', 'soft_label_loss', 'dearkd_loss']
-
 NO_LABEL = -100
 
 

@@ -1,8 +1,6 @@
 """The loss weights of DearKD's two stages, by epoch."""
 from typing import NamedTuple, Optional
 
-__all__ = ['StageWeights', 'TwoStageSchedule']
-
 
 class StageWeights(NamedTuple):
     """Loss weights of an epoch (Eq. 6), and its stage (1 or 2)."""

@@ -17,7 +17,7 @@ from .losses import dearkd_loss, hard_label_loss, hard_labels, hidden_loss, soft
 from .schedule import TwoStageSchedule
 from .teacher import FeatureSpec, Teacher, require_same_teacher, resolve_layer
 
-__all__ = ['DearKDTask', 'DearKDTrainable', 'LabelStore', 'has_content_tokens']
+_logger = logging.getLogger(__name__)
 
 DEFAULT_HOOKS = ('4',)
 LABELS = ('dataset', 'teacher')
@@ -292,7 +292,12 @@ class DearKDTask(TrainingTask):
         self._hidden_loss = hidden_loss
         self.set_epoch(0)
         if verbose:
-            _log_setup(student, parsed, specs, schedule)
+            for hook, spec in zip(parsed, specs):
+                height, width = spec.size
+                _logger.info(
+                    f'DearKD: block {hook.block} of {type(student).__name__} learns from teacher layer {spec.layer}'
+                    f' ({spec.num_chs} x {height} x {width})')
+            _logger.info(f'DearKD: {schedule}')
 
     @property
     def log_names(self) -> List[str]:
@@ -489,19 +494,3 @@ class DearKDTask(TrainingTask):
             losses['teacher_agreement'] = agreement(answers, target)
         return {'loss': loss, 'output': logits, **losses}
 
-
-_logger = logging.getLogger(__name__)
-
-
-def _log_setup(
-        student: nn.Module,
-        hooks: Sequence[Hook],
-        specs: Sequence[FeatureSpec],
-        schedule: TwoStageSchedule,
-) -> None:
-    for hook, spec in zip(hooks, specs):
-        height, width = spec.size
-        _logger.info(
-            f'DearKD: block {hook.block} of {type(student).__name__} learns from teacher layer {spec.layer}'
-            f' ({spec.num_chs} x {height} x {width})')
-    _logger.info(f'DearKD: {schedule}')

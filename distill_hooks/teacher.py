@@ -2,7 +2,7 @@
 import hashlib
 import os
 import re
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union, cast
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple, Union, cast
 
 import torch
 import torch.nn as nn
@@ -17,8 +17,6 @@ from .checkpoint import load_model
 from .errors import first_line
 from .fold import fold_batchnorm
 from .truncate import truncate
-
-__all__ = ['FeatureSpec', 'Teacher', 'load_class_map', 'resolve_layer']
 
 # Module names of stages. timm's feature_info may begin with a stem (stride at most 2), whose name does not match
 _STAGES = re.compile(r'^(blocks|stages?|layers?[1-9]?|level[1-9]|s[1-9]|features\.(?!norm0|conv1))')
@@ -108,7 +106,6 @@ def input_normalisation(model: nn.Module, in_chans: int) -> Tuple[torch.Tensor, 
     return _per_channel(mean, in_chans), _per_channel(std, in_chans)
 
 
-@torch.no_grad()
 def weights_fingerprint(model: nn.Module, more: str = '') -> str:
     """Hash some values of every tensor of a model, and the text `more`."""
     tensors = [t.flatten()[:16].double() for t in model.state_dict().values()]
@@ -226,13 +223,11 @@ class Teacher(nn.Module):
                 f'Checkpoint {checkpoint!r} is given with a {type(model).__name__}, expected a model name.'
                 ' Pass the timm name, or load the weights into the module yourself.')
         student = unwrap_model(student)
-        cfg: Dict[str, Any] = getattr(student, 'pretrained_cfg', None) or {}
-        if mean is None:
-            mean = cfg.get('mean') or IMAGENET_DEFAULT_MEAN
-        if std is None:
-            std = cfg.get('std') or IMAGENET_DEFAULT_STD
         channels, height, width = input_size or get_model_input_config(student)['input_size']
-        teacher = cls(model, in_chans=channels, mean=mean, std=std, img_size=img_size, class_map=class_map)
+        own_mean, own_std = (values.tolist() for values in input_normalisation(student, channels))
+        teacher = cls(
+            model, in_chans=channels, mean=own_mean if mean is None else mean, std=own_std if std is None else std,
+            img_size=img_size, class_map=class_map)
         teacher.input_size = (channels, height, width)
         return teacher
 
@@ -300,7 +295,6 @@ class Teacher(nn.Module):
 
         return fold_batchnorm(self.model, run)
 
-    @torch.no_grad()
     def fingerprint(self) -> str:
         """Hash some values of every tensor, the layers and the class map."""
         class_map = None if self.class_map is None else self.class_map.tolist()

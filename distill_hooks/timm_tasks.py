@@ -15,8 +15,6 @@ from timm.utils import unwrap_model
 from .answers import agreement
 from .teacher import Teacher, require_same_teacher
 
-__all__ = ['FeatureTask', 'LogitTask', 'TimmTeacher', 'TokenTask']
-
 
 class TimmTeacher(DistillationTeacher):
     """A `Teacher` with the interface of timm's `DistillationTeacher`.

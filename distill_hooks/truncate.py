@@ -8,8 +8,6 @@ import torch.nn as nn
 
 from .capture import find_module
 
-__all__ = ['truncate']
-
 
 class _Skipped(nn.Module):
     """A module that returns its first argument."""
@@ -39,13 +37,7 @@ def _later_modules(model: nn.Module, layers: Sequence[str], run: Callable[[], An
             handle.remove()
     names = {module: name for name, module in model.named_modules()}
     later = {names[module] for module, time in first_call.items() if time > end[-1]}
-    return [name for name in later if not any(prefix in later for prefix in _prefixes(name))]
-
-
-def _prefixes(name: str) -> Iterable[str]:
-    """Return the names of the modules around a module."""
-    parts = name.split('.')
-    return ('.'.join(parts[:i]) for i in range(1, len(parts)))
+    return [name for name in later if not any(name.startswith(f'{other}.') for other in later)]
 
 
 def _copy_container(module: nn.Module) -> nn.Module:

@@ -8,13 +8,6 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import yaml
 
-__all__ = [
-    'FIGURE4', 'LITE0', 'LITE0_TIMM', 'METHODS', 'NO_HIDDEN', 'PLAIN', 'ROOT', 'RPE_DROP', 'SCALES', 'STAGE1', 'TABLE2',
-    'TAUGHT', 'Cell', 'CellError', 'Scale', 'adi_weights', 'cnn_cell', 'definition', 'hidden_loss', 'image_arguments',
-    'intra_weights', 'methods', 'read_recipe', 'stages', 'student_cell', 'students', 'teacher_cell', 'training_cost',
-    'two_stages',
-]
-
 ROOT = Path(__file__).resolve().parents[1]
 # ImageNet weights of EfficientNet-Lite0, as in their package and under timm's names
 LITE0, LITE0_TIMM = '{data}/efficientnet_lite0.pth', '{data}/efficientnet_lite0.safetensors'

@@ -4,8 +4,6 @@ from typing import Dict, Sequence, Tuple
 from reproduction.cells import METHODS, STAGE1, TAUGHT, Cell, Scale, hidden_loss, methods, stages, students
 from reproduction.table import AGREEMENT, Decision, Entry, Table
 
-__all__ = ['DECISIONS', 'choices', 'first_choices', 'recipes']
-
 # Recipes tried, one change each. Labels are part of the names of the results.
 ALL_METHODS, BASELINE, HARD = ('vit', 'hard', 'dearkd'), ('vit',), ('hard',)
 RECIPES: Dict[str, Tuple[Tuple[str, ...], Tuple[str, ...]]] = {

@@ -15,8 +15,6 @@ from reproduction.cells import (
 from reproduction.table import AGREEMENT, Claim, Decision, Entry, Table
 from timm_dearkd.data_free.inversion import LossWeights
 
-__all__ = ['WEIGHT_DECISIONS', 'inversion', 'other_cnn', 'table5', 'table6']
-
 MODES: Dict[str, Tuple[str, float, float]] = {
     # label, the paper's top-1 (table 5) and LPIPS (table 6)
     'none': ('DeepInversion', 62.7, 0.657),

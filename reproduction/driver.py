@@ -38,9 +38,6 @@ from reproduction.results import (
 )
 from timm_dearkd.files import write_bytes, write_text
 
-__all__ = ['Driver', 'count_processes', 'git_commit', 'is_taught']
-
-
 ALONE = ('merge', 'diversity')  # programs that one process runs
 
 

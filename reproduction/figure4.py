@@ -12,8 +12,6 @@ from timm_dearkd.analysis.figures import render
 from timm_dearkd.distances import DistanceHistory, read_log
 from timm_dearkd.files import write_bytes
 
-__all__ = ['Figure4']
-
 Histories = Dict[str, Dict[int, DistanceHistory]]  # by name and seed
 DIGITS = 3
 

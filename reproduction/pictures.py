@@ -11,12 +11,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
 from timm_dearkd.commands import run_command  # noqa: E402
-from timm_dearkd.data_free.look import contact_sheet, encode_png  # noqa: E402
+from timm_dearkd.data_free.look import GAP, MARGIN, contact_sheet, encode_png  # noqa: E402
 from timm_dearkd.files import write_bytes  # noqa: E402
 
 CLASSES = (
     'T-shirt', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt', 'sneaker', 'bag', 'ankle boot')
 HEADING = 20  # height in pixels
+SIDE = 32  # of an image in pixels
 SETS = {
     'DeepInversion': 'small/images-none-seed1', 'generator': 'small/images-generator-seed1',
     'real images': 'data/fashion_mnist'}
@@ -40,7 +41,8 @@ def add_headings(sheet: bytes, headings: Sequence[str]) -> bytes:
     above = Image.new('RGB', (image.width, image.height + HEADING), 'white')
     above.paste(image, (0, HEADING))
     for number, heading in enumerate(headings):
-        ImageDraw.Draw(above).text((90 + 5 * 34 * number, 4), heading, fill='black', font=ImageFont.load_default())
+        left = MARGIN + number * 5 * (SIDE + GAP)
+        ImageDraw.Draw(above).text((left, 4), heading, fill='black', font=ImageFont.load_default())
     return encode_png(above)
 
 
@@ -52,7 +54,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
                         help='file to write (default: docs/data_free_fashion_mnist.png)')
     args = parser.parse_args(argv)
     sets = [args.output / name for name in SETS.values()]
-    gap = Image.new('L', (32, 32), 'white')
+    gap = Image.new('L', (SIDE, SIDE), 'white')
     rows = {}
     for label, name in enumerate(CLASSES):
         synthetic, generated, real = (first_images(folder, label, 4) for folder in sets)

@@ -18,8 +18,6 @@ from timm_dearkd.images import look_at, prepare_splits
 
 PHOTOS_BATCH = 32  # of the recipe `small_folder`
 
-__all__ = ['files_hash', 'prepare_data', 'validation_folder', 'write_cifar10']
-
 
 def validation_folder(data: Path) -> Path:
     """Return the validation folder of an image folder, by the names that timm knows.

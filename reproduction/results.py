@@ -12,11 +12,6 @@ from reproduction.cells import ROOT, Cell, CellError, Scale, definition
 from reproduction.table import Entry, Key, Table
 from reproduction.tables import collect_cells, tables_of
 
-__all__ = [
-    'FIGURES', 'READERS', 'RESULTS', 'TEACHER_FILES', 'Figure', 'Results', 'distill_figures', 'is_current',
-    'own_models', 'read_result', 'weights_hash',
-]
-
 RESULTS = ROOT / 'reproduction' / 'results'
 # Kept with the results, because another machine would train a different teacher
 TEACHER_FILES = ('model_best.safetensors', 'config.json')

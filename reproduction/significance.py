@@ -9,8 +9,6 @@ import scipy.stats
 from reproduction.results import Figure
 from reproduction.table import Key, Table
 
-__all__ = ['Estimate', 'Finding', 'judge', 'measure', 'measure_change', 'table_of']
-
 
 class Estimate(NamedTuple):
     """A weighted sum of figures with its 95 % confidence interval.

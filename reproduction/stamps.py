@@ -16,8 +16,6 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from timm_dearkd.commands import run_command  # noqa: E402
 from timm_dearkd.files import new_folder  # noqa: E402
 
-__all__ = ['write_stamps']
-
 DEBIAN_FOLDER = Path('/usr/share/tuxpaint/stamps')
 MIN_IMAGES = 10  # per class
 

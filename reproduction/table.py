@@ -4,8 +4,6 @@ from typing import Dict, List, NamedTuple, Optional, Tuple
 
 from reproduction.cells import Cell
 
-__all__ = ['AGREEMENT', 'HIDDEN', 'OWN_CNN', 'Claim', 'Decision', 'Entry', 'Key', 'Table']
-
 HIDDEN = 'hidden loss'  # noise group: students with the hidden loss vary far less from seed to seed
 OWN_CNN = (
     'For a CNN that `distill` trains, the figure is that of its best epoch on the test images, which is the one that'

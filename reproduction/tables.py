@@ -28,8 +28,6 @@ from reproduction.table import AGREEMENT, HIDDEN, OWN_CNN, Claim, Entry, Table
 from timm_dearkd.engine.schedule import epochs_for
 from timm_dearkd.settings import choose_batch_size
 
-__all__ = ['CHOOSING', 'TABLES', 'collect_cells', 'tables_of']
-
 
 def table1(scale: Scale, seeds: Sequence[int]) -> Table:
     """Return the ablation."""

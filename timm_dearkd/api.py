@@ -30,8 +30,6 @@ from .engine.student import build_student, create_student
 from .images import Images, check_unchanged, look_at, prepare_splits, record_images
 from .planning import Planner, Step, find_teacher, is_known, parse, quiet, read_options
 
-__all__ = ['distill']
-
 _logger = logging.getLogger(__name__)
 
 # Options that `distill` sets itself, and what to give instead
@@ -60,7 +58,7 @@ def build_task(step: Step, cnn: Any, device: torch.device) -> TrainingTask:
 
 
 def estimate_minutes(step: Step, task: TrainingTask, images: Images, device: torch.device) -> float:
-    """Return the expected minutes of a run: the faster of the second and the third of three steps on noise counts."""
+    """Estimate the minutes of a run by three training steps on noise. The faster of the last two counts."""
     args = step.args
     precision = Precision(device, getattr(torch, args.amp_dtype) if args.amp else None)
     x = torch.randn(args.batch_size, args.in_chans, args.img_size, args.img_size, device=device)
@@ -244,7 +242,7 @@ def prepare_distillation(
         output: See `distill`.
         student: See `distill`.
         user: Arguments of train.py.
-        given: Names of the options among them, apart from those that the arguments tell.
+        given: Names of the options that were given by keyword.
     """
     train.set_up_logging()
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:

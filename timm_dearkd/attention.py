@@ -13,8 +13,6 @@ from torch import _assert
 
 from .rel_pos import DEFAULT_REL_POS, AdaptiveRelPos, RelPosConfig, append_channels, append_positions
 
-__all__ = ['ConvAttention']
-
 # torch.fx wraps functions by the module that calls them
 torch.fx.wrap('append_positions')
 torch.fx.wrap('maybe_add_mask')

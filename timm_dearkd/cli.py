@@ -5,10 +5,6 @@ import runpy
 import sys
 from typing import Dict, List, NoReturn, Optional, Sequence, Tuple
 
-import timm_dearkd  # noqa: F401  registers the architectures
-
-__all__ = ['COMMANDS', 'main']
-
 # Per group and command: what it does, the module, and the arguments before the user's
 COMMANDS: Dict[str, Dict[str, Tuple[str, str, Tuple[str, ...]]]] = {
     'Train': {
@@ -77,4 +73,3 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         _fail(f'no command or script {name!r}. Commands: {", ".join(known)}.')
     _, module, before = known[name]
     importlib.import_module(f'timm_dearkd.{module}').run_script([*before, *rest])
-

@@ -8,8 +8,6 @@ from distill_hooks.errors import one_line
 
 from .files import find_obstacle
 
-__all__ = ['add_device', 'check_overwrite', 'natural_int', 'positive_int', 'run_command']
-
 
 def _whole_number(text: str, least: int) -> int:
     if not text.isdecimal() or int(text) < least:

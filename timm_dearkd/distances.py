@@ -12,11 +12,6 @@ from timm.utils import unwrap_model
 from .attention import ConvAttention
 from .rel_pos import AdaptiveRelPos
 
-__all__ = [
-    'LOG_NAME', 'DistanceHistory', 'DistanceLog', 'attention_distances', 'attention_layers', 'attention_weights',
-    'mean_distances', 'read_attention', 'read_log', 'stride',
-]
-
 LOG_NAME = 'attention_distance.csv'
 Result = TypeVar('Result')
 LOG_HEADER = ('epoch', 'layer', 'head', 'patches', 'pixels')
@@ -73,11 +68,6 @@ def attention_layers(model: nn.Module) -> List[Attention]:
             f"{type(model).__name__} has no blocks with timm's Attention on a grid of patches. Choose a vision"
             ' transformer such as dearkd_tiny_patch16_224 or deit_tiny_patch16_224.')
     return layers
-
-
-def stride(model: Any) -> int:
-    """Return the distance between neighbouring patches in pixels."""
-    return int(max(model.patch_embed.feat_ratio(as_scalar=False)))
 
 
 @torch.no_grad()
@@ -148,7 +138,7 @@ class DistanceLog:
             distances = attention_distances(self.model, self.images).tolist()
         for position, grid in zip(positions, grids):  # only this process changed the grid, and DDP compares buffers
             position.set_grid_size(*grid)
-        pixels = stride(self.model)
+        pixels = self.model.patch_embed.feat_ratio()
         is_new = not self.path.exists() or not self.path.stat().st_size
         with open(self.path, 'a', newline='') as f:
             writer = csv.writer(f)

@@ -17,15 +17,12 @@ from safetensors import SafetensorError
 from timm.models import get_model_input_config
 from timm.utils import setup_default_logging
 
-import timm_dearkd  # noqa: F401  registers the architectures
 from distill_hooks import load_model
 from distill_hooks.errors import one_line
 from timm_dearkd.attention import ConvAttention
 from timm_dearkd.commands import check_overwrite, positive_int, run_command
 from timm_dearkd.engine.data import check_img_size
 from timm_dearkd.engine.run_folder import save_folder
-
-__all__ = ['FORMATS', 'export']
 
 TOLERANCE = 1e-4  # for the logits, relative to values above 1
 

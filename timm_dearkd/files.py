@@ -7,8 +7,6 @@ import tempfile
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence
 
-__all__ = ['append_row', 'create_file', 'find_obstacle', 'new_folder', 'write_bytes', 'write_table', 'write_text']
-
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically: under a temporary name, which is then renamed."""

@@ -19,7 +19,6 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 
-import timm_dearkd  # noqa: F401  registers the architectures
 from distill_hooks.checkpoint import training_args
 from distill_hooks.errors import one_line
 from timm_dearkd.analysis.compare import drawn_columns, plot_runs
@@ -33,8 +32,6 @@ from timm_dearkd.engine.options import build_parser as build_train_parser
 from timm_dearkd.engine.run_folder import save_folder
 from timm_dearkd.files import write_bytes, write_text
 from timm_dearkd.weights import HubError, hub_errors
-
-__all__ = ['model_card', 'prepare_folder', 'push']
 
 CITATION = '''@inproceedings{chen2022dearkd,
   title={DearKD: Data-Efficient Early Knowledge Distillation for Vision Transformers},
@@ -80,19 +77,18 @@ probabilities = model(transform(image).unsqueeze(0)).softmax(dim=-1)
 {commands}{citation}"""
 
 
-def model_card(run: Run, model: Any, repo: str, license: Optional[str] = None) -> ModelCard:
+def model_card(run: Run, model: Any, repo: str) -> ModelCard:
     """Build the model card of a run.
 
     Args:
         run: The run.
         model: The trained model.
         repo: Name of the repository, ORG/NAME.
-        license: Licence of the weights, by the Hub's name; None takes the one in `config.json`, if any.
     """
     title, best = repo.split('/')[-1], _best(run)
     is_dearkd = any(isinstance(module, ConvAttention) for module in model.modules()) or 'train_stage' in run.columns
     metadata = ModelCardData(
-        license=license or model.pretrained_cfg.get('license'), library_name='timm',
+        license=model.pretrained_cfg.get('license'), library_name='timm',
         pipeline_tag='image-classification', metrics=['accuracy'],
         tags=['image-classification', 'timm', *(['dearkd', 'knowledge-distillation'] if is_dearkd else [])],
         model_name=title, eval_results=_results(run))
@@ -263,7 +259,7 @@ def prepare_folder(run_folder: str, folder: Path, repo: str, license: Optional[s
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         save_folder(model, temporary)
-        write_text(temporary / 'README.md', model_card(run, model, repo, license).content)
+        write_text(temporary / 'README.md', model_card(run, model, repo).content)
         if drawn_columns([run]):
             write_bytes(temporary / 'curves.png', render(plot_runs([run])))
         shutil.rmtree(folder, ignore_errors=True)

@@ -30,8 +30,6 @@ from .engine.label_cache import describe_files
 from .engine.wrappers import num_kept
 from .files import write_text
 
-__all__ = ['Images', 'check_unchanged', 'look_at', 'prepare_splits', 'record_images', 'split_images']
-
 _logger = logging.getLogger(__name__)
 
 # Our choices
@@ -113,7 +111,6 @@ def look_at(
     return Images(
         num_train, len(images) if keep_length else num_train, len(validation), len(set(reader.class_to_idx.values())),
         sorted(sides)[len(sides) // 2], modes <= {'L', '1'}, samples, files)
-
 
 
 def check_unchanged(images: Images, output: str) -> None:

@@ -36,8 +36,6 @@ from .settings import (
     is_mirrored_alike,
 )
 
-__all__ = ['Planner', 'Step', 'find_teacher', 'is_known', 'parse', 'quiet', 'read_options']
-
 _logger = logging.getLogger(__name__)
 
 # Options of train.py that the CNN takes from the user, too
@@ -196,7 +194,7 @@ class Planner:
             list(shared))
 
     def ask_teacher(self, cnn: Any, is_trained: bool = True) -> Dict[str, Any]:
-        """Return the options of the student that its CNN decides. An untrained one does not decide on mirroring."""
+        """Return the options of the student that its CNN decides. An untrained CNN does not decide on mirroring."""
         channels, size, _ = get_model_input_config(cnn)['input_size']
         in_chans = self.user_args.in_chans or (1 if self.images.is_grey or channels == 1 else 3)
         options: Dict[str, Any] = dict(in_chans=in_chans)

@@ -12,8 +12,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import register_notrace_function
 
-__all__ = ['DEFAULT_REL_POS', 'AdaptiveRelPos', 'RelPosConfig', 'append_channels', 'append_positions', 'grid_constants']
-
 RPE_DROP_MODES = ('element', 'query')
 RPE_DELTAS = ('grid', 'zero', 'normal')
 

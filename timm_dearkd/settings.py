@@ -11,11 +11,6 @@ from timm.data import create_transform, resolve_model_data_config
 from .engine.image_folder import UNREADABLE
 from .images import Images
 
-__all__ = [
-    'choose_batch_size', 'choose_cnn', 'choose_labels', 'choose_student', 'choose_training', 'cnn_epochs',
-    'is_far', 'is_mirrored_alike', 'model_size',
-]
-
 MAX_SMALL_SIDE = 40  # pixels; images up to this size are trained at 32 pixels
 CNN_EPOCHS = 0.4  # of the student's
 MAX_EVALUATIONS = 20

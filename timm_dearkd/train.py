@@ -23,7 +23,6 @@ from timm.task import ClassificationTask, TrainingTask
 from timm.utils import distribute_bn, random_seed, setup_default_logging
 from timm.utils.log import FormatterNoInfo
 
-import timm_dearkd  # noqa: F401  registers the architectures
 from distill_hooks import DearKDTask
 from distill_hooks.errors import first_line, one_line
 from distill_hooks.task import keep_constants_local

@@ -19,8 +19,6 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from timm.models import PretrainedCfg, list_models
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, hf_split
 
-__all__ = ['HubError', 'download_weights', 'hub_errors', 'locate_weights']
-
 NAMESPACE_VARIABLE = 'TIMM_DEARKD_HUB'
 # Errors before a connection exists, by their names in the HTTP libraries of huggingface_hub
 _UNREACHABLE = {

@@ -1,8 +1,6 @@
 """The phases of `gpu_check.py`: one module each, with a function `run(check)`."""
 from typing import NamedTuple, Tuple
 
-__all__ = ['CUDNN_PHASES', 'NO_CUDNN', 'PHASES', 'WITHOUT_CUDNN_PHASES', 'Phase']
-
 
 class Phase(NamedTuple):
     """A phase: its number, module, share of the time in seconds, and title."""

@@ -16,8 +16,6 @@ import torch
 
 from timm_dearkd.engine.process import Precision, find_device
 
-__all__ = ['Check', 'Mark', 'at_least', 'at_most', 'die_with_parent', 'milliseconds', 'relative_error', 'write_line']
-
 
 @dataclass(frozen=True)
 class Mark:
@@ -145,7 +143,7 @@ class Check:
         self.write('data', name, **fields)
 
     def skip(self, name: str, reason: str) -> None:
-        """Say what is not measured, and why."""
+        """Write a skipped measurement and the reason."""
         self.write('skip', name, reason=reason)
         print(f'[{self.phase}] {name}: skipped, {reason}', flush=True)
 
@@ -177,7 +175,7 @@ class Check:
             torch.cuda.empty_cache()
 
     def peak_memory(self, function: Any) -> Optional[float]:
-        """Return the most GiB that were allocated during a call; None on a CPU, which does not tell."""
+        """Return the peak memory of a call in GiB; None on a CPU."""
         if not self.is_cuda:
             return None
         torch.cuda.synchronize(self.device)

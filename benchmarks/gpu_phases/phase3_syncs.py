@@ -42,7 +42,7 @@ class Erased:
 
 
 def sizes(check: Check) -> Dict[str, Any]:
-    """The models of this phase: shallow, for a host that waits does so at any depth."""
+    """The models of this phase: shallow ones, because a wait of the host shows at any depth."""
     if check.toy:
         return dict(student='test_dearkd', teacher='test_resnet', size=32, depth=2, num_mhca_blocks=1)
     return dict(student='dearkd_tiny_patch16_224', teacher='regnety_002', size=224, depth=3, num_mhca_blocks=2)

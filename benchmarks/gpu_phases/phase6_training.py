@@ -117,7 +117,7 @@ class _Stop(logging.Handler):
 
 
 def _train(argv: List[str], log: Path, threads: int, stop: bool) -> None:
-    """Be `python train.py ARGV`, with the output appended to a file."""
+    """Run `python train.py ARGV` in this process, with the output appended to a file."""
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, signal.SIG_DFL if signum == signal.SIGTERM else signal.default_int_handler)
     die_with_parent()

@@ -6,8 +6,6 @@ from typing import Any, Dict, Iterable, List
 
 from . import PHASES
 
-__all__ = ['BEGIN', 'END', 'environment_of', 'has_cudnn_failure', 'is_toy', 'passes', 'read_lines', 'render', 'write']
-
 BEGIN, END = '<!-- gpu-check: begin -->', '<!-- gpu-check: end -->'
 Line = Dict[str, Any]
 

@@ -10,8 +10,6 @@ from distill_hooks import DearKDTask, TwoStageSchedule
 
 from .check import Check
 
-__all__ = ['make_batches', 'make_dearkd', 'make_student_task']
-
 CLASSES = 10
 STAGE_1, STAGE_2 = 0, 3  # an epoch of each
 

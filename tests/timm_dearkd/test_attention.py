@@ -366,7 +366,6 @@ def test_values_without_channels_give_the_same(train, compiled, accelerator, mon
         torch.testing.assert_close(second, first)
 
 
-
 CHANGES = {
     'optimizer': lambda rpe: rpe_step(rpe, torch.optim.SGD),
     'fused optimizer': lambda rpe: rpe_step(rpe, torch.optim.AdamW, fused=True),

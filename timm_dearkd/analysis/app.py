@@ -24,8 +24,6 @@ from .inputs import class_names, image_transform, label_names, load_model, open_
 from .predict import top_classes
 from .runs import Run, open_run
 
-__all__ = ['Viewer', 'build_page', 'open_viewer']
-
 _logger = logging.getLogger(__name__)
 
 SIDE = 448  # pixels to which small pictures are enlarged

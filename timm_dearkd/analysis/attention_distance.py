@@ -6,14 +6,12 @@ from typing import Any, Dict, List, Optional, Sequence
 import torch
 
 from timm_dearkd.commands import positive_int
-from timm_dearkd.distances import LOG_NAME, DistanceHistory, attention_distances, attention_layers, read_log, stride
+from timm_dearkd.distances import LOG_NAME, DistanceHistory, attention_distances, attention_layers, read_log
 from timm_dearkd.files import write_bytes, write_table
 
 from .figures import escape_label, new_figure, plot_series, render, shade_stage2
 from .inputs import add_model_arguments, load_images, load_model, output_files
 from .runs import open_run
-
-__all__ = ['plot_distances', 'plot_over_epochs']
 
 
 def plot_distances(distances: Dict[str, torch.Tensor], patch_sizes: Sequence[int]) -> Any:
@@ -102,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
         batches = load_images(model, args.images, args.num_images or 64).split(16)
         sums: Any = sum(attention_distances(model, batch.to(device)).cpu() * len(batch) for batch in batches)
         distances[name] = sums / sum(map(len, batches))
-        patch_sizes.append(stride(model))
+        patch_sizes.append(model.patch_embed.feat_ratio())
     write_table(table, _rows(distances, patch_sizes))
     write_bytes(picture, render(plot_distances(distances, patch_sizes)))
     for name, values in distances.items():

@@ -20,8 +20,6 @@ from timm_dearkd.files import write_bytes, write_text
 from .figures import new_figure, render
 from .inputs import add_model_arguments, image_transform, load_model, open_image, output_files
 
-__all__ = ['attention_maps', 'head_positions', 'plot_heads', 'plot_maps']
-
 
 def _parts(attention: Attention, x: torch.Tensor) -> Dict[str, torch.Tensor]:
     """Return the attention (heads, T, T) of tokens (1, T, dim), by kind of score."""

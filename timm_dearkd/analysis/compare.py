@@ -8,8 +8,6 @@ from .figures import escape_label, new_figure, plot_series, render, shade_stage2
 from .inputs import add_output_arguments, output_files
 from .runs import Run, distinct_names, open_run, readable
 
-__all__ = ['compare_table', 'drawn_columns', 'plot_column', 'plot_runs']
-
 COLUMNS = ('run', 'model', 'teacher', 'state', 'metric', 'best', 'at epoch', 'last')
 
 

@@ -25,8 +25,6 @@ from .inputs import open_image
 
 _logger = logging.getLogger(__name__)
 
-__all__ = ['FeatureDistance', 'LPIPSDistance', 'class_pairs', 'measure_diversity']
-
 # Takes two image batches (B, C, H, W) with values from 0 to 1, and returns distances (B,)
 Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

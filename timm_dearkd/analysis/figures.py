@@ -6,8 +6,6 @@ import re
 import warnings
 from typing import Any, List, Optional, Sequence, Tuple
 
-__all__ = ['escape_label', 'new_figure', 'plot_series', 'render', 'shade_stage2']
-
 logging.getLogger('matplotlib.font_manager').setLevel(logging.ERROR)
 
 
@@ -32,20 +30,19 @@ def escape_label(text: Any) -> str:
     return f' {text}' if text.startswith('_') else text
 
 
-def render(figure: Any, kind: str = 'png', dpi: int = 110) -> bytes:
+def render(figure: Any, kind: str = 'png') -> bytes:
     """Return a figure as the bytes of a PNG file or of an SVG element.
 
     Args:
         figure: The figure.
         kind: 'png', or 'svg' for an element of an HTML page, which takes the text colour of the page.
-        dpi: Pixels per inch of a PNG.
     """
     import matplotlib
 
     buffer = io.BytesIO()
     options: Any = dict(bbox_inches='tight', pad_inches=0.08)
     if kind == 'png':
-        options.update(dpi=dpi)
+        options.update(dpi=110)
     else:
         options.update(transparent=True, metadata={'Date': None})
     settings: Any = {'svg.fonttype': 'none', 'svg.hashsalt': 'timm-dearkd', 'font.sans-serif': _fonts()}
@@ -76,14 +73,13 @@ def plot_series(axes: Any, epochs: Sequence[int], values: Sequence[float], **kwa
     axes.plot(epochs, values, marker='.' if len(epochs) <= 30 else None, **kwargs)
 
 
-def shade_stage2(axes: Any, first: Optional[int], last: int, label: str = 'stage II') -> None:
+def shade_stage2(axes: Any, first: Optional[int], last: int) -> None:
     """Shade the epochs of stage II.
 
     Args:
         axes: Axes with epochs on x.
         first: First epoch of stage II; None draws nothing.
         last: Last epoch of the plot.
-        label: Label in the legend.
     """
     if first is not None and first <= last:
-        axes.axvspan(first - 0.5, last + 0.5, color='tab:orange', alpha=0.15, lw=0, label=label)
+        axes.axvspan(first - 0.5, last + 0.5, color='tab:orange', alpha=0.15, lw=0, label='stage II')

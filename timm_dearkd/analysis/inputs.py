@@ -36,11 +36,6 @@ from timm_dearkd.engine.image_folder import (
 from timm_dearkd.engine.process import find_device
 from timm_dearkd.engine.wrappers import warn_of_changes
 
-__all__ = [
-    'ImageFiles', 'add_model_arguments', 'add_output_arguments', 'class_names', 'find_images', 'image_transform',
-    'label_names', 'load_images', 'load_model', 'open_image', 'output_files',
-]
-
 _logger = logging.getLogger(__name__)
 
 

@@ -25,8 +25,6 @@ from .inputs import (
     output_files,
 )
 
-__all__ = ['Prediction', 'mistakes_first', 'plot_predictions', 'predict', 'top_classes']
-
 _logger = logging.getLogger(__name__)
 
 

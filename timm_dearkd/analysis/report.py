@@ -17,7 +17,6 @@ from timm_dearkd._version import __version__
 from timm_dearkd.commands import add_device, check_overwrite, positive_int
 from timm_dearkd.distances import read_log
 from timm_dearkd.engine.data import class_indices, is_image_folder, open_dataset, spread
-from timm_dearkd.engine.image_folder import normal_name
 from timm_dearkd.engine.wrappers import set_image_mode
 from timm_dearkd.files import write_bytes, write_text
 
@@ -28,8 +27,6 @@ from .figures import new_figure, render
 from .inputs import ImageFiles, class_names, image_transform, label_names, load_model
 from .predict import Prediction, accuracy, mistakes_first, predict
 from .runs import Run, open_run, readable, why_no_model
-
-__all__ = ['check_available', 'write_report']
 
 _logger = logging.getLogger(__name__)
 
@@ -207,7 +204,7 @@ def validation_set(run: Run, names: Optional[Sequence[str]], mode: str) -> Any:
         if args.get(key):
             options[key] = args[key]
     dataset = open_dataset(kind, root, split, **options)
-    indices = {key: known.get(normal_name(str(key)), -1) for key in class_indices(dataset)}
+    indices = {key: known.get(str(key), -1) for key in class_indices(dataset)}
     if min(indices.values(), default=-1) >= 0 and indices != class_indices(dataset):
         dataset = open_dataset(kind, root, split, class_map=indices, **options)
     if not kind:  # timm's data set replaces an unreadable image by the next one

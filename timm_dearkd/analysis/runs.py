@@ -11,8 +11,6 @@ from distill_hooks import load_model
 from timm_dearkd.engine.checkpoints import EXPORT_NAME
 from timm_dearkd.engine.run_folder import read_run_info
 
-__all__ = ['Run', 'distinct_names', 'open_run', 'readable', 'why_no_model']
-
 
 @dataclass
 class Run:

@@ -25,8 +25,6 @@ from timm_dearkd.files import write_bytes, write_table
 from .figures import escape_label, new_figure, render
 from .inputs import add_output_arguments, output_files
 
-__all__ = ['Measurement', 'count_macs', 'measure_throughput', 'plot_throughput']
-
 MIB = 2 ** 20
 
 

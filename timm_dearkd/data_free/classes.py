@@ -8,8 +8,6 @@ from timm_dearkd.engine.image_folder import normal_name
 
 from .dataset import folder_name
 
-__all__ = ['match_student', 'match_verifier', 'parse_classes', 'read_class_names']
-
 _logger = logging.getLogger(__name__)
 
 

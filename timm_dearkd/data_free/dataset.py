@@ -16,8 +16,6 @@ from timm_dearkd.files import find_obstacle, write_bytes, write_table, write_tex
 
 from .look import encode_png
 
-__all__ = ['FORMATS', 'SyntheticSet', 'check_folder', 'folder_name', 'read_settings']
-
 FORMATS = ('folder', 'wds')
 MAX_NAME_BYTES = 240  # file systems allow 255, and equal names get a number
 # File systems refuse these parts of a folder name. A leading dot hides the folder.

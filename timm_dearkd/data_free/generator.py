@@ -12,8 +12,6 @@ from timm_dearkd.engine.seeding import seeded
 
 from .inversion import Augmentation, Inverter, LossWeights, OnCheck, Resolution
 
-__all__ = ['GENERATOR_WEIGHTS', 'Choice', 'Generator', 'GeneratorInverter', 'random_views', 'run_pilot']
-
 _logger = logging.getLogger(__name__)
 
 # Our choices. `bn` is chosen by `run_pilot`
@@ -203,8 +201,8 @@ def run_pilot(
 
     The BatchNorm weight comes first, without the diversity loss. It is the largest with which the CNN predicts the
     class of `MIN_CORRECT` of the images; if there is none, the one with which it predicts most. The weights of the
-    diversity loss then are the largest in the same sense. Mirror images are seen if the CNN also predicts the class of
-    the mirror images of the images whose class it predicts, in more cases than half way between chance and all.
+    diversity loss then are the largest in the same sense. The images are mirrored if, among the images that the CNN
+    classifies correctly, the share of correctly classified mirror images is above (1 + 1/classes) / 2.
 
     Args:
         inverter: Trains the generators.

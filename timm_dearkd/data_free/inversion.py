@@ -14,11 +14,6 @@ from distill_hooks.errors import first_line
 
 from .losses import BatchNormStats, competition_loss, intra_divergence_loss, l2_prior, total_variation
 
-__all__ = [
-    'BN_NORMS', 'DIVERSITIES', 'Augmentation', 'Competitor', 'Execution', 'Inverter', 'LossWeights', 'Resolution',
-    'batch_targets', 'wrap_network',
-]
-
 DIVERSITIES = ('none', 'adi', 'intra')
 BN_NORMS = ('absolute', 'relative', 'averaged')
 SCALES = ('tv', 'l2', 'bn', 'ep', 'triplet', 'adi')  # the factors in `LossWeights`

@@ -7,8 +7,6 @@ from distill_hooks.errors import first_line
 
 from .inversion import wrap_network
 
-__all__ = ['MAX_IMAGES', 'Judge']
-
 MAX_IMAGES = 120  # at once, as in a generator's step
 
 

@@ -6,7 +6,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from timm_dearkd.analysis.figures import new_figure, render
 
-__all__ = ['contact_sheet', 'encode_png', 'loss_curves']
+GAP = 2  # between the images of a contact sheet, in pixels
+MARGIN = 90  # for the class names at the left, in pixels
 
 
 def encode_png(image: Image.Image) -> bytes:
@@ -16,23 +17,21 @@ def encode_png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def contact_sheet(rows: Dict[str, List[Image.Image]], gap: int = 2, margin: int = 90) -> bytes:
+def contact_sheet(rows: Dict[str, List[Image.Image]]) -> bytes:
     """Draw a PNG with a row of images for each class.
 
     Args:
         rows: Images by class name.
-        gap: Space between images in pixels.
-        margin: Space for the names at the left in pixels.
     """
     side = max((min(128, max(32, image.size[1])) for images in rows.values() for image in images), default=32)
     columns = max((len(images) for images in rows.values()), default=0)
-    sheet = Image.new('RGB', (margin + columns * (side + gap), max(1, len(rows)) * (side + gap)), 'white')
+    sheet = Image.new('RGB', (MARGIN + columns * (side + GAP), max(1, len(rows)) * (side + GAP)), 'white')
     draw, font = ImageDraw.Draw(sheet), _font()
     for y, (name, images) in enumerate(rows.items()):
-        draw.text((4, y * (side + gap) + side // 2 - 6), name[:14], fill='black', font=font)
+        draw.text((4, y * (side + GAP) + side // 2 - 6), name[:14], fill='black', font=font)
         for x, image in enumerate(images):
             image = image.convert('RGB').resize((side, side), Image.Resampling.BICUBIC)
-            sheet.paste(image, (margin + x * (side + gap), y * (side + gap)))
+            sheet.paste(image, (MARGIN + x * (side + GAP), y * (side + GAP)))
     return encode_png(sheet)
 
 

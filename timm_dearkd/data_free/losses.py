@@ -6,11 +6,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-__all__ = [
-    'BatchNormStats', 'competition_loss', 'easiest_positive_loss', 'intra_divergence_loss', 'l2_prior',
-    'total_variation', 'triplet_loss',
-]
-
 
 def total_variation(images: torch.Tensor) -> torch.Tensor:
     """Return R_TV of Eq. 15: l2 norms of the differences to four neighbours.

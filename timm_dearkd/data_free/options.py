@@ -9,8 +9,6 @@ from .dataset import FORMATS
 from .generator import GENERATOR_WEIGHTS
 from .inversion import BN_NORMS, DIVERSITIES, LossWeights, Resolution
 
-__all__ = ['WEIGHTS', 'build_parser', 'fill_defaults']
-
 MIN_PROB = 0.1  # by a verifier
 WEIGHTS = ('tv', 'l2', 'bn', 'first_bn', 'ep', 'triplet', 'adi')
 

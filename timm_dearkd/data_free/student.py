@@ -8,8 +8,6 @@ import yaml
 from timm_dearkd.engine.options import find_config
 from timm_dearkd.settings import MAX_SMALL_SIDE, is_far
 
-__all__ = ['student_flags', 'train_command']
-
 
 def train_command(
         args: argparse.Namespace,

@@ -6,8 +6,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-__all__ = ['FILLS', 'AffineJitter']
-
 FILLS = ('edge', 'black', 'mean')
 # Largest changes, our choices: log zoom per axis, angles in degrees, shift as a share of the side, log gamma
 ZOOM, ANGLE, SHIFT, GAMMA = 0.5, 14., 0.125, 0.4

@@ -19,11 +19,6 @@ from .data import UNKNOWN_CLASSES, Classes
 from .process import Precision, Ranks, TrainingError
 from .seeding import set_rng_state
 
-__all__ = [
-    'EXPORT_NAME', 'AtomicCheckpointSaver', 'Position', 'changed_options', 'find_checkpoint', 'read_classes',
-    'refuse_to_overwrite', 'remove_recovery', 'restore_generators', 'resume_run',
-]
-
 _logger = logging.getLogger(__name__)
 
 EXPORT_NAME = 'model_best.safetensors'
@@ -93,7 +88,7 @@ class AtomicCheckpointSaver(CheckpointSaver):
         os.replace(link, dst)
 
     def forget_ranks(self) -> None:
-        """Rank later epochs without the earlier ones, whose metric is another. Order those by recency."""
+        """Start a new ranking, because the metric has changed. The newest of the earlier checkpoints are kept."""
         self.best_metric = self.best_epoch = None
         newest_first = sorted((path for path, _ in self.checkpoint_files), key=self._epoch_of, reverse=True)
         self.checkpoint_files = [(path, None) for path in newest_first]
@@ -165,13 +160,19 @@ def _place(checkpoint: Dict[str, Any]) -> Tuple[int, int]:
     return checkpoint['epoch'] + (within is None), (within or {}).get('update', 0)
 
 
-def _rank(path: str) -> Tuple[Optional[int], Optional[float]]:
-    """Return epoch and metric of a checkpoint; None for both if it cannot be read."""
+def _read_metadata(path: str) -> Optional[Dict[str, Any]]:
+    """Return what a checkpoint holds; None if it cannot be read, {} if it holds no dictionary."""
     try:
         checkpoint = load_checkpoint_metadata(path)
-        return checkpoint['epoch'], checkpoint.get('metric')
-    except Exception:  # see `find_checkpoint`
-        return None, None
+    except Exception:  # torch's unpickler alone raises half a dozen kinds
+        return None
+    return checkpoint if isinstance(checkpoint, dict) else {}
+
+
+def _rank(path: str) -> Tuple[Optional[int], Optional[float]]:
+    """Return epoch and metric of a checkpoint; None for both if it cannot be read."""
+    checkpoint = _read_metadata(path) or {}
+    return checkpoint.get('epoch'), checkpoint.get('metric')
 
 
 def find_checkpoint(folder: str) -> str:
@@ -190,7 +191,7 @@ def find_checkpoint(folder: str) -> str:
             tried.append(path.name)
             try:
                 found.append((_place(load_checkpoint_metadata(str(path))), str(path)))
-            except Exception as e:  # torch's unpickler alone raises half a dozen kinds
+            except Exception as e:  # see `_read_metadata`
                 _logger.warning(f'{path} cannot be read ({type(e).__name__}). Skipped.')
     if tried and not found:
         raise ValueError(
@@ -200,13 +201,8 @@ def find_checkpoint(folder: str) -> str:
 
 def read_classes(path: str) -> Classes:
     """Return the classes that a checkpoint was trained with; `UNKNOWN_CLASSES` if it has none, or for no path."""
-    if not path:
-        return UNKNOWN_CLASSES
-    try:
-        checkpoint = load_checkpoint_metadata(path)
-    except Exception:  # `resume_run` tells why it cannot be read
-        return UNKNOWN_CLASSES
-    classes = checkpoint.get('classes') if isinstance(checkpoint, dict) else None
+    checkpoint = _read_metadata(path) if path else None
+    classes = (checkpoint or {}).get('classes')
     if not isinstance(classes, dict) or set(classes) != set(Classes._fields):  # other scripts have such a key, too
         return UNKNOWN_CLASSES
     return Classes(**classes)
@@ -228,12 +224,11 @@ def refuse_to_overwrite(folder: str, resume: str) -> None:
                 f'{folder!r} holds a run. Resume it with --resume auto, name another --experiment, or remove the'
                 ' folder.')
         return
-    try:
-        checkpoint = load_checkpoint_metadata(resume)
-    except Exception:  # `resume_run` reports what is wrong with the file
+    checkpoint = _read_metadata(resume)
+    if checkpoint is None:  # `resume_run` reports what is wrong with the file
         return
     newest = find_checkpoint(folder)
-    has_place = isinstance(checkpoint, dict) and 'epoch' in checkpoint  # weights alone have none
+    has_place = 'epoch' in checkpoint  # weights alone have none
     if newest and not (has_place and _place(checkpoint) == _place(load_checkpoint_metadata(newest))):
         raise ValueError(
             f'--resume {resume} is not the newest checkpoint of its run, {os.path.basename(newest)} is. Resume it in'

@@ -35,13 +35,6 @@ from .image_folder import (
 )
 from .wrappers import ClassFraction, SkipHighBitDepth, SkipUnreadable
 
-__all__ = [
-    'Classes', 'UNKNOWN_CLASSES', 'build_datasets', 'check_img_size', 'check_label_gaps', 'check_labels',
-    'class_indices', 'class_names', 'classes_of', 'count_classes', 'dataset_kwargs', 'folder_of',
-    'have_same_folder', 'image_mode', 'is_image_folder', 'open_dataset', 'open_eval_dataset', 'open_validation_set',
-    'open_with_classes', 'relabel', 'spread',
-]
-
 _logger = logging.getLogger(__name__)
 
 

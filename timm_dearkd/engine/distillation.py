@@ -38,11 +38,6 @@ from .loader import model_dtype
 from .loop import Validator
 from .options import check_distillation
 
-__all__ = [
-    'TeacherCheck', 'build_schedule', 'build_task', 'check_teacher', 'choose_distill_type', 'load_cnn',
-    'load_teacher', 'log_changed_stages', 'saved_names', 'uses_ema',
-]
-
 _logger = logging.getLogger(__name__)
 
 
@@ -144,7 +139,7 @@ def _match_classes(teacher: Any, names: Sequence[str], num_classes: int) -> Opti
     Warns if the names differ: they may be other names of the same classes.
     """
     known = saved_names(teacher)
-    names = [normal_name(name) for name in names]
+    names = list(names)
     if len(names) != num_classes or len(known) != teacher.num_classes or known == names:
         return None
     unknown = [name for name in names if name not in known]
@@ -158,8 +153,8 @@ def _match_classes(teacher: Any, names: Sequence[str], num_classes: int) -> Opti
     if len(known) == num_classes:
         index = names.index(unknown[0])
         _logger.warning(
-            f'The teacher knows no class {unknown[0]!r}. Its classes are taken in its order, where {unknown[0]!r} is'
-            f' {known[index]!r}. If these differ, set --kd-class-map FILE.')
+            f'The teacher knows no class {unknown[0]!r}. Classes are matched by their index, so {unknown[0]!r} is the'
+            f" teacher's {known[index]!r}. If these differ, set --kd-class-map FILE.")
     return None
 
 
@@ -185,7 +180,7 @@ def load_cnn(options: Mapping[str, Any]) -> nn.Module:
 
 
 def _has_only_weights(name: str, checkpoint: Optional[str]) -> bool:
-    """Return whether nothing tells how a teacher was trained."""
+    """Return whether a teacher comes from a file of weights, without the options of its training."""
     if not checkpoint or os.path.isdir(name) or ':' in name:
         return False
     return not training_args(checkpoint)
@@ -287,7 +282,7 @@ def _build_timm_task(args, distill_type: str, model: nn.Module, teacher: nn.Modu
 
 
 def _log_teacher_input(args, teacher: Any, input_size: Tuple[int, int, int]) -> None:
-    """Log a normalisation that nothing tells, or the size at which the teacher was trained if it sees another one."""
+    """Log a normalisation that is assumed, or an image size that is not the one of the teacher's training."""
     given = args.kd_teacher_img_size
     if _has_only_weights(args.kd_model_name, args.kd_teacher_checkpoint):  # its size is not known either
         if not (args.kd_teacher_mean and args.kd_teacher_std):

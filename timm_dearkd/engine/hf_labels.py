@@ -6,8 +6,6 @@ import numpy as np
 
 from .image_folder import class_order, normal_label
 
-__all__ = ['hf_classes']
-
 _logger = logging.getLogger(__name__)
 
 

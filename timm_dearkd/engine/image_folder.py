@@ -18,17 +18,10 @@ from PIL import Image
 from timm.data import get_img_extensions
 from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader import Reader
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key
 
 from distill_hooks.errors import one_line
-
-__all__ = [
-    'IMAGE_MODES', 'UNREADABLE', 'FolderScan', 'ImageFolderReader', 'check_class_folders', 'check_images',
-    'check_mode', 'check_split_names', 'class_order', 'exceeds_8_bits', 'find_splits', 'first_names',
-    'has_class_folders', 'image_types', 'index_by_name', 'is_image_file', 'normal_label', 'normal_name', 'normal_names',
-    'open_folder', 'read_class_map', 'resolve_class_map', 'resolve_link', 'scan_folder', 'split_folder',
-    'warn_of_other_types',
-]
 
 _logger = logging.getLogger(__name__)
 
@@ -162,7 +155,7 @@ def scan_folder(root: str, types: Optional[Collection[str]] = None) -> FolderSca
     return scan
 
 
-class ImageFolderReader(Reader):
+class ImageFolderReader(ReaderImageFolder):
     """A timm reader of given image files.
 
     Args:
@@ -172,23 +165,10 @@ class ImageFolderReader(Reader):
     """
 
     def __init__(self, root: str, images: Sequence[Tuple[str, str]], class_to_idx: Dict[str, int]) -> None:
-        super().__init__()
+        Reader.__init__(self)
         self.root = root
         self.class_to_idx = class_to_idx
         self.samples = [(path, class_to_idx[name]) for path, name in images if name in class_to_idx]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int):
-        path, label = self.samples[index]
-        return open(path, 'rb'), label
-
-    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        path = self.samples[index][0]
-        if basename:
-            return os.path.basename(path)
-        return path if absolute else os.path.relpath(path, self.root)
 
     @cached_property
     def digests(self) -> Dict[int, str]:

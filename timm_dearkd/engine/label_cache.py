@@ -25,8 +25,6 @@ from .loop import Trainer
 from .process import SINGLE, Ranks, TrainingError
 from .run_folder import on_primary
 
-__all__ = ['IMAGE_OPTIONS', 'LabelCache', 'build_label_cache', 'describe_files', 'describe_labels', 'open_label_folder']
-
 _logger = logging.getLogger(__name__)
 
 MANIFEST = 'labels.json'
@@ -178,7 +176,7 @@ class LabelCache:
 def describe_files(dataset: Any) -> str:
     """Return number, bytes and a hash of the files of a data set: of their names and sizes.
 
-    Where the images are no files, the number of images and what the data set tells of itself take their place.
+    For images that are not files: the number of images, and the fingerprint or the targets of the data set.
     """
     reader = getattr(dataset, 'reader', dataset)
     digest, size = hashlib.sha256(), 0

@@ -1,9 +1,8 @@
-"""Loaders of train.py, made of timm's: seeded by (seed, epoch, place in the epoch), whatever the processes."""
-import contextlib
+"""Training and evaluation loaders on top of timm's, with random numbers by (seed, epoch, place in the epoch)."""
 import logging
 from functools import partial
 from itertools import islice
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -21,12 +20,6 @@ from .data import image_mode, open_validation_set, spread
 from .process import SINGLE, Ranks, init_worker
 from .seeding import EpochBatchSampler, SeededCollate, SeededDataset, SeededErasing
 from .wrappers import Sample, set_image_mode
-
-__all__ = [
-    'DeviceLoader', 'NUM_DISTANCE_IMAGES', 'TrainLoader', 'build_distance_images', 'build_eval_loader',
-    'build_mixup', 'build_train_loader', 'create_eval_loader', 'create_train_loader', 'images_per_update',
-    'model_dtype', 'train_interpolation',
-]
 
 _logger = logging.getLogger(__name__)
 
@@ -49,11 +42,15 @@ def _apply_first(function: Optional[Callable], dataset) -> None:
         dataset.transform = Compose([function, transform]) if transform is not None else function
 
 
-@contextlib.contextmanager
-def _timm_errors() -> Iterator[None]:
-    """Convert the errors by which timm refuses options to a ValueError."""
+def _call_create_loader(dataset, data_config: Dict[str, Any], **kwargs: Any) -> Any:
+    """Create timm's loader.
+
+    Raises:
+        ValueError: If timm does not take the options.
+    """
     try:
-        yield
+        return create_loader(
+            dataset, data_config['input_size'], mean=data_config['mean'], std=data_config['std'], **kwargs)
     except (AssertionError, KeyError, RuntimeError, TypeError) as e:
         raise ValueError(
             f'timm does not take these augmentation or loader options ({type(e).__name__}: {e}).'
@@ -70,10 +67,8 @@ def _create_loader(
         **kwargs: Any,
 ):
     """Create timm's loader of batches on the device."""
-    with _timm_errors():
-        loader = create_loader(
-            dataset, data_config['input_size'], mean=data_config['mean'], std=data_config['std'], device=device,
-            use_prefetcher=use_prefetcher, img_dtype=img_dtype, **kwargs)
+    loader = _call_create_loader(
+        dataset, data_config, device=device, use_prefetcher=use_prefetcher, img_dtype=img_dtype, **kwargs)
     _convert_images(dataset, data_config['input_size'][0])
     plain = getattr(loader, 'loader', loader)
     plain.worker_init_fn = partial(init_worker, plain.worker_init_fn)
@@ -82,7 +77,7 @@ def _create_loader(
 
 
 def _worker_generator() -> torch.Generator:
-    """Return a generator for the seed of the workers, which must not be drawn from the training's."""
+    """Return a generator for the seeds of the workers. To draw them must not change the global generator."""
     return torch.Generator().manual_seed(0)
 
 
@@ -199,12 +194,10 @@ def _create_seeded_loader(
 ) -> 'TrainLoader':
     """Create timm's loader with other batches, and with random numbers as in `seeding`."""
     source: Any = AugMixDataset(dataset, num_splits=num_aug_splits) if num_aug_splits > 1 else dataset
-    with _timm_errors():
-        loader: Any = create_loader(
-            source, data_config['input_size'], batch_size=len(dataset),  # its batches are not used
-            is_training=True, mean=data_config['mean'], std=data_config['std'], device=device,
-            use_prefetcher=use_prefetcher, img_dtype=img_dtype, num_aug_splits=num_aug_splits,
-            input_size_choices=image_sizes or None, **kwargs)
+    loader = _call_create_loader(
+        source, data_config, batch_size=len(dataset),  # its batches are not used
+        is_training=True, device=device, use_prefetcher=use_prefetcher, img_dtype=img_dtype,
+        num_aug_splits=num_aug_splits, input_size_choices=image_sizes or None, **kwargs)
     _apply_first(affine, dataset)
     _convert_images(dataset, data_config['input_size'][0])
     plain = getattr(loader, 'loader', loader)

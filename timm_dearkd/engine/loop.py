@@ -18,8 +18,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from .process import SINGLE, Precision, Ranks, TrainingError
 from .tracking import TeacherTimer
 
-__all__ = ['LossMeter', 'Stepper', 'Trainer', 'Validator', 'mean_lr']
-
 _logger = logging.getLogger(__name__)
 
 _LEAST_LOSS_SCALE = 2. ** -14  # the scaler starts at 65536, and halves it at each step that overflows

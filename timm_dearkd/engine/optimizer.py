@@ -12,8 +12,6 @@ from distill_hooks.errors import one_line
 from .loader import images_per_update
 from .process import Ranks
 
-__all__ = ['build_optimizer']
-
 _logger = logging.getLogger(__name__)
 
 

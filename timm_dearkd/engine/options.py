@@ -22,22 +22,17 @@ from .checkpoints import find_checkpoint
 from .process import check_backend, default_workers
 from .tracking import check_available
 
-__all__ = [
-    'build_config_parser', 'build_parser', 'check_distillation', 'find_config', 'given_options', 'options_to_argv',
-    'output_parent', 'parse_args', 'recipe_names', 'resolve_args',
-]
-
 _logger = logging.getLogger(__name__)
 
 _RECIPES = Path(__file__).parents[1] / 'recipes'
 _CUDA_GRAPH_MODES = ('reduce-overhead', 'max-autotune')
-_FILES = ('resume', 'kd_teacher_checkpoint', 'initial_checkpoint', 'kd_class_map', 'pretrained_path')
-# Remedy if such an option names a folder; by default, a file in it
-_FOLDERS = {
+# Options that name a file, and what to give instead of a folder
+_FILES = {
     'resume': 'last.pth.tar in it, or --resume auto with its --output and --experiment',
     'initial_checkpoint': 'last.pth.tar in it, or take --model local-dir:{} --pretrained',
     'pretrained_path': 'model_best.safetensors in it, or take --model local-dir:{} --pretrained',
     'kd_teacher_checkpoint': 'a checkpoint in it, or take --kd-model-name {} alone',
+    'kd_class_map': 'a file in it',
 }
 # Options of each kind of distillation
 _WEIGHTS = ('distill_loss_weight', 'task_loss_weight')
@@ -283,7 +278,8 @@ def _add_optimizer(group) -> None:
     add('--momentum', type=float, default=0.9, help='momentum of the optimizer')
     add('--weight-decay', type=float, default=2e-5, help='weight decay')
     add('--clip-grad', type=POSITIVE, help='clip the gradients at this value (default: no clipping)')
-    add('--clip-mode', default='norm', choices=('norm', 'value', 'agc'), help='what --clip-grad limits')
+    add('--clip-mode', default='norm', choices=('norm', 'value', 'agc'),
+        help='clip the norm, each value, or adaptively (agc)')
     add('--layer-decay', type=NON_NEGATIVE, help='factor on the learning rate per layer, from the head down')
     add('--layer-decay-min-scale', type=float, default=0, help='smallest factor of --layer-decay')
     add('--layer-decay-no-opt-scale', type=float, help='freeze layers whose factor is below this')
@@ -365,7 +361,8 @@ def _add_loss(group) -> None:
     add('--cutmix-minmax', type=float, nargs='+', help='least and greatest side of CutMix, instead of --cutmix')
     add('--mixup-prob', type=SHARE, default=1., help='probability of mixing a batch')
     add('--mixup-switch-prob', type=SHARE, default=0.5, help='probability of CutMix, where both are on')
-    add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='what is mixed with one share')
+    add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'),
+        help='draw a mixing ratio per batch, pair or image')
     add('--mixup-off-epoch', type=int, default=0, metavar='N', help='no mixing from this epoch on (default: 0, never)')
 
 
@@ -627,11 +624,10 @@ def _check_model(args: argparse.Namespace) -> None:
 
 
 def _check_files(args: argparse.Namespace) -> None:
-    for key in _FILES:
+    for key, remedy in _FILES.items():
         path = getattr(args, key)
         if path and path != 'auto' and os.path.isdir(path):
-            remedy = _FOLDERS.get(key, 'a file in it').format(path)
-            raise ValueError(f'{_flag(key)}: {path!r} is a folder. Name {remedy}.')
+            raise ValueError(f'{_flag(key)}: {path!r} is a folder. Name {remedy.format(path)}.')
         if path and path != 'auto' and not os.path.isfile(path):
             raise FileNotFoundError(f'{_flag(key)}: no file {path!r}.')
 

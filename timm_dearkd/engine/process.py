@@ -16,12 +16,6 @@ from timm.utils.distributed import init_distributed_device_so, is_distributed_en
 
 from distill_hooks.errors import one_line
 
-__all__ = [
-    'CompileError', 'Interrupted', 'Precision', 'Ranks', 'SINGLE', 'StopRequest', 'TIMM_WORKERS', 'TrainingError',
-    'check_backend', 'command_line', 'compile_errors', 'default_workers', 'find_device', 'init_worker', 'select_device',
-    'use_deterministic_kernels',
-]
-
 _logger = logging.getLogger(__name__)
 
 TIMM_WORKERS = 4  # timm's default

@@ -25,17 +25,12 @@ from ..files import append_row, write_text
 from .checkpoints import EXPORT_NAME, AtomicCheckpointSaver, Position, remove_recovery
 from .data import Classes, have_same_folder
 from .distillation import TeacherCheck, check_teacher, saved_names, uses_ema
-from .image_folder import normal_name
 from .loader import images_per_update, model_dtype
 from .loop import Trainer, Validator, mean_lr
 from .process import Interrupted, Precision, Ranks, StopRequest
 from .run_folder import RunFolder, on_primary, read_run_info, record_results, save_images, trim_table, write_run_info
 from .seeding import get_rng_state
 from .tracking import Tracker, mhca_stats, scalars
-
-__all__ = [
-    'Recorder', 'build_recorder', 'describe_run', 'log_expected_end', 'print_results', 'summary_row',
-]
 
 _logger = logging.getLogger(__name__)
 
@@ -217,7 +212,7 @@ class Recorder:
         task: Any = self.trainer.task
         if getattr(task, 'teacher', None) is None:
             return
-        self.matches_names = bool(names) and {*map(normal_name, names)} <= {*saved_names(task.teacher.model)}
+        self.matches_names = bool(names) and set(names) <= set(saved_names(task.teacher.model))
         if validator is None:
             _logger.info("The order of the teacher's classes is not checked: that needs validation images.")
             return
@@ -290,13 +285,13 @@ class Recorder:
             return
         guessing = 1 / cast(Any, self.trainer.task.get_eval_model()).num_classes
         if agreement < MIN_TEACHER * guessing:
-            question = (
-                'Has it hardly learned? Then train it for more epochs.' if self.matches_names else
-                'Are its classes those of the images, in the same order? If not: --kd-class-map FILE.')
+            cause = (
+                'it has hardly learned (train it for more epochs)' if self.matches_names else
+                'its classes are others or in another order (--kd-class-map FILE)')
             _logger.warning(
-                f'The teacher finds the label of {100 * agreement:.1f} % of the training images, guessing would find'
-                f' {100 * guessing:.1f} %. {question} Or was it trained with another normalisation (--kd-teacher-mean,'
-                ' --kd-teacher-std) or image size (--kd-teacher-img-size)?')
+                f'The teacher predicts the label of {100 * agreement:.1f} % of the training images, guessing'
+                f' {100 * guessing:.1f} %. Possible causes: {cause}, or it was trained with another normalisation'
+                ' (--kd-teacher-mean, --kd-teacher-std) or image size (--kd-teacher-img-size).')
 
     def _check_learning(self, epoch: int, losses: Dict[str, float]) -> None:
         """Warn at the end of stage I if the student hardly knows more than by guessing."""

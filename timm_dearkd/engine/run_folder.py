@@ -26,12 +26,6 @@ from ..files import write_table, write_text
 from .checkpoints import EXPORT_NAME, Position, find_checkpoint, refuse_to_overwrite
 from .process import Ranks, TrainingError
 
-__all__ = [
-    'LOCK_NAME', 'RunFolder', 'WAIT_SECONDS', 'complete_export', 'export_model', 'on_primary',
-    'read_run_info', 'record_results', 'save_config', 'save_folder', 'save_images', 'trim_table', 'why_no_config',
-    'write_run_info',
-]
-
 _logger = logging.getLogger(__name__)
 
 LOCK_NAME = '.lock'
@@ -258,7 +252,7 @@ def save_folder(model: nn.Module, folder: Path, **kwargs: Any) -> None:
 def export_model(
         model: nn.Module,
         folder: str,
-        state_dict: Optional[Dict[str, torch.Tensor]] = None,
+        state_dict: Dict[str, torch.Tensor],
         *,
         data_config: Dict[str, Any],
         label_names: Optional[List[str]] = None,
@@ -271,12 +265,12 @@ def export_model(
     Args:
         model: A timm model, or a wrapper of one.
         folder: Output folder of the run.
-        state_dict: Weights to write instead of the model's, such as an EMA's.
+        state_dict: The weights: the model's, or their average.
         data_config: timm's preprocessing configuration that the model was trained with.
         label_names: Class names in the order of the classifier.
     """
     model = unwrap_model(model)
-    weights = clean_state_dict(state_dict if state_dict is not None else model.state_dict())
+    weights = clean_state_dict(state_dict)
     tensors = {
         name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()
         if '.aux_bn.' not in name}  # --split-bn has them for augmented copies, in training only

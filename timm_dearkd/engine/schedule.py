@@ -16,8 +16,6 @@ from .loader import images_per_update
 from .loop import Trainer
 from .process import Ranks
 
-__all__ = ['choose_epochs', 'epochs_for', 'evaluated_epochs', 'schedule_run', 'warn_of_short_run']
-
 _logger = logging.getLogger(__name__)
 
 MIN_UPDATES = 1000  # of a run without a warning, and with --auto-epochs; our choice

@@ -10,11 +10,6 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
-__all__ = [
-    'EpochBatchSampler', 'SeededCollate', 'SeededDataset', 'SeededErasing', 'get_rng_state', 'seeded',
-    'set_rng_state',
-]
-
 _SAMPLE, _BATCH, _ERASING = range(3)  # different numbers for different uses at the same place
 
 

@@ -28,8 +28,6 @@ from .image_folder import class_order, normal_name
 from .loader import model_dtype
 from .run_folder import why_no_config
 
-__all__ = ['build_evaluation', 'build_student', 'create_student', 'warn_of_new_weights']
-
 _logger = logging.getLogger(__name__)
 
 

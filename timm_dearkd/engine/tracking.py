@@ -13,8 +13,6 @@ from distill_hooks.errors import one_line
 
 from ..attention import ConvAttention
 
-__all__ = ['TeacherTimer', 'Tracker', 'check_available', 'mhca_stats', 'scalars']
-
 _ENTRY_POINTS = {'tensorboard': ('torch.utils.tensorboard', 'SummaryWriter'), 'wandb': ('wandb', 'init')}
 
 

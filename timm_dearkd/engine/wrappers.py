@@ -13,9 +13,9 @@ from distill_hooks.errors import one_line
 
 from .image_folder import UNREADABLE, check_mode, exceeds_8_bits, resolve_link
 
-__all__ = ['ClassFraction', 'Sample', 'SkipHighBitDepth', 'SkipUnreadable', 'set_image_mode', 'warn_of_changes']
-
 _logger = logging.getLogger(__name__)
+
+MAX_SKIPS = 10  # unreadable images in a row
 
 
 class _Wrapper(Dataset):
@@ -79,13 +79,12 @@ class SkipUnreadable(_Wrapper):
     Args:
         dataset: timm's `ImageDataset`, or a fraction of one.
         input_img_mode: Pillow mode to convert the images to; '' takes the mode of the data set.
-        max_skips: Number of unreadable images in a row that raises an error.
 
     Raises:
-        OSError: If `max_skips` images in a row cannot be read.
+        OSError: If `MAX_SKIPS` images in a row cannot be read.
     """
 
-    def __init__(self, dataset, input_img_mode: str = '', max_skips: int = 10) -> None:
+    def __init__(self, dataset, input_img_mode: str = '') -> None:
         super().__init__(dataset)
         source: Any = dataset
         while isinstance(source, _Wrapper):
@@ -94,7 +93,6 @@ class SkipUnreadable(_Wrapper):
         self.input_img_mode = input_img_mode or source.input_img_mode
         source.input_img_mode = ''  # leaves the conversion to `_read`
         source._max_retries = 1
-        self.max_skips = max_skips
         # shared, because a loader may start new workers in each epoch; a fraction may repeat its files
         self.was_reported = torch.zeros(len(getattr(dataset, 'indices', dataset)), dtype=torch.bool).share_memory_()
         self.was_told = torch.zeros(2, dtype=torch.bool).share_memory_()  # see `warn_of_changes`
@@ -111,7 +109,7 @@ class SkipUnreadable(_Wrapper):
         return len(self.dataset)
 
     def __getitem__(self, index: int):
-        for _ in range(self.max_skips):
+        for _ in range(MAX_SKIPS):
             try:
                 image, *rest = self._read(index)
             except ValueError as e:
@@ -123,7 +121,7 @@ class SkipUnreadable(_Wrapper):
                 self.was_reported[place] = True
                 _logger.warning(f'{reason} Skipped: the next image takes its place.')
             index = (index + 1) % len(self.dataset)
-        raise OSError(f'{self.max_skips} images in a row cannot be read. The last one: {reason}')
+        raise OSError(f'{MAX_SKIPS} images in a row cannot be read. The last one: {reason}')
 
     def _read(self, index: int):
         """Return the converted image, its label and further items of the data set.

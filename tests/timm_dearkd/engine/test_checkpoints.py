@@ -162,7 +162,7 @@ def test_export_loads_as_it_is(tmp_path):
     model = timm.create_model('test_dearkd', num_classes=3, in_chans=1, img_size=48).eval()
     config = dict(
         input_size=(1, 48, 48), mean=(0.3,), std=(0.2,), interpolation='bilinear', crop_pct=0.8, crop_mode='center')
-    export_model(model, str(tmp_path), data_config=config, label_names=['a', 'b', 'c'])
+    export_model(model, str(tmp_path), model.state_dict(), data_config=config, label_names=['a', 'b', 'c'])
     assert sorted(os.listdir(tmp_path)) == ['config.json', 'model_best.safetensors']
     umask = os.umask(0)
     os.umask(umask)

@@ -25,7 +25,6 @@ from timm_dearkd.engine.wrappers import ClassFraction, SkipUnreadable, set_image
 CPU = torch.device('cpu')
 
 
-
 def test_unreadable_images_are_named_once_and_replaced(image_folder, tmp_path, caplog):
     root = tmp_path / 'data'
     shutil.copytree(image_folder, root)
