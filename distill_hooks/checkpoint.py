@@ -274,7 +274,7 @@ def resolve_model(name: str, checkpoint: Optional[str] = None, flag: str = '') -
     """
     if os.path.isfile(name) and not checkpoint and name not in timm.list_models():
         name, checkpoint = _architecture_of(name, flag), name
-    if os.path.isdir(name) and not is_model(name.split('.')[0]):
+    if os.path.isdir(name) and not is_model(name):
         name = f'local-dir:{name}'
     folder = name.removeprefix('local-dir:')
     if (folder != name or os.sep in folder) and ':' not in folder and not os.path.isdir(folder):
@@ -285,7 +285,7 @@ def resolve_model(name: str, checkpoint: Optional[str] = None, flag: str = '') -
         if runs:
             raise ValueError(f'{folder!r} is not a run folder. Give one of the run folders in it: {_few(runs)}.')
     source, architecture = parse_model_name(name)
-    if source is None and not is_model(architecture.split('.')[0]):
+    if source is None and not is_model(architecture):
         raise ValueError(f'Unknown model {name!r}. The nearest timm names: {nearest_names(architecture)}.')
     return name, checkpoint
 

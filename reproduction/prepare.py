@@ -14,7 +14,7 @@ from reproduction.stamps import write_stamps
 from timm_dearkd.engine.image_folder import ImageFolderReader, index_by_name, scan_folder
 from timm_dearkd.engine.label_cache import describe_files
 from timm_dearkd.files import new_folder, write_bytes
-from timm_dearkd.images import look_at, prepare_splits
+from timm_dearkd.images import inspect_images, prepare_splits
 
 PHOTOS_BATCH = 32  # of the recipe `small_folder`
 
@@ -140,7 +140,7 @@ def prepare_data(scale: Scale, data: Path, cells: Sequence[Cell], photos: Option
     if is_photos:
         folder = data / 'photos' / scale.photos
         link_photos(photos or data / 'stamps', folder)
-        num_images = look_at(str(folder), 'train', 'validation', 0.25).num_train
+        num_images = inspect_images(str(folder), 'train', 'validation', 0.25).num_train
         if num_images < PHOTOS_BATCH:
             raise ValueError(
                 f'A quarter of the training images in --photos {photos} is {num_images}, less than one batch of'

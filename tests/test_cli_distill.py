@@ -20,7 +20,7 @@ from timm_dearkd.cli import COMMANDS
 from timm_dearkd.engine.process import TrainingError
 from timm_dearkd.engine.schedule import epochs_for
 from timm_dearkd.engine.wrappers import ClassFraction
-from timm_dearkd.images import Images, look_at
+from timm_dearkd.images import Images, inspect_images
 from timm_dearkd.settings import choose_batch_size, choose_student, is_mirrored_alike
 
 MODES = ('RGB', 'L', 'CMYK')
@@ -443,8 +443,8 @@ def test_the_share_of_a_class_is_rounded_as_in_training(tmp_path):
             (tmp_path / split / name).mkdir(parents=True)
             for i in range(count):
                 Image.new('L', (8, 8)).save(tmp_path / split / name / f'{i}.png')
-    images = look_at(str(tmp_path), 'train', 'validation', 0.5)
-    longer = look_at(str(tmp_path), 'train', 'validation', 0.5, keep_length=True)
+    images = inspect_images(str(tmp_path), 'train', 'validation', 0.5)
+    longer = inspect_images(str(tmp_path), 'train', 'validation', 0.5, keep_length=True)
     assert (images.epoch_length, longer.num_train, longer.epoch_length) == (20, 20, 50)
     kept = ClassFraction(create_dataset('', str(tmp_path), split='train'), 0.5)
     assert images.num_train == len(kept) == 20

@@ -27,7 +27,7 @@ from .engine.optimizer import build_optimizer
 from .engine.options import given_options, options_to_argv, resolve_args
 from .engine.process import SINGLE, Interrupted, Precision, TrainingError, find_device
 from .engine.student import build_student, create_student
-from .images import Images, check_unchanged, look_at, prepare_splits, record_images
+from .images import Images, check_unchanged, inspect_images, prepare_splits, record_images
 from .planning import Planner, Step, find_teacher, is_known, parse, quiet, read_options
 
 _logger = logging.getLogger(__name__)
@@ -218,7 +218,7 @@ def open_images(data: str, output: str, args: argparse.Namespace, has_own_splits
         ValueError: If the images do not allow the training, or have changed since a run.
     """
     root = os.path.abspath(data if has_own_splits else prepare_splits(data, output, args.class_map, args.input_key))
-    images = look_at(
+    images = inspect_images(
         root, args.train_split, args.val_split, args.train_fraction, args.class_map,
         keep_length=args.fraction_keep == 'steps', input_key=args.input_key,
         input_img_mode=args.input_img_mode or 'RGB')

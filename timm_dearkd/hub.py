@@ -211,7 +211,7 @@ def _teacher(run: Run) -> str:
 
 def _architecture(name: str) -> Optional[str]:
     """Return the timm or Hub name of a model, folder or checkpoint; None if unknown."""
-    if name.startswith(('hf-hub:', 'hf_hub:')) or timm.is_model(name.split('.')[0]):
+    if name.startswith(('hf-hub:', 'hf_hub:')) or timm.is_model(name):
         return name
     path = Path(name.removeprefix('local-dir:'))
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -260,8 +260,8 @@ def prepare_folder(run_folder: str, folder: Path, repo: str, license: Optional[s
     try:
         save_folder(model, temporary)
         write_text(temporary / 'README.md', model_card(run, model, repo).content)
-        if drawn_columns([run]):
-            write_bytes(temporary / 'curves.png', render(plot_runs([run])))
+        if columns := drawn_columns([run]):
+            write_bytes(temporary / 'curves.png', render(plot_runs([run], columns)))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
     finally:

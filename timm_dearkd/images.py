@@ -63,7 +63,7 @@ class Images:
     files: Dict[str, str] = field(default_factory=dict)
 
 
-def look_at(
+def inspect_images(
         data: str,
         train_split: str,
         val_split: str,

@@ -302,7 +302,7 @@ def run_epoch(
     if isinstance(task, DearKDTask):
         task.set_epoch(epoch)
         if validator is None and recorder.saver is not None and task.weights != task.schedule(epoch - 1):
-            recorder.saver.forget_ranks()  # a loss of other weights is no better or worse
+            recorder.saver.restart_ranking()  # a loss of other weights is no better or worse
     if epoch == start.epoch:
         losses = trainer.train_epoch(epoch, start.update, start.meter)
     else:

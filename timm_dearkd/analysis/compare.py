@@ -48,21 +48,19 @@ def plot_column(axes: Any, runs: Sequence[Run], column: str) -> None:
     axes.grid(alpha=0.3)
 
 
-def plot_runs(runs: Sequence[Run], columns: Sequence[str] = ()) -> Any:
+def plot_runs(runs: Sequence[Run], columns: Sequence[str]) -> Any:
     """Plot columns of summary.csv: a panel for each column, a line for each run.
 
-    Raises:
-        ValueError: If no run has one of `columns`, or no run has an epoch yet.
+    Args:
+        runs: The runs.
+        columns: At least one name, see `drawn_columns`.
     """
-    wanted = drawn_columns(runs, columns)
-    if not wanted:
-        raise ValueError('Nothing to draw: the runs have no epoch yet.')
-    width = min(3, len(wanted))
-    height = -(-len(wanted) // width)
+    width = min(3, len(columns))
+    height = -(-len(columns) // width)
     figure, axes = new_figure(height, width, (4 * width, 3 * height))
-    for ax in axes.flat[len(wanted):]:
+    for ax in axes.flat[len(columns):]:
         ax.axis('off')
-    for ax, column in zip(axes.flat, wanted):
+    for ax, column in zip(axes.flat, columns):
         plot_column(ax, runs, column)
     handles = {
         label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
@@ -97,6 +95,6 @@ def run(args: argparse.Namespace) -> None:
     write_table(files[0], [COLUMNS, *table])
     write_table(files[1], [['run', *columns], *epochs])
     if wanted:
-        write_bytes(files[2], render(plot_runs(runs, args.columns)))
+        write_bytes(files[2], render(plot_runs(runs, wanted)))
     written = ', '.join(map(str, files[:3 if wanted else 2]))
     print(f'\n{written}' + ('' if wanted else '. Nothing to draw: no run has an epoch yet.'))

@@ -18,7 +18,7 @@ import distill_hooks
 from distill_hooks.checkpoint import training_args
 from distill_hooks.errors import one_line
 from timm_dearkd.commands import add_device, check_overwrite
-from timm_dearkd.engine.data import spread
+from timm_dearkd.engine.data import evenly_spaced
 from timm_dearkd.engine.distillation import saved_names
 from timm_dearkd.engine.image_folder import (
     IMAGE_MODES,
@@ -72,7 +72,7 @@ def output_files(args: argparse.Namespace, name: str, source: str, *endings: str
         ValueError: See `check_overwrite`.
     """
     folder = source.removeprefix('local-dir:')
-    is_folder = os.path.isdir(folder) and (folder != source or not is_model(source.split('.')[0]))
+    is_folder = os.path.isdir(folder) and (folder != source or not is_model(source))
     prefix = Path(args.output or (Path(folder, 'analysis', name) if is_folder else name))
     for number in itertools.count(1):
         suffix = '' if number == 1 else f'-{number}'
@@ -150,13 +150,13 @@ def class_names(model: Any) -> List[str]:
     return [f'{name} ({index})' if counts[name] > 1 else name for index, name in enumerate(names)]
 
 
-def open_image(path: str, mode: str = 'RGB', was_told: Optional[torch.Tensor] = None) -> Image.Image:
+def open_image(path: str, mode: str = 'RGB', has_warned: Optional[torch.Tensor] = None) -> Image.Image:
     """Read an image file.
 
     Args:
         path: The file.
         mode: Pillow mode to convert to.
-        was_told: See `warn_of_changes`; None gives no such warnings.
+        has_warned: See `warn_of_changes`; None gives no such warnings.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -165,8 +165,8 @@ def open_image(path: str, mode: str = 'RGB', was_told: Optional[torch.Tensor] = 
     try:
         with Image.open(path) as file:
             found, image = file.mode, file.convert(mode)
-            if was_told is not None:
-                warn_of_changes(file, mode, was_told, lambda: path)
+            if has_warned is not None:
+                warn_of_changes(file, mode, has_warned, lambda: path)
     except FileNotFoundError:
         raise FileNotFoundError(f'No image at {path!r}.') from None
     except UNREADABLE as e:
@@ -181,23 +181,23 @@ class ImageFiles(Sequence):
     Args:
         samples: Path and label of each image; None is an unknown label.
         mode: Pillow mode to convert to.
-        was_told: See `open_image`.
+        has_warned: See `open_image`.
     """
 
     def __init__(
             self,
             samples: List[Tuple[str, Optional[int]]],
             mode: str = 'RGB',
-            was_told: Optional[torch.Tensor] = None,
+            has_warned: Optional[torch.Tensor] = None,
     ) -> None:
-        self.samples, self.mode, self.was_told = samples, mode, was_told
+        self.samples, self.mode, self.has_warned = samples, mode, has_warned
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: Any) -> Any:
         path, label = self.samples[index]
-        return open_image(path, self.mode, self.was_told), label
+        return open_image(path, self.mode, self.has_warned), label
 
 
 def find_images(
@@ -267,7 +267,7 @@ def load_images(model: nn.Module, folder: str, count: int) -> torch.Tensor:
     transform, mode = image_transform(model)
     files = find_images([folder], mode=mode)
     images = []
-    for place in spread(len(files), count):
+    for place in evenly_spaced(len(files), count):
         try:
             images.append(transform(files[place][0]))
         except ValueError as e:

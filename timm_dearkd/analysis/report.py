@@ -16,7 +16,7 @@ from distill_hooks.errors import one_line
 from timm_dearkd._version import __version__
 from timm_dearkd.commands import add_device, check_overwrite, positive_int
 from timm_dearkd.distances import read_log
-from timm_dearkd.engine.data import class_indices, is_image_folder, open_dataset, spread
+from timm_dearkd.engine.data import class_indices, evenly_spaced, is_image_folder, open_dataset
 from timm_dearkd.engine.wrappers import set_image_mode
 from timm_dearkd.files import write_bytes, write_text
 
@@ -79,7 +79,7 @@ def write_report(
     columns = drawn_columns([run])
     figures = _figures(run, model)
     if pictures:
-        curves = {'curves': plot_runs([run])} if columns else {}
+        curves = {'curves': plot_runs([run], columns)} if columns else {}
         for name, figure in {**curves, **figures}.items():
             write_bytes(Path(pictures) / f'{name}.png', render(figure))
     predictions, no_predictions = (None, problem) if model is None else _predictions(run, model, num_images)
@@ -220,7 +220,7 @@ def _predictions(run: Run, model: Any, num_images: int) -> Tuple[Optional[Dict[s
         dataset = validation_set(run, label_names(model), mode)
         if isinstance(dataset, IterableDataset):  # a stream
             dataset = list(islice(dataset, num_images))
-        places = spread(len(dataset), num_images)
+        places = evenly_spaced(len(dataset), num_images)
         found = predict(model, dataset, places)
     except (OSError, ValueError) as e:
         return None, f'The validation images could not be read: {one_line(e)}'
@@ -234,7 +234,7 @@ def _predictions(run: Run, model: Any, num_images: int) -> Tuple[Optional[Dict[s
         count=f'{top1[1]:,} validation images' + (
             f', spread over all {len(dataset):,}' if len(places) < len(dataset) else '') + (
             f'; {len(places) - len(found)} cannot be read' if len(found) < len(places) else ''),
-        samples=[_picture(dataset, found[i], names) for i in spread(len(found), NUM_PICTURES)],
+        samples=[_picture(dataset, found[i], names) for i in evenly_spaced(len(found), NUM_PICTURES)],
         mistakes=[_picture(dataset, p, names) for p in mistakes[:NUM_PICTURES]],
         confused=[(label, says, count) for (label, says), count in pairs.most_common(10)],
     ), ''

@@ -87,7 +87,7 @@ class AtomicCheckpointSaver(CheckpointSaver):
         super()._duplicate(src, link)
         os.replace(link, dst)
 
-    def forget_ranks(self) -> None:
+    def restart_ranking(self) -> None:
         """Start a new ranking, because the metric has changed. The newest of the earlier checkpoints are kept."""
         self.best_metric = self.best_epoch = None
         newest_first = sorted((path for path, _ in self.checkpoint_files), key=self._epoch_of, reverse=True)

@@ -319,7 +319,7 @@ def check_label_gaps(dataset, class_map: str = '') -> None:
             f' from 0, or set --num-classes {indices[-1] + 1} for a model with unused outputs.')
 
 
-def spread(length: int, count: int) -> List[int]:
+def evenly_spaced(length: int, count: int) -> List[int]:
     """Return at most `count` evenly spaced places in a sequence."""
     return torch.linspace(0, length - 1, min(count, length)).long().tolist()
 

@@ -16,7 +16,7 @@ from torchvision.transforms import Compose
 
 from ..distances import attention_layers
 from .augmentation import AffineJitter
-from .data import image_mode, open_validation_set, spread
+from .data import evenly_spaced, image_mode, open_validation_set
 from .process import SINGLE, Ranks, init_worker
 from .seeding import EpochBatchSampler, SeededCollate, SeededDataset, SeededErasing
 from .wrappers import Sample, set_image_mode
@@ -463,7 +463,7 @@ def build_teacher_loader(args, train_set, data_config: Dict[str, Any], device: t
     if isinstance(train_set, IterableDataset):
         return None
     return build_eval_loader(
-        args, Sample(train_set, spread(len(train_set), NUM_TEACHER_IMAGES)), data_config, device, ranks)
+        args, Sample(train_set, evenly_spaced(len(train_set), NUM_TEACHER_IMAGES)), data_config, device, ranks)
 
 
 def build_distance_images(args, eval_set, data_config: Dict[str, Any], model: nn.Module, device: torch.device):
@@ -483,6 +483,6 @@ def build_distance_images(args, eval_set, data_config: Dict[str, Any], model: nn
         eval_set = open_validation_set(args)  # the other's reader would remember that it has begun, in its workers too
         set_image_mode(eval_set, image_mode(args.input_img_mode, data_config['input_size'][0]))
     else:
-        eval_set = Sample(eval_set, spread(len(eval_set), NUM_DISTANCE_IMAGES))
+        eval_set = Sample(eval_set, evenly_spaced(len(eval_set), NUM_DISTANCE_IMAGES))
     kwargs = dict(_loader_kwargs(args, device, SINGLE), num_workers=0)
     return next(iter(create_eval_loader(eval_set, data_config, NUM_DISTANCE_IMAGES, **kwargs)))[0]

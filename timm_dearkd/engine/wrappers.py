@@ -46,24 +46,24 @@ def orientation(image: Image.Image) -> int:
         return 1
 
 
-def warn_of_changes(image: Image.Image, mode: str, was_told: torch.Tensor, get_name: Callable[[], str]) -> None:
+def warn_of_changes(image: Image.Image, mode: str, has_warned: torch.Tensor, get_name: Callable[[], str]) -> None:
     """Warn of the first image that a viewer shows differently: with transparent pixels, or turned.
 
     Args:
         image: The image as its file stores it.
         mode: Pillow mode to convert it to.
-        was_told: Whether each of the two warnings was given (2,). Workers share it.
+        has_warned: Whether each of the two warnings was given (2,). Workers share it.
         get_name: Returns the image's name, which takes time.
     """
     transparent, turned = range(2)
     has_alpha = image.has_transparency_data and mode not in ('LA', 'RGBA')
-    if has_alpha and not was_told[transparent] and np.asarray(image.convert('RGBA'))[..., 3].min() < 255:
-        was_told[transparent] = True
+    if has_alpha and not has_warned[transparent] and np.asarray(image.convert('RGBA'))[..., 3].min() < 255:
+        has_warned[transparent] = True
         _logger.warning(
             f'{get_name()!r} has transparent pixels. They get the colour that the file has there, often black. So do'
             ' those of other images. Fill their background if that hides what they show.')
-    if not was_told[turned] and orientation(image) != 1:
-        was_told[turned] = True
+    if not has_warned[turned] and orientation(image) != 1:
+        has_warned[turned] = True
         _logger.warning(
             f'{get_name()!r} has an EXIF orientation, by which viewers turn it. timm does not. Turn this file and'
             ' others like it.')
@@ -95,7 +95,7 @@ class SkipUnreadable(_Wrapper):
         source._max_retries = 1
         # shared, because a loader may start new workers in each epoch; a fraction may repeat its files
         self.was_reported = torch.zeros(len(getattr(dataset, 'indices', dataset)), dtype=torch.bool).share_memory_()
-        self.was_told = torch.zeros(2, dtype=torch.bool).share_memory_()  # see `warn_of_changes`
+        self.has_warned = torch.zeros(2, dtype=torch.bool).share_memory_()  # see `warn_of_changes`
 
     @property
     def transform(self):
@@ -140,7 +140,7 @@ class SkipUnreadable(_Wrapper):
         if exceeds_8_bits(image.mode, self.input_img_mode):  # first, because the name of each image takes time
             check_mode(self._name(index), image.mode, self.input_img_mode)
         try:
-            warn_of_changes(image, self.input_img_mode, self.was_told, lambda: self._name(index))
+            warn_of_changes(image, self.input_img_mode, self.has_warned, lambda: self._name(index))
             return image.convert(self.input_img_mode), *rest
         except UNREADABLE as e:
             raise ValueError(f'{self._name(index)!r} cannot be read as an image ({one_line(e)}).') from e

@@ -163,5 +163,5 @@ def test_images_that_are_not_read_or_that_a_viewer_shows_differently_are_told(mo
     assert len(predict(model, files)) == len(predict(model, files)) == 8
     assert len(caplog.messages) == 3
     assert "a.jpg' has an EXIF orientation" in caplog.text and "a.png' has transparent pixels" in caplog.text
-    files.was_told.zero_()
-    assert len(predict(model, files, batch_size=4, workers=1)) == 8 and files.was_told.all()
+    files.has_warned.zero_()
+    assert len(predict(model, files, batch_size=4, workers=1)) == 8 and files.has_warned.all()

@@ -26,7 +26,7 @@ def test_ranks_that_are_forgotten_count_by_recency(tmp_path):
     saver = make_saver(tmp_path, max_history=3, decreasing=True)
     for epoch, loss in ((8, 3.), (9, 1.), (10, 2.)):
         saver.save_checkpoint(epoch, loss)
-    saver.forget_ranks()
+    saver.restart_ranking()
     kept = []
     for epoch, loss in ((11, 5.), (12, 4.), (13, 6.)):
         assert saver.save_checkpoint(epoch, loss) == ((5., 11) if epoch == 11 else (4., 12))
