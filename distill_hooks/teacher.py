@@ -108,8 +108,8 @@ def input_normalisation(model: nn.Module, in_chans: int) -> Tuple[torch.Tensor, 
 
 def weights_fingerprint(model: nn.Module, more: str = '') -> str:
     """Hash some values of every tensor of a model, and the text `more`."""
-    tensors = [t.flatten()[:16].double() for t in model.state_dict().values()]
-    values = torch.cat(tensors).cpu().numpy().tobytes()
+    tensors = [t.flatten()[:16].float() for t in model.state_dict().values()]
+    values = torch.cat(tensors).cpu().double().numpy().tobytes()  # MPS has no float64
     return hashlib.sha256(values + more.encode()).hexdigest()[:16]
 
 

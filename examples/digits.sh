@@ -35,7 +35,10 @@ trap 'kill $STUDENT 2> /dev/null || true' EXIT
 while [ ! -s "$OUT/student/args.yaml" ]; do kill -0 $STUDENT; sleep 1; done
 
 # at the same time, a plain ViT on another core: the student's options without MHCA (0 blocks) and without the teacher
-python train.py "$OUT/data" -c "$OUT/student/args.yaml" --experiment vit --model-kwargs num_mhca_blocks=0 patch_size=8 \
+KWARGS=$(python -c "import sys, yaml
+for item in (yaml.safe_load(open(sys.argv[1]))['model_kwargs'] or {}).items(): print('%s=%s' % item)" \
+    "$OUT/student/args.yaml")
+python train.py "$OUT/data" -c "$OUT/student/args.yaml" --experiment vit --model-kwargs num_mhca_blocks=0 $KWARGS \
     --kd-model-name "" > "$OUT/vit.log" 2>&1 || { tail "$OUT/vit.log"; exit 1; }
 wait $STUDENT
 

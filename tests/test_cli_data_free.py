@@ -264,15 +264,17 @@ ERRORS = {
     'a student without adi': (['--student', 'test_vit'], '--student test_vit has an effect only with --diversity adi'),
     'weights of no student': (
         ['--diversity', 'adi', '--student-checkpoint', 'FOUR'], 'has an effect only with --student NAME'),
+    'mean': (['--mean', '0.5', '0.5'], '--mean has 2 values, expected 1, or 3 for its channels'),
+    'percent': (['--verifier', 'test_vit', '--min-prob', '10'], '--min-prob: 10, expected 0 to 1'),
     'without verifier': (['--min-prob', '0'], '--min-prob 0.0 has an effect only with --verifier NAME'),
     'jitter of a generator': (['--generator', '--jitter', '2'], '--jitter 2 has an effect only without --generator'),
     'two sizes': (['--img-size', '32'], '--img-size 32 has an effect only without --resolutions'),
-    'no image': (['--num-images', '0'], 'expected a whole number of 1 or more'),
-    'no images': (['--images-per-class', '0'], 'expected a whole number of 1 or more'),
+    'no image': (['--num-images', '0'], 'expected 1 or more'),
+    'no images': (['--images-per-class', '0'], 'expected 1 or more'),
     'compile': (['--torchcompile', 'gcc'], "--torchcompile is 'gcc', expected one of"),
-    'jitter': (['--jitter', '-1'], 'expected a whole number of 0 or more'),
-    'betas': (['--betas', '0.9', '1.5'], "argument --betas: '1.5', expected a number from 0 to below 1"),
-    'beta': (['--betas', 'x', '0.9'], "argument --betas: 'x', expected a number from 0 to below 1"),
+    'jitter': (['--jitter', '-1'], 'expected 0 or more'),
+    'betas': (['--betas', '0.9', '1.5'], "argument --betas: 1.5, expected 0 or more, less than 1"),
+    'beta': (['--betas', 'x', '0.9'], "argument --betas: invalid float value: 'x'"),
     'weights': (['--model', 'resnet18'], 'Name a trained checkpoint of it'),
     'student classes': (
         ['--diversity', 'adi', '--student', 'test_vit', '--student-checkpoint', 'FOUR'],
@@ -324,11 +326,15 @@ def test_errors_are_one_line_and_status_2(case, whole, cnn, tmp_path, capsys):
 
 def test_a_grey_cnn_and_a_class_without_images(tmp_path, capsys, caplog):
     """The class map has the classes that there are folders of; train.py takes what the command says."""
+    caplog.set_level('INFO')
     grey = timm.create_model('test_resnet', in_chans=1, num_classes=3)
     torch.save(grey.state_dict(), tmp_path / 'grey.pth')
     out = tmp_path / 'images'
     main([
-        str(out), '--model', 'test_resnet', '--checkpoint', str(tmp_path / 'grey.pth'), *QUICK, '--num-images', '6'])
+        str(out), '--model', 'test_resnet', '--checkpoint', str(tmp_path / 'grey.pth'), '--mean', '0.25', *QUICK,
+        '--num-images', '6'])
+    assert 'The images are made for the mean [0.25] and the deviation [0.5]' in caplog.text
+    assert json.loads((out / 'settings.json').read_text())['normalisation'][0] == [0.25]
     said = capsys.readouterr().out
     present = sorted(path.name for path in (out / 'train').iterdir())
     assert len(present) == 2 and '1 of 3 classes have no image' in caplog.text
@@ -336,6 +342,7 @@ def test_a_grey_cnn_and_a_class_without_images(tmp_path, capsys, caplog):
     assert all(Image.open(path).mode == 'L' for path in (out / 'train').rglob('*.png'))
     command = shlex.split(said.split('timm-dearkd ')[1])
     assert command[command.index('-c'):][:4] == ['-c', 'data_free', '--model', 'dearkd_nano_patch4_32']
+    assert command[command.index('--kd-teacher-mean') + 1] == '0.25' and '--kd-teacher-std' not in command
     result = run_python(
         '-m', 'timm_dearkd', *command, '--epochs', '1', '--train-batches-per-epoch', '2', '--device', 'cpu', '--output',
         tmp_path, '--experiment', 'x')

@@ -2,27 +2,32 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Callable, Optional, Sequence
+from typing import Any, Callable, Optional, Sequence
 
 from distill_hooks.errors import one_line
 
 from .files import find_obstacle
 
 
-def _whole_number(text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f'{text!r}, expected a whole number of {least} or more')
-    return int(text)
+def limited(kind: Callable[[str], Any], expected: str, is_valid: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """Return a type for argparse that refuses values outside its limits."""
+    def convert(text: str) -> Any:
+        value = kind(text)
+        if not is_valid(value):
+            raise argparse.ArgumentTypeError(f'{text}, expected {expected}')
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names it in its errors
+    return convert
 
 
-def natural_int(text: str) -> int:
-    """Parse a whole number of 0 or more (an argparse type)."""
-    return _whole_number(text, 0)
-
-
-def positive_int(text: str) -> int:
-    """Parse a whole number of 1 or more (an argparse type)."""
-    return _whole_number(text, 1)
+POSITIVE_INT = limited(int, '1 or more', lambda value: value >= 1)
+NON_NEGATIVE_INT = limited(int, '0 or more', lambda value: value >= 0)
+POSITIVE = limited(float, 'more than 0', lambda value: value > 0)
+NON_NEGATIVE = limited(float, '0 or more', lambda value: value >= 0)
+SHARE = limited(float, '0 to 1', lambda value: 0 <= value <= 1)
+POSITIVE_SHARE = limited(float, 'a share above 0, 1 at the most', lambda value: 0 < value <= 1)
+RATE = limited(float, '0 or more, less than 1', lambda value: 0 <= value < 1)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,7 @@ from timm.utils import setup_default_logging
 from distill_hooks import load_model
 from distill_hooks.errors import one_line
 from timm_dearkd.attention import ConvAttention
-from timm_dearkd.commands import check_overwrite, positive_int, run_command
+from timm_dearkd.commands import POSITIVE_INT, check_overwrite, run_command
 from timm_dearkd.engine.data import check_img_size
 from timm_dearkd.engine.run_folder import save_folder
 
@@ -122,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     add('model', metavar='RUN_OR_MODEL', help='output folder of train.py, or a timm name')
     add('--checkpoint', metavar='FILE', help='weights of the model (default: its pretrained ones)')
     add('--format', default='safetensors', choices=list(FORMATS), help='file format (default: %(default)s)')
-    add('--img-size', type=positive_int, metavar='N', help="side length of the images in pixels (default: the model's)")
+    add('--img-size', type=POSITIVE_INT, metavar='N', help="side length of the images in pixels (default: the model's)")
     add('--output', metavar='PATH', help='file or folder to write (default: MODEL-export, with .onnx or .pt2)')
     add('--overwrite', action='store_true', help='replace an export that exists')
     return parser

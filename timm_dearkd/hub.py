@@ -109,7 +109,8 @@ def _data_name(run: Run) -> str:
     split = Path(place, 'split.json')  # of `distill`, which names the folder of the images
     if split.is_file():
         place = json.loads(split.read_text(encoding='utf-8')).get('source') or place
-    return _without_folders(args.get('dataset') or '') or _last_part(place)
+    kind = _without_folders(args.get('dataset') or '')
+    return _last_part(place) if not kind or kind.endswith('/') else kind
 
 
 def _best(run: Run) -> Optional[Tuple[int, float]]:
@@ -140,10 +141,15 @@ def _facts(run: Run, model: Any) -> List[Tuple[str, Any]]:
         ('Classes', model.num_classes),
         ('Image size', ' x '.join(map(str, cfg['input_size']))),
         ('Teacher', _teacher(run)),
-        ('Epochs', len(run.rows) if run.state == 'finished' else f'{run.state}, not finished'),
+        ('Epochs', run.num_done if run.state == 'finished' else f'{run.state}, not finished'),
         *_stages(run),
-        ('Optimizer', f'{args.get("opt")}, {rate}, weight decay {args.get("weight_decay")}, batch size'
-         f' {args.get("batch_size")}')]
+        ('Optimizer', f'{args.get("opt")}, {rate}, weight decay {args.get("weight_decay")}, {_images_per_update(run)}'
+         ' images per update')]
+
+
+def _images_per_update(run: Run) -> int:
+    processes = run.info.get('environment', {}).get('processes') or 1
+    return int(run.args.get('batch_size') or 0) * int(run.args.get('grad_accum_steps') or 1) * processes
 
 
 def _last_part(path: str) -> str:
@@ -177,13 +183,17 @@ def _given_paths(words: Sequence[str]) -> List[str]:
     given, rest = _Values(), list(words)
     for parser in parsers:
         _, rest = parser.parse_known_args(rest, given)
-    return [value for name, value in given.values if name in options and value]
+    overlays = [value for name, value in given.values if name == 'pretrained_cfg_overlay']
+    files = [str(overlay['file']) for overlay in overlays if 'file' in overlay]
+    return [value for name, value in given.values if name in options and value] + files
 
 
 def _public_command(command: str) -> str:
     """Strip directories from a train.py command, so that cards show no private paths."""
     words = shlex.split(command)
-    start = next((place for place, word in enumerate(words, 1) if word in ('train.py', 'timm_dearkd.train')), 0)
+    scripts = ('train.py', 'timm_dearkd.train', 'timm-dearkd')
+    start = next((place for place, word in enumerate(words, 1) if word in scripts), 0)
+    start += words[start:start + 1] == ['train']
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             paths = _given_paths(words[start:])
@@ -226,9 +236,9 @@ def _stages(run: Run) -> List[Tuple[str, str]]:
         return []
     start = run.stage2_start
     if start is None:
-        return [('Stage I', f'{len(run.rows)} epochs')]
+        return [('Stage I', f'{run.num_done} epochs')]
     kind = run.args.get('dearkd_stage2')
-    return [('Stage I', f'{start} epochs'), ('Stage II', f'{len(run.rows) - start} epochs, {kind}')]
+    return [('Stage I', f'{start} epochs'), ('Stage II', f'{run.num_done - start} epochs, {kind}')]
 
 
 def prepare_folder(run_folder: str, folder: Path, repo: str, license: Optional[str] = None) -> None:

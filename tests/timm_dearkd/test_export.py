@@ -133,7 +133,7 @@ def test_errors_of_the_exporters_are_one_line(error, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('args, message', [
     (['nothing'], "Unknown model 'nothing'"),
-    (['test_dearkd', '--checkpoint', 'CHECKPOINT', '--img-size', '0'], "--img-size: '0', expected a whole number of 1"),
+    (['test_dearkd', '--checkpoint', 'CHECKPOINT', '--img-size', '0'], "--img-size: 0, expected 1"),
     (['test_dearkd', '--checkpoint', 'CHECKPOINT', '--img-size', '33'], 'does not take images of --img-size 33'),
     (['test_dearkd', '--checkpoint', 'CHECKPOINT', '--output', 'FOLDER'], 'a folder with other files'),
     (['test_dearkd', '--checkpoint', 'CHECKPOINT', '--output', 'FILE'], "photo.jpg' exists. Add --overwrite"),

@@ -222,6 +222,8 @@ def test_tags_have_the_configuration_of_their_recipe():
      ['--output', 'a', '--output', 'b', '--model=run', '--val-split', 'val']),
     (['C:\\Users\\bob\\photos', '--output=acme\\out', '--class-map', 'C:/Users/bob/map.txt'],
      ['photos', '--output=out', '--class-map', 'map.txt']),
+    (['acme/photos', '--pretrained-cfg-overlay', 'file=acme/a.pth', 'num_classes=3'],
+     ['photos', '--pretrained-cfg-overlay', 'file=a.pth', 'num_classes=3']),
     (['~/cnn', '--wandb-tags', '../../home/bob/x'], ['cnn', '--wandb-tags', 'x']),
     (['--model-kwargs', 'base=/home/bob/x', '--dataset', 'hfds//home/bob/x', "/home/bob's/my new\nphotos"],
      ['--model-kwargs', 'base=x', '--dataset', 'hfds/x', 'my new\nphotos']),
@@ -232,8 +234,24 @@ def test_tags_have_the_configuration_of_their_recipe():
 def test_commands_of_the_card_have_no_folders(words, shown):
     """With the separators of POSIX and of Windows, absolute and relative, in all forms that argparse reads."""
     from timm_dearkd.hub import _public_command
-    for start in (['python', 'train.py'], ['torchrun', '--nproc_per_node', '2', '-m', 'timm_dearkd.train']):
+    for start in (['python', 'train.py'], ['torchrun', '--nproc_per_node', '2', '-m', 'timm_dearkd.train'],
+                  ['timm-dearkd', 'train']):
         assert shlex.split(_public_command(shlex.join(start + words))) == start + (shown or words)
+
+
+def test_the_card_of_a_run_that_was_resumed_from_another_folder(run_folder, tmp_path):
+    """Its summary.csv has only the later epochs: here one of stage II."""
+    from timm_dearkd.hub import prepare_folder
+    run = tmp_path / 'run'
+    shutil.copytree(run_folder, run, ignore=shutil.ignore_patterns('*.tar'))
+    header, *rows = (run / 'summary.csv').read_text().splitlines()
+    (run / 'summary.csv').write_text('\n'.join([header, rows[-1]]) + '\n')
+    args = yaml.safe_load((run / 'args.yaml').read_text())
+    (run / 'args.yaml').write_text(yaml.safe_dump({**args, 'grad_accum_steps': 4}))
+    prepare_folder(str(run), run / 'hub', 'someone/dearkd_test')
+    text = (run / 'hub' / 'README.md').read_text()
+    assert '**Epochs:** 2\n' in text and '**Stage I:** 1 epochs\n' in text and '**Stage II:** 1 epochs,' in text
+    assert f'{4 * args["batch_size"]} images per update' in text
 
 
 def test_the_card_shows_no_private_folder(run_folder, tmp_path):
@@ -242,7 +260,7 @@ def test_the_card_shows_no_private_folder(run_folder, tmp_path):
     shutil.copytree(run_folder, run, ignore=shutil.ignore_patterns('*.tar'))
     args = yaml.safe_load((run / 'args.yaml').read_text())
     (run / 'args.yaml').write_text(yaml.safe_dump({
-        **args, 'data': 'clients/acme/photos', 'model': 'local-dir:output/acme/start'}))
+        **args, 'data': 'clients/acme/photos', 'dataset': 'wds/', 'model': 'local-dir:output/acme/start'}))
     info = json.loads((run / 'run.json').read_text())
     info['sessions'] = [dict(command=shlex.join(['python', 'train.py', *words])) for words in (
         ['clients/acme/photos', '--kd-model-name', 'output/acme/cnn'],

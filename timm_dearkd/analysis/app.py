@@ -15,7 +15,7 @@ from timm.data import resolve_model_data_config
 
 from distill_hooks import Teacher
 from distill_hooks.errors import one_line
-from timm_dearkd.commands import positive_int
+from timm_dearkd.commands import POSITIVE_INT
 from timm_dearkd.distances import attention_layers
 from timm_dearkd.engine.distillation import load_teacher
 
@@ -247,7 +247,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('model', metavar='MODEL', help='run folder, timm name, hf-hub: or local-dir:')
     add('--host', default='127.0.0.1', metavar='ADDRESS',
         help='address to listen on; 0.0.0.0 lets other machines in (default: %(default)s)')
-    add('--port', type=positive_int, metavar='N', help='port to listen on (default: the first free one from 7860)')
+    add('--port', type=POSITIVE_INT, metavar='N', help='port to listen on (default: the first free one from 7860)')
     add('--share', action='store_true', help="open the page to the internet, through Gradio's servers")
 
 

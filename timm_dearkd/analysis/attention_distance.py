@@ -5,7 +5,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 
-from timm_dearkd.commands import positive_int
+from timm_dearkd.commands import POSITIVE_INT
 from timm_dearkd.distances import LOG_NAME, DistanceHistory, attention_distances, attention_layers, read_log
 from timm_dearkd.files import write_bytes, write_table
 
@@ -47,7 +47,7 @@ def plot_over_epochs(history: DistanceHistory, stage2_start: Optional[int] = Non
     log = history.epochs
     figure, ((axes,),) = new_figure()
     layers = sorted({layer for by_layer in log.values() for layer in by_layer})
-    shade_stage2(axes, stage2_start, max(log))
+    shade_stage2(axes, stage2_start, min(log), max(log))
     for i, layer in enumerate(layers):
         epochs = [epoch for epoch in sorted(log) if layer in log[epoch]]
         means = [sum(log[epoch][layer]) / len(log[epoch][layer]) for epoch in epochs]
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('images', metavar='FOLDER',
         help='image folder; without --model, folder of a run with --track-attention-distance')
     add_model_arguments(parser, 'attention_distance', required=False)
-    add('--num-images', type=positive_int, metavar='N', help='images to average over (default: 64)')
+    add('--num-images', type=POSITIVE_INT, metavar='N', help='images to average over (default: 64)')
 
 
 def _rows(distances: Dict[str, torch.Tensor], patch_sizes: Sequence[int]) -> List[Sequence[Any]]:

@@ -13,7 +13,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from distill_hooks.teacher import input_normalisation
 from timm_dearkd.attention import ConvAttention
-from timm_dearkd.commands import positive_int
+from timm_dearkd.commands import POSITIVE_INT
 from timm_dearkd.distances import attention_layers, attention_weights, read_attention
 from timm_dearkd.files import write_bytes, write_text
 
@@ -153,7 +153,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('image', metavar='IMAGE', help='image file')
     add_model_arguments(parser, 'attention_map')
-    add('--layer', type=positive_int, default=1, metavar='N', help='layer, counted from 1 (default: %(default)s)')
+    add('--layer', type=POSITIVE_INT, default=1, metavar='N', help='layer, counted from 1 (default: %(default)s)')
     add('--patch', type=int, nargs=2, metavar=('ROW', 'COLUMN'),
         help='query patch, counted from 0 (default: the middle)')
 

@@ -43,7 +43,8 @@ def plot_column(axes: Any, runs: Sequence[Run], column: str) -> None:
         if epochs:
             plot_series(axes, epochs, values, color=f'C{i % 10}', label=escape_label(name) if len(runs) > 1 else None)
     if len(runs) == 1:
-        shade_stage2(axes, runs[0].stage2_start, int(runs[0].rows[-1]['epoch']))
+        first, last = (int(runs[0].rows[place]['epoch']) for place in (0, -1))
+        shade_stage2(axes, runs[0].stage2_start, first, last)
     axes.set(title=escape_label(readable(column)), xlabel='epoch')
     axes.grid(alpha=0.3)
 

@@ -16,7 +16,7 @@ from timm.data import resolve_model_data_config
 from tqdm import tqdm
 
 from distill_hooks import Teacher, load_model
-from timm_dearkd.commands import add_device, check_overwrite, natural_int, positive_int
+from timm_dearkd.commands import NON_NEGATIVE_INT, POSITIVE_INT, add_device, check_overwrite
 from timm_dearkd.engine.image_folder import has_class_folders, index_by_name, scan_folder
 from timm_dearkd.engine.process import find_device
 from timm_dearkd.files import write_text
@@ -210,10 +210,13 @@ def measure_diversity(
 
     Raises:
         FileNotFoundError: If the folder does not exist.
-        ValueError: If no class has two images, or no image can be read.
+        ValueError: If images have no class folder, no class has two images, or no image can be read.
     """
     root = _find_root(folder)
     scan = scan_folder(str(root))
+    if Path() in scan.folders:
+        remedy = ' Shards are not read: use --format folder.' if (root / '_info.json').exists() else ''
+        raise ValueError(f'There are images in {str(root)!r} itself. Expected a folder for each class.{remedy}')
     numbers = index_by_name(scan.names)
     pairs = class_pairs([numbers[name] for _, name in scan.images], pairs_per_class, seed)
     if not pairs:
@@ -247,12 +250,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--model', metavar='NAME', help='timm CNN whose features are compared (default: use LPIPS)')
     add('--checkpoint', metavar='FILE', help='weights of --model (default: its pretrained ones)')
     add('--lpips-net', choices=('alex', 'vgg', 'squeeze'), help='network of LPIPS (default: alex)')
-    add('--pairs-per-class', type=positive_int, default=100, metavar='N',
+    add('--pairs-per-class', type=POSITIVE_INT, default=100, metavar='N',
         help='random pairs of each class (default: %(default)s)')
-    add('--img-size', type=positive_int, metavar='N',
+    add('--img-size', type=POSITIVE_INT, metavar='N',
         help="side length in pixels that images are resized to (default: the CNN's; 224 for LPIPS)")
-    add('--batch-size', type=positive_int, default=32, metavar='N', help='pairs per batch (default: %(default)s)')
-    add('--seed', type=natural_int, default=0, help='random seed of the pairs (default: %(default)s)')
+    add('--batch-size', type=POSITIVE_INT, default=32, metavar='N', help='pairs per batch (default: %(default)s)')
+    add('--seed', type=NON_NEGATIVE_INT, default=0, help='random seed of the pairs (default: %(default)s)')
     add_device(parser)
     add('--output', metavar='FILE', help='JSON file to write the distances to (default: none)')
     add('--overwrite', action='store_true', help='replace the file if it exists')

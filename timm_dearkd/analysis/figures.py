@@ -73,13 +73,14 @@ def plot_series(axes: Any, epochs: Sequence[int], values: Sequence[float], **kwa
     axes.plot(epochs, values, marker='.' if len(epochs) <= 30 else None, **kwargs)
 
 
-def shade_stage2(axes: Any, first: Optional[int], last: int) -> None:
+def shade_stage2(axes: Any, start: Optional[int], first: int, last: int) -> None:
     """Shade the epochs of stage II.
 
     Args:
         axes: Axes with epochs on x.
-        first: First epoch of stage II; None draws nothing.
+        start: First epoch of stage II; None draws nothing.
+        first: First epoch of the plot.
         last: Last epoch of the plot.
     """
-    if first is not None and first <= last:
-        axes.axvspan(first - 0.5, last + 0.5, color='tab:orange', alpha=0.15, lw=0, label='stage II')
+    if start is not None and start <= last:
+        axes.axvspan(max(start, first) - 0.5, last + 0.5, color='tab:orange', alpha=0.15, lw=0, label='stage II')

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from distill_hooks.errors import one_line
-from timm_dearkd.commands import natural_int, positive_int
+from timm_dearkd.commands import NON_NEGATIVE_INT, POSITIVE_INT
 from timm_dearkd.engine.process import default_workers
 from timm_dearkd.files import write_bytes, write_table
 
@@ -152,12 +152,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('images', nargs='+', metavar='PATH', help='images or folders; class folders label their images')
     add_model_arguments(parser, 'predictions')
-    add('--topk', type=positive_int, default=5, metavar='N', help='classes per image in the CSV (default: %(default)s)')
-    add('--num-pictures', type=positive_int, default=24, metavar='N',
+    add('--topk', type=POSITIVE_INT, default=5, metavar='N', help='classes per image in the CSV (default: %(default)s)')
+    add('--num-pictures', type=POSITIVE_INT, default=24, metavar='N',
         help='images in the picture (default: %(default)s)')
-    add('-b', '--batch-size', type=positive_int, default=64, metavar='N',
+    add('-b', '--batch-size', type=POSITIVE_INT, default=64, metavar='N',
         help='images per batch (default: %(default)s)')
-    add('-j', '--workers', type=natural_int, metavar='N',
+    add('-j', '--workers', type=NON_NEGATIVE_INT, metavar='N',
         help='data loading processes (default: 4, or the number of CPU cores if less)')
 
 

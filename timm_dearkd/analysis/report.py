@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 
 from distill_hooks.errors import one_line
 from timm_dearkd._version import __version__
-from timm_dearkd.commands import add_device, check_overwrite, positive_int
+from timm_dearkd.commands import POSITIVE_INT, add_device, check_overwrite
 from timm_dearkd.distances import read_log
 from timm_dearkd.engine.data import class_indices, evenly_spaced, is_image_folder, open_dataset
 from timm_dearkd.engine.wrappers import set_image_mode
@@ -163,7 +163,7 @@ def _tiles(run: Run, model: Any) -> List[Tuple[str, str]]:
     teacher_top1 = run.info.get('results', {}).get('teacher_top1')
     if teacher_top1 is not None:
         tiles.append((f'{teacher_top1:.2f} %', 'top-1 of the teacher'))
-    tiles.append((f'{len(run.rows)} / {run.num_epochs}', 'epochs'))
+    tiles.append((f'{run.num_done} / {run.num_epochs}', 'epochs'))
     if model is not None:
         tiles.append((f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M', 'parameters'))
     images = run.info.get('data', {}).get('train_images')
@@ -218,7 +218,8 @@ def _predictions(run: Run, model: Any, num_images: int) -> Tuple[Optional[Dict[s
     names, mode = class_names(model), image_transform(model)[1]
     try:
         dataset = validation_set(run, label_names(model), mode)
-        if isinstance(dataset, IterableDataset):  # a stream
+        is_stream = isinstance(dataset, IterableDataset)
+        if is_stream:
             dataset = list(islice(dataset, num_images))
         places = evenly_spaced(len(dataset), num_images)
         found = predict(model, dataset, places)
@@ -233,6 +234,7 @@ def _predictions(run: Run, model: Any, num_images: int) -> Tuple[Optional[Dict[s
         top1=f'{top1[0]:.1f} %',
         count=f'{top1[1]:,} validation images' + (
             f', spread over all {len(dataset):,}' if len(places) < len(dataset) else '') + (
+            ', the first ones of the stream' if is_stream and len(dataset) == num_images else '') + (
             f'; {len(places) - len(found)} cannot be read' if len(found) < len(places) else ''),
         samples=[_picture(dataset, found[i], names) for i in evenly_spaced(len(found), NUM_PICTURES)],
         mistakes=[_picture(dataset, p, names) for p in mistakes[:NUM_PICTURES]],
@@ -261,7 +263,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('run', metavar='RUN', help='output folder of train.py')
     add('--output', metavar='FILE', help='HTML file (default: RUN/report.html)')
-    add('--num-images', type=positive_int, default=512, metavar='N',
+    add('--num-images', type=POSITIVE_INT, default=512, metavar='N',
         help='validation images to predict (default: %(default)s)')
     add('--pictures', metavar='DIR', help='folder for PNG files of the plots (default: none)')
     add('--overwrite', action='store_true', help='replace existing files; RUN/report.html is always replaced')

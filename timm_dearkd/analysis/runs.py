@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import yaml
 
-from distill_hooks import load_model
+from distill_hooks import TwoStageSchedule, load_model
 from timm_dearkd.engine.checkpoints import EXPORT_NAME
 from timm_dearkd.engine.run_folder import read_run_info
 
@@ -52,13 +52,22 @@ class Run:
     @property
     def state(self) -> str:
         """'finished', or the number of finished epochs as '3 of 10 epochs'."""
-        done = int(self.rows[-1]['epoch']) + 1 if self.rows else 0
+        done = self.num_done
         return 'finished' if done >= self.num_epochs else f'{done} of {self.num_epochs} epochs'
+
+    @property
+    def num_done(self) -> int:
+        """Number of finished epochs, with those of another folder that the run was resumed from."""
+        return int(self.rows[-1]['epoch']) + 1 if self.rows else 0
 
     @property
     def stage2_start(self) -> Optional[int]:
         """First epoch of stage II, counted from 0; None if there is none yet."""
-        return next((int(row['epoch']) for row in self.rows if row.get('train_stage') == 2), None)
+        start = next((int(row['epoch']) for row in self.rows if row.get('train_stage') == 2), None)
+        epochs = self.args.get('epochs')
+        if start and epochs and start == self.rows[0]['epoch']:  # resumed in stage II from another folder
+            return TwoStageSchedule(int(epochs), self.args.get('dearkd_stage1_epochs')).stage1_epochs
+        return start
 
     @property
     def columns(self) -> List[str]:

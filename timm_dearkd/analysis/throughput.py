@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from distill_hooks import resolve_model
 from distill_hooks.errors import one_line
-from timm_dearkd.commands import add_device, positive_int
+from timm_dearkd.commands import POSITIVE_INT, add_device
 from timm_dearkd.engine.process import check_backend, find_device
 from timm_dearkd.files import write_bytes, write_table
 
@@ -241,10 +241,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the tool."""
     add = parser.add_argument
     add('models', nargs='+', metavar='NAME', help='timm names or run folders; speed ratios are relative to the first')
-    add('-b', '--batch-size', type=positive_int, nargs='+', default=[32], metavar='N',
+    add('-b', '--batch-size', type=POSITIVE_INT, nargs='+', default=[32], metavar='N',
         help='images per batch (default: 32)')
-    add('--img-size', type=positive_int, metavar='N', help="side length of the images in pixels (default: the model's)")
-    add('--rounds', type=positive_int, default=5, metavar='N', help='turns of each model (default: %(default)s)')
+    add('--img-size', type=POSITIVE_INT, metavar='N', help="side length of the images in pixels (default: the model's)")
+    add('--rounds', type=POSITIVE_INT, default=5, metavar='N', help='turns of each model (default: %(default)s)')
     add('--seconds', type=float, default=1., metavar='S', help='approximate seconds per turn (default: %(default)s)')
     add('--dtype', default='float32', choices=('float32', 'float16', 'bfloat16'),
         help='type of weights and images (default: %(default)s)')

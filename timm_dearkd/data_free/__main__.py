@@ -20,6 +20,7 @@ import timm_dearkd
 from distill_hooks import load_model
 from distill_hooks.teacher import input_normalisation, weights_fingerprint
 from timm_dearkd.commands import run_command
+from timm_dearkd.engine.distillation import has_only_weights, set_normalisation
 from timm_dearkd.engine.process import Precision, Ranks, check_backend, compile_errors, select_device
 from timm_dearkd.files import write_bytes
 
@@ -136,8 +137,16 @@ def run(args: argparse.Namespace) -> None:
     args = fill_defaults(args)
     saved = read_settings(args.output)
     device, ranks = select_device(args.device)
+    if not ranks.is_primary:
+        logging.getLogger().setLevel(logging.WARNING)
     precision = Precision(device, torch.bfloat16 if args.amp else None)
     model: Any = load_model(args.model, args.checkpoint, device=device)
+    set_normalisation(model, args.mean, args.std, '--')
+    if has_only_weights(args.model, args.checkpoint) and not (args.mean and args.std):
+        mean, std = ([round(value, 3) for value in values] for values in _normalisation(model))
+        _logger.info(
+            f'{args.checkpoint!r} does not tell how its images were normalised. The images are made for the mean {mean}'
+            f' and the deviation {std}. If the CNN was trained with others, set --mean and --std.')
     indices = parse_classes(args.classes, model.num_classes)
     per_class = _images_per_class(args, len(indices), saved)
     names = read_class_names(args.class_names, model)
@@ -193,13 +202,14 @@ def choose_by_pilot(
         options: Weights and mirroring of the command's options.
         kept: Weights that were given.
         saved: Settings of the run to resume; {} for a new run.
-        ranks: This process among all. The first one decides.
+        ranks: This process among all. All run the pilot, because a wait for one would end after some minutes. The
+            first one decides.
     """
     choice = [options]
     if 'mirror' in saved:
         chosen = {name: saved[f'{name}_weight'] for name in WEIGHTS if name not in kept}
         choice = [Choice(replace(options.weights, **chosen), saved['mirror'])]
-    elif ranks.is_primary:
+    else:
         choice = [run_pilot(inverter, targets, seed, kept, options.mirror)]
     if ranks.distributed:
         dist.broadcast_object_list(choice)
@@ -346,6 +356,8 @@ def report(args: argparse.Namespace, dataset: SyntheticSet, inverter: Inverter, 
     if losses and counts['sure'] < counts['made'] / 2:
         _logger.warning(advise(inverter, losses))
     if counts['kept'] < 2:
+        if args.verifier:
+            _logger.warning(f'--verifier keeps no images with --min-prob {args.min_prob:g}. Lower it.')
         return
     missing = len(dataset.classes) - counts['classes']
     if missing:

@@ -4,7 +4,7 @@ from typing import Any, List, Optional, Sequence
 
 from timm_dearkd.analysis.inputs import label_names
 from timm_dearkd.engine.distillation import saved_names
-from timm_dearkd.engine.image_folder import normal_name
+from timm_dearkd.engine.image_folder import class_order, first_names, normal_name
 
 from .dataset import folder_name
 
@@ -109,11 +109,16 @@ def match_verifier(verifier: Any, model: Any, names: Sequence[str]) -> List[int]
 
 
 def _match_in_order(model: Any, own: Sequence[str], names: Sequence[str], role: str) -> List[int]:
-    """Match the classes by index, if both networks have as many. Warns if their names are known and differ."""
+    """Match the classes by index, if both networks have as many. Warns if that may be wrong."""
     if model.num_classes != len(names):
         raise ValueError(
             f'--{role} has {model.num_classes} classes, the CNN {len(names)}, and their names do not match.'
             f' Choose a {role} that was trained on the same classes.')
+    if not own and list(names) != class_order(names):
+        _logger.warning(
+            f'--{role} has no class names. Its classes are taken in the order of the CNN: {first_names(names)}. But'
+            f' shards are labelled in alphabetical order. For a {role} that was trained on shards, choose one with'
+            ' class names instead.')
     different = [(name, other) for name, other in zip(names, own) if name != other]
     if different:
         _logger.warning(

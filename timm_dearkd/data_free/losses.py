@@ -6,6 +6,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+KERNEL_DEVICES = ('cpu', 'cuda')  # with torch's kernels of BatchNorm statistics and of sums over segments
+
 
 def total_variation(images: torch.Tensor) -> torch.Tensor:
     """Return R_TV of Eq. 15: l2 norms of the differences to four neighbours.
@@ -36,7 +38,8 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if torch.compiler.is_compiling():  # the compiler fuses this; it has no kernel for the other
+        # the compiler fuses this, and has no kernel for the other; nor has MPS
+        if torch.compiler.is_compiling() or x.device.type not in KERNEL_DEVICES:
             var, mean = torch.var_mean(x.float(), dim=(0, *range(2, x.ndim)), correction=0)
         else:
             mean, var = torch.batch_norm_update_stats(x, None, None, 0.)
@@ -134,8 +137,11 @@ class BatchNormStats:
         moments = torch.stack([torch.cat(values) for values in zip(*(self._moments[m] for m in self.layers))])
         self._moments.clear()
         squares = ((moments - self._targets) / self._scales).square()
-        # `index_add` is not deterministic on CUDA; `unsafe` skips a check that would synchronise the device
-        sums = torch.segment_reduce(squares.T.contiguous(), 'sum', lengths=self._sizes, axis=0, unsafe=True)
+        if squares.device.type in KERNEL_DEVICES:
+            # `index_add` is not deterministic on CUDA; `unsafe` skips a check that would synchronise the device
+            sums = torch.segment_reduce(squares.T.contiguous(), 'sum', lengths=self._sizes, axis=0, unsafe=True)
+        else:
+            sums = torch.stack([part.sum(dim=1) for part in squares.split(self._sizes.tolist(), dim=1)])
         return (sums.clamp(min=1e-24).sqrt() * self._weights.unsqueeze(1)).sum()  # sqrt has no gradient at 0
 
     def close(self) -> None:

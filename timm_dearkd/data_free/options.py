@@ -1,9 +1,8 @@
 """Options of the command that makes images, their defaults, and which go together."""
 import argparse
-import math
 from typing import Any, Collection, Dict
 
-from timm_dearkd.commands import add_device, natural_int, positive_int
+from timm_dearkd.commands import NON_NEGATIVE_INT, POSITIVE_INT, POSITIVE_SHARE, RATE, SHARE, add_device
 
 from .dataset import FORMATS
 from .generator import GENERATOR_WEIGHTS
@@ -13,20 +12,10 @@ MIN_PROB = 0.1  # by a verifier
 WEIGHTS = ('tv', 'l2', 'bn', 'first_bn', 'ep', 'triplet', 'adi')
 
 
-def _beta(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f'{text!r}, expected a number from 0 to below 1')
-    return value
-
-
 def _resolution(text: str) -> Resolution:
     try:
         size, steps, lr = text.split(':')
-        return Resolution(positive_int(size), positive_int(steps), float(lr))
+        return Resolution(POSITIVE_INT(size), POSITIVE_INT(steps), float(lr))
     except (ValueError, argparse.ArgumentTypeError):
         raise argparse.ArgumentTypeError(f'{text!r} is not SIZE:STEPS:LR, such as 112:2000:0.5') from None
 
@@ -38,10 +27,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_image_arguments(parser)
     _add_loss_arguments(parser)
     add = parser.add_argument
-    add('--betas', type=_beta, nargs=2, default=(0.5, 0.9), help="Adam's betas (default: 0.5 0.9)")
-    add('--jitter', type=natural_int, metavar='N', help='largest shift in pixels, at full size (default: size / 8)')
+    add('--betas', type=RATE, nargs=2, default=(0.5, 0.9), help="Adam's betas (default: 0.5 0.9)")
+    add('--jitter', type=NON_NEGATIVE_INT, metavar='N',
+        help='largest shift in pixels, at full size (default: size / 8)')
     add('--no-flip', action='store_true', help='do not mirror the images at random')
-    add('--seed', type=natural_int, default=0, help='random seed (default: %(default)s)')
+    add('--seed', type=NON_NEGATIVE_INT, default=0, help='random seed (default: %(default)s)')
     add('--format', default='folder', choices=FORMATS,
         help='image folder or WebDataset shards (default: %(default)s)')
     add('--resume', action='store_true', help='continue with the images in OUT')
@@ -59,19 +49,23 @@ def _add_image_arguments(parser: argparse.ArgumentParser) -> None:
     add('output', metavar='OUT', help='folder of the new data set')
     add('--model', required=True, metavar='NAME', help='the CNN: timm name, hf-hub:, local-dir: or run folder')
     add('--checkpoint', metavar='FILE', help='weights of the CNN (default: its pretrained ones)')
-    add('--num-images', type=positive_int, required=True, metavar='N',
+    add('--mean', type=SHARE, nargs='+', metavar='MEAN',
+        help="mean per channel with which the CNN was trained, of images from 0 to 1 (default: the CNN's)")
+    add('--std', type=POSITIVE_SHARE, nargs='+', metavar='STD',
+        help="standard deviation per channel with which the CNN was trained (default: the CNN's)")
+    add('--num-images', type=POSITIVE_INT, required=True, metavar='N',
         help='images to make, rounded up to whole batches')
     add('--classes', nargs='+', metavar='INDEX', help='class indices, or ranges such as 0-9 (default: all)')
     add('--class-names', metavar='FILE', help="names of the CNN's classes, one per line (default: those it knows)")
     add('--generator', action='store_true',
         help='train a generator for each batch instead of optimising pixels: far cheaper per image')
-    add('--classes-per-batch', type=positive_int, metavar='N',
+    add('--classes-per-batch', type=POSITIVE_INT, metavar='N',
         help='different classes in a batch (default: 6; --generator: 20)')
-    add('--images-per-class', type=positive_int, metavar='N',
+    add('--images-per-class', type=POSITIVE_INT, metavar='N',
         help='images of each class in a batch (default: 7; --generator: up to 1920 in a batch)')
     add('--resolutions', nargs='+', type=_resolution, metavar='SIZE:STEPS:LR',
         help='phases (default: SIZE/2:2000:0.5 SIZE:2000:0.01, where SIZE is --img-size; --generator: SIZE:400:0.005)')
-    add('--img-size', type=positive_int, metavar='N',
+    add('--img-size', type=POSITIVE_INT, metavar='N',
         help="side length of the images in pixels, without --resolutions (default: the CNN's)")
 
 
@@ -85,7 +79,7 @@ def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     add('--student-checkpoint', metavar='FILE', help='weights of --student (default: its pretrained ones)')
     add('--verifier', metavar='NAME', help='keep only images to whose class this network gives --min-prob')
     add('--verifier-checkpoint', metavar='FILE', help='weights of --verifier (default: its pretrained ones)')
-    add('--min-prob', type=float, metavar='P',
+    add('--min-prob', type=SHARE, metavar='P',
         help=f'least probability by --verifier of an image to keep (default: {MIN_PROB})')
     for name, text in (
         ('tv', 'total variation'), ('l2', 'l2 norm'), ('bn', 'BatchNorm statistics'),

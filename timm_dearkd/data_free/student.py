@@ -34,6 +34,8 @@ def train_command(
         f'{root} --dataset wds/ --train-split train --val-split "" --num-classes {len(class_map)}')
     map_flag = '' if class_map == list(range(model.num_classes)) else f' --kd-class-map {root}/kd_class_map.txt'
     checkpoint = f' --kd-teacher-checkpoint {shlex.quote(args.checkpoint)}' if args.checkpoint else ''
+    for name, values in (('mean', args.mean), ('std', args.std)):
+        checkpoint += f' --kd-teacher-{name} {" ".join(map(str, values))}' if values else ''
     channels = {1: ' --in-chans 1', 2: ' --in-chans 2 --input-img-mode LA', 3: '',
                 4: ' --in-chans 4 --input-img-mode RGBA'}[model.in_chans]
     flip = '' if mirror else ' --hflip 0'

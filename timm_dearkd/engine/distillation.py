@@ -168,18 +168,37 @@ def load_cnn(options: Mapping[str, Any]) -> nn.Module:
         FileNotFoundError: If a file does not exist.
         ValueError: If the model does not load, or has another number of channels.
     """
-    model: Any = load_model(options['kd_model_name'], options.get('kd_teacher_checkpoint'))
-    channels = get_model_input_config(model)['input_size'][0]
-    given = {key: value for key in ('mean', 'std') if (value := options.get(f'kd_teacher_{key}'))}
-    for key, values in given.items():
-        if len(values) not in (1, channels):
-            raise ValueError(
-                f'--kd-teacher-{key} has {len(values)} values, expected 1, or {channels} for its channels.')
-    model.pretrained_cfg = {**model.pretrained_cfg, **given}
+    model = load_model(options['kd_model_name'], options.get('kd_teacher_checkpoint'))
+    set_normalisation(model, options.get('kd_teacher_mean'), options.get('kd_teacher_std'), '--kd-teacher-')
     return model
 
 
-def _has_only_weights(name: str, checkpoint: Optional[str]) -> bool:
+def set_normalisation(
+        model: Any,
+        mean: Optional[Sequence[float]],
+        std: Optional[Sequence[float]],
+        prefix: str,
+) -> None:
+    """Set the normalisation of a model's input; None keeps the model's own.
+
+    Args:
+        model: The model, with its `pretrained_cfg`.
+        mean: Mean per channel, or one for all.
+        std: Standard deviation per channel, or one for all.
+        prefix: Start of the two flags, for the message.
+
+    Raises:
+        ValueError: If the model has another number of channels.
+    """
+    channels = get_model_input_config(model)['input_size'][0]
+    given = {key: values for key, values in (('mean', mean), ('std', std)) if values}
+    for key, values in given.items():
+        if len(values) not in (1, channels):
+            raise ValueError(f'{prefix}{key} has {len(values)} values, expected 1, or {channels} for its channels.')
+    model.pretrained_cfg = {**model.pretrained_cfg, **given}
+
+
+def has_only_weights(name: str, checkpoint: Optional[str]) -> bool:
     """Return whether a teacher comes from a file of weights, without the options of its training."""
     if not checkpoint or os.path.isdir(name) or ':' in name:
         return False
@@ -284,7 +303,7 @@ def _build_timm_task(args, distill_type: str, model: nn.Module, teacher: nn.Modu
 def _log_teacher_input(args, teacher: Any, input_size: Tuple[int, int, int]) -> None:
     """Log a normalisation that is assumed, or an image size that is not the one of the teacher's training."""
     given = args.kd_teacher_img_size
-    if _has_only_weights(args.kd_model_name, args.kd_teacher_checkpoint):  # its size is not known either
+    if has_only_weights(args.kd_model_name, args.kd_teacher_checkpoint):  # its size is not known either
         if not (args.kd_teacher_mean and args.kd_teacher_std):
             mean, std = (tuple(round(value, 3) for value in teacher.pretrained_cfg[key]) for key in ('mean', 'std'))
             _logger.info(

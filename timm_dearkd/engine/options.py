@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, NoReturn, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, List, Mapping, NoReturn, Optional, Sequence, Set, Tuple
 
 import yaml
 from timm.models import is_model
@@ -17,6 +17,7 @@ from timm.utils import ParseKwargs
 from distill_hooks.checkpoint import resolve_model, training_args
 from distill_hooks.errors import one_line
 
+from ..commands import NON_NEGATIVE, NON_NEGATIVE_INT, POSITIVE, POSITIVE_INT, POSITIVE_SHARE, RATE, SHARE, limited
 from .augmentation import FILLS
 from .checkpoints import find_checkpoint
 from .process import check_backend, default_workers
@@ -72,27 +73,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f'{self.prog}: error: {message}\n')
-
-
-def _limit(kind: Callable[[str], Any], expected: str, is_valid: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """Return a type for argparse that refuses values outside its limits."""
-    def convert(text: str) -> Any:
-        value = kind(text)
-        if not is_valid(value):
-            raise argparse.ArgumentTypeError(f'{text}, expected {expected}')
-        return value
-
-    convert.__name__ = kind.__name__  # argparse names it in its errors
-    return convert
-
-
-POSITIVE_INT = _limit(int, '1 or more', lambda value: value >= 1)
-NON_NEGATIVE_INT = _limit(int, '0 or more', lambda value: value >= 0)
-POSITIVE = _limit(float, 'more than 0', lambda value: value > 0)
-NON_NEGATIVE = _limit(float, '0 or more', lambda value: value >= 0)
-SHARE = _limit(float, '0 to 1', lambda value: 0 <= value <= 1)
-POSITIVE_SHARE = _limit(float, 'a share above 0, 1 at the most', lambda value: 0 < value <= 1)
-RATE = _limit(float, '0 or more, less than 1', lambda value: 0 <= value < 1)
 
 
 def build_config_parser() -> argparse.ArgumentParser:
@@ -338,7 +318,7 @@ def _add_augmentation(group) -> None:
     add('--aa', metavar='NAME', help='AutoAugment policy, e.g. rand-m9-mstd0.5-inc1 (default: none)')
     add('--affine-aug', choices=FILLS, metavar='FILL',
         help='random zoom in and out, rotation, shear, shift and gamma; FILL of the border: edge, black or mean')
-    add('--aug-repeats', type=_limit(float, '1 or more; 0 switches them off', lambda value: value == 0 or value >= 1),
+    add('--aug-repeats', type=limited(float, '1 or more; 0 switches them off', lambda value: value == 0 or value >= 1),
         default=0, metavar='N', help='augmentations of each image per epoch (default: once)')
     add('--aug-splits', type=int, default=0, metavar='N', help='augment every image N times, the first time lightly')
     add('--reprob', type=SHARE, default=0., help='probability of random erasing (default: 0)')

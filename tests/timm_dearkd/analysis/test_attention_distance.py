@@ -30,7 +30,7 @@ ERRORS = {
     'no attention': (['FOLDER', '--model', 'test_resnet', '--checkpoint', 'CNN'], 'no blocks with timm'),
     'weights of nothing': (['FOLDER', '--checkpoint', 'WEIGHTS'], '--checkpoint needs a model to measure'),
     'images of nothing': (['FOLDER', '--num-images', '3'], '--num-images needs a model to measure'),
-    'count': (['FOLDER', '--model', 'test_dearkd', '--num-images', '0'], 'expected a whole number of 1 or more'),
+    'count': (['FOLDER', '--model', 'test_dearkd', '--num-images', '0'], 'expected 1 or more'),
 }
 
 

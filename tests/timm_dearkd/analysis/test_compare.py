@@ -41,6 +41,8 @@ def test_a_run_in_figures(make_run):
     stages = make_run('stages', ['0,1,0.5,0.1', '1,2,0.75,0.2', '2,2,1.0,0.4', '3,2,1.0,0.3', '4,2,1.0,0.5'],
                       'epoch,train_stage,train_alpha,train_loss', epochs=5)
     assert open_run(stages).best() == (3, 0.3)  # as the one that is exported
+    later = open_run(make_run('later', ROWS[3:], dearkd_stage1_epochs=2))  # resumed from another folder
+    assert later.state == 'finished' and later.stage2_start == 2
     assert repr(run) == f'Run({str(run.folder)!r}, 4 epochs, top-1 30.5 %)'
     assert repr(open_run(make_run('going', []))).endswith("going', 0 of 4 epochs)")
 

@@ -122,8 +122,9 @@ def test_lpips(folder, capsys, monkeypatch):
 ERRORS = {
     'folder': (['missing'], 'No folder'),
     'empty': (['EMPTY'], 'no class with two'),
+    'no classes': (['SHARDS'], 'itself. Expected a folder for each class. Shards are not read'),
     'broken': (['BROKEN'], 'None of the images'),
-    'pairs': (['FOLDER', '--pairs-per-class', '0'], 'expected a whole number of 1 or more'),
+    'pairs': (['FOLDER', '--pairs-per-class', '0'], 'expected 1 or more'),
     'lists': (['FOLDER', '--model', 'hrnet_w18_small', '--checkpoint', 'HRNET'], 'not feature maps'),
     'channels': (['FOLDER', '--model', 'test_resnet', '--checkpoint', 'TWO'], 'takes 2 channels, expected 1 or 3'),
     'no maps': (['FOLDER', '--model', 'test_vit', '--checkpoint', 'VIT'], 'not feature maps'),
@@ -141,12 +142,16 @@ def test_errors_are_one_line_and_status_2(case, folder, cnn, tmp_path, capsys):
     (tmp_path / 'bad' / 'a').mkdir(parents=True)
     for name in ('broken.png', 'other.png'):
         (tmp_path / 'bad' / 'a' / name).write_bytes(b'nothing')
+    (tmp_path / 'shards').mkdir()
+    for name in ('samples.png', 'losses.png', '_info.json'):
+        (tmp_path / 'shards' / name).write_bytes(b'')
     torch.save(timm.create_model('test_vit', num_classes=3).state_dict(), tmp_path / 'vit.pth')
     torch.save(timm.create_model('test_resnet', num_classes=3, in_chans=2).state_dict(), tmp_path / 'two.pth')
     if 'HRNET' in args:
         torch.save(timm.create_model('hrnet_w18_small', num_classes=3).state_dict(), tmp_path / 'hrnet.pth')
     replaced = {'TWO': tmp_path / 'two.pth', 'HRNET': tmp_path / 'hrnet.pth',
-                'VIT': tmp_path / 'vit.pth', 'EMPTY': tmp_path / 'empty', 'BROKEN': tmp_path / 'bad', 'FOLDER': folder}
+                'VIT': tmp_path / 'vit.pth', 'EMPTY': tmp_path / 'empty', 'SHARDS': tmp_path / 'shards',
+                'BROKEN': tmp_path / 'bad', 'FOLDER': folder}
     args = ['diversity', *(str(replaced.get(a, a)) for a in args)]
     with pytest.raises(SystemExit) as e:
         run_command('analysis', main, args if '--model' in args else [*args, '--model', str(cnn)])

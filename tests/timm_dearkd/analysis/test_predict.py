@@ -127,8 +127,8 @@ def test_workers_that_are_asked_for_are_started(flags, expected, image_folder, t
     (['MISSING'], 'No file or folder'),
     (['EMPTY'], 'has no images'),
     (['BROKEN'], 'None of the 1 images can be read'),
-    (['BROKEN', '--topk', '0'], "--topk: '0', expected a whole number of 1 or more"),
-    (['BROKEN', '--workers', '-1'], "--workers: '-1', expected a whole number of 0 or more"),
+    (['BROKEN', '--topk', '0'], "--topk: 0, expected 1 or more"),
+    (['BROKEN', '--workers', '-1'], "--workers: -1, expected 0 or more"),
 ])
 def test_errors_are_one_line_and_status_2(args, message, tmp_path, capsys):
     pytest.importorskip('matplotlib')

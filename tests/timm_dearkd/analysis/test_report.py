@@ -210,7 +210,7 @@ def test_command(dearkd_run, tmp_path, capsys):
 @pytest.mark.parametrize('args, message', [
     (['report', 'NOWHERE'], 'No folder'),
     (['report', 'DATA'], 'args.yaml cannot be read'),
-    (['report', 'RUN', '--num-images', '0'], "--num-images: '0', expected a whole number of 1 or more"),
+    (['report', 'RUN', '--num-images', '0'], "--num-images: 0, expected 1 or more"),
     (['attention-distance', 'CNN'], 'has no attention_distance.csv'),
 ])
 def test_errors_are_one_line_and_status_2(args, message, dearkd_run, cnn, data, tmp_path, capsys):

@@ -88,7 +88,7 @@ def test_a_run_folder_is_measured_as_it_was_trained(tmp_path):
     (['no_such_vit'], "Unknown model 'no_such_vit'"),
     (['CHECKPOINT'], 'is a file, expected a timm name or a run folder'),
     (['no/such/run'], "No folder 'no/such/run'"),
-    (['test_vit', '--batch-size', '0'], "--batch-size: '0', expected a whole number of 1"),
+    (['test_vit', '--batch-size', '0'], "--batch-size: 0, expected 1"),
     (['test_vit', '--seconds', '0'], 'expected more than 0'),
     (['test_vit', '--seconds', 'nan'], 'expected more than 0'),
     (['test_vit', '--torchcompile', 'nonsense'], "--torchcompile is 'nonsense'"),

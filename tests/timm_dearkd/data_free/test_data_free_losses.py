@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn as nn
 
+from timm_dearkd.data_free import losses
 from timm_dearkd.data_free.losses import (
     BatchNormStats,
     competition_loss,
@@ -181,8 +182,10 @@ def test_averaged_statistics_do_not_depend_on_widths():
             assert stats.loss().item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_gradient_of_batch_norm_statistics():
+@pytest.mark.parametrize('devices', [('cpu',), ()], ids=['kernels', 'no kernels'])
+def test_gradient_of_batch_norm_statistics(devices, monkeypatch):
     """With the loss of the logits at the same time, against autograd through the plain definition."""
+    monkeypatch.setattr(losses, 'KERNEL_DEVICES', devices)
     net, x = Net().double(), numbers(3, 3, 9, 8)
 
     def plain(x):
@@ -195,10 +198,13 @@ def test_gradient_of_batch_norm_statistics():
         return loss
 
     x.requires_grad_()
-    expected, = torch.autograd.grad(plain(x), x)
+    total = plain(x)
+    expected, = torch.autograd.grad(total, x)
     with BatchNormStats(net) as stats:
         logits = net(x)
-        actual, = torch.autograd.grad(logits.square().sum() + stats.loss(), x)
+        loss = logits.square().sum() + stats.loss()
+        assert loss.item() == pytest.approx(total.item(), rel=1e-5)
+        actual, = torch.autograd.grad(loss, x)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
 

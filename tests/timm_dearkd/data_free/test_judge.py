@@ -73,6 +73,17 @@ def test_classes_of_a_verifier(known, classes, told, caplog):
         assert match_student(verifier, names) == classes
 
 
+def test_a_network_without_names_beside_a_cnn_in_another_order(caplog):
+    """Shards are labelled in alphabetical order, and their student has no class names."""
+    cnn, other = (timm.create_model('test_resnet', num_classes=3) for _ in range(2))
+    for role, match in (('student', lambda names: match_student(other, names)),
+                        ('verifier', lambda names: match_verifier(other, cnn, names))):
+        caplog.clear()
+        assert match(['a', 'b', 'c']) == [0, 1, 2] and not caplog.messages
+        assert match(['b', 'a', 'c']) == [0, 1, 2]
+        assert f'--{role} has no class names. Its classes are taken in the order of the CNN: b, a, c.' in caplog.text
+
+
 def test_folder_names_are_different_and_synsets_are_known(tmp_path):
     """Also of a file of Windows, with a byte order mark."""
     (tmp_path / 'names.txt').write_text('\ufeffcrane\ncrane\ncrane 0\n', encoding='utf-8')
