@@ -1,4 +1,5 @@
 """`timm-dearkd`, as users call it."""
+import contextlib
 import json
 import shutil
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import yaml
 from conftest import read_summary, run_python
 from PIL import Image
 from timm.data import create_dataset
+from timm.task import ClassificationTask
 
 import timm_dearkd.train
 from reproduction.results import distill_figures
@@ -175,14 +177,16 @@ def test_images_of_the_class_map_are_counted(photos, distilled, tmp_path, monkey
     assert '32 for training and 8 for validation' in caplog.text and ' 2 classes' in caplog.text
 
 
-def test_16_bit_images_are_refused_unless_they_are_asked_for(tmp_path, monkeypatch):
+def test_16_bit_images_are_refused(tmp_path, monkeypatch):
+    """Also if they are asked for: timm's loader takes them modulo 256."""
     for name in 'ab':
         (tmp_path / 'deep' / name).mkdir(parents=True)
         for i in range(5):
             Image.fromarray(np.full((9, 9), 9000 * i, dtype=np.uint16)).save(tmp_path / 'deep' / name / f'{i}.png')
     monkeypatch.setattr(timm_dearkd.train, 'prepare', lambda argv: lambda: 1 / 0)
-    for options, error in ((dict(), ValueError), (dict(input_img_mode='I;16', in_chans=1), ZeroDivisionError)):
-        with pytest.raises(error):
+    for options, message in (
+            (dict(), 'Convert them to 8 bits'), (dict(input_img_mode='I;16', in_chans=1), 'does not have 8 bits')):
+        with pytest.raises(ValueError, match=message):
             timm_dearkd.distill(str(tmp_path / 'deep'), output=str(tmp_path / 'out'), device='cpu', **options)
 
 
@@ -224,6 +228,16 @@ def test_epochs_of_a_file(text, options, epochs, photos, distilled, tmp_path, mo
             config=tmp_path / 'mine.yaml', **options)
     args = timm_dearkd.train._parse_args(started[-1])[0]
     assert (args.epochs, args.auto_epochs, args.warmup_epochs) == (epochs, False, max(1, epochs // 20))
+
+
+def test_the_time_is_estimated_on_the_device_of_the_run(monkeypatch):
+    """The model is moved there, here to a device that computes nothing."""
+    monkeypatch.setattr(torch.accelerator, 'synchronize', lambda device: None)
+    monkeypatch.setattr(timm_dearkd.api, 'Precision', lambda *_: SimpleNamespace(autocast=contextlib.nullcontext))
+    task = ClassificationTask(timm.create_model('test_resnet', num_classes=3), verbose=False)
+    args = SimpleNamespace(batch_size=4, in_chans=3, img_size=32, amp=False, epochs=2, val_interval=1)
+    images = SimpleNamespace(num_validation=3, epoch_length=8)
+    assert timm_dearkd.api.estimate_minutes(SimpleNamespace(args=args), task, images, torch.device('meta')) > 0
 
 
 def test_the_cnn_sees_the_students_images(photos, tmp_path, monkeypatch):

@@ -121,6 +121,19 @@ def test_a_plain_cnn_in_two_processes(train_cli, tmp_path):
         assert metrics[key] == pytest.approx(float(last[f'eval_{key}']), rel=1e-5)
 
 
+@pytest.mark.parametrize('kind', ['logit', 'token'])
+def test_timms_distillation_in_two_processes(kind, train_cli, cnn, tmp_path):
+    """The teacher is checked before and after the first epoch, in both."""
+    small = ['--img-size', '32', '--model-kwargs', 'depth=1', 'embed_dim=24']
+    model = dict(logit=['test_resnet'], token=['deit_tiny_distilled_patch16_224', *small])[kind]
+    result = train_cli(
+        '--model', *model, '--kd-model-name', cnn, '--kd-distill-type', kind, '-b', '4', '--epochs', '1', '--output',
+        tmp_path, '--experiment', 'x', start=run_ranks)
+    assert result.returncode == 0, result.stderr
+    row, = read_summary(tmp_path / 'x')
+    assert 0 <= float(row['train_teacher_agreement']) <= 1 and float(row['eval_teacher_top1']) > 0
+
+
 @pytest.mark.slow
 def test_labels_that_are_kept(train_cli, command, tmp_path):
     """Each process has its own files. A wrong label of one stops both, and one process cannot read those of two."""

@@ -147,7 +147,7 @@ def test_a_teacher_that_guesses_is_told(train_cli, tmp_path):
         '--model', 'test_resnet', '--kd-model-name', 'test_resnet', '--kd-teacher-checkpoint', tmp_path / 'cnn.pth',
         '--epochs', '1', '--output', tmp_path, '--experiment', 'x')
     assert result.returncode == 0, result.stderr
-    assert 'the same order? If not: --kd-class-map FILE' in result.stderr and 'another order:' not in result.stderr
+    assert 'or in another order (--kd-class-map FILE)' in result.stderr and 'another order:' not in result.stderr
 
 
 def test_a_teacher_is_matched_by_the_names_of_its_classes(train_cli, cnn, tmp_path):
@@ -170,7 +170,7 @@ def test_a_teacher_is_matched_by_the_names_of_its_classes(train_cli, cnn, tmp_pa
         result = train_cli(*args, '--epochs', '1')
         assert result.returncode == 0, result.stderr
         assert ('matched by name' in result.stderr) == (args in (turned, more))
-        told = "no class 'blue sky'" in result.stderr and "where 'blue sky' is 'a'" in result.stderr
+        told = "no class 'blue sky'" in result.stderr and "'blue sky' is the teacher's 'a'" in result.stderr
         assert told == (args is other)
         (row,), (expected,) = read_summary(tmp_path / args[-1]), read_summary(tmp_path / 'same run')
         assert row['train_teacher_agreement'] == expected['train_teacher_agreement']

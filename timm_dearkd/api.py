@@ -63,6 +63,7 @@ def estimate_minutes(step: Step, task: TrainingTask, images: Images, device: tor
     precision = Precision(device, getattr(torch, args.amp_dtype) if args.amp else None)
     x = torch.randn(args.batch_size, args.in_chans, args.img_size, args.img_size, device=device)
     labels = torch.zeros(len(x), dtype=torch.long, device=device)
+    task.to(device)
     task.train()
     times = []
     for _ in range(3):

@@ -365,9 +365,6 @@ def report(args: argparse.Namespace, dataset: SyntheticSet, inverter: Inverter, 
     command = train_command(
         args, str(dataset.root), counts['kept'], class_map, inverter.model, inverter.size, choice.mirror)
     print(f'Train on them: {command}')
-    if args.format == 'wds':
-        print(f'Shards have no class names, and neither has the student. {dataset.root}/kd_class_map.txt lists them in'
-              " the order of the student's classes.")
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

@@ -116,9 +116,8 @@ def _match_in_order(model: Any, own: Sequence[str], names: Sequence[str], role: 
             f' Choose a {role} that was trained on the same classes.')
     if not own and list(names) != class_order(names):
         _logger.warning(
-            f'--{role} has no class names. Its classes are taken in the order of the CNN: {first_names(names)}. But'
-            f' shards are labelled in alphabetical order. For a {role} that was trained on shards, choose one with'
-            ' class names instead.')
+            f'--{role} has no class names. Its classes are taken in the order of the CNN: {first_names(names)}. If they'
+            f' have another order, choose another {role}.')
     different = [(name, other) for name, other in zip(names, own) if name != other]
     if different:
         _logger.warning(

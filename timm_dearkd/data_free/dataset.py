@@ -121,7 +121,7 @@ class SyntheticSet:
             yield json.loads(path.read_text())
 
     def finish(self) -> Tuple[Dict[str, int], List[int]]:
-        """Write the manifest, the class map, `losses.csv`, and `_info.json` for shards.
+        """Write the manifest, the class map, `losses.csv`, and for shards `_info.json` and `class_map.txt`.
 
         Returns:
             Numbers of images 'made', 'kept' and 'sure' (probability above 0.5), of 'classes' with kept images and of
@@ -194,7 +194,7 @@ class SyntheticSet:
         return Image.open(io.BytesIO(content))
 
     def _write_info(self, kept: Sequence[Dict[str, Any]]) -> None:
-        """Write `_info.json`, in which timm looks up the shards and their lengths."""
+        """Write `_info.json`, in which timm looks up the shards and their lengths, and the class names."""
         counts: Dict[str, int] = {}
         for image in kept:
             shard = f'train-{image["name"].partition("-")[0]}.tar'
@@ -203,6 +203,8 @@ class SyntheticSet:
             name='train', num_samples=len(kept), filenames=[f'train/{shard}' for shard in counts],
             shard_lengths=list(counts.values()))
         write_text(self.root / '_info.json', json.dumps(dict(splits=dict(train=split))))
+        lines = [f'{index} {name}\n' for index, name in enumerate(self.names)]
+        write_text(self.root / 'class_map.txt', ''.join(lines))
 
 
 def check_folder(root: str, resume: bool) -> None:

@@ -31,7 +31,7 @@ def train_command(
     """
     root = shlex.quote(folder)
     data = f'{root} --val-split ""' if args.format == 'folder' else (
-        f'{root} --dataset wds/ --train-split train --val-split "" --num-classes {len(class_map)}')
+        f'{root} --dataset wds/ --train-split train --val-split "" --class-map {root}/class_map.txt')
     map_flag = '' if class_map == list(range(model.num_classes)) else f' --kd-class-map {root}/kd_class_map.txt'
     checkpoint = f' --kd-teacher-checkpoint {shlex.quote(args.checkpoint)}' if args.checkpoint else ''
     for name, values in (('mean', args.mean), ('std', args.std)):

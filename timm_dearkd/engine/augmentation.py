@@ -32,10 +32,11 @@ class AffineJitter:
     def __call__(self, image: Image.Image) -> Image.Image:
         matrix, offset = self._draw_map(*image.size)
         size, outside = image.size, self.mean if self.fill == 'mean' else (0,) * len(image.getbands())
-        if self.fill == 'edge':
-            reach = max(size)  # of the map over the border, at most
-            x, y = (np.arange(-reach, side + reach).clip(0, side - 1) for side in size)
-            image, offset = Image.fromarray(np.asarray(image)[y[:, None], x]), offset + reach
+        if self.fill == 'edge':  # take the part of the image that the map reaches, with its border repeated
+            corners = np.array([[0, 0], [size[0], 0], [0, size[1]], size]) @ matrix.T + offset
+            first, last = np.floor(corners.min(axis=0)).astype(int) - 1, np.ceil(corners.max(axis=0)).astype(int) + 1
+            x, y = (np.arange(a, b + 1).clip(0, side - 1) for a, b, side in zip(first, last, size))
+            image, offset = Image.fromarray(np.asarray(image)[y[:, None], x]), offset - first
         coefficients = *matrix[0], offset[0], *matrix[1], offset[1]
         bands = [  # one by one, because Pillow multiplies colours by alpha
             band.transform(size, Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR, fillcolor=fill)

@@ -80,6 +80,9 @@ def open_dataset(name: str, root: Optional[str], split: str, **kwargs: Any):
             dataset = _create_dataset(name, root, split, **{**kwargs, 'class_map': classes})
     if isinstance(dataset, ImageDataset):
         return SkipUnreadable(dataset)
+    if isinstance(dataset, IterableImageDataset) and kwargs.get('class_map'):
+        names = {index: name for name, index in kwargs['class_map'].items()}
+        dataset.reader._source_names = dataset.reader._source_names or names  # timm looks up its integer labels here
     if isinstance(dataset, IterableImageDataset) and name.lower().startswith(('wds/', 'hfids/')):
         return SkipHighBitDepth(dataset)
     return dataset
@@ -478,9 +481,14 @@ def image_mode(mode: Optional[str], in_chans: int) -> str:
             f'The model takes {in_chans} channels. Set the mode of the images, CMYK or RGBA for 4 channels:'
             ' --input-img-mode.')
     try:
-        bands = ImageMode.getmode(mode).bands
+        known = ImageMode.getmode(mode)
     except KeyError:
         raise ValueError(f'--input-img-mode {mode} is none of Pillow, expected RGB, L, CMYK, RGBA, ...') from None
+    bands = known.bands
+    if known.typestr != '|u1':  # timm's loader would take each value modulo 256
+        raise ValueError(
+            f'--input-img-mode {mode} does not have 8 bits per channel, expected RGB, L, CMYK, RGBA, ... Convert the'
+            ' images to 8 bits.')
     if len(bands) != in_chans:
         raise ValueError(f'--input-img-mode {mode} gives another number of channels than the model takes, {in_chans}.')
     return mode

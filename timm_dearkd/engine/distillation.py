@@ -12,7 +12,7 @@ import torch.nn as nn
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from timm.models import get_model_input_config
 from timm.task import ClassificationTask, TrainingTask
-from timm.utils import set_jit_fuser
+from timm.utils import set_jit_fuser, unwrap_model
 
 from distill_hooks import (
     DearKDTask,
@@ -140,12 +140,14 @@ def _match_classes(teacher: Any, names: Sequence[str], num_classes: int) -> Opti
     """
     known = saved_names(teacher)
     names = list(names)
-    if len(names) != num_classes or len(known) != teacher.num_classes or known == names:
+    if not names or len(known) != teacher.num_classes or known == names:
         return None
     unknown = [name for name in names if name not in known]
     if not unknown:
         _logger.info("The teacher has more classes, or another order. They are matched by name.")
-        return [known.index(name) for name in names]
+        indices = [known.index(name) for name in names]
+        others = [index for index in range(len(known)) if index not in indices]
+        return indices + others[:num_classes - len(names)]  # --num-classes may ask for unused outputs
     if len(known) > num_classes:
         raise ValueError(
             f'The teacher knows no class {unknown[0]!r}. It knows {first_names(known)}. Rename the folder, or map the'
@@ -357,6 +359,11 @@ def uses_ema(args, task: TrainingTask) -> bool:
     return task.has_ema() and not args.model_ema_force_cpu
 
 
+def count_outputs(task: Any) -> int:
+    """Return the number of classes of the model that a task trains."""
+    return unwrap_model(task.get_eval_model()).num_classes  # timm's tasks may wrap it for DDP
+
+
 def choose_distill_type(args, student: nn.Module) -> str:
     """Return the kind of distillation: --kd-distill-type, or the one for this student.
 
@@ -403,7 +410,7 @@ def check_teacher(
     """
     model = task.teacher if isinstance(task.teacher, TimmTeacher) else TimmTeacher(task.teacher).eval()
     teacher = model.teacher
-    num_classes = task.get_eval_model().num_classes
+    num_classes = count_outputs(task)
     uses_classes = getattr(task, 'uses_classes', True)
     known = saved_names(teacher.model)
     has_other_names = bool(known and names) and known != list(names)

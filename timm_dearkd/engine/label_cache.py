@@ -20,6 +20,7 @@ from torch.utils.data import IterableDataset
 from distill_hooks import DearKDTask
 
 from ..files import create_file, write_bytes
+from .distillation import count_outputs
 from .loader import train_interpolation
 from .loop import Trainer
 from .process import SINGLE, Ranks, TrainingError
@@ -70,7 +71,7 @@ class LabelCache:
         self.folder = Path(folder)
         self.task = task
         self.shape = num_batches, max_images
-        self.num_classes: int = task.get_eval_model().num_classes  # type: ignore[union-attr, assignment]
+        self.num_classes = count_outputs(task)
         self.device = device
         self.ranks = ranks
         self.num_read = self.num_computed = 0  # images of all processes, as this one counts
@@ -262,7 +263,7 @@ def build_label_cache(args, trainer: Trainer, dataset: Any, data_config: Dict[st
     task = trainer.task
     if not args.kd_label_cache or not isinstance(task, DearKDTask):
         return None
-    num_classes: Any = task.get_eval_model().num_classes  # type: ignore[union-attr]
+    num_classes = count_outputs(task)
     if isinstance(dataset, IterableDataset):
         raise ValueError(
             f'--kd-label-cache needs the same images in every run, but the order of the stream {args.dataset} depends'

@@ -4,6 +4,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
+import numpy as np
 import torch
 import torch.nn as nn
 from PIL import Image
@@ -105,7 +106,7 @@ def create_train_loader(
         num_aug_repeats: float = 0,
         image_sizes: Sequence[Any] = (),
         schedule: Optional[Dict[str, Any]] = None,
-        stream_kwargs: Optional[Dict[str, Any]] = None,
+        worker_seeding: str = 'all',
         affine: Optional[AffineJitter] = None,
         **kwargs: Any,
 ) -> 'TrainLoader':
@@ -123,7 +124,7 @@ def create_train_loader(
         num_aug_repeats: Times that each image chosen for an epoch comes in it; 0 for every image once.
         image_sizes: Sizes (pixels, or height and width) to choose from for each batch; empty takes that of the model.
         schedule: Arguments of timm's `ScheduledBatchSampler`, which chooses.
-        stream_kwargs: Arguments of timm's `create_loader` that only streams need.
+        worker_seeding: timm's --worker-seeding, which only streams need.
         affine: Applied to each image before timm's augmentation.
         **kwargs: Augmentation and worker arguments of timm's `create_loader`.
 
@@ -143,9 +144,9 @@ def create_train_loader(
         loader = _create_loader(
             dataset, data_config, device=device, batch_size=batch_size, is_training=True, collate_fn=collate_fn,
             persistent_workers=not mixup_off_epoch,  # a worker keeps the Mixup that it started with
-            **kwargs, **(stream_kwargs or {}))
+            worker_seeding=worker_seeding, **kwargs)
         _apply_first(affine, dataset)
-        return TrainLoader(loader, mixup=mixup, mixup_off_epoch=mixup_off_epoch)
+        return TrainLoader(loader, mixup=mixup, mixup_off_epoch=mixup_off_epoch, seed=(seed, ranks.rank))
     batches = _build_batches(dataset, batch_size, seed, ranks, num_aug_repeats, schedule)
     if not image_sizes:  # --train-batches-per-epoch sets image_sizes, too
         _log_unused_images(len(batches.sampler), batch_size, ranks.world_size, even=mixup is not None)
@@ -260,6 +261,8 @@ class TrainLoader:
             the batches that were there before, and drops them.
         mixup: Mixup of a stream, which has no parts.
         mixup_off_epoch: First epoch without mixing; 0 mixes in all epochs.
+        seed: Seed and rank of a stream, from which its workers are seeded. Those that stay keep the seed of their first
+            epoch.
     """
 
     def __init__(
@@ -268,11 +271,13 @@ class TrainLoader:
             parts: Sequence[Any] = (),
             mixup: Optional[Mixup] = None,
             mixup_off_epoch: int = 0,
+            seed: Sequence[int] = (0, 0),
     ) -> None:
         self.loader = loader
         self.parts = parts
         self.mixup = mixup
         self.mixup_off_epoch = mixup_off_epoch
+        self.seed = seed
         self.skip = 0
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
@@ -281,6 +286,8 @@ class TrainLoader:
             part.set_epoch(epoch, first_batch)
         if not self.parts:
             self.skip = first_batch
+            seeds = np.random.SeedSequence((*self.seed, epoch)).generate_state(1)
+            self.loader.loader.generator.manual_seed(int(seeds[0]))
             if self.mixup is not None:
                 self.mixup.mixup_enabled = not self.mixup_off_epoch or epoch < self.mixup_off_epoch
             if hasattr(self.loader.dataset, 'set_epoch'):
@@ -365,6 +372,20 @@ def build_mixup(args, num_classes: int) -> Optional[Mixup]:
     )
 
 
+def _check_cutmix(minmax: Optional[Sequence[float]], size: Sequence[int]) -> None:
+    """Check --cutmix-minmax for images of (H, W) pixels.
+
+    Raises:
+        ValueError: If the least and the greatest side are the same number of pixels, from which timm cannot draw.
+    """
+    for side in size if minmax else ():
+        least, greatest = (int(side * share) for share in minmax or ())
+        if least == greatest:
+            raise ValueError(
+                f'--cutmix-minmax: the least and the greatest side are both {least} of {side} pixels. Set shares that'
+                ' are further apart.')
+
+
 def model_dtype(args) -> torch.dtype:
     return getattr(torch, args.model_dtype or 'float32')
 
@@ -400,6 +421,7 @@ def build_train_loader(
 ) -> TrainLoader:
     """Build the training loader, with --train-img-sizes and --train-batch-sizes."""
     set_image_mode(dataset, image_mode(args.input_img_mode, data_config['input_size'][0]))
+    _check_cutmix(args.cutmix_minmax, data_config['input_size'][1:])
     num_batches = args.train_batches_per_epoch
     if num_batches and isinstance(dataset, IterableDataset):
         _logger.warning(
@@ -425,8 +447,7 @@ def build_train_loader(
         num_aug_repeats=args.aug_repeats,
         image_sizes=sizes,
         schedule=schedule,
-        stream_kwargs=dict(
-            worker_seeding=args.worker_seeding, use_multi_epochs_loader=args.use_multi_epochs_loader),
+        worker_seeding=args.worker_seeding,
         affine=AffineJitter(args.affine_aug, data_config['mean']) if args.affine_aug else None,
         num_aug_splits=args.aug_splits,
         no_aug=args.no_aug,

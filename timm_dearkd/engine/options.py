@@ -178,7 +178,7 @@ def _add_data(group) -> None:
     add('--pin-mem', action=argparse.BooleanOptionalAction,
         help='load into page-locked memory, for faster copies to the device (default: on CUDA)')
     add('--no-prefetcher', action='store_true', help='normalise on the CPU, without copies ahead to the device')
-    add('--use-multi-epochs-loader', action='store_true', help='keep the data loading processes between epochs')
+    add('--use-multi-epochs-loader', action='store_true', help='no effect: data loading processes are kept anyway')
     add('--worker-seeding', default='all', choices=('all', 'part'),
         help='random generators to seed in the workers of streamed data sets')
 

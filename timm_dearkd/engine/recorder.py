@@ -24,7 +24,7 @@ from ..distances import LOG_NAME, DistanceLog
 from ..files import append_row, write_text
 from .checkpoints import EXPORT_NAME, AtomicCheckpointSaver, Position, remove_recovery
 from .data import Classes, have_same_folder
-from .distillation import TeacherCheck, check_teacher, saved_names, uses_ema
+from .distillation import TeacherCheck, check_teacher, count_outputs, saved_names, uses_ema
 from .loader import images_per_update, model_dtype
 from .loop import Trainer, Validator, mean_lr
 from .process import Interrupted, Precision, Ranks, StopRequest
@@ -239,9 +239,9 @@ class Recorder:
         self.teacher_was_reported = check.has_other_order
         self._check_answers(check.top1)
         if is_validation:
-            self.teacher_top1 = check.top1
+            self.teacher_top1 = None if check.top1 is None else round(check.top1, 3)
             if self.saver is not None:
-                record_results(self.folder, teacher_top1=None if check.top1 is None else round(check.top1, 3))
+                record_results(self.folder, teacher_top1=self.teacher_top1)
 
     def log_results(self, eval_metric: str) -> None:
         """Log the best epoch and where its student is, and print the best epochs."""
@@ -269,7 +269,7 @@ class Recorder:
         task: Any = self.trainer.task
         if top1 is None or self.teacher_was_reported or getattr(task, 'labels', '') != 'teacher':
             return
-        guessing = 100 / task.get_eval_model().num_classes
+        guessing = 100 / count_outputs(task)
         if top1 < MIN_TEACHER * guessing and self.trainer.ranks.is_primary:
             self.teacher_was_reported = True
             _logger.warning(
@@ -283,7 +283,7 @@ class Recorder:
         agreement = losses.get('teacher_agreement')
         if agreement is None or self.teacher_was_reported or not self.trainer.ranks.is_primary:
             return
-        guessing = 1 / cast(Any, self.trainer.task.get_eval_model()).num_classes
+        guessing = 1 / count_outputs(self.trainer.task)
         if agreement < MIN_TEACHER * guessing:
             cause = (
                 'it has hardly learned (train it for more epochs)' if self.matches_names else
@@ -301,7 +301,7 @@ class Recorder:
         if task.labels == 'teacher' and task.soft_temperature is not None:  # the loss depends on the teacher
             name, reference = 'of the first epoch', self._first_label_loss()
         else:
-            name, reference = 'of guessing', math.log(cast(Any, task.get_eval_model()).num_classes)
+            name, reference = 'of guessing', math.log(count_outputs(task))
         if losses.get('ce_loss', 0.) > MAX_LOSS_AFTER_STAGE1 * reference and self.trainer.ranks.is_primary:
             _logger.warning(
                 f'After stage I the label loss is {losses["ce_loss"]:.3g}, and that {name} is {reference:.3g}. The'

@@ -74,7 +74,7 @@ def test_classes_of_a_verifier(known, classes, told, caplog):
 
 
 def test_a_network_without_names_beside_a_cnn_in_another_order(caplog):
-    """Shards are labelled in alphabetical order, and their student has no class names."""
+    """Networks that were trained on folders have the order of `class_order`."""
     cnn, other = (timm.create_model('test_resnet', num_classes=3) for _ in range(2))
     for role, match in (('student', lambda names: match_student(other, names)),
                         ('verifier', lambda names: match_verifier(other, cnn, names))):

@@ -51,15 +51,15 @@ def test_the_map_is_that_of_grid_sample(fill, padding, monkeypatch):
         assert difference.max() < 1.5
 
 
-def test_the_largest_map_stays_within_the_padding():
-    """With the largest changes, of any signs, a map reaches less than the longer side over the border."""
+def test_the_largest_maps_stay_within_the_padding():
+    """With the largest changes, of any signs, every pixel of an image of one colour has this colour."""
+    image = Image.new('RGB', (10, 40), (200, 100, 50))
     for signs in np.ndindex(*[2] * 6):
-        numbers = iter([(1, -1)[sign] for sign in signs])
+        numbers = iter([*((1, -1)[sign] for sign in signs), 0])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(augmentation, '_uniform', lambda limit, numbers=numbers: limit * next(numbers))
-            matrix, offset = AffineJitter._draw_map(10, 40)
-        corners = np.array([[0, 0], [10, 0], [0, 40], [10, 40]]) @ matrix.T + offset
-        assert ((corners > -40) & (corners < [50, 80])).all()
+            pixels = np.asarray(AffineJitter('edge')(image))
+        assert (pixels == [200, 100, 50]).all(), signs
 
 
 @pytest.mark.parametrize('fill', FILLS)

@@ -15,6 +15,7 @@ from timm_dearkd.engine.data import (
     check_img_size,
     check_labels,
     class_names,
+    image_mode,
     open_dataset,
     open_eval_dataset,
 )
@@ -175,6 +176,13 @@ def test_image_mode(image_folder):
     for mode in ('L', 'RGB'):
         set_image_mode(dataset, mode)
         assert dataset[0][0].mode == mode
+
+
+@pytest.mark.parametrize('mode', ['I', 'I;16', 'F', '1'])
+def test_modes_without_8_bits_are_refused(mode):
+    with pytest.raises(ValueError, match=f'--input-img-mode {mode} does not have 8 bits per channel'):
+        image_mode(mode, 1)
+    assert image_mode('L', 1) == 'L' and image_mode('YCbCr', 3) == 'YCbCr'
 
 
 def test_validation_takes_the_labels_of_training(image_folder, tmp_path):

@@ -1,6 +1,7 @@
 import pytest
 import timm
 import torch
+from timm.models import save_for_hf
 
 from distill_hooks import (
     DearKDTask,
@@ -135,6 +136,20 @@ def test_stages_that_change_when_a_run_is_resumed(before, now, position, level, 
     assert message in caplog.text
     if '(was 20)' in message:  # which 10 epochs have no room for
         assert 'To keep' not in caplog.text
+
+
+@pytest.mark.parametrize('names, outputs, expected', [
+    (['cat', 'fox', 'owl'], 3, [0, 2, 3]),
+    (['cat', 'fox', 'owl'], 4, [0, 2, 3, 1]),  # --num-classes 4: the last output has no folder
+    (['cat', 'dog', 'fox', 'owl'], 4, None),
+])
+def test_classes_are_matched_by_name_also_beside_unused_outputs(names, outputs, expected, tmp_path):
+    cnn = timm.create_model('test_resnet', num_classes=4)
+    save_for_hf(cnn, tmp_path / 'cnn', model_config=dict(label_names=['cat', 'dog', 'fox', 'owl']))
+    student = timm.create_model('test_dearkd', num_classes=outputs)
+    config = dict(mean=(0.5,) * 3, std=(0.5,) * 3, input_size=(3, 64, 64))
+    teacher = load_teacher(student, config, dict(kd_model_name=f'local-dir:{tmp_path / "cnn"}'), names)
+    assert (None if teacher.class_map is None else teacher.class_map.tolist()) == expected
 
 
 @pytest.mark.parametrize('given', [{}, dict(kd_teacher_mean=[0.2], kd_teacher_std=[0.3, 0.4, 0.5])])

@@ -169,6 +169,39 @@ def test_streams_are_read_again_up_to_the_batch(image_folder):
             create_train_loader(Stream(), config(), 4, CPU, num_workers=0, **kwargs)
 
 
+class Noise(torch.utils.data.IterableDataset):
+    """A stream of random crops of one image."""
+    transform = None
+
+    def __iter__(self):
+        image = Image.fromarray(np.arange(64 * 64, dtype=np.uint16).view(np.uint8)[::2].reshape(64, 64)).convert('RGB')
+        for _ in range(8):
+            yield self.transform(image), 0
+
+    def __len__(self):
+        return 8
+
+
+def test_workers_of_streams_are_seeded_by_seed_rank_and_epoch():
+    """A resumed run repeats the random numbers of its epoch."""
+    def read(seed, rank, epoch):
+        loader = create_train_loader(
+            Noise(), config(), 4, CPU, num_workers=1, seed=seed, ranks=Ranks(rank, 2), mixup_off_epoch=9)
+        loader.set_epoch(epoch)
+        return torch.cat([images for images, _ in loader])
+
+    reference = read(0, 0, 1)
+    assert torch.equal(read(0, 0, 1), reference)
+    for other in ((1, 0, 1), (0, 1, 1), (0, 0, 2)):
+        assert not torch.equal(read(*other), reference), other
+
+
+def test_sides_of_cutmix_that_are_equal_in_pixels_are_refused():
+    args = _parse_args(['DIR', '-b', '2', '--workers', '0', '--cutmix-minmax', '0.30', '0.31'])[0]
+    with pytest.raises(ValueError, match='the least and the greatest side are both 9 of 32 pixels'):
+        build_train_loader(args, Plain(), config(size=32), None, CPU, SINGLE)
+
+
 @pytest.mark.parametrize('in_chans,mode', [(1, 'RGB'), (3, 'L')])
 def test_torchvision_sets_are_converted_to_the_channels_asked_for(in_chans, mode):
     class Images(torch.utils.data.Dataset):

@@ -213,6 +213,15 @@ def test_an_epoch_with_deep_images_is_as_long_as_its_loader_says(workers, tmp_pa
         torch.testing.assert_close(torch.cat([images for images, _ in batches])[:, 0, 0, 0], labels / 255)
 
 
+def test_a_stream_takes_a_class_map_of_names(tmp_path):
+    """Its labels are numbers, which the map names."""
+    root = make_stream(tmp_path, 'ggg')
+    (tmp_path / 'names.txt').write_text('cat\ndog\nemu\n')
+    for class_map in (str(tmp_path / 'names.txt'), dict(cat=0, dog=1, emu=2)):
+        dataset = open_dataset('wds/', root, 'train', class_map=class_map)
+        assert [label for _, label in dataset] == [0, 1, 2] and class_names(dataset) == ['cat', 'dog', 'emu']
+
+
 def test_a_stream_of_deep_images_alone_is_refused(tmp_path):
     dataset = open_dataset('wds/', make_stream(tmp_path, 'ddd'), 'train')
     with pytest.raises(OSError, match='All 3 images in the shards of a process have 16 bits'):
