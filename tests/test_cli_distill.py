@@ -184,9 +184,8 @@ def test_16_bit_images_are_refused(tmp_path, monkeypatch):
         for i in range(5):
             Image.fromarray(np.full((9, 9), 9000 * i, dtype=np.uint16)).save(tmp_path / 'deep' / name / f'{i}.png')
     monkeypatch.setattr(timm_dearkd.train, 'prepare', lambda argv: lambda: 1 / 0)
-    for options, message in (
-            (dict(), 'Convert them to 8 bits'), (dict(input_img_mode='I;16', in_chans=1), 'does not have 8 bits')):
-        with pytest.raises(ValueError, match=message):
+    for options in (dict(), dict(input_img_mode='I;16', in_chans=1)):
+        with pytest.raises(ValueError, match='Convert them to 8 bits'):
             timm_dearkd.distill(str(tmp_path / 'deep'), output=str(tmp_path / 'out'), device='cpu', **options)
 
 

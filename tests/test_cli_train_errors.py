@@ -81,6 +81,7 @@ ERRORS = {
     'labels of nobody': (['-c', 'data_free'], '--dearkd-labels needs a teacher: add --kd-model-name NAME'),
     'labels and loss': (
         ['--dearkd-labels', 'teacher', '--bce-loss', '--kd-model-name', 'TEACHER'], 'does not go with --bce-loss'),
+    'cutmix': (['--cutmix-minmax', '0.5', '1.5'], 'expected the least and the greatest value, of 0 to 1.'),
     'augmentation': (['--affine-aug', 'edge', '--no-aug'], '--affine-aug augments, and --no-aug does not'),
     'temperature of nobody': (['--kd-temperature', '2'], '--kd-temperature needs a teacher'),
     'sizes': (['--train-img-sizes', '32', '40'], 'Set --train-img-sizes 32'),

@@ -143,13 +143,15 @@ def _facts(run: Run, model: Any) -> List[Tuple[str, Any]]:
         ('Teacher', _teacher(run)),
         ('Epochs', run.num_done if run.state == 'finished' else f'{run.state}, not finished'),
         *_stages(run),
-        ('Optimizer', f'{args.get("opt")}, {rate}, weight decay {args.get("weight_decay")}, {_images_per_update(run)}'
-         ' images per update')]
+        ('Optimizer', f'{args.get("opt")}, {rate}, weight decay {args.get("weight_decay")}, {_batch(run)}')]
 
 
-def _images_per_update(run: Run) -> int:
-    processes = run.info.get('environment', {}).get('processes') or 1
-    return int(run.args.get('batch_size') or 0) * int(run.args.get('grad_accum_steps') or 1) * processes
+def _batch(run: Run) -> str:
+    """Return the images per update in words, or only the batch size if they differ or are not recorded."""
+    args, processes = run.args, run.info.get('environment', {}).get('processes')
+    if not processes or args.get('train_batch_sizes'):
+        return f'batch size {args.get("batch_size")}'
+    return f'{args["batch_size"] * (args.get("grad_accum_steps") or 1) * processes} images per update'
 
 
 def _last_part(path: str) -> str:
@@ -248,7 +250,7 @@ def prepare_folder(run_folder: str, folder: Path, repo: str, license: Optional[s
         run_folder: Output folder of train.py.
         folder: Folder to write, which is replaced.
         repo: Name of the repository, ORG/NAME.
-        license: Licence of the weights, see `model_card`.
+        license: Licence of the weights, by the Hub's name; None takes the one in `config.json`, if any.
 
     Raises:
         FileNotFoundError: If the run does not exist.
@@ -285,7 +287,7 @@ def push(run_folder: str, repo: str, private: bool = False, license: Optional[st
         run_folder: Output folder of train.py.
         repo: Name of the repository, ORG/NAME.
         private: Create a private repository, and do not push to a public one.
-        license: Licence of the weights, see `model_card`.
+        license: Licence of the weights, by the Hub's name; None takes the one in `config.json`, if any.
 
     Returns:
         URL of the repository.

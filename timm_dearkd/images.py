@@ -98,7 +98,7 @@ def inspect_images(
                 image.load()
         except UNREADABLE:
             continue  # train.py names and skips it
-        if exceeds_8_bits(image.mode, kwargs.get('input_img_mode', 'RGB')):
+        if exceeds_8_bits(image.mode):
             continue  # in the same way
         samples.append(path)
         sides.append(min(image.size))

@@ -19,7 +19,6 @@ from . import train
 from .analysis.runs import open_run
 from .engine.checkpoints import EXPORT_NAME, changed_options
 from .engine.data import image_mode
-from .engine.image_folder import exceeds_8_bits
 from .engine.options import find_config, options_to_argv, parse_args
 from .engine.process import default_workers
 from .engine.schedule import epochs_for
@@ -82,9 +81,8 @@ class Step:
         if self.args.cooldown_epochs or self.args.warmup_prefix or self.args.lr_cycle_limit > 1:
             return False  # these add epochs, and train.py knows how many
         summary, last, export = (run.folder / name for name in ('summary.csv', 'last.pth.tar', EXPORT_NAME))
-        done = int(run.rows[-1]['epoch']) + 1 if run.rows else 0
         # the row of an epoch is written before its checkpoint
-        return (done >= (self.args.stop_epoch or self.args.epochs) and last.exists() and export.exists()
+        return (run.num_done >= (self.args.stop_epoch or self.args.epochs) and last.exists() and export.exists()
                 and last.stat().st_mtime >= summary.stat().st_mtime)
 
     def describe(self) -> str:
@@ -211,8 +209,7 @@ class Planner:
         if is_trained:
             mode = self.user_args.input_img_mode if channels == in_chans else None
             mode = image_mode(mode, channels)
-            is_deep = exceeds_8_bits(mode, 'L')  # which timm's transform of single images does not take
-            is_alike = not is_deep and is_mirrored_alike(cnn, self.images.samples, seen or self.size, mode)
+            is_alike = is_mirrored_alike(cnn, self.images.samples, seen or self.size, mode)
             options['hflip'] = 0.5 if is_alike else 0.
         return options
 

@@ -94,7 +94,7 @@ def load_model(name: str, checkpoint: Optional[str] = None, device: Optional[str
     """
     model: Any = distill_hooks.load_model(name, checkpoint, device=find_device(device)).eval()
     mode = _run_options(name, checkpoint).get('input_img_mode')
-    if mode and not exceeds_8_bits(mode, 'L'):
+    if mode and not exceeds_8_bits(mode):
         model.pretrained_cfg['input_img_mode'] = mode
     elif get_model_input_config(model)['input_size'][0] == 4:
         _logger.warning('Reads the images as CMYK. The results are wrong if the model was trained on RGBA.')
@@ -160,7 +160,7 @@ def open_image(path: str, mode: str = 'RGB', has_warned: Optional[torch.Tensor] 
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If the file cannot be read, or has more bits per channel than the mode.
+        ValueError: If the file cannot be read, or has more than 8 bits per channel.
     """
     try:
         with Image.open(path) as file:
@@ -171,7 +171,7 @@ def open_image(path: str, mode: str = 'RGB', has_warned: Optional[torch.Tensor] 
         raise FileNotFoundError(f'No image at {path!r}.') from None
     except UNREADABLE as e:
         raise ValueError(f'{path!r} cannot be read as an image ({one_line(e)}).') from e
-    check_mode(path, found, mode)
+    check_mode(path, found)
     return image
 
 

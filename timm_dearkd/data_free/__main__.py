@@ -73,6 +73,7 @@ def build_inverter(args: argparse.Namespace, model: Any, names: Sequence[str], p
     competitor = None
     if args.student:
         student = load_model(args.student, args.student_checkpoint, device=precision.device)
+        _log_assumed_normalisation(args.student, args.student_checkpoint, student)
         competitor = Competitor(student, match_student(student, names))
     mean, std = _normalisation(model)
     jitter = max(r.size for r in resolutions) // 8 if args.jitter is None else args.jitter
@@ -91,6 +92,20 @@ def _normalisation(model: Any) -> Tuple[List[float], List[float]]:
     """Return the mean and the deviation per channel of a model's normalisation."""
     mean, std = input_normalisation(model, model.in_chans)
     return mean.tolist(), std.tolist()
+
+
+def _log_assumed_normalisation(
+        name: str,
+        checkpoint: Optional[str],
+        model: Any,
+        remedy: str = 'If it was trained with others, give its run folder instead.',
+) -> None:
+    """Log the normalisation of a network whose file does not tell it."""
+    if has_only_weights(name, checkpoint):
+        mean, std = ([round(value, 3) for value in values] for values in _normalisation(model))
+        _logger.info(
+            f'{checkpoint!r} does not tell how its images were normalised. The network gets images with the mean {mean}'
+            f' and the deviation {std}. {remedy}')
 
 
 def make_batch(
@@ -142,11 +157,9 @@ def run(args: argparse.Namespace) -> None:
     precision = Precision(device, torch.bfloat16 if args.amp else None)
     model: Any = load_model(args.model, args.checkpoint, device=device)
     set_normalisation(model, args.mean, args.std, '--')
-    if has_only_weights(args.model, args.checkpoint) and not (args.mean and args.std):
-        mean, std = ([round(value, 3) for value in values] for values in _normalisation(model))
-        _logger.info(
-            f'{args.checkpoint!r} does not tell how its images were normalised. The images are made for the mean {mean}'
-            f' and the deviation {std}. If the CNN was trained with others, set --mean and --std.')
+    if not (args.mean and args.std):
+        _log_assumed_normalisation(
+            args.model, args.checkpoint, model, 'If the CNN was trained with others, set --mean and --std.')
     indices = parse_classes(args.classes, model.num_classes)
     per_class = _images_per_class(args, len(indices), saved)
     names = read_class_names(args.class_names, model)
@@ -157,6 +170,7 @@ def run(args: argparse.Namespace) -> None:
     verifier = None
     if args.verifier:
         verifier = load_model(args.verifier, args.verifier_checkpoint, device=device)
+        _log_assumed_normalisation(args.verifier, args.verifier_checkpoint, verifier)
     classes = match_verifier(verifier, model, names) if verifier is not None else ()
     judge = Judge(model, verifier, classes, *_normalisation(model), args.min_prob)
     judge.check_size(inverter.size)
@@ -202,8 +216,8 @@ def choose_by_pilot(
         options: Weights and mirroring of the command's options.
         kept: Weights that were given.
         saved: Settings of the run to resume; {} for a new run.
-        ranks: This process among all. All run the pilot, because a wait for one would end after some minutes. The
-            first one decides.
+        ranks: This process among all. All run the pilot, because a process that waits for
+            another times out. The first one decides.
     """
     choice = [options]
     if 'mirror' in saved:
@@ -225,7 +239,7 @@ def _settings(
         networks: Sequence[torch.nn.Module],
 ) -> Dict[str, Any]:
     """Return what the images depend on, for `settings.json` and the manifest."""
-    skipped = ('output', 'resume', 'device', 'format', 'classes', 'class_names', 'num_images')
+    skipped = ('output', 'resume', 'device', 'format', 'classes', 'class_names', 'num_images', 'mean', 'std')
     return {
         **{key: value for key, value in vars(args).items() if key not in skipped},
         'images_per_class': per_class,
@@ -356,8 +370,8 @@ def report(args: argparse.Namespace, dataset: SyntheticSet, inverter: Inverter, 
     if losses and counts['sure'] < counts['made'] / 2:
         _logger.warning(advise(inverter, losses))
     if counts['kept'] < 2:
-        if args.verifier:
-            _logger.warning(f'--verifier keeps no images with --min-prob {args.min_prob:g}. Lower it.')
+        if args.verifier and counts['made']:
+            _logger.warning(f'--min-prob {args.min_prob:g} leaves too few images for a student. Lower it.')
         return
     missing = len(dataset.classes) - counts['classes']
     if missing:

@@ -58,8 +58,6 @@ class SyntheticSet:
         check_folder(root, resume)
         saved = read_settings(root)
         keys = {*saved, *self.settings} - {'versions', 'num_images'} if saved else set()
-        if 'normalisation' not in saved:  # of an earlier version
-            keys.discard('normalisation')
         if saved.get('weights') == self.settings.get('weights'):  # from wherever they were loaded
             keys -= NETWORKS
         differing = sorted(key for key in keys if saved.get(key) != self.settings.get(key))

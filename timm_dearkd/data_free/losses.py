@@ -38,7 +38,7 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        # the compiler fuses this, and has no kernel for the other; nor has MPS
+        # torch.compile and MPS have no kernel for `batch_norm_update_stats`; the compiler fuses `var_mean`
         if torch.compiler.is_compiling() or x.device.type not in KERNEL_DEVICES:
             var, mean = torch.var_mean(x.float(), dim=(0, *range(2, x.ndim)), correction=0)
         else:

@@ -81,11 +81,16 @@ def open_dataset(name: str, root: Optional[str], split: str, **kwargs: Any):
     if isinstance(dataset, ImageDataset):
         return SkipUnreadable(dataset)
     if isinstance(dataset, IterableImageDataset) and kwargs.get('class_map'):
-        names = {index: name for name, index in kwargs['class_map'].items()}
-        dataset.reader._source_names = dataset.reader._source_names or names  # timm looks up its integer labels here
+        _name_labels(dataset.reader, kwargs['class_map'])
     if isinstance(dataset, IterableImageDataset) and name.lower().startswith(('wds/', 'hfids/')):
         return SkipHighBitDepth(dataset)
     return dataset
+
+
+def _name_labels(reader: Any, class_map: Dict[Any, int]) -> None:
+    """Give the integer labels of a stream the names of a class map, in which timm then finds their indices."""
+    if not reader._source_names:
+        reader._source_names = {index: name for name, index in class_map.items() if isinstance(name, str)}
 
 
 def _create_dataset(name: str, root: Optional[str], split: str, **kwargs: Any):
@@ -109,7 +114,7 @@ def _read_torch_folder(name: str, root: str, split: str, class_map: Any = '', **
     class_to_idx = resolve_class_map(class_map, folder.root, names, kwargs.get('is_training', False))
     if class_to_idx is None:
         class_to_idx = {name: index for index, name in enumerate(names)}
-    check_images(folder.samples, kwargs.get('input_img_mode', 'RGB'), kwargs.get('is_training', False))
+    check_images(folder.samples, kwargs.get('is_training', False))
     return ImageFolderReader(folder.root, [(path, names[index]) for path, index in folder.samples], class_to_idx)
 
 
@@ -282,6 +287,9 @@ def relabel(name: str, root: Optional[str], split: str, class_to_idx: Dict[Any, 
         ValueError: See `open_dataset`; or if the data set has other indices and does not take a class map.
     """
     dataset = open_dataset(name, root, split, **{**kwargs, 'class_map': class_to_idx})
+    if isinstance(dataset, IterableDataset) and kwargs.get('class_map'):  # the user's map names the labels
+        raise ValueError(
+            f'The class order of the stream {name!r} differs from that of training. Set the --class-map of training.')
     if class_indices(dataset) != class_to_idx:  # most of torchvision's data sets ignore a class map
         raise ValueError(
             f'Split {split!r} of data set {name!r} has other classes, or another class order, than training. Its labels'

@@ -33,7 +33,7 @@ from distill_hooks.errors import one_line
 from ..attention import ConvAttention
 from ..files import write_text
 from .checkpoints import Position
-from .image_folder import first_names, normal_name
+from .image_folder import UNUSED_CLASS, first_names, normal_name
 from .loader import model_dtype
 from .loop import Validator
 from .options import check_distillation
@@ -139,15 +139,18 @@ def _match_classes(teacher: Any, names: Sequence[str], num_classes: int) -> Opti
     Warns if the names differ: they may be other names of the same classes.
     """
     known = saved_names(teacher)
-    names = list(names)
-    if not names or len(known) != teacher.num_classes or known == names:
+    names = [name for name in names if not name.startswith(UNUSED_CLASS)]
+    if not names or not num_classes <= len(known) == teacher.num_classes:
         return None
     unknown = [name for name in names if name not in known]
     if not unknown:
-        _logger.info("The teacher has more classes, or another order. They are matched by name.")
         indices = [known.index(name) for name in names]
         others = [index for index in range(len(known)) if index not in indices]
-        return indices + others[:num_classes - len(names)]  # --num-classes may ask for unused outputs
+        indices += others[:num_classes - len(names)]  # --num-classes may ask for unused outputs
+        if indices == list(range(len(known))):
+            return None
+        _logger.info("The teacher has more classes, or another order. They are matched by name.")
+        return indices
     if len(known) > num_classes:
         raise ValueError(
             f'The teacher knows no class {unknown[0]!r}. It knows {first_names(known)}. Rename the folder, or map the'

@@ -34,6 +34,7 @@ NUM_DIGEST_FILES = 20
 # Images that are not read; each system knows other ones
 _OTHER_TYPES = {'.avif', '.heic', '.heif', '.j2k', '.jp2', '.jxl', '.tga'}
 _HIGH_BIT_DEPTH_MODES = ('I', 'F')
+UNUSED_CLASS = '(no folder, class '  # start of the names of outputs without a folder, see --num-classes
 _TRAIN_SPLITS = ('train', 'training')
 _EVAL_SPLITS = ('val', 'valid', 'validation', 'eval', 'evaluation')
 
@@ -220,7 +221,7 @@ def open_folder(
         check_class_folders(scan, is_training)
         class_to_idx = index_by_name(scan.names)
     reader = ImageFolderReader(scan.root, scan.images, class_to_idx)
-    check_images(reader.samples, input_img_mode, is_training)
+    check_images(reader.samples, is_training)
     return reader
 
 
@@ -407,7 +408,7 @@ def first_names(names: Sequence[str]) -> str:
     return ', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
 
 
-def check_images(samples: Sequence[Tuple[str, int]], mode: str, is_training: bool) -> None:
+def check_images(samples: Sequence[Tuple[str, int]], is_training: bool) -> None:
     """Refuse classes without a readable image, and classes of images with more than 8 bits per channel.
 
     Looks at the first and the last image of each class, of 1,000 classes at most. If one of them cannot be read, or has
@@ -416,21 +417,20 @@ def check_images(samples: Sequence[Tuple[str, int]], mode: str, is_training: boo
 
     Args:
         samples: Path and class index of each image.
-        mode: Pillow mode to convert the images to.
         is_training: Whether every class must have images.
 
     Raises:
-        ValueError: If no image of a class can be read, or most have more than 8 bits per channel and the mode has 8.
+        ValueError: If no image of a class can be read, or most have more than 8 bits per channel.
     """
     by_class: Dict[int, List[str]] = defaultdict(list)
     for path, label in samples:
         by_class[label].append(path)
 
     def find_fault(path: str) -> Optional[str]:
-        """Return 'deep' for more bits than the mode, or why the image cannot be read."""
+        """Return 'deep' for more than 8 bits per channel, or why the image cannot be read."""
         try:
             with Image.open(path) as image:
-                return 'deep' if exceeds_8_bits(image.mode, mode) else None
+                return 'deep' if exceeds_8_bits(image.mode) else None
         except UNREADABLE as e:
             return one_line(e)
 
@@ -456,23 +456,22 @@ def resolve_link(path: str) -> str:
     return target if os.path.isabs(target) else path
 
 
-def exceeds_8_bits(found: str, mode: str) -> bool:
-    """Return whether an image of mode `found` has more than 8 bits per channel, and `mode` has 8."""
-    return found.split(';')[0] in _HIGH_BIT_DEPTH_MODES and mode.split(';')[0] not in _HIGH_BIT_DEPTH_MODES
+def exceeds_8_bits(mode: str) -> bool:
+    """Return whether an image of a Pillow mode has more than 8 bits per channel."""
+    return mode.split(';')[0] in _HIGH_BIT_DEPTH_MODES
 
 
-def check_mode(path: str, found: str, mode: str) -> None:
+def check_mode(path: str, mode: str) -> None:
     """Refuse an image that Pillow clips to white instead of converting it.
 
     Args:
         path: The image file.
-        found: Pillow mode of the image.
-        mode: Pillow mode to convert it to.
+        mode: Pillow mode of the image.
 
     Raises:
-        ValueError: If the image has more than 8 bits per channel and the mode has 8.
+        ValueError: If the image has more than 8 bits per channel.
     """
-    if exceeds_8_bits(found, mode):
+    if exceeds_8_bits(mode):
         raise ValueError(
-            f'{resolve_link(path)!r} has 16 bits per channel or more (mode {found}). Pillow clips such images to white.'
+            f'{resolve_link(path)!r} has 16 bits per channel or more (mode {mode}). Pillow clips such images to white.'
             ' Convert it to 8 bits.')

@@ -12,6 +12,7 @@ from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.loader import fast_collate
 from timm.data.scheduled_sampler import ScheduledBatchSampler
+from timm.layers import to_2tuple
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, default_collate
 from torchvision.transforms import Compose
 
@@ -261,8 +262,8 @@ class TrainLoader:
             the batches that were there before, and drops them.
         mixup: Mixup of a stream, which has no parts.
         mixup_off_epoch: First epoch without mixing; 0 mixes in all epochs.
-        seed: Seed and rank of a stream, from which its workers are seeded. Those that stay keep the seed of their first
-            epoch.
+        seed: Seed and rank of a stream, which seed its workers together with the epoch. Persistent workers keep the
+            seed of the epoch in which they started.
     """
 
     def __init__(
@@ -421,7 +422,8 @@ def build_train_loader(
 ) -> TrainLoader:
     """Build the training loader, with --train-img-sizes and --train-batch-sizes."""
     set_image_mode(dataset, image_mode(args.input_img_mode, data_config['input_size'][0]))
-    _check_cutmix(args.cutmix_minmax, data_config['input_size'][1:])
+    for size in args.train_img_sizes or [data_config['input_size'][1:]]:
+        _check_cutmix(args.cutmix_minmax, to_2tuple(size))
     num_batches = args.train_batches_per_epoch
     if num_batches and isinstance(dataset, IterableDataset):
         _logger.warning(

@@ -4,6 +4,7 @@ The limits of a flag stand beside it. `resolve_args` checks what several flags d
 """
 import argparse
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NoReturn, Optional, Sequence, Set, Tuple
@@ -178,7 +179,7 @@ def _add_data(group) -> None:
     add('--pin-mem', action=argparse.BooleanOptionalAction,
         help='load into page-locked memory, for faster copies to the device (default: on CUDA)')
     add('--no-prefetcher', action='store_true', help='normalise on the CPU, without copies ahead to the device')
-    add('--use-multi-epochs-loader', action='store_true', help='no effect: data loading processes are kept anyway')
+    add('--use-multi-epochs-loader', action='store_true', help='no effect')
     add('--worker-seeding', default='all', choices=('all', 'part'),
         help='random generators to seed in the workers of streamed data sets')
 
@@ -616,9 +617,11 @@ def _check_values(args: argparse.Namespace) -> None:
     for key in ('scale', 'ratio', 'cutmix_minmax'):
         values = getattr(args, key) or (1., 1.)
         least = 0. if key == 'cutmix_minmax' else 1e-9  # a crop of no area or no width is no image
-        if len(values) != 2 or not least <= values[0] <= values[1]:
+        most = 1. if key == 'cutmix_minmax' else math.inf
+        if len(values) != 2 or not least <= values[0] <= values[1] <= most:
             raise ValueError(
-                f'{_flag(key)} is {" ".join(map(str, values))}, expected the least and the greatest value.')
+                f'{_flag(key)} is {" ".join(map(str, values))}, expected the least and the greatest value'
+                f'{", of 0 to 1" if key == "cutmix_minmax" else ""}.')
     if args.opt_betas:
         num_betas = get_optimizer_info(args.opt.lower().split('_')[-1]).num_betas  # without lookahead_, as timm does
         if len(args.opt_betas) != num_betas:

@@ -24,6 +24,7 @@ from timm.utils import unwrap_model
 
 from ..files import write_table, write_text
 from .checkpoints import EXPORT_NAME, Position, find_checkpoint, refuse_to_overwrite
+from .image_folder import UNUSED_CLASS
 from .process import Ranks, TrainingError
 
 _logger = logging.getLogger(__name__)
@@ -277,7 +278,7 @@ def export_model(
     has_config = not why_no_config(model)
     if label_names and has_config:  # with --num-classes, the model may know more
         others = range(len(label_names), cast(Any, model).num_classes)
-        label_names = [*label_names, *(f'(no folder, class {index})' for index in others)]
+        label_names = [*label_names, *(f'{UNUSED_CLASS}{index})' for index in others)]
     weights_file, config_file = (Path(folder) / f'.{name}.tmp' for name in (EXPORT_NAME, 'config.json'))
     try:
         weights_file.write_bytes(safetensors.torch.save(tensors, metadata={'format': 'pt'}))

@@ -163,6 +163,7 @@ def build_evaluation(args, device: torch.device, create_model: Callable[..., Any
         if indices != class_indices(eval_set):
             eval_set = open_validation_set(args, indices)
     elif trained and not found:  # shards, which know their classes by a class map alone
+        _logger.info('The labels of the images are numbers. They are taken as class indices of the model.')
         eval_set = open_validation_set(args, trained)
     elif known and found and (trained or not args.initial_checkpoint):
         raise ValueError(

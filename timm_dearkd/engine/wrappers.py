@@ -137,8 +137,8 @@ class SkipUnreadable(_Wrapper):
             raise ValueError(f'{self._name(index)!r} cannot be read as an image.') from e
         except UNREADABLE as e:
             raise ValueError(f'{self._name(index)!r} cannot be read as an image ({one_line(e)}).') from e
-        if exceeds_8_bits(image.mode, self.input_img_mode):  # first, because the name of each image takes time
-            check_mode(self._name(index), image.mode, self.input_img_mode)
+        if exceeds_8_bits(image.mode):  # first, because the name of each image takes time
+            check_mode(self._name(index), image.mode)
         try:
             warn_of_changes(image, self.input_img_mode, self.has_warned, lambda: self._name(index))
             return image.convert(self.input_img_mode), *rest
@@ -160,7 +160,7 @@ class SkipHighBitDepth(IterableImageDataset):
         dataset: timm's data set of WebDataset shards, or streamed from Hugging Face.
 
     Raises:
-        OSError: If the shards of a process have no image of 8 bits.
+        OSError: If the shards of a process have no image of 8 bits, or the class map lacks a label.
     """
 
     def __init__(self, dataset: IterableImageDataset) -> None:
@@ -171,8 +171,8 @@ class SkipHighBitDepth(IterableImageDataset):
     def __iter__(self):
         last: Any = None
         num_missing = 0  # images that are yet to be yielded
-        for image, target in self.reader:
-            if not exceeds_8_bits(image.mode, self.input_img_mode):
+        for image, target in self._read():
+            if not exceeds_8_bits(image.mode):
                 last = image.convert(self.input_img_mode), target
             else:
                 self._report(image.mode)
@@ -184,6 +184,12 @@ class SkipHighBitDepth(IterableImageDataset):
             raise OSError(
                 f'All {num_missing} images in the shards of a process have 16 bits per channel or more. Convert them to'
                 ' 8 bits.')
+
+    def _read(self):
+        try:
+            yield from self.reader
+        except KeyError as e:
+            raise OSError(f'--class-map has no class for the label {one_line(e)} of an image. Add it.') from e
 
     def _report(self, mode: str) -> None:
         if not self.was_reported[0]:

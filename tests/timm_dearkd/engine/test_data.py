@@ -151,7 +151,6 @@ def test_deep_images_are_refused(mode, name, image_folder, tmp_path, monkeypatch
     for wanted in ('RGB', 'L'):
         with pytest.raises(ValueError, match=f'rust/{name}.*Convert them to 8 bits'):
             open_dataset('', str(root), 'train', input_img_mode=wanted, is_training=True)
-    assert len(open_dataset('', str(root), 'train', input_img_mode='F'))  # what asks for it gets it
     shutil.copy(path, path.parent / f'1{path.suffix}')
     with pytest.raises(ValueError, match='Convert them to 8 bits'):
         open_dataset('', str(root), 'train')

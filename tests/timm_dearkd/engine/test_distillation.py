@@ -141,6 +141,8 @@ def test_stages_that_change_when_a_run_is_resumed(before, now, position, level, 
 @pytest.mark.parametrize('names, outputs, expected', [
     (['cat', 'fox', 'owl'], 3, [0, 2, 3]),
     (['cat', 'fox', 'owl'], 4, [0, 2, 3, 1]),  # --num-classes 4: the last output has no folder
+    (['cat', 'fox', '(no folder, class 2)'], 3, [0, 2, 1]),  # as in config.json
+    (['cat', 'dog', 'fox'], 4, None),
     (['cat', 'dog', 'fox', 'owl'], 4, None),
 ])
 def test_classes_are_matched_by_name_also_beside_unused_outputs(names, outputs, expected, tmp_path):

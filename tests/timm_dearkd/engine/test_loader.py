@@ -183,7 +183,7 @@ class Noise(torch.utils.data.IterableDataset):
 
 
 def test_workers_of_streams_are_seeded_by_seed_rank_and_epoch():
-    """A resumed run repeats the random numbers of its epoch."""
+    """Here they start in each epoch. A resumed run repeats their random numbers."""
     def read(seed, rank, epoch):
         loader = create_train_loader(
             Noise(), config(), 4, CPU, num_workers=1, seed=seed, ranks=Ranks(rank, 2), mixup_off_epoch=9)
@@ -197,8 +197,10 @@ def test_workers_of_streams_are_seeded_by_seed_rank_and_epoch():
 
 
 def test_sides_of_cutmix_that_are_equal_in_pixels_are_refused():
-    args = _parse_args(['DIR', '-b', '2', '--workers', '0', '--cutmix-minmax', '0.30', '0.31'])[0]
-    with pytest.raises(ValueError, match='the least and the greatest side are both 9 of 32 pixels'):
+    flags = ['DIR', '-b', '2', '--workers', '0', '--cutmix-minmax', '0.30', '0.33']
+    build_train_loader(_parse_args(flags)[0], Plain(), config(size=32), None, CPU, SINGLE)
+    args = _parse_args([*flags, '--train-img-sizes', '32', '24'])[0]
+    with pytest.raises(ValueError, match='the least and the greatest side are both 7 of 24 pixels'):
         build_train_loader(args, Plain(), config(size=32), None, CPU, SINGLE)
 
 

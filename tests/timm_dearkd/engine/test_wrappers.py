@@ -17,7 +17,9 @@ from torchvision.datasets import FakeData
 
 from timm_dearkd.engine.data import (
     class_names,
+    classes_of,
     open_dataset,
+    open_with_classes,
 )
 from timm_dearkd.engine.loader import create_train_loader
 from timm_dearkd.engine.wrappers import ClassFraction, SkipUnreadable, set_image_mode
@@ -220,6 +222,13 @@ def test_a_stream_takes_a_class_map_of_names(tmp_path):
     for class_map in (str(tmp_path / 'names.txt'), dict(cat=0, dog=1, emu=2)):
         dataset = open_dataset('wds/', root, 'train', class_map=class_map)
         assert [label for _, label in dataset] == [0, 1, 2] and class_names(dataset) == ['cat', 'dog', 'emu']
+    (tmp_path / 'names.txt').write_text('emu\ndog\ncat\n')
+    with pytest.raises(ValueError, match="The class order of the stream 'wds/' differs from that of training"):
+        open_with_classes(classes_of(dataset), 'wds/', root, 'train', class_map=str(tmp_path / 'names.txt'))
+    for class_map in (dict(cat=0, dog=1), {0: 0, 1: 1, 5: 2}):  # also of integers, which stand for themselves
+        with pytest.raises(OSError, match='--class-map has no class for the label 2 of an image'):
+            list(open_dataset('wds/', root, 'train', class_map=class_map))
+    assert [label for _, label in open_dataset('wds/', root, 'train', class_map={0: 1, 1: 0, 2: 2})] == [1, 0, 2]
 
 
 def test_a_stream_of_deep_images_alone_is_refused(tmp_path):
