@@ -333,7 +333,7 @@ def test_a_grey_cnn_and_a_class_without_images(tmp_path, capsys, caplog):
     main([
         str(out), '--model', 'test_resnet', '--checkpoint', str(tmp_path / 'grey.pth'), '--mean', '0.25', *QUICK,
         '--num-images', '6'])
-    assert 'The images are made for the mean [0.25] and the deviation [0.5]' in caplog.text
+    assert 'The network gets images with the mean [0.25] and the deviation [0.5]' in caplog.text
     assert json.loads((out / 'settings.json').read_text())['normalisation'][0] == [0.25]
     said = capsys.readouterr().out
     present = sorted(path.name for path in (out / 'train').iterdir())
