@@ -65,15 +65,15 @@ def weights_hash(folder: Path) -> str:
     return _file_hash(path, path.stat().st_mtime_ns) if path.exists() else ''
 
 
-def label_counts(folder: Path) -> Dict[str, int]:
-    """Return how many of the teacher's labels a run read and computed, if it has a label cache."""
+def teacher_figures(folder: Path) -> Dict[str, Any]:
+    """Return the teacher's top-1 as it taught a run, and how many of its labels were read and computed, if recorded."""
     path = folder / 'run.json'
     results = json.loads(path.read_text()).get('results', {}) if path.exists() else {}
-    return {name: results[name] for name in ('labels_read', 'labels_computed') if name in results}
+    return {name: results[name] for name in ('teacher_top1', 'labels_read', 'labels_computed') if name in results}
 
 
 def student_figures(folder: Path) -> Dict[str, Any]:
-    """Return top-1 after the last epoch and at each evaluation, the teacher agreement, and `label_counts`."""
+    """Return top-1 after the last epoch and at each evaluation, the teacher agreement, and `teacher_figures`."""
     with open(folder / 'summary.csv', newline='') as f:
         rows = list(csv.DictReader(f))
     if not rows or None in rows[-1] or not rows[-1].get('eval_top1'):
@@ -81,14 +81,13 @@ def student_figures(folder: Path) -> Dict[str, Any]:
     evaluated = {int(row['epoch']) + 1: float(row['eval_top1']) for row in rows if row['eval_top1']}
     agreement = [row['train_teacher_agreement'] for row in rows if row.get('train_teacher_agreement')]
     return dict(
-        top1=evaluated[max(evaluated)], top1_by_epoch=evaluated, **label_counts(folder),
+        top1=evaluated[max(evaluated)], top1_by_epoch=evaluated, **teacher_figures(folder),
         **(dict(teacher_agreement=float(agreement[-1])) if agreement else {}))
 
 
 def distill_figures(folder: Path) -> Dict[str, Any]:
-    """Return the figures of a student of `timm-dearkd distill`, and the top-1 of its teacher as it taught."""
-    results = json.loads((folder / 'student' / 'run.json').read_text())['results']
-    return dict(student_figures(folder / 'student'), teacher_top1=results['teacher_top1'])
+    """Return the figures of a student of `timm-dearkd distill`."""
+    return student_figures(folder / 'student')
 
 
 def shares(images: Sequence[Dict[str, Any]]) -> Dict[str, float]:
