@@ -202,7 +202,9 @@ class LabelStore(Protocol):
 class DearKDTask(TrainingTask):
     """Early knowledge distillation of a CNN into any timm ViT (Eq. 4 to 7).
 
-    Call `set_epoch` at the start of every epoch. The training loop needs no other change.
+    Call `set_epoch` at the start of every epoch. The training loop needs no other change. Create the optimizer before
+    `compile`, which renames the parameters that timm excludes from weight decay. Save and load the task with timm's
+    `get_checkpoint_state` and `load_checkpoint_state`: `state_dict` lacks the deviations of `normalize_features`.
 
     Our choices, where the paper is silent: block 4 of the student learns from the teacher stage with the largest stride
     up to half the patch size, or up to 8 for patches below 16. In RESULTS.md, this stage is better than the next one,
@@ -341,7 +343,7 @@ class DearKDTask(TrainingTask):
         return self
 
     def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs: Any) -> nn.Module:
-        """Compile the student, its branches, the hidden loss and the teacher."""
+        """Compile the student, its branches, the hidden loss and the teacher, after the optimizer was created."""
         kwargs = dict(backend=backend, mode=mode, **compile_kwargs)
         self.eval_model = cast(nn.Module, torch.compile(unwrap_model(self.trainable_module).student, **kwargs))
         self.trainable_module = cast(nn.Module, torch.compile(self.trainable_module, **kwargs))

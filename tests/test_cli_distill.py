@@ -17,6 +17,7 @@ from timm.task import ClassificationTask
 
 import timm_dearkd.train
 from reproduction.results import distill_figures
+from timm_dearkd.analysis.__main__ import main
 from timm_dearkd.api import run_step
 from timm_dearkd.cli import COMMANDS
 from timm_dearkd.engine.process import TrainingError
@@ -102,6 +103,11 @@ def test_paths_and_names_are_checked(data, options, message):
     with pytest.raises(TypeError, match=message) as error:
         timm_dearkd.distill(data, **options)
     assert len(str(error.value)) < 200 and '\n' not in str(error.value)
+
+
+def test_a_switch_that_is_no_bool_is_refused(photos, tmp_path):
+    with pytest.raises(ValueError, match='amp is 1, expected true or false.'):
+        timm_dearkd.distill(str(photos), output=str(tmp_path / 'out'), amp=1)
 
 
 def test_the_same_call_resumes_after_a_full_disk():
@@ -227,6 +233,28 @@ def test_epochs_of_a_file(text, options, epochs, photos, distilled, tmp_path, mo
             config=tmp_path / 'mine.yaml', **options)
     args = timm_dearkd.train._parse_args(started[-1])[0]
     assert (args.epochs, args.auto_epochs, args.warmup_epochs) == (epochs, False, max(1, epochs // 20))
+
+
+def test_a_grey_cnn_of_a_file_of_weights(tmp_path, monkeypatch):
+    """Its architecture is one of three channels, and so is the normalisation of its configuration."""
+    rng = np.random.default_rng(0)
+    for name in 'ab':
+        (tmp_path / 'grey' / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = rng.integers(0, 256, (40, 40), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / 'grey' / name / f'{i}.png')
+    torch.save(timm.create_model('test_resnet', num_classes=2, in_chans=1).state_dict(), tmp_path / 'grey.pth')
+    started = []
+    monkeypatch.setattr(timm_dearkd.train, 'prepare', lambda argv: started.append(argv) or (lambda: 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        timm_dearkd.distill(
+            str(tmp_path / 'grey'), 'test_resnet', output=str(tmp_path / 'out'), device='cpu',
+            kd_teacher_checkpoint=str(tmp_path / 'grey.pth'))
+    args = timm_dearkd.train._parse_args(started[-1])[0]
+    assert args.in_chans == 1 and len(args.mean) == len(args.std) == 1
+    main(['predict', str(tmp_path / 'grey'), '--model', 'test_resnet', '--checkpoint', str(tmp_path / 'grey.pth'),
+          '--output', str(tmp_path / 'p'), '--workers', '0'])
+    assert len((tmp_path / 'p.csv').read_text().splitlines()) == 17
 
 
 def test_the_time_is_estimated_on_the_device_of_the_run(monkeypatch):

@@ -560,15 +560,16 @@ def test_grey_images_in_a_folder(train_cli, tmp_path):
 
 
 def test_images_of_four_channels(train_cli, image_folder, tmp_path):
-    """The mode has to be said, here and in the evaluation; predict takes that of the run, or CMYK, and says so."""
+    """The mode has to be given. The evaluation and predict take that of the run; without it, predict takes CMYK."""
     out = tmp_path / 'rgba'
     mode = ('--input-img-mode', 'RGBA')
     result = train_cli('--in-chans', '4', *mode, '--epochs', '1', '--output', tmp_path, '--experiment', 'rgba')
     assert result.returncode == 0, result.stderr
-    evaluated = train_cli('--eval-only', '--model', f'local-dir:{out}', *mode)
+    evaluated = train_cli('--eval-only', '--model', f'local-dir:{out}')
     assert evaluated.returncode == 0, evaluated.stderr
-    result = train_cli('--eval-only', '--model', f'local-dir:{out}')
-    assert result.returncode == 2 and 'CMYK or RGBA for 4 channels: --input-img-mode.' in result.stderr
+    same = train_cli('--eval-only', '--model', out / 'last.pth.tar')
+    assert json.loads(same.stdout)['loss'] == pytest.approx(json.loads(evaluated.stdout)['loss'], rel=1e-5)
+    assert json.loads(same.stdout)['loss'] == pytest.approx(float(read_summary(out)[-1]['eval_loss']), rel=1e-5)
     for is_known in (True, False):
         result = run_python(
             '-m', 'timm_dearkd.analysis', 'predict', image_folder / 'validation', '--model', out, '--output',
@@ -577,6 +578,8 @@ def test_images_of_four_channels(train_cli, image_folder, tmp_path):
         top1 = float(re.search(r'top-1 ([\d.]+) % of 12', result.stdout)[1])
         assert top1 == pytest.approx(json.loads(evaluated.stdout)['top1'], abs=0.01) or not is_known
         (out / 'args.yaml').unlink(missing_ok=True)
+    result = train_cli('--eval-only', '--model', f'local-dir:{out}')
+    assert result.returncode == 2 and 'CMYK or RGBA for 4 channels: --input-img-mode.' in result.stderr
 
 
 def test_recipes_parse(train_cli):

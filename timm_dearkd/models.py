@@ -19,6 +19,7 @@ from timm.models import (
     register_model,
     resolve_pretrained_cfg,
 )
+from timm.models._input import update_model_args
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 from .attention import ConvAttention
@@ -177,7 +178,7 @@ def add_mhca(
         rpe_delta: Initial offsets of the heads, see `DearKD`.
 
     Returns:
-        The same model. Its class is now a subclass that sets the token grid of MHCA.
+        The same model. Its class is now a subclass that sets the token grid of MHCA. timm saves it as a `dearkd_from`.
 
     Raises:
         ValueError: If the model is not a `VisionTransformer`, has MHCA blocks already, or cannot have them (see
@@ -192,6 +193,10 @@ def add_mhca(
             ' Use a vit_*, deit_* or deit3_* architecture.')
     _convert_blocks(model, num_blocks, RelPosConfig(rpe_drop_rate, rpe_drop_mode, rpe_alpha, rpe_delta))
     model.__class__ = _MHCA_CLASSES[type(model)]
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    if cfg.get('architecture'):  # so that timm saves and loads the model under a name that it knows
+        update_model_args(model, base=cfg['architecture'], num_mhca_blocks=num_blocks)
+        cast(Any, model).pretrained_cfg = {**cfg, 'architecture': 'dearkd_from'}
     return model
 
 
@@ -229,7 +234,19 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def _create_dearkd(variant: str, pretrained: bool = False, model_cls: Any = DearKD, **kwargs: Any) -> DearKD:
+def _filter_base_weights(state_dict: Dict[str, torch.Tensor], model: Any) -> Dict[str, torch.Tensor]:
+    """Complete the weights of a plain ViT by the model's new alpha and delta, and convert them as timm does."""
+    new = {name: value for name, value in model.state_dict().items() if '.rpe.' in name}
+    return {**new, **checkpoint_filter_fn(state_dict, model)}
+
+
+def _create_dearkd(
+        variant: str,
+        pretrained: bool = False,
+        model_cls: Any = DearKD,
+        filter_fn: Callable[..., Any] = checkpoint_filter_fn,
+        **kwargs: Any,
+) -> DearKD:
     out_indices = kwargs.pop('out_indices', 3)
     if pretrained:
         cfg = resolve_pretrained_cfg(
@@ -241,7 +258,7 @@ def _create_dearkd(variant: str, pretrained: bool = False, model_cls: Any = Dear
         model_cls,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=filter_fn,
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **kwargs,
     )
@@ -324,8 +341,8 @@ def dearkd_from(
 ) -> VisionTransformer:
     """Any timm `VisionTransformer` with MHCA in its first blocks.
 
-    `pretrained=True` loads the weights of the base. For a saved `dearkd_from` (`local-dir:`, `hf-hub:`), it loads the
-    saved weights.
+    `pretrained=True` loads the weights of the base, or those of a `file` in `pretrained_cfg_overlay`. For a saved
+    `dearkd_from` (`local-dir:`, `hf-hub:`), it loads the saved weights.
 
     Args:
         base: timm name of the architecture, optionally with a pretrained tag.
@@ -334,25 +351,31 @@ def dearkd_from(
         rpe_drop_mode: 'element' or 'query', see `DearKD`.
         rpe_alpha: Initial sharpness of all heads; with 0 the model starts with the outputs of the base.
         rpe_delta: Initial offsets of the heads, see `DearKD`.
+
+    Raises:
+        ValueError: If `base` is a place of weights, or its architecture cannot have MHCA blocks.
     """
-    own_cfg = kwargs.get('pretrained_cfg')
-    sources = ('file', 'hf_hub_id', 'url', 'state_dict')
-    has_own_weights = isinstance(own_cfg, dict) and any(own_cfg.get(source) for source in sources)
+    if ':' in base:
+        raise ValueError(
+            f'base is {base!r}, expected the timm name of an architecture. For other weights, call add_mhca(model), or'
+            ' add pretrained_cfg_overlay=dict(file=PATH).')
+    own_cfg, overlay = kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None) or {}
+    own_cfg = own_cfg if isinstance(own_cfg, dict) else {}
+    has_own_weights = any(
+        cfg.get(source) for cfg in (own_cfg, overlay) for source in ('file', 'hf_hub_id', 'url', 'state_dict'))
     base_kwargs: Dict[str, Any] = {}
     if pretrained and not has_own_weights:
-        base_kwargs = dict(
-            pretrained=True,
-            pretrained_cfg_overlay=kwargs.pop('pretrained_cfg_overlay', None),
-            cache_dir=kwargs.pop('cache_dir', None),
-        )
+        base_kwargs = dict(pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=kwargs.pop('cache_dir', None))
 
     def build(**model_kwargs: Any) -> VisionTransformer:
         model = timm.create_model(base, **base_kwargs, **model_kwargs)
         return add_mhca(
             cast(VisionTransformer, model), num_mhca_blocks, rpe_drop_rate, rpe_drop_mode, rpe_alpha, rpe_delta)
 
-    if not has_own_weights:
-        base_cfg = get_pretrained_cfg(base)
-        if base_cfg is not None:
-            kwargs['pretrained_cfg'] = dict(base_cfg.to_dict(), architecture='dearkd_from')
-    return _create_dearkd('dearkd_from', pretrained=pretrained and has_own_weights, model_cls=build, **kwargs)
+    base_cfg, default = get_pretrained_cfg(base), get_pretrained_cfg('dearkd_from')
+    if own_cfg.get('source') not in ('local-dir', 'hf-hub') and base_cfg and default:  # not a saved dearkd_from
+        defaults = default.to_dict()
+        changed = {key: value for key, value in own_cfg.items() if value != defaults.get(key)}
+        own_cfg = {**base_cfg.to_dict(), **changed}
+    kwargs['pretrained_cfg'] = {**own_cfg, **overlay, 'architecture': 'dearkd_from'}
+    return _create_dearkd('dearkd_from', pretrained and has_own_weights, build, _filter_base_weights, **kwargs)

@@ -14,6 +14,7 @@ from timm.models import get_model_input_config
 
 from distill_hooks.checkpoint import nearest_names, resolve_model, training_args
 from distill_hooks.task import has_content_tokens
+from distill_hooks.teacher import input_normalisation
 
 from . import train
 from .analysis.runs import open_run
@@ -197,7 +198,8 @@ class Planner:
         in_chans = self.user_args.in_chans or (1 if self.images.is_grey or channels == 1 else 3)
         options: Dict[str, Any] = dict(in_chans=in_chans)
         if channels == in_chans:
-            options.update({key: list(cnn.pretrained_cfg[key]) for key in ('mean', 'std')})
+            mean, std = input_normalisation(cnn, channels)
+            options.update(mean=mean.tolist(), std=std.tolist())
         seen = self.user_args.kd_teacher_img_size
         if seen is None and is_far(size, self.size):
             seen = options['kd_teacher_img_size'] = size

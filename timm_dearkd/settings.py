@@ -6,7 +6,8 @@ import torch
 import torch.nn as nn
 from PIL import Image
 from timm import get_pretrained_cfg
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import create_transform
+from timm.data.model_config import resolve_input_data_config
 
 from .engine.image_folder import UNREADABLE
 from .images import Images
@@ -123,7 +124,7 @@ def is_mirrored_alike(model: nn.Module, paths: Sequence[str], size: int, mode: s
         size: Image size that the CNN sees as a teacher.
         mode: Pillow mode of the images.
     """
-    config = resolve_model_data_config(model)
+    config = resolve_input_data_config(model)
     transform: Any = create_transform(**{**config, 'input_size': (config['input_size'][0], size, size)})
     tensors = []
     for path in paths:

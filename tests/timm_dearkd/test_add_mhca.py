@@ -80,6 +80,34 @@ def test_dearkd_from_starts_from_the_weights_of_its_base(tmp_path):
     torch.testing.assert_close(model.eval()(x), base.eval()(x), atol=1e-5, rtol=1e-4)
 
 
+def test_dearkd_from_has_the_input_of_its_base(tmp_path):
+    """Also with a file of weights, whose alpha and delta are kept. Overlays replace single values."""
+    trained = timm.create_model('dearkd_from', base='test_vit', num_mhca_blocks=2, num_classes=4, rpe_alpha=0.5)
+    file, base = str(tmp_path / 'trained.pth'), timm.models.get_pretrained_cfg('test_vit')
+    torch.save(trained.state_dict(), file)
+    args = dict(base='test_vit', num_mhca_blocks=2, num_classes=4, pretrained=True)
+    overlay = dict(file=file, num_classes=4, crop_pct=0.9)
+    from_script = timm.models.resolve_model_input_args(
+        'dearkd_from', {}, **args, pretrained_cfg_overlay=overlay)  # as timm's scripts pass the configuration
+    for kwargs in (dict(args, pretrained_cfg_overlay=overlay), dict(from_script, pretrained_cfg_overlay=overlay)):
+        model = timm.create_model(kwargs.pop('model_name', 'dearkd_from'), **kwargs)
+        assert model.blocks[0].attn.rpe.alpha.tolist() == [0.5, 0.5]
+        assert model.pretrained_cfg['crop_pct'] == 0.9 != base.crop_pct
+        assert model.pretrained_cfg['mean'] == base.mean and model.pretrained_cfg['input_size'] == base.input_size
+    with pytest.raises(ValueError, match="base is 'local-dir:vit', expected the timm name of an architecture"):
+        timm.create_model('dearkd_from', base='local-dir:vit')
+
+
+@pytest.mark.parametrize('name', ['test_vit', 'deit_tiny_distilled_patch16_224'])
+def test_a_converted_model_is_saved_and_loaded(name, tmp_path):
+    model = add_mhca(timm.create_model(name, num_classes=3, img_size=32), num_blocks=2, rpe_alpha=0.7).eval()
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(loaded(x), model(x))
+    assert type(loaded) is type(model) and tuple(loaded.pretrained_cfg['mean']) == model.pretrained_cfg['mean']
+
+
 def test_the_start_of_alpha_and_delta_can_be_chosen():
     rpe = timm.create_model('test_dearkd', rpe_alpha=0.3, rpe_delta='zero').blocks[0].attn.rpe
     assert rpe.alpha.tolist() == pytest.approx([0.3, 0.3]) and not rpe.delta.any()

@@ -11,7 +11,7 @@ from typing import Any, Dict, Optional, Sequence, Tuple
 
 import torch
 from PIL import Image, ImageDraw
-from timm.data import resolve_model_data_config
+from timm.data.model_config import resolve_input_data_config
 
 from distill_hooks import Teacher
 from distill_hooks.errors import one_line
@@ -147,7 +147,7 @@ def open_viewer(name: str) -> Viewer:
         ValueError: If the student does not load.
     """
     student = load_model(name)
-    config = resolve_model_data_config(student)
+    config = resolve_input_data_config(student)
     height, width = config['input_size'][1:]
     architecture = student.pretrained_cfg.get('architecture') or type(student).__name__
     viewer = Viewer(student, name, f'{architecture}, {student.num_classes} classes, {height} x {width} pixels.')

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import resolve_model_data_config
+from timm.data.model_config import resolve_input_data_config
 from tqdm import tqdm
 
 from distill_hooks import Teacher, load_model
@@ -84,7 +84,7 @@ class FeatureDistance:
         levels = [level for level in levels if level in modules]  # timm's lists can name modules that a model lacks
         if not levels:
             raise ValueError(f'--model {name} does not list its feature maps. Choose a timm CNN, such as resnet50.')
-        config = resolve_model_data_config(model)
+        config = resolve_input_data_config(model)
         self.in_chans: int = getattr(model, 'in_chans', len(config['mean']))
         if self.in_chans not in (1, 3):
             raise ValueError(f'--model {name} takes {self.in_chans} channels, expected 1 or 3. Choose another CNN.')

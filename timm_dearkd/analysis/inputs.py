@@ -5,17 +5,16 @@ import logging
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
-import yaml
 from PIL import Image
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
+from timm.data.model_config import resolve_input_data_config
 from timm.models import get_model_input_config, is_model
 
 import distill_hooks
-from distill_hooks.checkpoint import training_args
 from distill_hooks.errors import one_line
 from timm_dearkd.commands import add_device, check_overwrite
 from timm_dearkd.engine.data import evenly_spaced
@@ -33,6 +32,7 @@ from timm_dearkd.engine.image_folder import (
     scan_folder,
     warn_of_other_types,
 )
+from timm_dearkd.engine.options import run_options
 from timm_dearkd.engine.process import find_device
 from timm_dearkd.engine.wrappers import warn_of_changes
 
@@ -93,21 +93,12 @@ def load_model(name: str, checkpoint: Optional[str] = None, device: Optional[str
         ValueError: If the name or the device is unknown, or no weights are available.
     """
     model: Any = distill_hooks.load_model(name, checkpoint, device=find_device(device)).eval()
-    mode = _run_options(name, checkpoint).get('input_img_mode')
+    mode = run_options(name, checkpoint).get('input_img_mode')
     if mode and not exceeds_8_bits(mode):
         model.pretrained_cfg['input_img_mode'] = mode
     elif get_model_input_config(model)['input_size'][0] == 4:
         _logger.warning('Reads the images as CMYK. The results are wrong if the model was trained on RGBA.')
     return model
-
-
-def _run_options(name: str, checkpoint: Optional[str]) -> Dict[str, Any]:
-    """Return the options of the run that a model comes from: of its folder or its checkpoint; {} if there are none."""
-    recorded = Path(name.removeprefix('local-dir:'), 'args.yaml')
-    if recorded.is_file():
-        return yaml.safe_load(recorded.read_text(encoding='utf-8')) or {}
-    weights = checkpoint or name
-    return training_args(weights) if os.path.isfile(weights) else {}
 
 
 def image_transform(model: Any) -> Tuple[Callable[[Image.Image], torch.Tensor], str]:
@@ -116,7 +107,7 @@ def image_transform(model: Any) -> Tuple[Callable[[Image.Image], torch.Tensor], 
     Raises:
         ValueError: If the model takes more than 4 channels.
     """
-    config = resolve_model_data_config(model)
+    config = resolve_input_data_config(model)
     in_chans = config['input_size'][0]
     if in_chans not in IMAGE_MODES:
         raise ValueError(f'--model takes {in_chans} channels, expected 1 to 4, as images have.')

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from PIL import Image
-from timm.data import resolve_model_data_config
+from timm.data.model_config import resolve_input_data_config
 from torch.utils.data import IterableDataset
 
 from distill_hooks.errors import one_line
@@ -92,7 +92,7 @@ def write_report(
         **{name: _svg(figures[name]) if name in figures else '' for name in ('distances', 'heads')},
         no_heads='The model has no MHCA.' if model is not None else problem,
         predictions=predictions, no_predictions=no_predictions,
-        small_images=model is not None and resolve_model_data_config(model)['input_size'][-1] <= 64,
+        small_images=model is not None and resolve_input_data_config(model)['input_size'][-1] <= 64,
         commands=[session['command'] for session in run.info.get('sessions', ())],
         facts=_facts(run), options=sorted(run.args.items()))
     path = Path(output) if output else run.folder / 'report.html'

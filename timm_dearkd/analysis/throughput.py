@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 import timm
 import torch
 import torch.nn as nn
-from timm.data import resolve_model_data_config
+from timm.data.model_config import resolve_input_data_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -173,7 +173,7 @@ def _prepare(
             model: Any = timm.create_model(source, **kwargs).eval()
         except TypeError:  # CNNs have no argument img_size
             model = timm.create_model(source).eval()
-        chans, *size = resolve_model_data_config(model)['input_size']
+        chans, *size = resolve_input_data_config(model)['input_size']
         size = [img_size or side for side in size]
         macs = count_macs(model, torch.zeros(1, chans, *size))
     except (AssertionError, RuntimeError, ValueError) as e:

@@ -10,7 +10,7 @@ import numpy as np
 import timm
 import torch
 import torch.distributed as dist
-from timm.data import resolve_model_data_config
+from timm.data.model_config import resolve_input_data_config
 from timm.utils import setup_default_logging
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
@@ -67,7 +67,7 @@ def build_inverter(args: argparse.Namespace, model: Any, names: Sequence[str], p
         names: Class names of the CNN.
         precision: Device and autocast type.
     """
-    size = args.img_size or resolve_model_data_config(model)['input_size'][-1]
+    size = args.img_size or resolve_input_data_config(model)['input_size'][-1]
     phases = [Resolution(size // 2, 2000, 0.5), Resolution(size, 2000, 0.01)]
     resolutions = args.resolutions or ([Resolution(size, 400, 0.005)] if args.generator else phases)
     competitor = None

@@ -438,7 +438,11 @@ def find_config(name: str) -> Path:
 
 
 def options_to_argv(config: Mapping[str, Any], parser: argparse.ArgumentParser) -> List[str]:
-    """Return options, by their names in a YAML file, as a command line. Types and limits are then checked alike."""
+    """Return options, by their names in a YAML file, as a command line. Types and limits are then checked alike.
+
+    Raises:
+        ValueError: If a switch is neither true nor false.
+    """
     actions = {action.dest: action for action in parser._actions}
     argv = []
     for key, value in config.items():
@@ -455,7 +459,7 @@ def options_to_argv(config: Mapping[str, Any], parser: argparse.ArgumentParser) 
             flag = action.option_strings[0]
         if action.nargs == 0:
             if value is not True and not (either and value is False):
-                parser.error(f'configuration file: {key} is {value!r}, expected true or false')
+                raise ValueError(f'{key} is {value!r}, expected true or false.')
             argv.append(flag)
         elif action.nargs == '?' and value is True:
             argv.append(flag)
@@ -498,7 +502,10 @@ def parse_args(
             parser.error(f'configuration file {config_args.config}: expected "option: value" lines')
         if config.get('kd_distill_type') == 'logit' and not config.get('kd_model_name'):
             del config['kd_distill_type']  # timm writes its default into every args.yaml
-        config_argv = options_to_argv(config, parser)
+        try:
+            config_argv = options_to_argv(config, parser)
+        except ValueError as e:
+            parser.error(f'configuration file {config_args.config}: {e}')
     args = parser.parse_args(rest, parser.parse_args(config_argv))
     given = given_options(parser, rest)
     if 'epochs' in given:
@@ -554,13 +561,24 @@ def _resolve_weights(args: argparse.Namespace) -> Dict[str, Any]:
     model, file = resolve_model(args.model)
     checkpoint = args.initial_checkpoint or args.pretrained_path or file or resume
     changes = dict(model=model, initial_checkpoint=checkpoint, pretrained_path=None, pretrained=not checkpoint)
-    return {**changes, **(_trained_options(args, training_args(checkpoint)) if checkpoint else {})}
+    if checkpoint:
+        return {**changes, **_trained_options(args, training_args(checkpoint))}
+    return {**changes, 'input_img_mode': args.input_img_mode or run_options(model).get('input_img_mode')}
+
+
+def run_options(name: str, checkpoint: Optional[str] = None) -> Dict[str, Any]:
+    """Return the options of the run that a model comes from: of its folder or its checkpoint; {} if there are none."""
+    recorded = Path(name.removeprefix('local-dir:'), 'args.yaml')
+    if recorded.is_file():
+        return yaml.safe_load(recorded.read_text(encoding='utf-8')) or {}
+    weights = checkpoint or name
+    return training_args(weights) if os.path.isfile(weights) else {}
 
 
 def _trained_options(args: argparse.Namespace, saved: Dict[str, Any]) -> Dict[str, Any]:
     """Return the options for the input and the model that a checkpoint has and the command does not."""
     changes: Dict[str, Any] = {}
-    keys = ['mean', 'std', 'crop_pct', 'interpolation', 'bn_eps', 'gp', 'num_classes']
+    keys = ['mean', 'std', 'crop_pct', 'interpolation', 'bn_eps', 'gp', 'num_classes', 'input_img_mode']
     if not args.input_size and saved.get('input_size'):
         if not args.img_size:
             changes['input_size'] = [args.in_chans or saved['input_size'][0], *saved['input_size'][1:]]

@@ -106,6 +106,7 @@ def create_student(args, num_classes: Optional[int], create_model: Callable[...,
             kwargs.pop('model_name'),
             pretrained=args.pretrained or bool(args.pretrained_path),
             checkpoint_path=args.initial_checkpoint,
+            pretrained_cfg_overlay=overlay or None,  # again: `dearkd_from` merges it into the configuration of its base
             **kwargs,
         )
         _adapt_student(args, model)
