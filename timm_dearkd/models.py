@@ -4,6 +4,7 @@ Paper: `DearKD: Data-Efficient Early Knowledge Distillation for Vision Transform
 https://arxiv.org/abs/2204.12997. The geometry is DeiT's with more heads, and MHCA in the first blocks.
 """
 import types
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Set, Tuple, Type, Union, cast
 
 import timm
@@ -12,6 +13,7 @@ import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Attention
 from timm.models import (
+    PretrainedCfg,
     VisionTransformerDistilled,
     build_model_with_cfg,
     generate_default_cfgs,
@@ -196,7 +198,8 @@ def add_mhca(
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     if cfg.get('architecture'):  # so that timm saves and loads the model under a name that it knows
         update_model_args(model, base=cfg['architecture'], num_mhca_blocks=num_blocks)
-        cast(Any, model).pretrained_cfg = {**cfg, 'architecture': 'dearkd_from'}
+        saved: Any = model
+        saved.pretrained_cfg = saved.default_cfg = {**cfg, 'architecture': 'dearkd_from'}
     return model
 
 
@@ -235,9 +238,11 @@ default_cfgs = generate_default_cfgs({
 
 
 def _filter_base_weights(state_dict: Dict[str, torch.Tensor], model: Any) -> Dict[str, torch.Tensor]:
-    """Complete the weights of a plain ViT by the model's new alpha and delta, and convert them as timm does."""
-    new = {name: value for name, value in model.state_dict().items() if '.rpe.' in name}
-    return {**new, **checkpoint_filter_fn(state_dict, model)}
+    """Convert weights as timm does for a ViT. Those of a plain ViT get the model's new alpha and delta."""
+    weights = checkpoint_filter_fn(state_dict, model)
+    if any('.rpe.' in name for name in weights):  # of a DearKD, which should be complete
+        return weights
+    return {**{name: value for name, value in model.state_dict().items() if '.rpe.' in name}, **weights}
 
 
 def _create_dearkd(
@@ -372,10 +377,12 @@ def dearkd_from(
         return add_mhca(
             cast(VisionTransformer, model), num_mhca_blocks, rpe_drop_rate, rpe_drop_mode, rpe_alpha, rpe_delta)
 
-    base_cfg, default = get_pretrained_cfg(base), get_pretrained_cfg('dearkd_from')
-    if own_cfg.get('source') not in ('local-dir', 'hf-hub') and base_cfg and default:  # not a saved dearkd_from
+    if own_cfg.get('source') not in ('local-dir', 'hf-hub'):  # else a saved dearkd_from
+        base_cfg, default = (get_pretrained_cfg(name) or PretrainedCfg() for name in (base, 'dearkd_from'))
         defaults = default.to_dict()
         changed = {key: value for key, value in own_cfg.items() if value != defaults.get(key)}
-        own_cfg = {**base_cfg.to_dict(), **changed}
+        if has_own_weights:  # they are not in the format of the base's, and not its release
+            base_cfg = replace(base_cfg, custom_load=False, tag=None)
+        own_cfg = {**base_cfg.to_dict(remove_source=has_own_weights), **changed}
     kwargs['pretrained_cfg'] = {**own_cfg, **overlay, 'architecture': 'dearkd_from'}
     return _create_dearkd('dearkd_from', pretrained and has_own_weights, build, _filter_base_weights, **kwargs)

@@ -98,6 +98,21 @@ def test_dearkd_from_has_the_input_of_its_base(tmp_path):
         timm.create_model('dearkd_from', base='local-dir:vit')
 
 
+def test_a_file_takes_the_place_of_the_weights_of_the_base(tmp_path):
+    """Those of this base are in JAX's format, on the Hub."""
+    base = timm.create_model('vit_tiny_patch16_224.augreg_in21k', num_classes=4, img_size=32, depth=2)
+    torch.save(base.state_dict(), tmp_path / 'plain.pth')
+    sources = dict(file=str(tmp_path / 'plain.pth')), dict(url=(tmp_path / 'plain.pth').as_uri())
+    for source in sources:
+        args = dict(base='vit_tiny_patch16_224.augreg_in21k', num_mhca_blocks=1, num_classes=4, img_size=32, depth=2)
+        model = timm.create_model('dearkd_from', pretrained=True, pretrained_cfg=dict(source, num_classes=4), **args)
+        assert model.blocks[0].attn.qkv.weight.equal(base.blocks[0].attn.qkv.weight)
+        assert not model.pretrained_cfg.get('hf_hub_id') and model.pretrained_cfg['mean'] == (0.5, 0.5, 0.5)
+    timm.models.save_for_hf(model, str(tmp_path / 'saved'), safe_serialization=True)
+    with pytest.raises(RuntimeError, match='Missing key.*blocks.1.attn.rpe.alpha'):
+        timm.create_model(f'local-dir:{tmp_path / "saved"}', pretrained=True, num_mhca_blocks=2)
+
+
 @pytest.mark.parametrize('name', ['test_vit', 'deit_tiny_distilled_patch16_224'])
 def test_a_converted_model_is_saved_and_loaded(name, tmp_path):
     model = add_mhca(timm.create_model(name, num_classes=3, img_size=32), num_blocks=2, rpe_alpha=0.7).eval()

@@ -561,16 +561,22 @@ def _resolve_weights(args: argparse.Namespace) -> Dict[str, Any]:
     model, file = resolve_model(args.model)
     checkpoint = args.initial_checkpoint or args.pretrained_path or file or resume
     changes = dict(model=model, initial_checkpoint=checkpoint, pretrained_path=None, pretrained=not checkpoint)
-    if checkpoint:
-        return {**changes, **_trained_options(args, training_args(checkpoint))}
-    return {**changes, 'input_img_mode': args.input_img_mode or run_options(model).get('input_img_mode')}
+    changes['input_img_mode'] = args.input_img_mode or run_options(model, checkpoint).get('input_img_mode')
+    return {**changes, **(_trained_options(args, training_args(checkpoint)) if checkpoint else {})}
 
 
 def run_options(name: str, checkpoint: Optional[str] = None) -> Dict[str, Any]:
-    """Return the options of the run that a model comes from: of its folder or its checkpoint; {} if there are none."""
+    """Return the options of the run that a model comes from: of its folder or its checkpoint; {} if there are none.
+
+    Raises:
+        ValueError: If `args.yaml` in the folder cannot be read.
+    """
     recorded = Path(name.removeprefix('local-dir:'), 'args.yaml')
-    if recorded.is_file():
-        return yaml.safe_load(recorded.read_text(encoding='utf-8')) or {}
+    if recorded.is_file() and not is_model(name):
+        try:
+            return yaml.safe_load(recorded.read_text(encoding='utf-8')) or {}
+        except (ValueError, yaml.YAMLError) as e:
+            raise ValueError(f'{str(recorded)!r} cannot be read ({one_line(e)}). Repair it, or move it away.') from e
     weights = checkpoint or name
     return training_args(weights) if os.path.isfile(weights) else {}
 
@@ -578,7 +584,7 @@ def run_options(name: str, checkpoint: Optional[str] = None) -> Dict[str, Any]:
 def _trained_options(args: argparse.Namespace, saved: Dict[str, Any]) -> Dict[str, Any]:
     """Return the options for the input and the model that a checkpoint has and the command does not."""
     changes: Dict[str, Any] = {}
-    keys = ['mean', 'std', 'crop_pct', 'interpolation', 'bn_eps', 'gp', 'num_classes', 'input_img_mode']
+    keys = ['mean', 'std', 'crop_pct', 'interpolation', 'bn_eps', 'gp', 'num_classes']
     if not args.input_size and saved.get('input_size'):
         if not args.img_size:
             changes['input_size'] = [args.in_chans or saved['input_size'][0], *saved['input_size'][1:]]
