@@ -381,7 +381,7 @@ def dearkd_from(
         base_cfg, default = (get_pretrained_cfg(name) or PretrainedCfg() for name in (base, 'dearkd_from'))
         defaults = default.to_dict()
         changed = {key: value for key, value in own_cfg.items() if value != defaults.get(key)}
-        if has_own_weights:  # they are not in the format of the base's, and not its release
+        if has_own_weights:  # a file has neither the format nor the tag of the base's published weights
             base_cfg = replace(base_cfg, custom_load=False, tag=None)
         own_cfg = {**base_cfg.to_dict(remove_source=has_own_weights), **changed}
     kwargs['pretrained_cfg'] = {**own_cfg, **overlay, 'architecture': 'dearkd_from'}

@@ -189,6 +189,8 @@ class SkipHighBitDepth(IterableImageDataset):
         try:
             yield from self.reader
         except KeyError as e:
+            if not self.reader.remap_class:
+                raise
             raise OSError(f'--class-map has no class for the label {one_line(e)} of an image. Add it.') from e
 
     def _report(self, mode: str) -> None:
