@@ -16,10 +16,11 @@ from .capture import FeatureCapture, find_module
 from .checkpoint import load_model
 from .errors import first_line
 from .fold import fold_batchnorm
-from .truncate import truncate
 
 # Module names of stages. timm's feature_info may begin with a stem (stride at most 2), whose name does not match
 _STAGES = re.compile(r'^(blocks|stages?|layers?[1-9]?|level[1-9]|s[1-9]|features\.(?!norm0|conv1))')
+
+WHOLE = -1  # in place of a stage: the model runs to its end
 
 
 class FeatureSpec(NamedTuple):
@@ -176,7 +177,7 @@ class Teacher(nn.Module):
         self.register_buffer('shift', shift.float().view(1, -1, 1, 1), persistent=False)
 
         self.capture = FeatureCapture(model, layers)
-        self._truncated: Tuple[nn.Module, ...] = ()  # a tuple, so that the view is no submodule
+        self._last_stage: Optional[int] = None  # found by the first call that needs maps alone
         self._run = self._forward
         self._run_features = self._features
         self._run_pooled = self._pooled
@@ -245,7 +246,7 @@ class Teacher(nn.Module):
         capture = FeatureCapture(self.model, layers)
         self.capture.close()
         self.capture = capture
-        self._truncated = ()
+        self._last_stage = None
 
     def _set_class_map(self, class_map: Sequence[int]) -> None:
         count = self.num_classes
@@ -287,7 +288,7 @@ class Teacher(nn.Module):
             The number of folded BatchNorm modules.
         """
         noise = self._noise(input_size)
-        self._truncated = ()
+        self._last_stage = None
 
         def run() -> List[torch.Tensor]:
             logits, features = self._forward(noise, with_features=True)
@@ -327,16 +328,25 @@ class Teacher(nn.Module):
 
     def _features(self, x: torch.Tensor) -> List[torch.Tensor]:
         self.capture.enabled = True
-        self._truncated[0](self.prepare_input(x))
+        model: Any = self.model
+        if self._last_stage == WHOLE:
+            model(self.prepare_input(x))
+        else:
+            model.forward_intermediates(
+                self.prepare_input(x), indices=[self._last_stage], stop_early=True, intermediates_only=True)
         return self._take_features()
 
-    def _truncate(self, x: torch.Tensor) -> None:
-        """Find the modules that the feature maps do not need."""
-        def run(model: nn.Module) -> List[torch.Tensor]:
-            self._truncated = (model,)
-            return self._features(x)
-
-        self._truncated = (truncate(self.model, self.layers, run),)
+    def _find_last_stage(self, x: torch.Tensor) -> None:
+        """Find the first stage at which timm can stop the model, so that the maps are the same."""
+        expected = self._forward(x, with_features=True)[1]
+        for stage in range(len(getattr(self.model, 'feature_info', ()))):
+            self._last_stage = stage
+            try:
+                if all(map(torch.equal, self._features(x), expected)):  # a later module may change a map in place
+                    return
+            except Exception:  # the layers come later, or timm cannot stop this model: any kind of error
+                continue
+        self._last_stage = WHOLE
 
     @torch.no_grad()
     def forward(
@@ -347,7 +357,7 @@ class Teacher(nn.Module):
     ) -> Tuple[Optional[torch.Tensor], List[torch.Tensor]]:
         """Return logits (B, classes) and maps (B, C, h, w) for the student's input.
 
-        Without logits, the model stops after the last of `layers`. The maps are the same, bit for bit.
+        Without logits, a timm model stops after the stage of the last of `layers`. The maps are the same, bit for bit.
 
         Args:
             x: The student's input (B, C, H, W).
@@ -358,8 +368,8 @@ class Teacher(nn.Module):
             return self._run(x, with_features)
         if not (with_features and self.layers):
             return None, []
-        if not self._truncated:
-            self._truncate(x[:1])
+        if self._last_stage is None:
+            self._find_last_stage(x[:1])
         return None, self._run_features(x)
 
     def _pooled(self, x: torch.Tensor) -> torch.Tensor:

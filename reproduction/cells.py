@@ -197,13 +197,15 @@ def definition(cell: Cell) -> str:
 # Arguments of each method, besides the shared recipe. Defaults are written out, so that a result keeps its meaning
 # when a default of train.py changes.
 PLAIN = ('--model-kwargs', 'num_mhca_blocks=0')
-TEACHER = ('--kd-model-name', '{teacher}')
-TAUGHT = (*TEACHER, '--dearkd-alpha', '0.5')
+TEACHER = '{teacher}'  # its path, which the driver fills in
+WITH_TEACHER = ('--kd-model-name', TEACHER)
+TAUGHT = (*WITH_TEACHER, '--dearkd-alpha', '0.5')
 NO_HIDDEN = ('--dearkd-beta', '0')
 RPE_DROP = ('--dearkd-rpe-drop', '0.1', '--dearkd-rpe-drop-mode', 'element')  # the paper's dropout, at our rate
 STAGE1 = 5 / 6  # share of the epochs in the paper's recipe of 300
 SOFT = ('--kd-temperature', '4')
 TIMM_WEIGHTS = ('--distill-loss-weight', '1', '--task-loss-weight', '1')
+SOFT_LABELS = (*WITH_TEACHER, '--kd-distill-type', 'logit', *SOFT, *TIMM_WEIGHTS)
 METHODS = {'vit': 'ViT', 'hard': 'ViT, hard-label distillation', 'dearkd': 'DearKD'}
 TABLE2 = {
     'vit': METHODS['vit'], 'hard': METHODS['hard'], 'soft': 'ViT, soft-label distillation',
@@ -247,8 +249,8 @@ def methods(scale: Scale) -> Dict[str, Tuple[str, ...]]:
         'dearkd': dearkd,
         'dearkd_soft': (*dearkd, '--dearkd-soft-labels', *SOFT),
         # timm's own tasks
-        'soft': (*PLAIN, *TEACHER, '--kd-distill-type', 'logit', *SOFT, *TIMM_WEIGHTS),
-        'feature': (*PLAIN, *TEACHER, '--kd-distill-type', 'feature', *TIMM_WEIGHTS),
+        'soft': PLAIN + SOFT_LABELS,
+        'feature': (*PLAIN, *WITH_TEACHER, '--kd-distill-type', 'feature', *TIMM_WEIGHTS),
     }
 
 
@@ -271,7 +273,7 @@ def cnn_cell(scale: Scale, seed: int) -> Cell:
 
 def training_cost(scale: Scale, num_images: float, argv: Sequence[str], num_evaluations: int) -> float:
     """Return the rough cost of a training run, see `Cell`."""
-    return num_images * scale.epochs * (1.3 if TAUGHT[1] in argv else 1.) + num_evaluations * scale.num_eval / 3
+    return num_images * scale.epochs * (1.3 if TEACHER in argv else 1.) + num_evaluations * scale.num_eval / 3
 
 
 def student_cell(
@@ -296,7 +298,7 @@ def student_cell(
         argv,
         training_cost(scale, scale.num_train * fraction, argv, 1 if tuning else scale.epochs // 5),
         seed,
-        (teacher,) if teacher is not None and TAUGHT[1] in argv else (),
+        (teacher,) if teacher is not None and TEACHER in argv else (),
     )
 
 

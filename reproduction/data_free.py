@@ -1,7 +1,10 @@
 """Define the tables of images that are synthesised from a CNN."""
 from typing import Dict, List, Optional, Sequence, Tuple
 
+import yaml
+
 from reproduction.cells import (
+    ROOT,
     Cell,
     Scale,
     adi_weights,
@@ -21,11 +24,13 @@ MODES: Dict[str, Tuple[str, float, float]] = {
     'adi': ('ADI', 70.1, 0.683),
     'intra': ('DF-DearKD (intra-divergence)', 71.2, 0.692),
 }
+REAL_LPIPS = 0.708
 # Sets beside those of the paper
 GENERATED = {'generator': 'Generator', 'generator_intra': 'Generator, intra-divergence'}
 ROUNDS = 'ADI, 3 rounds'
 NUM_ROUNDS = 3
-FILLS = ('edge', 'black')  # columns
+FILLS = ('edge', 'black')
+BY_CLASS = 'recipe of table 2'  # column
 REAL = 'Real images'
 LONGER = ', twice the epochs'
 VIT, VIT_MORE = 'ViT on real images', 'ViT on four times as many real images'
@@ -131,6 +136,11 @@ def recipe_student(
         needs)
 
 
+def column_of(fill: str) -> str:
+    """Return the column of the students of the recipe `data_free` with a fill."""
+    return f'`data_free`, {fill}'
+
+
 def recipe_sets(scale: Scale, seed: int) -> Dict[str, Tuple[str, Optional[Cell]]]:
     """Return the name and the images of each set for the recipe `data_free`, by label."""
     sets: Dict[str, Tuple[str, Optional[Cell]]] = {
@@ -154,11 +164,11 @@ def recipe_entries(scale: Scale, seeds: Sequence[int]) -> List[Entry]:
                 cells = tuple(
                     recipe_student(scale, run, by_seed[seed][label][1], fill, seed, factor=factor) for seed in seeds)
                 entries.append(Entry(
-                    row, fill, cells, paper.get(row) if fill == FILLS[0] else None,
+                    row, column_of(fill), cells, paper.get(row) if fill == FILLS[0] else None,
                     'real' if label == REAL else f'synthetic {fill}'))
-    for row, fraction in ((VIT, scale.ablation_fraction), (VIT_MORE, scale.fractions[-1])):
-        cells = students(scale, 'vit', methods(scale)['vit'], fraction, seeds)
-        entries.append(Entry(row, 'top-1', cells, None, 'ViT'))
+    for row, fraction, known in ((VIT, scale.ablation_fraction, seeds), (VIT_MORE, scale.fractions[-1], seeds[:2])):
+        cells = students(scale, 'vit', methods(scale)['vit'], fraction, known)
+        entries.append(Entry(row, BY_CLASS, cells, None, 'ViT'))
     return entries
 
 
@@ -170,9 +180,10 @@ def recipe_claims() -> List[Claim]:
         (REAL, generator), (generator + LONGER, generator), (REAL + LONGER, generator + LONGER)]
     claims = []
     for fill in FILLS:
-        claims += [Claim(f'{higher} > {lower} (recipe `data_free`, {fill})', (higher, fill), (lower, fill))
+        column = column_of(fill)
+        claims += [Claim(f'{higher} > {lower} (recipe `data_free`, {fill})', (higher, column), (lower, column))
                    for higher, lower in pairs]
-        claims += [Claim(f'{generator}{LONGER} ({fill}) > {vit}', (generator + LONGER, fill), (vit, 'top-1'))
+        claims += [Claim(f'{generator}{LONGER} ({fill}) > {vit}', (generator + LONGER, column), (vit, BY_CLASS))
                    for vit in (VIT, VIT_MORE)]
     return claims
 
@@ -201,8 +212,8 @@ def real_students(scale: Scale, seeds: Sequence[int]) -> Tuple[Cell, ...]:
     return students(scale, 'real_student', argv, round(scale.num_synthetic / scale.num_train, 4), seeds)
 
 
-def weights_note(scale: Scale) -> str:
-    """Return a sentence with the loss weights that differ from data_free's defaults."""
+def weights_notes(scale: Scale) -> List[str]:
+    """Return a sentence with the loss weights that differ from data_free's defaults; none if none do."""
     argv = scale.inversion + scale.adi + scale.intra
     flags, defaults = dict(zip(argv, argv[1:])), LossWeights()
     names = dict(bn='BatchNorm', tv='total variation', ep='easiest positive', triplet='triplet', adi='ADI')
@@ -210,7 +221,7 @@ def weights_note(scale: Scale) -> str:
         f'{name} {flags[f"--{flag}-weight"]} (default {getattr(defaults, flag):g})' for flag, name in names.items()
         if float(flags[f'--{flag}-weight']) != getattr(defaults, flag)]
     changed += ['relative BatchNorm distances'] if flags['--bn-norm'] == 'relative' else []
-    return f'\n- Changed from the defaults of `data_free`: {", ".join(changed)}.' if changed else ''
+    return [f'Changed from the defaults of `data_free`: {", ".join(changed)}.'] if changed else []
 
 
 # Weights of the diversity losses: easiest positive (the triplet has a hundredth of it), and competition
@@ -256,6 +267,48 @@ def inversion(scale: Scale, seeds: Sequence[int]) -> Table:
          for row, (name, mode, argv) in tried.items() for column, key in IMAGE_FIGURES.items()])
 
 
+def updates(scale: Scale) -> str:
+    """Return a sentence with the updates of the students of table 5 and of the plain ViTs."""
+    flags = dict(zip(scale.synthetic, scale.synthetic[1:]))
+    student = int(flags['--epochs']) * int(flags['--train-batches-per-epoch'])
+    batch_size = yaml.safe_load((ROOT / scale.recipe).read_text())['batch_size']
+    vit, more = (int(scale.num_train * fraction) // batch_size * scale.epochs
+                 for fraction in (scale.ablation_fraction, scale.fractions[-1]))
+    return (f'Students of the recipe `data_free` have {student:,} updates ({2 * student:,} with twice the epochs), the'
+            f' ViTs {vit:,} and {more:,}.')
+
+
+def table5_notes(scale: Scale) -> List[str]:
+    """Return what a reader of table 5 has to know."""
+    verified = '' if scale.cnn else ' (before the verifier rejects any)'
+    notes = [
+        f'DearKD students on {scale.num_synthetic} images synthesised from a CNN{verified}, and on about as many real'
+        ' images.',
+        *weights_notes(scale),
+        "ADI competes with the student of DeepInversion's images.",
+        'The paper has no student on as few real images. Its DeiT-Ti on all of ImageNet, without a teacher, has 72.2'
+        ' %.',
+        f'{AGREEMENT} The label of a synthetic image is the class that it was made for.']
+    if scale.cnn:
+        notes += [
+            'The images are synthesised from the teacher itself, which has seen all training images; the paper uses two'
+            ' CNNs. No image is rejected.',
+            'The images resemble the crops that the CNN was trained on, and are cropped again for the student. This may'
+            ' widen the gap to real images.']
+    if scale.synthetic:
+        notes += [
+            f'Column "{BY_CLASS}": its recipe was chosen on real images. The label of an image is the class that it was'
+            ' made for. The ViTs have this recipe, and no teacher.',
+            'Columns `data_free`: this recipe with its two fills and patches of 8x8 pixels, for half of its epochs.'
+            f' Rows with "{LONGER[2:]}" have all of them. The default fill, `edge`, is compared with the paper.',
+            updates(scale),
+            f'{ROUNDS}: at least {scale.num_synthetic // NUM_ROUNDS} images each. The first round is DeepInversion. The'
+            f' others compete with the student (fill `{FILLS[0]}`) of all images so far.',
+            f'Generators make at least {scale.num_generated} images, up to three of each learned code. Images of one'
+            ' code are almost equal. A pilot chooses their weights.']
+    return notes
+
+
 def table5(scale: Scale, seeds: Sequence[int]) -> Table:
     """Return students on synthetic images, and on about as many real ones."""
     recipe = bool(scale.synthetic)  # if there is one, its students are compared with the paper's
@@ -263,37 +316,16 @@ def table5(scale: Scale, seeds: Sequence[int]) -> Table:
     for mode, (label, paper, _) in MODES.items():
         cells = tuple(synthetic_student_cell(scale, mode, seed) for seed in seeds[:2])
         entries += [
-            Entry(label, 'top-1', cells, None if recipe else paper, 'synthetic'),
+            Entry(label, BY_CLASS, cells, None if recipe else paper, 'synthetic'),
             Entry(label, 'teacher agreement', cells, None, 'labels', 'teacher_agreement', 2)]
-    real, intra = real_students(scale, seeds), (MODES['intra'][0], 'top-1')
-    note = (
-        f'- DearKD students on {scale.num_synthetic} images synthesised from a CNN'
-        f'{"" if scale.cnn else " (before the verifier rejects any)"}, and on about as many real'
-        f' images.{weights_note(scale)}\n- ADI competes with the student of DeepInversion\'s'
-        ' images.\n- The paper has no student on as few real images. Its DeiT-Ti on all of ImageNet, without a teacher,'
-        f' has 72.2 %.\n- {AGREEMENT} The label of a synthetic image is the class that it was made for.')
-    if scale.cnn:
-        note += (
-            '\n- The images are synthesised from the teacher itself; the paper uses two CNNs. No image is rejected.'
-            '\n- The images resemble the crops that the CNN was trained on, and are cropped again for the student. This'
-            ' may widen the gap to real images.')
-    if scale.synthetic:
-        note += (
-            '\n- `top-1`: the recipe of table 2, which was chosen on real images, with the class that an image was made'
-            ' for as the label.\n- `edge` and `black`: the recipe `data_free` with this fill and patches of 8x8 pixels,'
-            f' for half of its epochs. Rows with "{LONGER[2:]}" have all of them. The default fill, `edge`, is'
-            ' compared with the paper. The ViTs have the recipe of table 2, without a teacher.'
-            f'\n- {ROUNDS}: {scale.num_synthetic // NUM_ROUNDS} images each. The first round is DeepInversion. The'
-            ' others compete with the student (fill `edge`) of all images so far.'
-            f'\n- Generators make {scale.num_generated} images, up to three of each learned code. Images of one code'
-            ' are almost equal. A pilot chooses their weights.\n- All sets are rounded up to whole batches.')
+    real, intra = real_students(scale, seeds), (MODES['intra'][0], BY_CLASS)
     return Table(
-        'Data-free (table 5)', note,
-        [*entries, Entry(REAL, 'top-1', real, None, 'real'),
+        'Data-free (table 5)', '\n'.join(f'- {line}' for line in table5_notes(scale)),
+        [*entries, Entry(REAL, BY_CLASS, real, None, 'real'),
          Entry(REAL, 'teacher agreement', real, None, 'labels', 'teacher_agreement', 2),
          *(recipe_entries(scale, seeds) if recipe else [])],
-        [*_ordered('top-1', ' (recipe of table 2)' if recipe else ''),
-         Claim('Real images > DF-DearKD', (REAL, 'top-1'), intra),
+        [*_ordered(BY_CLASS, ' (recipe of table 2)' if recipe else ''),
+         Claim('Real images > DF-DearKD', (REAL, BY_CLASS), intra),
          *(recipe_claims() if recipe else [])])
 
 
@@ -337,16 +369,17 @@ def distance_cell(scale: Scale, mode: str, seed: int) -> Cell:
 
 def table6(scale: Scale, seeds: Sequence[int]) -> Table:
     """Return the distances between images of a class."""
-    metric = 'LPIPS'
-    if '--model' in scale.diversity:
+    metric, is_lpips = 'LPIPS.', '--model' not in scale.diversity
+    if not is_lpips:
         cnn = scale.diversity[scale.diversity.index('--model') + 1].strip('{}')
-        metric = (f'mean squared distance between features of `{cnn}` (the paper\'s figures are LPIPS, on another'
-                  ' scale)')
-    sets = {mode: (label, lpips) for mode, (label, _, lpips) in MODES.items()}
+        published = ', '.join(f'{label} {lpips}' for label, _, lpips in MODES.values())
+        metric = (f'mean squared distance between features of `{cnn}`. The paper has LPIPS, another distance:'
+                  f' {published}, real images {REAL_LPIPS}. So no claim of the paper is tested.')
+    sets = {mode: (label, lpips if is_lpips else None) for mode, (label, _, lpips) in MODES.items()}
     if scale.num_generated:
         sets.update(rounds=(ROUNDS, None), **{mode: (label, None) for mode, label in GENERATED.items()})
-    entries = [Entry(REAL, 'distance', tuple(distance_cell(scale, '', seed) for seed in seeds), 0.708, 'real',
-                     'distance', 3)]
+    entries = [Entry(REAL, 'distance', tuple(distance_cell(scale, '', seed) for seed in seeds),
+                     REAL_LPIPS if is_lpips else None, 'real', 'distance', 3)]
     for mode, (label, lpips) in sets.items():
         known = seeds[:2] if mode == 'adi' else seeds  # as in table 5
         entries.append(Entry(label, 'distance', tuple(distance_cell(scale, mode, seed) for seed in known), lpips,
@@ -356,12 +389,12 @@ def table6(scale: Scale, seeds: Sequence[int]) -> Table:
         entries.append(Entry(label, 'seconds per image', cells, None, 'time', 'seconds_per_image', 2, interval=False))
     return Table(
         'Diversity (table 6)',
-        f'- Distance between two images of a class: {metric}.\n- Pixel noise also increases the distance. A larger'
+        f'- Distance between two images of a class: {metric}\n- Pixel noise also increases the distance. A larger'
         ' distance means diversity only if the images are recognised as well.\n- An image is recognised if a CNN gives'
         ' its class a probability above 0.5. Its CNN is the one that it was synthesised from. The other CNN was'
         f' trained {"on as many real images" if scale.cnn else "separately"}.\n- Seconds are those of one core, beside'
         ' other programs: a rough figure. The rounds of ADI have none, because students train between them.',
         entries, [
-            *_ordered('distance'),
-            *(Claim(f'Real images > {label}', (REAL, 'distance'), (label, 'distance'))
+            *_ordered('distance', ': distance'),
+            *(Claim(f'Real images > {label}: distance', (REAL, 'distance'), (label, 'distance'))
               for label, *_ in MODES.values())])

@@ -2,7 +2,7 @@
 import math
 import statistics
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from reproduction.cells import FIGURE4, STAGE1, Cell, Scale
 from reproduction.results import Figure, Results
@@ -98,8 +98,8 @@ class Figure4:
                         text, 'grows in stage II' if of_paper else '', here, difference, DIGITS, of_paper))
         return findings
 
-    def tables(self) -> List[str]:
-        """Return the lines of two tables: distances by layer, and their changes late in training."""
+    def distances(self) -> List[str]:
+        """Return the lines of a table of the distances by layer."""
         layers = range(1, 1 + max(len(found) for name in self.runs for found in self.layers(name, 1).values()))
         lines = ['Attention distance in patches, mean over heads and seeds:', '',
                  '| | epoch | ' + ' | '.join(f'layer {layer}' for layer in layers) + ' |',
@@ -108,8 +108,12 @@ class Figure4:
             for epoch in (1, *self.late(name).values(), self.last[name]):
                 means = [f'{statistics.mean(column):.2f}' for column in zip(*self.layers(name, epoch).values())]
                 lines.append(f'| {FIGURE4[name]} | {epoch} | ' + ' | '.join(means) + ' |')
+        return [*lines, '']
+
+    def changes(self) -> List[str]:
+        """Return the lines of a table of the changes late in training."""
         spans = [(span, layers, depth) for span in ('last half', 'last sixth') for layers, depth in self.depths.items()]
-        lines += ['', 'Change of the distance. ± is computed from the seeds of each run alone:', '',
+        lines = ['Change of the distance in patches. ± is computed from the seeds of each run alone:', '',
                   '| | seeds | ' + ' | '.join(
                       f'{span} of the epochs, {layers}' for span, layers, _ in spans) + ' |',
                   '| --- ' * (2 + len(spans)) + '|']
@@ -120,11 +124,13 @@ class Figure4:
             lines.append(f'| {FIGURE4[name]} | {len(by_seed)} | ' + ' | '.join(changes) + ' |')
         return [*lines, '']
 
-    def plots(self, folder: Path, root: Path) -> List[str]:
-        """Write a plot of each run's first seed, and return the lines that show them."""
+    def plots(self, folder: Path, root: Path, names: Sequence[str]) -> List[str]:
+        """Write a plot of the first seed of these runs, and return the lines that show them."""
         lines = []
-        for name, by_seed in self.runs.items():
-            seed, history = min(by_seed.items())
+        for name in names:
+            if name not in self.runs:
+                continue
+            seed, history = min(self.runs[name].items())
             picture, end = folder / f'figure4-{name}.png', self.ends[name]
             write_bytes(picture, render(plot_over_epochs(history, end if end < self.last[name] else None)))
             lines += [f'{FIGURE4[name]}, seed {seed}:', '',

@@ -28,9 +28,10 @@ STATISTICS = (
     ' seed has none.',
     '- Figures are means over seeds. A seed sets the initial weights, the order of the images and, if a student has a'
     ' part of the images, which part. Square brackets hold the paper\'s figure, on ImageNet.',
-    '- A claim is *reproduced* if the interval of its difference lies above 0, *contradicted* if it lies below 0, and'
-    ' *inconclusive* otherwise. Our own comparisons are *confirmed* instead of reproduced. If there is no true'
-    ' difference, 1 of 20 claims is still reproduced or contradicted by chance.',
+    '- A claim of the paper is an order of figures in one of its tables. It is *reproduced* if the interval of the'
+    ' difference lies above 0, *contradicted* if it lies below 0, and *inconclusive* otherwise. Our own comparisons are'
+    ' *confirmed* instead of reproduced. If there is no true difference, 1 of 20 claims is still reproduced or'
+    ' contradicted by chance.',
     '- Standard deviations are pooled over a table; in table 2 and for colour images, over a column. Students with the'
     ' hidden loss vary less and are pooled separately. So are CNNs, synthetic images by fill, and real images. One'
     ' figure can therefore have different intervals in two tables.',
@@ -129,11 +130,13 @@ def describe_teacher(scale: Scale, found: Results, results: Path) -> str:
         shares = dict.fromkeys(f'{100 * share:.0f}' for share in (min(agreements), max(agreements)))
         text += f' It predicts the label of {" to ".join(shares)} % of the augmented images in table 2 (hard labels).'
     teachers = Counter(cell['teacher'] for cell in cells if {'teacher', 'top1'} <= set(cell))
-    if len(teachers) > 1:
-        kept = weights_hash(results / 'teacher')
-        text += ' It was trained more than once with the same recipe, and the weights differ: ' + ', '.join(
-            f'{name}{" (kept)" if name == kept else ""} taught {count}'
-            for name, count in teachers.most_common()) + ' of the students.'
+    kept = weights_hash(results / 'teacher')
+    usual = kept if kept in teachers else max(teachers, key=lambda name: teachers[name], default='')
+    for name, count in ((name, count) for name, count in teachers.items() if name != usual):
+        titles = [table.title for title, table in found.tables.items()
+                  if name in set().union(*found.teachers(title).values())]
+        text += (f' Other weights of the same recipe ({name}) taught {count} student{"s" * (count > 1)}, in: '
+                 f'{", ".join(titles)}.')
     return text
 
 
@@ -204,7 +207,7 @@ def write_section(
     if not (figure4.runs if name == 'figure4' else figures):
         return [], []
     if name == 'figure4':
-        findings, lines, plots = figure4.findings(), figure4.tables(), figure4.plots(pictures, root)
+        findings, lines, plots = figure4.findings(), figure4.changes(), figure4.plots(pictures, root, ['dearkd'])
     else:
         findings, lines, plots = judge(table, figures), [*markdown(table, figures), ''], []
         if name in PLOTS:
@@ -250,6 +253,9 @@ def write_report(scale: Scale, results: Path, seeds: Sequence[int], output: Path
             body += lines
     if appendix:
         body += ['## Appendix: choices', '', *appendix]
+    if figure4.runs:
+        body += ['## Appendix: attention distance by layer', '', *figure4.distances(),
+                 *figure4.plots(pictures, output.parent, [name for name in figure4.runs if name != 'dearkd'])]
     text = ['# Results', '', *summarise(scale, claims), *describe_setup(scale, found, results), *body]
     write_text(output, '\n'.join(text).rstrip() + '\n')
 

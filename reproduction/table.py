@@ -7,7 +7,8 @@ from reproduction.cells import Cell
 HIDDEN = 'hidden loss'  # noise group: students with the hidden loss vary far less from seed to seed
 OWN_CNN = (
     'For a CNN that `distill` trains, the figure is that of its best epoch on the test images, which is the one that'
-    ' teaches. For its student, the figure is that of the last epoch. This favours the CNN.')
+    ' teaches. For its student, the figure is that of the last epoch. This favours the CNN. A teacher is'
+    ' measured on the images as its student sees them.')
 AGREEMENT = 'Teacher agreement: the share of the augmented images whose label the teacher predicts.'
 Key = Tuple[str, str]  # row and column
 

@@ -43,7 +43,7 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
     assert result.returncode == 2 and (tmp_path / 'photo.jpg').read_bytes() == b'precious'
 
 
-@pytest.mark.slow
+@pytest.mark.integrations
 def test_the_whole_script(tmp_path):
     """The demo with fewer epochs: its table and picture, and the folder of somebody else that it refuses."""
     env = dict(os.environ, PATH=f'{os.path.dirname(sys.executable)}{os.pathsep}{os.environ["PATH"]}')

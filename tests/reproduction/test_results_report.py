@@ -209,7 +209,7 @@ def test_the_report_tells_whose_students_are_in_a_table(tmp_path):
     assert 'the same teacher' not in report('abc', 'abc') and 'taught' not in report('abc', 'abc')
     text = report('abc', 'def')
     assert 'Not all students have the same teacher (1 %: abc; 2.5 %: def).' in text
-    assert 'the weights differ: def taught 1, abc taught 1 of the students' in text and '2 files have a "+"' in text
+    assert 'Other weights of the same recipe (abc) taught 1 student, in: ' in text and '2 files have a "+"' in text
 
 
 def test_no_report_without_results(tmp_path, capsys):

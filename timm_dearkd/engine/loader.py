@@ -44,43 +44,37 @@ def _apply_first(function: Optional[Callable], dataset) -> None:
         dataset.transform = Compose([function, transform]) if transform is not None else function
 
 
-def _call_create_loader(dataset, data_config: Dict[str, Any], **kwargs: Any) -> Any:
-    """Create timm's loader.
-
-    Raises:
-        ValueError: If timm does not take the options.
-    """
-    try:
-        return create_loader(
-            dataset, data_config['input_size'], mean=data_config['mean'], std=data_config['std'], **kwargs)
-    except (AssertionError, KeyError, RuntimeError, TypeError) as e:
-        raise ValueError(
-            f'timm does not take these augmentation or loader options ({type(e).__name__}: {e}).'
-            ' Check --aa, --remode, --interpolation, --train-interpolation, --train-crop-mode, --scale and --ratio.'
-        ) from e
-
-
 def _create_loader(
         dataset,
         data_config: Dict[str, Any],
         device: torch.device,
         use_prefetcher: bool = True,
         img_dtype: torch.dtype = torch.float32,
+        affine: Optional[AffineJitter] = None,
+        num_aug_splits: int = 0,
         **kwargs: Any,
 ):
-    """Create timm's loader of batches on the device."""
-    loader = _call_create_loader(
-        dataset, data_config, device=device, use_prefetcher=use_prefetcher, img_dtype=img_dtype, **kwargs)
+    """Create timm's loader of batches on the device.
+
+    Raises:
+        ValueError: If timm does not take the options.
+    """
+    source: Any = AugMixDataset(dataset, num_splits=num_aug_splits) if num_aug_splits > 1 else dataset
+    try:
+        loader = create_loader(
+            source, data_config['input_size'], mean=data_config['mean'], std=data_config['std'], device=device,
+            use_prefetcher=use_prefetcher, img_dtype=img_dtype, num_aug_splits=num_aug_splits, **kwargs)
+    except (AssertionError, KeyError, RuntimeError, TypeError) as e:
+        raise ValueError(
+            f'timm does not take these augmentation or loader options ({type(e).__name__}: {e}).'
+            ' Check --aa, --remode, --interpolation, --train-interpolation, --train-crop-mode, --scale and --ratio.'
+        ) from e
+    _apply_first(affine, dataset)
     _convert_images(dataset, data_config['input_size'][0])
-    plain = getattr(loader, 'loader', loader)
+    plain = loader.loader if use_prefetcher else loader
     plain.worker_init_fn = partial(init_worker, plain.worker_init_fn)
-    plain.generator = _worker_generator()
+    plain.generator = torch.Generator().manual_seed(0)  # of the workers' seeds; must not draw from the global one
     return loader if use_prefetcher else DeviceLoader(loader, device, img_dtype)
-
-
-def _worker_generator() -> torch.Generator:
-    """Return a generator for the seeds of the workers. To draw them must not change the global generator."""
-    return torch.Generator().manual_seed(0)
 
 
 def _check_length(dataset, batch_size: int, world_size: int) -> None:
@@ -107,8 +101,6 @@ def create_train_loader(
         num_aug_repeats: float = 0,
         image_sizes: Sequence[Any] = (),
         schedule: Optional[Dict[str, Any]] = None,
-        worker_seeding: str = 'all',
-        affine: Optional[AffineJitter] = None,
         **kwargs: Any,
 ) -> 'TrainLoader':
     """Create the training loader of batches on the device.
@@ -125,9 +117,7 @@ def create_train_loader(
         num_aug_repeats: Times that each image chosen for an epoch comes in it; 0 for every image once.
         image_sizes: Sizes (pixels, or height and width) to choose from for each batch; empty takes that of the model.
         schedule: Arguments of timm's `ScheduledBatchSampler`, which chooses.
-        worker_seeding: timm's --worker-seeding, which only streams need.
-        affine: Applied to each image before timm's augmentation.
-        **kwargs: Augmentation and worker arguments of timm's `create_loader`.
+        **kwargs: Arguments of `_create_loader`, and augmentation and worker arguments of timm's `create_loader`.
 
     Raises:
         ValueError: If there is less than one batch of images, or timm refuses the options.
@@ -143,17 +133,17 @@ def create_train_loader(
             flag = '--train-img-sizes' if image_sizes else '--aug-splits'
             raise ValueError(f'{flag} cannot be used with a streamed data set. Remove the flag.')
         loader = _create_loader(
-            dataset, data_config, device=device, batch_size=batch_size, is_training=True, collate_fn=collate_fn,
+            dataset, data_config, device, batch_size=batch_size, is_training=True, collate_fn=collate_fn,
             persistent_workers=not mixup_off_epoch,  # a worker keeps the Mixup that it started with
-            worker_seeding=worker_seeding, **kwargs)
-        _apply_first(affine, dataset)
+            **kwargs)
         return TrainLoader(loader, mixup=mixup, mixup_off_epoch=mixup_off_epoch, seed=(seed, ranks.rank))
     batches = _build_batches(dataset, batch_size, seed, ranks, num_aug_repeats, schedule)
     if not image_sizes:  # --train-batches-per-epoch sets image_sizes, too
         _log_unused_images(len(batches.sampler), batch_size, ranks.world_size, even=mixup is not None)
-    collate_fn = SeededCollate(collate_fn, seed, mixup, mixup_off_epoch)
-    return _create_seeded_loader(
-        dataset, data_config, batches, collate_fn, device, seed, ranks, image_sizes, affine, **kwargs)
+    loader = _create_loader(
+        dataset, data_config, device, batch_size=len(dataset),  # its batches are not used
+        is_training=True, input_size_choices=image_sizes or None, **kwargs)
+    return _seed_loader(loader, batches, SeededCollate(collate_fn, seed, mixup, mixup_off_epoch), seed, ranks)
 
 
 def _build_batches(
@@ -178,48 +168,22 @@ def _build_batches(
     return batches
 
 
-def _create_seeded_loader(
-        dataset,
-        data_config: Dict[str, Any],
-        batches,
-        collate_fn: Callable,
-        device: torch.device,
-        seed: int,
-        ranks: Ranks,
-        image_sizes: Sequence[Any],
-        affine: Optional[AffineJitter],
-        *,
-        use_prefetcher: bool,
-        img_dtype: torch.dtype = torch.float32,
-        num_aug_splits: int = 0,
-        **kwargs: Any,
-) -> 'TrainLoader':
-    """Create timm's loader with other batches, and with random numbers as in `seeding`."""
-    source: Any = AugMixDataset(dataset, num_splits=num_aug_splits) if num_aug_splits > 1 else dataset
-    loader = _call_create_loader(
-        source, data_config, batch_size=len(dataset),  # its batches are not used
-        is_training=True, device=device, use_prefetcher=use_prefetcher, img_dtype=img_dtype,
-        num_aug_splits=num_aug_splits, input_size_choices=image_sizes or None, **kwargs)
-    _apply_first(affine, dataset)
-    _convert_images(dataset, data_config['input_size'][0])
-    plain = getattr(loader, 'loader', loader)
-    sampler = EpochBatchSampler(batches, ranks.rank, ranks.world_size)
-    plain = DataLoader(
+def _seed_loader(loader, batches, collate_fn: SeededCollate, seed: int, ranks: Ranks) -> 'TrainLoader':
+    """Give timm's loader other batches, and random numbers as in `seeding`."""
+    plain, sampler = loader.loader, EpochBatchSampler(batches, ranks.rank, ranks.world_size)
+    loader.loader = DataLoader(
         SeededDataset(plain.dataset, seed),
         batch_sampler=sampler,
         num_workers=plain.num_workers,
         collate_fn=collate_fn,
         pin_memory=plain.pin_memory,
-        worker_init_fn=partial(init_worker, None),
+        worker_init_fn=plain.worker_init_fn,
         persistent_workers=plain.persistent_workers,
-        generator=_worker_generator(),
+        generator=plain.generator,
     )
-    if not use_prefetcher:
-        return TrainLoader(DeviceLoader(plain, device, img_dtype), [sampler])
-    loader.loader = plain
-    if loader.random_erasing is None:
+    if getattr(loader, 'random_erasing', None) is None:
         return TrainLoader(loader, [sampler])
-    loader.random_erasing = SeededErasing(loader.random_erasing, seed, device, ranks.rank, ranks.world_size)
+    loader.random_erasing = SeededErasing(loader.random_erasing, seed, loader.device, ranks.rank, ranks.world_size)
     return TrainLoader(loader, [sampler, loader.random_erasing])
 
 
