@@ -419,7 +419,9 @@ class DearKDTask(TrainingTask):
     def _fix_feature_std(self, features: List[torch.Tensor]) -> None:
         """Set the standard deviation per channel (C,) from the batch of all processes, unless it is not finite."""
         stds = []
-        num_images = len(features[0]) * (dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1)
+        is_distributed = self._ddp_kwargs is not None
+        group = (self._ddp_kwargs or {}).get('process_group')
+        num_images = len(features[0]) * (dist.get_world_size(group) if is_distributed else 1)
         if num_images < MIN_IMAGES_FOR_STD:
             _logger.warning(
                 f'The first batch has {num_images} images, few for the standard deviation of the feature maps. If'
@@ -430,8 +432,8 @@ class DearKDTask(TrainingTask):
             squares = torch.linalg.vector_norm(feature, dim=axes, dtype=torch.float32).square()
             count = torch.full_like(total, feature.numel() / feature.shape[1])
             moments = torch.stack([count, total, squares])
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(moments)
+            if is_distributed:
+                dist.all_reduce(moments, group=group)
             count, total, squares = moments
             variance = (squares - total.square() / count) / (count - 1).clamp(min=1)
             std = variance.clamp(min=0).sqrt()

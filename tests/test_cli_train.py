@@ -184,6 +184,7 @@ def test_settings(args, train_cli, cnn, image_folder, tmp_path):
     evaluated = [row for row in read_summary(tmp_path / 'x') if row['eval_top1']]
     best = max(evaluated, key=lambda row: float(row['eval_top1']))
     model = timm.create_model(f'local-dir:{tmp_path / "x"}', pretrained=True)
+    assert ('it does not learn. Use --amp' in result.stderr) == ('--model-dtype' in args)
     low = '--amp' in args or '--model-dtype' in args  # the summary's loss was computed in bfloat16
     assert evaluate(model, image_folder)['loss'] == pytest.approx(float(best['eval_loss']), rel=0.02 if low else 1e-3)
     results = json.loads(result.stdout.split('--result\n')[1])

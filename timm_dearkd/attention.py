@@ -145,13 +145,17 @@ class ConvAttention(Attention):
             return None
         return self.rpe.cached_channels(self.scale, qkv)
 
-    def _scores(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the positional scores (heads, T, T), from the cache if possible."""
-        frozen = self.frozen_scores
-        if frozen is not None:
-            return frozen.to(dtype)
-        if not torch.jit.is_scripting() and self._is_cpu_inference() and not self._is_traced():
-            return self.rpe.cached_scores(dtype)
+    def _scores(self, dtype: torch.dtype, is_masked: bool) -> torch.Tensor:
+        """Return the positional scores (heads, T, T), from the cache if possible.
+
+        The cache limits low scores. This is exact only if each query may attend to its own patch.
+        """
+        if not is_masked:
+            frozen = self.frozen_scores
+            if frozen is not None:
+                return frozen.to(dtype)
+            if not torch.jit.is_scripting() and self._is_cpu_inference() and not self._is_traced():
+                return self.rpe.cached_scores(dtype)
         return self.rpe().to(dtype)
 
     def _append_scores(self, qkv: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -187,8 +191,10 @@ class ConvAttention(Attention):
         B, T, _ = x.shape
         gate = self.gate(x).sigmoid() if self.gate is not None else None
         qkv = self._qkv(x)
+        is_masked = attn_mask is not None
 
-        if self.fused_attn and not (self.rpe.needs_scores() or self._scores_are_constant()):
+        if self.fused_attn and not (
+                self.rpe.needs_scores() or (self._scores_are_constant() and not is_masked)):
             q, k, v = self._append_scores(qkv)
             x = F.scaled_dot_product_attention(
                 q, k, v,
@@ -199,7 +205,7 @@ class ConvAttention(Attention):
             )[..., :self.head_dim]
         elif self.fused_attn:
             q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-            scores = self._scores(q.dtype)
+            scores = self._scores(q.dtype, is_masked)
             mask = resolve_self_attn_mask(T, scores, attn_mask, is_causal)
             x = F.scaled_dot_product_attention(
                 q, k, v,
@@ -209,7 +215,7 @@ class ConvAttention(Attention):
             )
         else:
             q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-            attn = (q * self.scale) @ k.transpose(-2, -1) + self._scores(q.dtype)
+            attn = (q * self.scale) @ k.transpose(-2, -1) + self._scores(q.dtype, is_masked)
             attn = maybe_add_mask(attn, resolve_self_attn_mask(T, attn, attn_mask, is_causal))
             attn = attn.softmax(dim=-1)
             attn = self.attn_drop(attn)

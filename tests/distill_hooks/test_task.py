@@ -199,6 +199,23 @@ def test_feature_std_is_fixed_by_the_first_batch():
     torch.testing.assert_close(task(images, labels)['hidden_loss'], expected)
 
 
+def test_feature_std_of_a_task_in_one_process_of_a_group(tmp_path, monkeypatch):
+    """A task that is not distributed asks no other process."""
+    def refuse(*args, **kwargs):
+        raise AssertionError('waits for other processes')
+
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/group', rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(torch.distributed, 'all_reduce', refuse)
+        task = make(normalize_features=True)
+        assert task(*batch(8))['loss'].isfinite()
+        other = make(normalize_features=True).prepare_distributed()
+        with pytest.raises(AssertionError, match='waits'):
+            other(*batch(8))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_feature_std_is_that_of_the_first_finite_batch():
     """One infinite value would make all deviations NaN, for the whole run."""
     task, clean = make(normalize_features=True), make(normalize_features=True)

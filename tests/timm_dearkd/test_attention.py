@@ -166,6 +166,20 @@ def test_masks(fused, training):
         assert not torch.allclose(attn(x), outputs[0])
 
 
+@pytest.mark.parametrize('fused', [True, False])
+def test_a_mask_of_all_near_patches_leaves_the_order_of_the_far_ones(fused):
+    """In inference as in training, where no score is limited; also from a frozen copy."""
+    attn = ConvAttention(24, 4, grid_size=(12, 12), num_prefix_tokens=0)
+    attn.fused_attn = fused
+    x, mask = torch.randn(1, 144, 24), torch.zeros(144, 144, dtype=torch.bool)
+    mask[:, -12:] = True  # the last row
+    with torch.no_grad():
+        expected = attn.train()(x, attn_mask=mask)
+        for _ in range(2):
+            torch.testing.assert_close(attn.eval()(x, attn_mask=mask), expected, atol=1e-4, rtol=1e-4)
+            attn.freeze_scores()
+
+
 @pytest.mark.parametrize('kernel_size', [3, 4])
 def test_expresses_any_convolution(kernel_size):
     """Cordonnier et al. 2020, theorem 1: K^2 heads at the integer offsets are a K x K convolution."""

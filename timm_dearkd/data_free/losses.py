@@ -38,8 +38,10 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        # torch.compile and MPS have no kernel for `batch_norm_update_stats`; the compiler fuses `var_mean`
-        if torch.compiler.is_compiling() or x.device.type not in KERNEL_DEVICES:
+        # torch.compile and MPS have no kernel for `batch_norm_update_stats`, and the CPU's rounds to half precision.
+        # The compiler fuses `var_mean`
+        is_rounded = x.device.type == 'cpu' and torch.finfo(x.dtype).bits < 32
+        if torch.compiler.is_compiling() or x.device.type not in KERNEL_DEVICES or is_rounded:
             var, mean = torch.var_mean(x.float(), dim=(0, *range(2, x.ndim)), correction=0)
         else:
             mean, var = torch.batch_norm_update_stats(x, None, None, 0.)

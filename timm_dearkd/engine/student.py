@@ -12,6 +12,7 @@ from timm.models import parse_model_name, resolve_model_input_args, safe_model_n
 from distill_hooks.checkpoint import why_unreadable
 from distill_hooks.errors import one_line
 
+from ..rel_pos import AdaptiveRelPos
 from .checkpoints import EXPORT_NAME, read_classes
 from .data import (
     check_img_size,
@@ -69,6 +70,10 @@ def build_student(
             _logger.warning(
                 f'timm cannot create this {type(model).__name__} by name: {reason}. So the run writes no config.json:'
                 f' {EXPORT_NAME} has the weights alone.')
+        if model_dtype(args) != torch.float32 and any(isinstance(m, AdaptiveRelPos) for m in model.modules()):
+            _logger.warning(
+                f'--model-dtype {args.model_dtype} rounds the weights after every update. Alpha of MHCA starts at 1,'
+                ' where small steps are lost, so it does not learn. Use --amp instead.')
     check_img_size(model, args.train_img_sizes or ())
     model.to(device=device, dtype=model_dtype(args))
     data_config = resolve_input_data_config(model, args=dict(vars(args)), verbose=True)

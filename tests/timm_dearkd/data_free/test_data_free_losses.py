@@ -208,6 +208,17 @@ def test_gradient_of_batch_norm_statistics(devices, monkeypatch):
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_batch_norm_statistics_of_half_precision_are_not_rounded():
+    """They are those of the rounded maps, in float64."""
+    bn = nn.BatchNorm2d(4).eval()
+    x = (3 + torch.randn(8, 4, 9, 9)).bfloat16().requires_grad_()
+    taken = x.detach().double().transpose(0, 1).flatten(1)
+    expected = taken.mean(1).norm() + (taken.var(1, correction=0) - 1).norm()
+    with BatchNormStats(bn) as stats:
+        bn(x)
+        assert stats.loss().item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize('name', [
     'resnet18', 'efficientnet_lite0', 'densenet121',
     'repvgg_a0',  # runs its layers in another order than it lists them in
