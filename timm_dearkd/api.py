@@ -24,11 +24,11 @@ from .engine.data import build_datasets
 from .engine.distillation import choose_distill_type, load_cnn
 from .engine.loader import build_mixup, build_train_loader
 from .engine.optimizer import build_optimizer
-from .engine.options import given_options, options_to_argv, resolve_args
+from .engine.options import given_options, options_to_argv, read_config, resolve_args
 from .engine.process import SINGLE, Interrupted, Precision, TrainingError, find_device
 from .engine.student import build_student, create_student
 from .images import Images, check_unchanged, inspect_images, prepare_splits, record_images
-from .planning import Planner, Step, find_teacher, is_known, parse, quiet, read_options
+from .planning import Planner, Step, find_teacher, is_known, parse, quiet
 
 _logger = logging.getLogger(__name__)
 
@@ -179,7 +179,7 @@ def distill(
         if name not in known:
             raise TypeError(f'distill() got an unexpected option {name!r}. docs/options.md lists the options.')
     config = train_options.pop('config', None)
-    argv = [*(['-c', str(config)] if config else []), *options_to_argv(train_options, train.parser)]
+    argv = [*(['-c', str(config)] if config else []), *options_to_argv(train_options)]
     return prepare_distillation(
         str(data), None if teacher is None else str(teacher), None if output is None else str(output), student, argv,
         list(train_options))()
@@ -192,8 +192,8 @@ def check_options(user: Sequence[str], given: Sequence[str], student: Optional[s
         ValueError: If `distill` sets one of them itself, or timm does not know the student.
     """
     config, flags = train.config_parser.parse_known_args(user)
-    in_file = read_options(config.config) if config.config else {}
-    given = sorted({*given, *given_options(train.parser, flags), *(name.replace('-', '_') for name in in_file)})
+    in_file = read_config(config.config) if config.config else {}
+    given = sorted({*given, *given_options(flags), *(name.replace('-', '_') for name in in_file)})
     word = train.parser.parse_args(flags).data
     if word is not None:
         raise ValueError(

@@ -9,18 +9,16 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import timm
 import torch
-import yaml
 from timm.models import get_model_input_config
 
 from distill_hooks.checkpoint import nearest_names, resolve_model, training_args
 from distill_hooks.task import has_content_tokens
 from distill_hooks.teacher import input_normalisation
 
-from . import train
 from .analysis.runs import open_run
 from .engine.checkpoints import EXPORT_NAME, changed_options
 from .engine.data import image_mode
-from .engine.options import find_config, options_to_argv, parse_args
+from .engine.options import build_config_parser, options_to_argv, parse_args, read_config
 from .engine.process import default_workers
 from .engine.schedule import epochs_for
 from .engine.student import create_student
@@ -122,14 +120,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors), quiet():  # `train.prepare` parses them again
-            return parse_args(train.parser, train.config_parser, argv)[0]
+            return parse_args(argv)[0]
     except SystemExit:
         raise ValueError(errors.getvalue().rpartition('error: ')[2].strip()) from None
-
-
-def read_options(config: str) -> Dict[str, Any]:
-    """Return the options in a YAML file or a recipe."""
-    return yaml.safe_load(find_config(config).read_text(encoding='utf-8')) or {}
 
 
 class Planner:
@@ -173,11 +166,11 @@ class Planner:
         fixed = dict(output=self.output, experiment=name, resume='auto', report=name == 'student' and self.reports)
         options = {key: value for key, value in {**fixed, **chosen}.items() if key not in given}
         config = ['-c', 'small_folder']
-        if train.config_parser.parse_known_args(user)[0].config is not None:  # a file of the user takes its place
-            recipe = {key: value for key, value in read_options('small_folder').items() if key not in given}
+        if build_config_parser().parse_known_args(user)[0].config is not None:  # a file of the user takes its place
+            recipe = {key: value for key, value in read_config('small_folder').items() if key not in given}
             recipe.pop('auto_epochs', None)
             options, config = {**recipe, **options, 'epochs': chosen['epochs']}, []
-        argv = [self.data, *config, *options_to_argv(options, train.parser), *user]
+        argv = [self.data, *config, *options_to_argv(options), *user]
         return Step(name, [key for key in chosen if key not in given], argv, parse(argv))
 
     def teacher(self, name: Optional[str]) -> Step:
@@ -189,7 +182,7 @@ class Planner:
         training = choose_training(self.images, in_chans, self.device, cnn_epochs(self.epochs))
         shared = {key: getattr(self.user_args, key) for key in SHARED_OPTIONS if key in self.given}
         return self._step(
-            'teacher', dict(choose_cnn(name, self.size), **training, hflip=0.), options_to_argv(shared, train.parser),
+            'teacher', dict(choose_cnn(name, self.size), **training, hflip=0.), options_to_argv(shared),
             list(shared))
 
     def ask_teacher(self, cnn: Any, is_trained: bool = True) -> Dict[str, Any]:

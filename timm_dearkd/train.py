@@ -68,7 +68,7 @@ parser = build_parser()
 
 
 def _parse_args(argv: Optional[Sequence[str]] = None):
-    return parse_args(parser, config_parser, argv)
+    return parse_args(argv)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

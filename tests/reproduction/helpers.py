@@ -12,7 +12,7 @@ from timm_dearkd.analysis.__main__ import build_parser as analysis_parser
 from timm_dearkd.api import build_parser as distill_parser
 from timm_dearkd.data_free.options import build_parser as data_free_parser
 from timm_dearkd.data_free.options import fill_defaults
-from timm_dearkd.engine.options import build_config_parser, build_parser, parse_args
+from timm_dearkd.engine.options import parse_args
 
 SEEDS = [0, 1, 2]
 
@@ -27,7 +27,7 @@ def options(driver, cell):
     if cell.program in ('train', 'distill'):
         argv = argv[1:] if cell.program == 'train' else distill_parser().parse_known_args(argv[3:])[1]
         with mock.patch('yaml.safe_dump'):  # three quarters of the time, for a text that nobody reads here
-            return vars(parse_args(build_parser(), build_config_parser(), argv)[0])
+            return vars(parse_args(argv)[0])
     if cell.program == 'merge':
         return dict(output=argv[1], folders=argv[2:])
     args = {'data_free': data_free_parser, 'diversity': analysis_parser}[cell.program]().parse_args(argv[2:])

@@ -12,7 +12,7 @@ from reproduction.driver import Driver
 from reproduction.report import write_report
 from reproduction.results import RESULTS
 from reproduction.tables import collect_cells
-from timm_dearkd.engine.options import build_config_parser, build_parser, parse_args
+from timm_dearkd.engine.options import parse_args
 
 
 @pytest.mark.slow
@@ -45,7 +45,7 @@ def test_command_line(tmp_path):
         words = shlex.split(line)
         assert words[:4] == launcher
         if words[4] == 'train.py':  # the batch is the paper's
-            found, _ = parse_args(build_parser(), build_config_parser(), words[5:])
+            found, _ = parse_args(words[5:])
             batches[found.batch_size * found.grad_accum_steps * 8] += 1
     assert batches == {2048: 18, 1024: 4}
     assert run_python('reproduction/run.py', 'figure4', '--list').stdout.count('--track-attention-distance') == 28

@@ -3,9 +3,7 @@ import argparse
 import shlex
 from typing import Any, Sequence
 
-import yaml
-
-from timm_dearkd.engine.options import find_config
+from timm_dearkd.engine.options import read_config
 from timm_dearkd.settings import MAX_SMALL_SIDE, is_far
 
 
@@ -39,9 +37,8 @@ def train_command(
     channels = {1: ' --in-chans 1', 2: ' --in-chans 2 --input-img-mode LA', 3: '',
                 4: ' --in-chans 4 --input-img-mode RGBA'}[model.in_chans]
     flip = '' if mirror else ' --hflip 0'
-    recipe = yaml.safe_load(find_config('data_free').read_text(encoding='utf-8'))
     # Mixup needs even batches
-    batch = f' --batch-size {num_images // 2 * 2}' if num_images < recipe['batch_size'] else ''
+    batch = f' --batch-size {num_images // 2 * 2}' if num_images < read_config('data_free')['batch_size'] else ''
     return (f'timm-dearkd train {data}{channels} -c data_free {student_flags(size)}'
             f' --kd-model-name {shlex.quote(args.model)}{checkpoint}{map_flag}{flip}{batch}')
 

@@ -3,6 +3,7 @@
 The limits of a flag stand beside it. `resolve_args` checks what several flags decide together.
 """
 import argparse
+import functools
 import logging
 import math
 import os
@@ -76,6 +77,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f'{self.prog}: error: {message}\n')
 
 
+@functools.lru_cache(maxsize=None)
 def build_config_parser() -> argparse.ArgumentParser:
     """Build the parser of `--config` alone, which is read before everything else."""
     parser = argparse.ArgumentParser(description='Training configuration', add_help=False)
@@ -83,6 +85,7 @@ def build_config_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@functools.lru_cache(maxsize=None)
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all flags but `--config`."""
     parser = _Parser(
@@ -437,13 +440,13 @@ def find_config(name: str) -> Path:
         f'--config is {name!r}, expected a YAML file or the name of a recipe: {", ".join(recipe_names())}.')
 
 
-def options_to_argv(config: Mapping[str, Any], parser: argparse.ArgumentParser) -> List[str]:
+def options_to_argv(config: Mapping[str, Any]) -> List[str]:
     """Return options, by their names in a YAML file, as a command line. Types and limits are then checked alike.
 
     Raises:
         ValueError: If a switch is neither true nor false.
     """
-    actions = {action.dest: action for action in parser._actions}
+    actions = {action.dest: action for action in build_parser()._actions}
     argv = []
     for key, value in config.items():
         action = actions.get(str(key).replace('-', '_'))
@@ -465,53 +468,66 @@ def options_to_argv(config: Mapping[str, Any], parser: argparse.ArgumentParser) 
             argv.append(flag)
         elif isinstance(value, dict):
             argv += [flag, *(f'{k}={v}' for k, v in value.items())]
-        elif isinstance(value, (list, tuple)):
-            argv += [flag, *map(str, value)]
+        elif isinstance(value, (list, tuple)) or action.nargs in ('+', '*', 3):
+            argv += [flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]
         else:
-            argv += [flag, str(value)] if action.nargs in ('+', '*', 3) else [f'{flag}={value}']
+            argv.append(f'{flag}={value}')
     return argv
 
 
-def given_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Set[str]:
+def read_config(name: str) -> Dict[str, Any]:
+    """Return the options in a YAML file or a recipe.
+
+    Args:
+        name: See `find_config`.
+
+    Raises:
+        FileNotFoundError: If there is neither.
+        ValueError: If the file cannot be read.
+    """
+    path = find_config(name)
+    try:
+        config = yaml.safe_load(path.read_text(encoding='utf-8')) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise ValueError(f'configuration file {name}: {one_line(e)}') from e
+    if not isinstance(config, dict):
+        raise ValueError(f'configuration file {name}: expected "option: value" lines')
+    return config
+
+
+def given_options(argv: Sequence[str]) -> Set[str]:
     """Return the names of the options that a command line sets."""
+    parser = build_parser()
     unset = argparse.Namespace(**{action.dest: None for action in parser._actions})
     return {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not None}
 
 
-def parse_args(
-        parser: argparse.ArgumentParser,
-        config_parser: argparse.ArgumentParser,
-        argv: Optional[Sequence[str]] = None,
-) -> Tuple[argparse.Namespace, str]:
+def parse_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace, str]:
     """Parse the command line over the configuration file, if there is one.
 
     Returns:
         The options, and all of them as YAML text that `--config` reads again.
     """
-    config_args, rest = config_parser.parse_known_args(argv)
+    parser = build_parser()
+    config_args, rest = build_config_parser().parse_known_args(argv)
     config_argv = []
     if config_args.config:
         try:
-            with open(find_config(config_args.config), encoding='utf-8') as f:
-                config = yaml.safe_load(f) or {}
-        except FileNotFoundError as e:
+            config = read_config(config_args.config)
+        except (FileNotFoundError, ValueError) as e:
             parser.error(str(e))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-            parser.error(f'configuration file {config_args.config}: {one_line(e)}')
-        if not isinstance(config, dict):
-            parser.error(f'configuration file {config_args.config}: expected "option: value" lines')
         if config.get('kd_distill_type') == 'logit' and not config.get('kd_model_name'):
             del config['kd_distill_type']  # timm writes its default into every args.yaml
         try:
-            config_argv = options_to_argv(config, parser)
+            config_argv = options_to_argv(config)
         except ValueError as e:
             parser.error(f'configuration file {config_args.config}: {e}')
     args = parser.parse_args(rest, parser.parse_args(config_argv))
-    given = given_options(parser, rest)
+    given = given_options(rest)
     if 'epochs' in given:
         args.auto_epochs = False  # the command line wins
     if args.data and 'data_dir' not in given:
-        args.data_dir = None  # the file's
+        args.data_dir = None  # DIR on the command line wins over the file's
     if os.path.isdir(args.model) and not is_model(args.model):
         args.model = f'local-dir:{args.model}'
     args_text = yaml.safe_dump(vars(args), default_flow_style=False)
@@ -547,7 +563,9 @@ def resolve_args(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def _resolve_weights(args: argparse.Namespace) -> Dict[str, Any]:
-    """Return the options that name the weights of --eval-only, and those of their training where none are given.
+    """Return the options of --eval-only: where its weights are, and the input and model options of their training.
+
+    Options of the command win.
 
     Raises:
         ValueError: If there is no run to evaluate.
@@ -566,7 +584,7 @@ def _resolve_weights(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def run_options(name: str, checkpoint: Optional[str] = None) -> Dict[str, Any]:
-    """Return the options of the run that a model comes from: of its folder or its checkpoint; {} if there are none.
+    """Return the options of the run that trained a model, from its `args.yaml` or its checkpoint; {} for other models.
 
     Raises:
         ValueError: If `args.yaml` in the folder cannot be read.
@@ -708,8 +726,8 @@ def _check_teacher(args: argparse.Namespace) -> None:
 def check_distillation(args: argparse.Namespace, distill_type: str) -> None:
     """Refuse options of another kind of distillation than the student gets.
 
-    If the command names the kind, as it may over a recipe, such options only give a warning. Those that name files do
-    not.
+    With --kd-distill-type they only give a warning, because they may come from a recipe. Options that name a file are
+    always refused.
 
     Raises:
         ValueError: If there is such an option, or the kind does not go with TorchScript.

@@ -11,7 +11,6 @@ import yaml
 from timm.utils import ParseKwargs
 
 from timm_dearkd.engine.options import (
-    build_config_parser,
     build_parser,
     find_config,
     parse_args,
@@ -23,7 +22,7 @@ from timm_dearkd.train import _parse_args
 
 
 def parse(*argv):
-    return parse_args(build_parser(), build_config_parser(), argv)
+    return parse_args(argv)
 
 
 @pytest.fixture
