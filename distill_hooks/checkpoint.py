@@ -201,8 +201,8 @@ def _compare(own: Dict[str, torch.Tensor], given: Dict[str, torch.Tensor]) -> Tu
     """Compare a model's tensors with those of a file.
 
     Returns:
-        The problems as text ('' if there are none), and the names that the model does not have. Such names alone are
-        a problem only inside a part of the model, like the additional blocks of a larger model.
+        The problems as text ('' if there are none), and the names that the model does not have. Without other
+        problems, such names are one only inside a part of the model: `layer3.5.conv1`, not `loss.weight`.
     """
     own = {key: value for key, value in own.items() if not key.endswith(_COUNTER)}
     missing = [key for key in own if key not in given]
@@ -272,7 +272,7 @@ def resolve_model(name: str, checkpoint: Optional[str] = None, flag: str = '') -
         ValueError: If the name is unknown, the folder has no model but run folders, or the checkpoint does not name
             its architecture.
     """
-    if os.path.isfile(name) and not checkpoint and name not in timm.list_models():
+    if os.path.isfile(name) and not checkpoint and name not in timm.list_models():  # is_model() takes 'resnet18.pth'
         name, checkpoint = _architecture_of(name, flag), name
     if os.path.isdir(name) and not is_model(name):
         name = f'local-dir:{name}'

@@ -296,7 +296,7 @@ def resume_run(
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
         raise ValueError(f'--resume {path} does not fit this run: {one_line(e)}') from e
     keys = ('rng_states', 'scheduler', 'ema_rng_state', 'progress')
-    state = tree_map_only(torch.Tensor, torch.clone, {key: run.get(key) for key in keys})  # else it maps the file
+    state = tree_map_only(torch.Tensor, torch.clone, {key: run.get(key) for key in keys})  # not maps of the file
     position = Position(
         epoch or 0,
         rng_states=tuple(state['rng_states'] or ()),
