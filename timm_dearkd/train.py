@@ -39,7 +39,6 @@ from timm_dearkd.engine.loader import (
     build_mixup,
     build_teacher_loader,
     build_train_loader,
-    images_per_update,
 )
 from timm_dearkd.engine.loop import Stepper, Trainer, Validator, mean_lr
 from timm_dearkd.engine.optimizer import build_optimizer
@@ -53,11 +52,13 @@ from timm_dearkd.engine.process import (
     TrainingError,
     command_line,
     compile_errors,
+    images_per_update,
+    on_primary,
     select_device,
     use_deterministic_kernels,
 )
 from timm_dearkd.engine.recorder import Recorder, build_recorder, describe_run, log_expected_end
-from timm_dearkd.engine.run_folder import RunFolder, complete_export, export_model, on_primary, record_results
+from timm_dearkd.engine.run_folder import RunFolder, complete_export, export_model, record_results
 from timm_dearkd.engine.schedule import choose_epochs, evaluated_epochs, schedule_run
 from timm_dearkd.engine.student import build_evaluation, build_student, warn_of_new_weights
 

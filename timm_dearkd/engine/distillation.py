@@ -34,9 +34,9 @@ from ..attention import ConvAttention
 from ..files import write_text
 from .checkpoints import Position
 from .image_folder import UNUSED_CLASS, first_names, normal_name
-from .loader import model_dtype
 from .loop import Validator
 from .options import check_distillation
+from .process import model_dtype
 
 _logger = logging.getLogger(__name__)
 

@@ -25,10 +25,9 @@ from ..files import append_row, write_text
 from .checkpoints import EXPORT_NAME, AtomicCheckpointSaver, Position, remove_recovery
 from .data import Classes, have_same_folder
 from .distillation import TeacherCheck, check_teacher, count_outputs, saved_names, uses_ema
-from .loader import images_per_update, model_dtype
 from .loop import Trainer, Validator, mean_lr
-from .process import Interrupted, Precision, Ranks, StopRequest
-from .run_folder import RunFolder, on_primary, read_run_info, record_results, save_images, trim_table, write_run_info
+from .process import Interrupted, Precision, Ranks, StopRequest, images_per_update, model_dtype, on_primary
+from .run_folder import RunFolder, read_run_info, record_results, save_images, trim_table, write_run_info
 from .seeding import get_rng_state
 from .tracking import Tracker, mhca_stats, scalars
 
