@@ -21,8 +21,8 @@ from distill_hooks import load_model
 from distill_hooks.errors import one_line
 from timm_dearkd.attention import ConvAttention
 from timm_dearkd.commands import POSITIVE_INT, check_overwrite, run_command
-from timm_dearkd.engine.data import check_img_size
 from timm_dearkd.engine.run_folder import save_folder
+from timm_dearkd.engine.student import check_img_size
 
 TOLERANCE = 1e-4  # for the logits, relative to values above 1
 

@@ -18,6 +18,7 @@ from .engine.image_folder import (
     check_class_folders,
     check_split_names,
     class_order,
+    describe_files,
     exceeds_8_bits,
     find_splits,
     has_class_folders,
@@ -26,7 +27,6 @@ from .engine.image_folder import (
     scan_folder,
     warn_of_other_types,
 )
-from .engine.label_cache import describe_files
 from .engine.wrappers import num_kept
 from .files import write_text
 

@@ -39,7 +39,6 @@ from timm_dearkd.engine.loader import (
     build_mixup,
     build_teacher_loader,
     build_train_loader,
-    images_per_update,
 )
 from timm_dearkd.engine.loop import Stepper, Trainer, Validator, mean_lr
 from timm_dearkd.engine.optimizer import build_optimizer
@@ -53,13 +52,16 @@ from timm_dearkd.engine.process import (
     TrainingError,
     command_line,
     compile_errors,
+    images_per_update,
+    on_primary,
     select_device,
     use_deterministic_kernels,
 )
 from timm_dearkd.engine.recorder import Recorder, build_recorder, describe_run, log_expected_end
-from timm_dearkd.engine.run_folder import RunFolder, complete_export, export_model, on_primary, record_results
+from timm_dearkd.engine.run_folder import RunFolder, complete_export, export_model, record_results
 from timm_dearkd.engine.schedule import choose_epochs, evaluated_epochs, schedule_run
 from timm_dearkd.engine.student import build_evaluation, build_student, warn_of_new_weights
+from timm_dearkd.engine.teacher_check import TeacherCheck
 
 _logger = logging.getLogger('train')
 
@@ -172,10 +174,10 @@ def build_run_in(
     recorder = build_recorder(
         args, args_text, run_folder, trainer, model, data_config, export, start, run_info,
         classes_of(train_set) if ranks.is_primary else UNKNOWN_CLASSES, distance_images)
-    check = partial(
-        recorder.evaluate_teacher, validator or build_validator(args, task, loader_teacher, precision, ranks),
-        start, names, validator is not None, args.kd_teacher_img_size)
-    return partial(fit, args, trainer, validator, recorder, start, epochs, check)
+    teacher_check = TeacherCheck(
+        task, recorder.folder, validator or build_validator(args, task, loader_teacher, precision, ranks),
+        validator is not None, names, args.kd_teacher_img_size, ranks)
+    return partial(fit, args, trainer, validator, recorder, start, epochs, teacher_check)
 
 
 def compile_and_distribute(args, task: TrainingTask, device: torch.device, ranks: Ranks) -> None:
@@ -242,7 +244,7 @@ def fit(
         recorder: Recorder,
         start: Position,
         epochs: range,
-        before_epochs: Optional[Callable[[StopRequest], None]] = None,
+        teacher_check: Optional[TeacherCheck] = None,
 ) -> None:
     """Train and evaluate the epochs, with a checkpoint after each.
 
@@ -253,7 +255,7 @@ def fit(
         recorder: Writes results and checkpoints.
         start: Where the run starts.
         epochs: The epochs.
-        before_epochs: Called before the first epoch.
+        teacher_check: Evaluates the teacher; None does not.
 
     Raises:
         Interrupted: If a signal has come. There is a checkpoint to resume from.
@@ -268,14 +270,16 @@ def fit(
     restore_generators(start, args.seed, trainer.task, trainer.precision.device, ranks)
     evaluated = evaluated_epochs(args, epochs)
     with recorder.tracker, StopRequest(ranks) as stop:
-        if before_epochs is not None:
-            before_epochs(stop)
+        if teacher_check is not None:
+            teacher_check.evaluate(start, stop)
+            recorder.teacher_top1 = teacher_check.top1
         trainer.on_log, trainer.on_update = recorder.on_log, partial(recorder.on_update, stop)
         if validator is not None and validator.in_step:  # else the next update asks
             validator.on_batch = partial(recorder.on_eval_batch, stop)
         for epoch in epochs:
             began = time.monotonic()
-            eval_seconds = run_epoch(args, trainer, validator, recorder, start, epoch, epoch in evaluated)
+            eval_seconds = run_epoch(
+                args, trainer, validator, recorder, teacher_check, start, epoch, epoch in evaluated)
             if epoch == start.epoch + bool(start.update):  # the first whole one
                 timed = evaluated if validator is not None else []
                 log_expected_end(epoch, epochs, timed, time.monotonic() - began, eval_seconds)
@@ -293,6 +297,7 @@ def run_epoch(
         trainer: Trainer,
         validator: Optional[Validator],
         recorder: Recorder,
+        teacher_check: Optional[TeacherCheck],
         start: Position,
         epoch: int,
         is_evaluated: bool,
@@ -314,6 +319,8 @@ def run_epoch(
     metric = metrics.get(args.eval_metric) if validator is not None else losses['loss']
     if trainer.lr_scheduler is not None:
         trainer.lr_scheduler.step(epoch + 1, metric)
+    if teacher_check is not None:
+        teacher_check.after_epoch(epoch, losses)
     recorder.on_epoch(epoch, losses, metrics, metric, lr, epoch + 1 in args.save_epochs)
     return eval_seconds
 

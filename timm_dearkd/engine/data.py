@@ -3,16 +3,13 @@ import logging
 import os
 import tarfile
 from collections import Counter
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
-import torch.nn as nn
 from PIL import ImageMode
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
 from timm.data.readers.reader import Reader
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar, extract_tarinfos
-from timm.layers import to_2tuple
-from timm.models import get_model_input_config
 from torch.utils.data import IterableDataset
 
 from distill_hooks.errors import one_line
@@ -351,47 +348,6 @@ def check_labels(dataset, num_classes: int, remedy: str = '') -> None:
     if count > num_classes:
         remedy = remedy or f'Set --num-classes {count}.'
         raise ValueError(f'The data set has {count} classes, the model {num_classes}. {remedy}')
-
-
-def check_img_size(model: nn.Module, train_sizes: Sequence[int] = ()) -> None:
-    """Refuse image sizes that a ViT does not take, and warn of pixels that it ignores.
-
-    Args:
-        model: The model.
-        train_sizes: Further sizes that it is trained with.
-
-    Raises:
-        ValueError: If a size of a ViT with `dynamic_img_size` is not a multiple of the patch size, or another ViT is
-            trained at several sizes.
-    """
-    patch_embed: Any = getattr(model, 'patch_embed', None)
-    if not getattr(patch_embed, 'patch_size', None):
-        return
-    patch_size = to_2tuple(patch_embed.patch_size)
-    proj = getattr(patch_embed, 'proj', None)
-    # overlapping or padded patches (PVT v2, XCiT) reach every pixel and take any size
-    is_plain = isinstance(proj, nn.Conv2d) and proj.stride == proj.kernel_size and proj.padding in ((0, 0), 'valid')
-    dynamic = getattr(model, 'dynamic_img_size', False)
-    if train_sizes and not dynamic and (is_plain or hasattr(model, 'dynamic_img_size')):
-        raise ValueError(
-            f'{type(model).__name__} takes images of one size. Add --model-kwargs dynamic_img_size=True for'
-            ' --train-img-sizes.')
-    if not is_plain:
-        return
-    padded = getattr(patch_embed, 'dynamic_img_pad', False)
-    for height, width in (get_model_input_config(model)['input_size'][1:], *((size, size) for size in train_sizes)):
-        rest = height % patch_size[0], width % patch_size[1]
-        if padded or not any(rest):
-            continue
-        flag = '--train-img-sizes' if height in train_sizes else '--img-size'
-        message = f'The image size {height}x{width} is no multiple of the patch size {patch_size[0]}x{patch_size[1]}.'
-        smaller = height // patch_size[0] * patch_size[0]
-        sizes = f'{smaller} or {smaller + patch_size[0]}' if smaller else f'{patch_size[0]}'
-        if dynamic:
-            raise ValueError(f'{message} Set {flag} {sizes}.')
-        _logger.warning(
-            f'{message} The model ignores the last {rest[0]} rows and {rest[1]} columns. To use them, set {flag}'
-            f' {sizes}.')
 
 
 def dataset_kwargs(args) -> Dict[str, Any]:

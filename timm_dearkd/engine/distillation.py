@@ -1,13 +1,9 @@
-"""The task that trains the student, its teacher, and what the teacher knows of the images."""
+"""The task that trains the student, and its teacher."""
 import logging
 import os
-import shlex
-from functools import partial
-from pathlib import Path
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, cast
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, cast
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from timm.models import get_model_input_config
@@ -19,24 +15,20 @@ from distill_hooks import (
     FeatureTask,
     LogitTask,
     Teacher,
-    TimmTeacher,
     TokenTask,
     TwoStageSchedule,
     has_content_tokens,
     load_class_map,
     load_model,
 )
-from distill_hooks.answers import MAX_CLASSES, ClassOrder, count_answers, find_order
 from distill_hooks.checkpoint import training_args
 from distill_hooks.errors import one_line
 
 from ..attention import ConvAttention
-from ..files import write_text
 from .checkpoints import Position
 from .image_folder import UNUSED_CLASS, first_names, normal_name
-from .loader import model_dtype
-from .loop import Validator
 from .options import check_distillation
+from .process import model_dtype
 
 _logger = logging.getLogger(__name__)
 
@@ -382,71 +374,3 @@ def saved_names(model: Any) -> List[str]:
     """Return the class names of a model in the order of its classifier, see `normal_name`; [] if it has none."""
     names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
     return [normal_name(str(name)) for name in names] if isinstance(names, (list, tuple)) else []
-
-
-class TeacherCheck(NamedTuple):
-    """Result of `check_teacher`.
-
-    Args:
-        top1: Top-1 in percent; None if the teacher's classes are not the student's, as features allow.
-        has_other_order: Whether the teacher's classes seem to be in another order.
-    """
-    top1: Optional[float]
-    has_other_order: bool = False
-
-
-def check_teacher(
-        task: Any,
-        validator: Validator,
-        folder: str,
-        names: Sequence[str] = (),
-) -> TeacherCheck:
-    """Evaluate the teacher on images as the student's task feeds it. All processes must call this together.
-
-    Warns if the teacher's classes seem to be in another order, and writes that order to `kd_class_map.txt`.
-
-    Args:
-        task: A task with a teacher.
-        validator: Evaluates the teacher.
-        folder: Output folder of the run.
-        names: Names of the student's classes, if they are known.
-    """
-    model = task.teacher if isinstance(task.teacher, TimmTeacher) else TimmTeacher(task.teacher).eval()
-    teacher = model.teacher
-    num_classes = count_outputs(task)
-    uses_classes = getattr(task, 'uses_classes', True)
-    known = saved_names(teacher.model)
-    has_other_names = bool(known and names) and known != list(names)
-    if teacher.num_classes not in (None, num_classes) or (has_other_names and not uses_classes):
-        return TeacherCheck(None)
-    counts = None
-    if 2 <= num_classes <= MAX_CLASSES:
-        shape = 2, num_classes, num_classes
-        counts = torch.zeros(shape, dtype=torch.long, device=validator.precision.device)
-    top1 = validator(model, 'Teacher', None if counts is None else partial(count_answers, counts))['top1']
-    if counts is None:
-        if num_classes > MAX_CLASSES:
-            _logger.info(f"The order of the teacher's classes is not checked: there are over {MAX_CLASSES}.")
-        return TeacherCheck(top1)
-    if validator.ranks.distributed:
-        dist.all_reduce(counts)
-    order = find_order(counts.cpu().numpy())
-    if order is not None and uses_classes and validator.ranks.is_primary:
-        _warn_of_order(teacher, order, folder, names)
-    return TeacherCheck(top1 if order is None or uses_classes else None, order is not None)
-
-
-def _warn_of_order(teacher: Teacher, order: ClassOrder, folder: str, names: Sequence[str]) -> None:
-    """Write the probable order into a class map, and name some of its classes."""
-    classes = order.answers if teacher.class_map is None else teacher.class_map[order.answers].tolist()
-    names = list(names) or [''] * len(classes)
-    path = os.path.join(folder, 'kd_class_map.txt')
-    lines = [f'{index} {name}'.rstrip() for index, name in zip(classes, names)]
-    write_text(Path(path), '\n'.join(lines) + '\n')
-    examples = ', '.join(
-        f'class {names[label] or label!r} looks like its class {classes[label]}' for label in order.moved[:3])
-    _logger.warning(
-        f"The teacher's classes seem to be in another order: {examples}{', …' if len(order.moved) > 3 else ''}."
-        f' In that order it finds the label of {100 * order.agreement:.1f} % of the images, now of'
-        f' {100 * order.agreement_now:.1f} %. Check {path}, which has the order that fits best, and train again with'
-        f' --kd-class-map {shlex.quote(path)}.')

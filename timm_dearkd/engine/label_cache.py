@@ -21,10 +21,10 @@ from distill_hooks import DearKDTask
 
 from ..files import create_file, write_bytes
 from .distillation import count_outputs
+from .image_folder import describe_files
 from .loader import train_interpolation
 from .loop import Trainer
-from .process import SINGLE, Ranks, TrainingError
-from .run_folder import on_primary
+from .process import SINGLE, Ranks, TrainingError, on_primary
 
 _logger = logging.getLogger(__name__)
 
@@ -172,32 +172,6 @@ class LabelCache:
         share = self.num_read / max(1, self.num_read + self.num_computed)
         return (f'Labels of the teacher: {self.num_read} read ({100 * share:.0f} %), {self.num_computed} computed.'
                 f' They are in {self.folder}.')
-
-
-def describe_files(dataset: Any) -> str:
-    """Return number, bytes and a hash of the files of a data set: of their names and sizes.
-
-    For images that are not files: the number of images, and the fingerprint or the targets of the data set.
-    """
-    reader = getattr(dataset, 'reader', dataset)
-    digest, size = hashlib.sha256(), 0
-    samples = getattr(reader, 'samples', None) or ()
-    for place, *_ in samples:
-        if isinstance(place, str):
-            name = os.path.relpath(place, reader.root)
-            try:
-                num_bytes = os.path.getsize(place)
-            except OSError:  # a link may lead nowhere
-                num_bytes = -1
-        else:  # of a tar file
-            name, num_bytes = place.name, place.size
-        size += num_bytes
-        digest.update(f'{name}\0{num_bytes}\n'.encode(errors='surrogateescape'))
-    if not samples:
-        digest.update(repr((
-            len(dataset), str(getattr(getattr(reader, 'dataset', None), '_fingerprint', '')),
-            list(getattr(dataset, 'targets', ())))).encode())
-    return f'{len(samples) or len(dataset)} ({size} bytes, {digest.hexdigest()[:12]})'
 
 
 def describe_labels(args, trainer: Trainer, dataset: Any, data_config: Dict[str, Any]) -> Dict[str, Any]:

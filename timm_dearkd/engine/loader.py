@@ -19,7 +19,7 @@ from torchvision.transforms import Compose
 from ..distances import attention_layers
 from .augmentation import AffineJitter
 from .data import evenly_spaced, image_mode, open_validation_set
-from .process import SINGLE, Ranks, init_worker
+from .process import SINGLE, Ranks, init_worker, model_dtype
 from .seeding import EpochBatchSampler, SeededCollate, SeededDataset, SeededErasing
 from .wrappers import Sample, set_image_mode
 
@@ -349,15 +349,6 @@ def _check_cutmix(minmax: Optional[Sequence[float]], size: Sequence[int]) -> Non
             raise ValueError(
                 f'--cutmix-minmax: the least and the greatest side are both {least} of {side} pixels. Set shares that'
                 ' are further apart.')
-
-
-def model_dtype(args) -> torch.dtype:
-    return getattr(torch, args.model_dtype or 'float32')
-
-
-def images_per_update(args, ranks: Ranks) -> int:
-    """Return the images of all processes per optimizer step."""
-    return args.batch_size * args.grad_accum_steps * ranks.world_size
 
 
 def train_interpolation(args, data_config: Dict[str, Any]) -> str:

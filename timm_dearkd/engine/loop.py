@@ -252,13 +252,15 @@ class Trainer:
         step: See `Stepper`.
         precision: See `Precision`.
         ranks: Processes of the run.
-        lr_scheduler: Stepped at every update.
         grad_accum_steps: Batches per update.
         channels_last: Memory format of the images.
         log_interval: Updates between log lines.
         skip_nan_steps: Largest number of updates to skip in the run because a loss is not finite.
         loss_scale: Factor on the loss of a batch by its size; None is 1.
         synchronize: Wait for the device after every update.
+
+    Set before training:
+        lr_scheduler: Stepped at every update.
         labels: A `LabelCache` that the task reads.
         on_log: Called at each log line with the epoch, the update, the mean losses, the rates and the images.
         on_update: Called after every update with the epoch, the number of the update, counted from 1, and whether it
@@ -269,16 +271,17 @@ class Trainer:
     step: Stepper
     precision: Precision
     ranks: Ranks = SINGLE
-    lr_scheduler: Any = None
     grad_accum_steps: int = 1
     channels_last: bool = False
     log_interval: int = 50
     skip_nan_steps: int = 0
     loss_scale: Optional[Callable[[int], float]] = None
     synchronize: bool = False
-    labels: Any = None
-    on_log: Optional[Callable[[int, int, Dict[str, float], Dict[str, float], torch.Tensor], Any]] = None
-    on_update: Optional[Callable[[int, int, bool], Any]] = None
+    lr_scheduler: Any = field(default=None, init=False)
+    labels: Any = field(default=None, init=False)
+    on_log: Optional[Callable[[int, int, Dict[str, float], Dict[str, float], torch.Tensor], Any]] = field(
+        default=None, init=False)
+    on_update: Optional[Callable[[int, int, bool], Any]] = field(default=None, init=False)
     meter: LossMeter = field(init=False)
     num_skipped: int = field(default=0, init=False)
     epoch: int = field(default=0, init=False)

@@ -9,8 +9,7 @@ from timm.task import TrainingTask
 
 from distill_hooks.errors import one_line
 
-from .loader import images_per_update
-from .process import Ranks
+from .process import Ranks, images_per_update
 
 _logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 import threading
-from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -127,6 +127,32 @@ def select_device(name: Optional[str]) -> Tuple[torch.device, Ranks]:
     return torch.device(result['device']), ranks
 
 
+def on_primary(ranks: Ranks, function: Callable[[], Any]) -> Any:
+    """Call a function in the primary process, and return its result in all processes.
+
+    Raises:
+        ValueError: In all processes, if the function raised an `OSError` or `ValueError`.
+    """
+    outcome: List[Any] = [None, None]  # result, error
+    if ranks.is_primary:
+        try:
+            outcome[0] = function()
+        except (OSError, ValueError) as e:
+            outcome[1] = str(e)
+    if ranks.distributed:
+        dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        if ranks.distributed:
+            dist.barrier()  # the primary must not leave before the others have the message
+        raise ValueError(outcome[1])
+    return outcome[0]
+
+
+def images_per_update(args, ranks: Ranks) -> int:
+    """Return the images of all processes per optimizer step."""
+    return args.batch_size * args.grad_accum_steps * ranks.world_size
+
+
 def command_line(argv: Optional[Sequence[str]], ranks: Ranks) -> str:
     """Return the command that started this run, as far as the process knows it."""
     local = os.environ.get('LOCAL_WORLD_SIZE')
@@ -156,6 +182,11 @@ class Precision:
 
     def autocast(self):
         return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
+
+
+def model_dtype(args) -> torch.dtype:
+    """Return the type of the weights and images, --model-dtype."""
+    return getattr(torch, args.model_dtype or 'float32')
 
 
 class TrainingError(RuntimeError):

@@ -24,18 +24,16 @@ from ..distances import LOG_NAME, DistanceLog
 from ..files import append_row, write_text
 from .checkpoints import EXPORT_NAME, AtomicCheckpointSaver, Position, remove_recovery
 from .data import Classes, have_same_folder
-from .distillation import TeacherCheck, check_teacher, count_outputs, saved_names, uses_ema
-from .loader import images_per_update, model_dtype
-from .loop import Trainer, Validator, mean_lr
-from .process import Interrupted, Precision, Ranks, StopRequest
-from .run_folder import RunFolder, on_primary, read_run_info, record_results, save_images, trim_table, write_run_info
+from .distillation import count_outputs, uses_ema
+from .loop import Trainer, mean_lr
+from .process import Interrupted, Precision, Ranks, StopRequest, images_per_update, model_dtype, on_primary
+from .run_folder import RunFolder, save_images, trim_table, write_run_info
 from .seeding import get_rng_state
 from .tracking import Tracker, mhca_stats, scalars
 
 _logger = logging.getLogger(__name__)
 
 MAX_LOSS_AFTER_STAGE1 = 0.9  # of the loss of guessing, or of the first epoch; our choice
-MIN_TEACHER = 1.2  # of the accuracy of guessing; our choice
 
 
 class Recorder:
@@ -78,11 +76,7 @@ class Recorder:
         self.saves_images = saves_images
         self.distance_log = distance_log
         self.results: List[Dict[str, Any]] = []
-        results = read_run_info(folder).get('results', {})
-        self.knows_teacher = 'teacher_top1' in results
-        self.teacher_top1: Optional[float] = results.get('teacher_top1')
-        self.teacher_was_reported = False
-        self.matches_names = False  # whether the teacher has the classes of the images, by their names
+        self.teacher_top1: Optional[float] = None  # in percent; of a `TeacherCheck`
 
     def on_log(self, epoch: int, update: int, losses, rates, images: torch.Tensor) -> None:
         """Record the numbers of a log line."""
@@ -159,8 +153,6 @@ class Recorder:
             lr: Learning rate of the epoch.
             milestone: Whether to keep the checkpoint for good.
         """
-        if epoch == 0:
-            self._check_agreement(losses)
         self._check_learning(epoch, losses)
         row = summary_row(self.trainer.task, losses)
         self.results.append({'epoch': epoch, 'train': row, **({'validation': metrics} if metrics else {})})
@@ -187,62 +179,6 @@ class Recorder:
             state = self.trainer.task.get_checkpoint_state(ema=self.export_ema)
             self.export(self.folder, state['state_dict_ema' if self.export_ema else 'state_dict'])
 
-    def evaluate_teacher(
-            self,
-            validator: Optional[Validator],
-            start: Position,
-            names: Sequence[str],
-            is_validation: bool,
-            img_size: Optional[int],
-            stop: StopRequest,
-    ) -> None:
-        """Evaluate the teacher before the first epoch of a run, and again if it is resumed with another image size.
-
-        Args:
-            validator: Evaluates the teacher; None if there are no images.
-            start: Where the run starts.
-            names: Class names.
-            is_validation: Whether the validator has validation images. Otherwise, it has images of the training set.
-            img_size: --kd-teacher-img-size.
-            stop: Signals.
-
-        Raises:
-            Interrupted: If a signal has come.
-        """
-        task: Any = self.trainer.task
-        if getattr(task, 'teacher', None) is None:
-            return
-        self.matches_names = bool(names) and set(names) <= set(saved_names(task.teacher.model))
-        if validator is None:
-            _logger.info("The order of the teacher's classes is not checked: that needs validation images.")
-            return
-        is_resumed = bool(start.epoch or start.update)
-        has_same_size = (start.options or {}).get('kd_teacher_img_size') == img_size
-        knows = on_primary(self.trainer.ranks, lambda: self.knows_teacher)
-        if is_resumed and has_same_size and (knows or not is_validation):
-            return
-
-        def check() -> None:
-            if stop:
-                raise Interrupted(stop.signum)
-
-        validator.on_batch = check if validator.in_step else None
-        self.on_teacher(check_teacher(task, validator, self.folder, names), is_validation)
-
-    def on_teacher(self, check: TeacherCheck, is_validation: bool) -> None:
-        """Record the evaluation of the teacher.
-
-        Args:
-            check: The result.
-            is_validation: Whether it is of validation images, so that the student's accuracy can be compared with it.
-        """
-        self.teacher_was_reported = check.has_other_order
-        self._check_answers(check.top1)
-        if is_validation:
-            self.teacher_top1 = None if check.top1 is None else round(check.top1, 3)
-            if self.saver is not None:
-                record_results(self.folder, teacher_top1=self.teacher_top1)
-
     def log_results(self, eval_metric: str) -> None:
         """Log the best epoch and where its student is, and print the best epochs."""
         self.compare_with_teacher()
@@ -263,35 +199,6 @@ class Recorder:
         top1 = rows.get(self.saver.best_epoch, {}).get('eval_top1')
         if top1:
             _logger.info(f'*** Top-1: teacher {self.teacher_top1:.2f} %, student {float(top1):.2f} %')
-
-    def _check_answers(self, top1: Optional[float]) -> None:
-        """Warn of a teacher that guesses, if the student learns nothing but its answers."""
-        task: Any = self.trainer.task
-        if top1 is None or self.teacher_was_reported or getattr(task, 'labels', '') != 'teacher':
-            return
-        guessing = 100 / count_outputs(task)
-        if top1 < MIN_TEACHER * guessing and self.trainer.ranks.is_primary:
-            self.teacher_was_reported = True
-            _logger.warning(
-                f"The student learns nothing but the teacher's answers, and {top1:.1f} % of these are right. Guessing"
-                f' gives {guessing:.1f} %. Choose another teacher, --kd-class-map, --kd-teacher-img-size, or'
-                ' --kd-teacher-mean and --kd-teacher-std. Or set --dearkd-labels dataset, which also teaches the'
-                ' classes of the images.')
-
-    def _check_agreement(self, losses: Dict[str, float]) -> None:
-        """Warn if the teacher does not know the training images better than by guessing."""
-        agreement = losses.get('teacher_agreement')
-        if agreement is None or self.teacher_was_reported or not self.trainer.ranks.is_primary:
-            return
-        guessing = 1 / count_outputs(self.trainer.task)
-        if agreement < MIN_TEACHER * guessing:
-            cause = (
-                'it has hardly learned (train it for more epochs)' if self.matches_names else
-                'its classes are others or in another order (--kd-class-map FILE)')
-            _logger.warning(
-                f'The teacher predicts the label of {100 * agreement:.1f} % of the training images, guessing'
-                f' {100 * guessing:.1f} %. Possible causes: {cause}, or it was trained with another normalisation'
-                ' (--kd-teacher-mean, --kd-teacher-std) or image size (--kd-teacher-img-size).')
 
     def _check_learning(self, epoch: int, losses: Dict[str, float]) -> None:
         """Warn at the end of stage I if the student hardly knows more than by guessing."""
@@ -451,8 +358,6 @@ def _build_saver(
     )
     if checkpoint and os.path.dirname(os.path.abspath(checkpoint)) == os.path.abspath(folder):
         saver.load_state_dict_from_checkpoint(checkpoint)
-    else:
-        remove_recovery(folder)  # of a run that has no other checkpoint
     return saver
 
 

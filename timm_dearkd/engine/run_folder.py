@@ -13,7 +13,6 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Union, cast
 
 import safetensors.torch
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torchvision
 from filelock import FileLock, Timeout
@@ -25,7 +24,7 @@ from timm.utils import unwrap_model
 from ..files import write_table, write_text
 from .checkpoints import EXPORT_NAME, Position, find_checkpoint, refuse_to_overwrite
 from .image_folder import UNUSED_CLASS
-from .process import Ranks, TrainingError
+from .process import TrainingError
 
 _logger = logging.getLogger(__name__)
 
@@ -164,27 +163,6 @@ def _owner(lock_file: str) -> str:
     except OSError:
         owner = ''
     return f'another process ({owner})' if owner else 'another process'
-
-
-def on_primary(ranks: Ranks, function: Callable[[], Any]) -> Any:
-    """Call a function in the primary process, and return its result in all processes.
-
-    Raises:
-        ValueError: In all processes, if the function raised an `OSError` or `ValueError`.
-    """
-    outcome: List[Any] = [None, None]  # result, error
-    if ranks.is_primary:
-        try:
-            outcome[0] = function()
-        except (OSError, ValueError) as e:
-            outcome[1] = str(e)
-    if ranks.distributed:
-        dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        if ranks.distributed:
-            dist.barrier()  # the primary must not leave before the others have the message
-        raise ValueError(outcome[1])
-    return outcome[0]
 
 
 def read_run_info(folder: Union[str, Path]) -> Dict[str, Any]:

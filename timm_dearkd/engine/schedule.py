@@ -12,9 +12,8 @@ from distill_hooks.errors import one_line
 
 from .checkpoints import Position, resume_run
 from .distillation import build_schedule, log_changed_stages
-from .loader import images_per_update
 from .loop import Trainer
-from .process import Ranks
+from .process import Ranks, images_per_update
 
 _logger = logging.getLogger(__name__)
 

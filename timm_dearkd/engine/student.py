@@ -1,13 +1,14 @@
 """The student, and the model to evaluate, from the options."""
 import contextlib
 import logging
-from typing import Any, Callable, Collection, Dict, Optional, Tuple
+from typing import Any, Callable, Collection, Dict, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.data.model_config import resolve_input_data_config
-from timm.models import parse_model_name, resolve_model_input_args, safe_model_name
+from timm.layers import to_2tuple
+from timm.models import get_model_input_config, parse_model_name, resolve_model_input_args, safe_model_name
 
 from distill_hooks.checkpoint import why_unreadable
 from distill_hooks.errors import one_line
@@ -15,7 +16,6 @@ from distill_hooks.errors import one_line
 from ..rel_pos import AdaptiveRelPos
 from .checkpoints import EXPORT_NAME, read_classes
 from .data import (
-    check_img_size,
     check_label_gaps,
     check_labels,
     class_indices,
@@ -26,7 +26,7 @@ from .data import (
     open_validation_set,
 )
 from .image_folder import class_order, normal_name
-from .loader import model_dtype
+from .process import model_dtype
 from .run_folder import why_no_config
 
 _logger = logging.getLogger(__name__)
@@ -209,6 +209,47 @@ def _label_as_training(args, eval_set):
         return eval_set
     return open_eval_dataset(
         train_set, args.dataset, root, args.val_split, num_samples=args.val_num_samples, **kwargs)
+
+
+def check_img_size(model: nn.Module, train_sizes: Sequence[int] = ()) -> None:
+    """Refuse image sizes that a ViT does not take, and warn of pixels that it ignores.
+
+    Args:
+        model: The model.
+        train_sizes: Further sizes that it is trained with.
+
+    Raises:
+        ValueError: If a size of a ViT with `dynamic_img_size` is not a multiple of the patch size, or another ViT is
+            trained at several sizes.
+    """
+    patch_embed: Any = getattr(model, 'patch_embed', None)
+    if not getattr(patch_embed, 'patch_size', None):
+        return
+    patch_size = to_2tuple(patch_embed.patch_size)
+    proj = getattr(patch_embed, 'proj', None)
+    # overlapping or padded patches (PVT v2, XCiT) reach every pixel and take any size
+    is_plain = isinstance(proj, nn.Conv2d) and proj.stride == proj.kernel_size and proj.padding in ((0, 0), 'valid')
+    dynamic = getattr(model, 'dynamic_img_size', False)
+    if train_sizes and not dynamic and (is_plain or hasattr(model, 'dynamic_img_size')):
+        raise ValueError(
+            f'{type(model).__name__} takes images of one size. Add --model-kwargs dynamic_img_size=True for'
+            ' --train-img-sizes.')
+    if not is_plain:
+        return
+    padded = getattr(patch_embed, 'dynamic_img_pad', False)
+    for height, width in (get_model_input_config(model)['input_size'][1:], *((size, size) for size in train_sizes)):
+        rest = height % patch_size[0], width % patch_size[1]
+        if padded or not any(rest):
+            continue
+        flag = '--train-img-sizes' if height in train_sizes else '--img-size'
+        message = f'The image size {height}x{width} is no multiple of the patch size {patch_size[0]}x{patch_size[1]}.'
+        smaller = height // patch_size[0] * patch_size[0]
+        sizes = f'{smaller} or {smaller + patch_size[0]}' if smaller else f'{patch_size[0]}'
+        if dynamic:
+            raise ValueError(f'{message} Set {flag} {sizes}.')
+        _logger.warning(
+            f'{message} The model ignores the last {rest[0]} rows and {rest[1]} columns. To use them, set {flag}'
+            f' {sizes}.')
 
 
 def _complete_attributes(model: Any, num_classes: Optional[int]) -> None:

@@ -12,7 +12,6 @@ from torchvision.datasets import FakeData
 
 from timm_dearkd.engine.data import (
     build_datasets,
-    check_img_size,
     check_labels,
     class_names,
     image_mode,
@@ -240,38 +239,6 @@ def test_a_name_without_a_folder_is_refused(tmp_path):
             open_dataset(name, None, 'train')
     with pytest.raises(FileNotFoundError, match='No data set at'):
         open_dataset('photos', str(tmp_path / 'nowhere'), 'train')
-
-
-def test_patches_that_overlap_take_any_size(caplog):
-    """No pixel of PVT v2 is ignored, though its patches have a size of 7."""
-    model = timm.create_model('pvt_v2_b0', num_classes=2, pretrained_cfg_overlay=dict(input_size=(3, 50, 50))).eval()
-    check_img_size(model, [50, 66])
-    assert not caplog.messages
-    images = torch.randn(1, 3, 50, 50)
-    changed = images.clone()
-    changed[..., 49, :] = 9.  # the last row of 7 patches of 7
-    with torch.no_grad():
-        assert not model(images).allclose(model(changed)) and model(torch.randn(1, 3, 66, 66)).isfinite().all()
-    with pytest.raises(ValueError, match='takes images of one size. Add --model-kwargs dynamic_img_size'):
-        check_img_size(timm.create_model('test_vit', dynamic_img_size=False), [32, 48])
-
-
-def test_sizes_that_are_no_multiple_of_the_patch(caplog):
-    """Are refused where the model would find out when training, not where it pads them, and said where it crops."""
-    kwargs = dict(img_size=32, patch_size=8, dynamic_img_size=True)
-    with pytest.raises(ValueError, match='36x36 is no multiple of the patch size 8x8. Set --train-img-sizes 32'):
-        check_img_size(timm.create_model('test_dearkd', **kwargs), [32, 36])
-    model = timm.create_model('test_dearkd', dynamic_img_pad=True, **kwargs)
-    check_img_size(model, [32, 36])
-    assert model(torch.randn(1, 3, 36, 36)).isfinite().all()
-    caplog.clear()
-    model = timm.create_model('test_vit', img_size=50, patch_size=4, dynamic_img_size=False).eval()
-    check_img_size(model)
-    assert 'ignores the last 2 rows and 2 columns. To use them, set --img-size 48 or 52.' in caplog.text
-    images = torch.randn(1, 3, 50, 50)
-    changed = images.clone()
-    changed[..., 48:, :] = changed[..., 48:] = 9.
-    assert model(images).equal(model(changed))  # which the warning is about
 
 
 @pytest.mark.parametrize('name', ['', 'torch/folder'])

@@ -3,74 +3,10 @@ import timm
 import torch
 from timm.models import save_for_hf
 
-from distill_hooks import (
-    DearKDTask,
-    FeatureTask,
-    LogitTask,
-    Teacher,
-    TokenTask,
-    TwoStageSchedule,
-    load_class_map,
-)
+from distill_hooks import TwoStageSchedule
 from timm_dearkd.engine.checkpoints import Position
-from timm_dearkd.engine.distillation import build_task, check_teacher, load_teacher, log_changed_stages
-from timm_dearkd.engine.loop import Validator
-from timm_dearkd.engine.process import Precision
+from timm_dearkd.engine.distillation import build_task, load_teacher, log_changed_stages
 from timm_dearkd.train import _parse_args
-
-LABELS = torch.arange(24) % 3
-IMAGES = LABELS.view(-1, 1, 1, 1).expand(-1, 3, 32, 32).float()  # which show their label
-
-
-class Answers(torch.nn.Module):
-    """A teacher that knows the label, and gives some class for each."""
-    num_classes, in_chans = 3, 3
-
-    def __init__(self, given, names=None):
-        super().__init__()
-        self.register_buffer('logits', torch.eye(3)[given])
-        self.pretrained_cfg = dict(label_names=names, input_size=(3, 32, 32))
-
-    def forward_features(self, x):
-        return self.logits[x.mean((1, 2, 3)).round().long() % 3]
-
-    def forward_head(self, x, pre_logits=False):
-        return x
-
-    def forward(self, x):
-        return self.forward_features(x)
-
-
-def make_task(kind, teacher):
-    student = timm.create_model(
-        'deit_tiny_distilled_patch16_224', num_classes=3, img_size=32, depth=1, embed_dim=24)
-    if kind == 'dearkd':
-        return DearKDTask(student, teacher, TwoStageSchedule(2, beta=0.), verbose=False)
-    kwargs = dict(student_feature_dim=24, teacher_feature_dim=3) if kind == 'feature' else {}
-    return dict(logit=LogitTask, token=TokenTask, feature=FeatureTask)[kind](
-        student, teacher, criterion=torch.nn.CrossEntropyLoss(), verbose=False, **kwargs)
-
-
-def check(kind, teacher, folder, names=('cat', 'Dog', 'emu'), batch_size=5):
-    task = make_task(kind, teacher)
-    loader = list(zip(IMAGES.split(batch_size), LABELS.split(batch_size)))
-    return check_teacher(task, Validator(task, loader, Precision(torch.device('cpu'))), str(folder), list(names))
-
-
-@pytest.mark.parametrize('kind', ['dearkd', 'logit', 'token'])
-def test_a_teacher_in_another_order_is_told_before_training(tmp_path, caplog, kind):
-    """The warning comes with the map that mends it."""
-    assert check(kind, Teacher(Answers([0, 1, 2])), tmp_path) == (100, False) and not list(tmp_path.iterdir())
-    assert 'another order' not in caplog.text
-    assert check(kind, Teacher(Answers([1, 0, 2])), tmp_path) == (pytest.approx(100 / 3), True)
-    (told,) = [r.getMessage() for r in caplog.records if 'in another order' in r.getMessage()]
-    assert "class 'cat' looks like its class 1, class 'Dog' looks like its class 0." in told
-    assert 'the label of 100.0 % of the images, now of 33.3 %' in told
-    path = tmp_path / 'kd_class_map.txt'
-    assert f'--kd-class-map {path}' in told and path.read_text() == '1 cat\n0 Dog\n2 emu\n'
-    mended = Teacher(Answers([1, 0, 2]), class_map=load_class_map(str(path)))
-    caplog.clear()
-    assert check(kind, mended, tmp_path).top1 == 100 and 'another order' not in caplog.text
 
 
 def test_a_teacher_on_a_cpu_is_stored_in_its_fast_layout(cnn):
@@ -85,33 +21,6 @@ def test_a_teacher_on_a_cpu_is_stored_in_its_fast_layout(cnn):
     images = torch.randn(4, 3, 32, 32)
     expected = model(task.teacher.prepare_input(images))
     torch.testing.assert_close(task.teacher(images)[0], expected, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize('batch_size', [1, 2, 24])
-def test_the_batch_size_does_not_matter(batch_size, tmp_path, caplog):
-    assert check('logit', Teacher(Answers([1, 2, 0])), tmp_path, batch_size=batch_size) == (0., True)
-    assert 'in another order' in caplog.text
-
-
-def test_the_map_that_a_teacher_has_is_part_of_the_order(tmp_path):
-    """A wrong map gives a map in classes of the teacher."""
-    teacher = Teacher(Answers([2, 0, 1]), class_map=[0, 1, 2])
-    assert check('logit', teacher, tmp_path).top1 == 0
-    teacher = Teacher(Answers([2, 0, 1]), class_map=[1, 2, 0])
-    assert check('logit', teacher, tmp_path).top1 == 0
-    assert (tmp_path / 'kd_class_map.txt').read_text() == '2 cat\n0 Dog\n1 emu\n'
-
-
-@pytest.mark.parametrize('given,names,expected', [
-    ([0, 1, 2], None, 100.),
-    ([0, 1, 2], ['cat', 'Dog', 'emu'], 100.),
-    ([0, 1, 2], ['fox', 'yak', 'elk'], None),
-    ([1, 0, 2], ['Dog', 'cat', 'emu'], None),
-    ([1, 0, 2], None, None),
-])
-def test_a_teacher_of_features_is_compared_only_in_the_same_order(given, names, expected, tmp_path, caplog):
-    assert check('feature', Teacher(Answers(given, names)), tmp_path).top1 == expected
-    assert not caplog.messages and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('before, now, position, level, message', [

@@ -21,7 +21,6 @@ from timm_dearkd.engine.label_cache import (
     MISSING,
     LabelCache,
     build_label_cache,
-    describe_files,
     open_label_folder,
 )
 from timm_dearkd.engine.loop import Stepper, Trainer
@@ -292,10 +291,3 @@ def test_what_cannot_be_cached(tmp_path):
     (tmp_path / 'labels.json').rename(tmp_path / 'photo.png')
     with pytest.raises(ValueError, match='has other files and no labels.json. Name another folder'):
         open_label_folder(str(tmp_path), {})
-
-
-def test_data_sets_that_are_no_files():
-    first, second = (torch.utils.data.TensorDataset(torch.zeros(count, 1)) for count in (2, 3))
-    assert describe_files(first) == describe_files(first) != describe_files(second)
-    first.targets, second = [0, 1], torch.utils.data.TensorDataset(torch.zeros(2, 1))
-    assert describe_files(first) != describe_files(second)

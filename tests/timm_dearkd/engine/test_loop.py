@@ -33,9 +33,9 @@ def test_gradient_accumulation_is_the_bigger_batch(clip_grad, scaled):
     task = ClassificationTask(model, criterion_kwargs=dict(smoothing=0.))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     updates, scaler = [], NativeScaler('cpu') if scaled else None
-    losses = Trainer(
-        task, parts, Stepper(task, optimizer, scaler, clip_grad), Precision(CPU), grad_accum_steps=3,
-        on_update=lambda epoch, update, last: updates.append((update, last))).train_epoch(0)
+    trainer = Trainer(task, parts, Stepper(task, optimizer, scaler, clip_grad), Precision(CPU), grad_accum_steps=3)
+    trainer.on_update = lambda epoch, update, last: updates.append((update, last))
+    losses = trainer.train_epoch(0)
 
     plain = make().train()
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.5)

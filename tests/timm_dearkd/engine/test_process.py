@@ -6,9 +6,10 @@ import subprocess
 import time
 
 import pytest
+import torch.distributed as dist
 from conftest import run_python, start_python
 
-from timm_dearkd.engine.process import init_worker
+from timm_dearkd.engine.process import Ranks, init_worker, on_primary
 
 METHODS = multiprocessing.get_all_start_methods()
 
@@ -23,6 +24,34 @@ def start(method, connection):
     worker = multiprocessing.get_context(method).Process(target=work, args=(connection,))
     worker.start()
     return worker
+
+
+def ask_primary(rank, store, results):
+    dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=2)
+    ranks = Ranks(rank, 2)
+
+    def fail():
+        raise ValueError('of the primary')
+
+    found = [on_primary(ranks, lambda: f'from {rank}')]
+    try:
+        on_primary(ranks, fail)
+    except ValueError as e:
+        found.append(str(e))
+    results.put(found)
+    dist.destroy_process_group()
+
+
+def test_all_processes_get_the_result_or_the_error_of_the_primary(tmp_path):
+    context = multiprocessing.get_context('fork' if 'fork' in METHODS else 'spawn')
+    results = context.Queue()
+    processes = [
+        context.Process(target=ask_primary, args=(rank, tmp_path / 'store', results), daemon=True) for rank in range(2)]
+    for process in processes:
+        process.start()
+    assert [results.get(timeout=30) for _ in processes] == [['from 0', 'of the primary']] * 2
+    for process in processes:
+        process.join(30)
 
 
 @pytest.mark.parametrize('method', METHODS)

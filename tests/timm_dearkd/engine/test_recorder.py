@@ -9,10 +9,9 @@ from timm.task import ClassificationTask
 from timm.utils import update_summary
 
 from distill_hooks import DearKDTask, TwoStageSchedule
-from timm_dearkd.engine.checkpoints import AtomicCheckpointSaver, Position
-from timm_dearkd.engine.distillation import TeacherCheck
+from timm_dearkd.engine.checkpoints import AtomicCheckpointSaver
 from timm_dearkd.engine.loop import Stepper, Trainer
-from timm_dearkd.engine.process import Precision, StopRequest
+from timm_dearkd.engine.process import Precision
 from timm_dearkd.engine.recorder import Recorder, print_results
 from timm_dearkd.engine.run_folder import trim_table
 from timm_dearkd.engine.tracking import Tracker
@@ -68,7 +67,7 @@ def test_the_table_of_an_older_run_gains_the_new_columns(tmp_path, caplog):
     recorder = Recorder(trainer, str(tmp_path), saver, Tracker(str(tmp_path)), lambda folder, state: None, 4)
     recorder.on_epoch(1, dict(loss=1.5), dict(loss=0.9, top1=50., top5=91.), 50., lr=0.1)
     assert table.read_text().splitlines()[0] == header
-    recorder.on_teacher(TeacherCheck(80.), is_validation=True)
+    recorder.teacher_top1 = 80.
     recorder.on_epoch(2, dict(loss=1.), dict(loss=0.5, top1=60., top5=92.), 60., lr=0.05)
     trim_table(str(table), 3)
     rows = list(csv.DictReader(table.open(newline='')))
@@ -78,47 +77,6 @@ def test_the_table_of_an_older_run_gains_the_new_columns(tmp_path, caplog):
     caplog.set_level('INFO')
     recorder.compare_with_teacher()
     assert 'teacher 80.00 %, student 60.00 %' in caplog.text
-
-
-def test_a_teacher_in_another_order_is_warned_of_once(tmp_path, caplog):
-    """The warning after the first epoch, of a teacher that guesses, would name a vaguer remedy."""
-    task = ClassificationTask(timm.create_model('test_resnet', num_classes=3))
-    optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
-    trainer = Trainer(task, [None], Stepper(task, optimizer), Precision(torch.device('cpu')))
-    for has_other_order in (True, False):
-        recorder = Recorder(trainer, str(tmp_path), None, Tracker(str(tmp_path)), lambda folder, state: None, 4)
-        recorder.on_teacher(TeacherCheck(0., has_other_order), is_validation=False)
-        assert recorder.teacher_top1 is None
-        recorder.on_epoch(0, dict(loss=1., teacher_agreement=0.), {}, None, lr=0.1)
-        assert ('Possible causes: its classes' in caplog.text) == (not has_other_order)
-
-
-@pytest.mark.parametrize('known,remedy', [
-    (['Emu', 'cat', 'dog'], 'train it for more epochs'), (['a', 'b', 'c'], '--kd-class-map FILE'),
-    ([], '--kd-class-map FILE')])
-def test_a_teacher_with_the_names_of_the_classes_that_guesses_has_not_learned(known, remedy, tmp_path, caplog):
-    student, cnn = (timm.create_model(name, num_classes=3) for name in ('test_dearkd', 'test_resnet'))
-    cnn.pretrained_cfg = {**cnn.pretrained_cfg, 'label_names': known}
-    task = DearKDTask(student, cnn, TwoStageSchedule(6), hooks=['2'], verbose=False)
-    trainer = Trainer(
-        task, [None], Stepper(task, torch.optim.SGD(task.parameters(), lr=0.1)), Precision(torch.device('cpu')))
-    recorder = Recorder(trainer, str(tmp_path), None, Tracker(str(tmp_path)), lambda folder, state: None, 4)
-    recorder.evaluate_teacher(None, Position(), ['cat', 'dog', 'Emu'], False, None, StopRequest())
-    recorder.on_epoch(0, dict(loss=1., teacher_agreement=0.3), {}, None, lr=0.1)
-    assert 'guessing 33.3 %' in caplog.text and remedy in caplog.text
-
-
-@pytest.mark.parametrize('labels', ['dataset', 'teacher'])
-def test_a_teacher_that_guesses_is_warned_of_before_training_if_it_alone_teaches(labels, tmp_path, caplog):
-    student, cnn = (timm.create_model(name, num_classes=4) for name in ('test_dearkd', 'test_resnet'))
-    task = DearKDTask(student, cnn, TwoStageSchedule(6), hooks=['2'], verbose=False, labels=labels)
-    trainer = Trainer(
-        task, [None], Stepper(task, torch.optim.SGD(task.parameters(), lr=0.1)), Precision(torch.device('cpu')))
-    for top1, count in ((29., labels == 'teacher'), (31., 0), (None, 0)):
-        caplog.clear()
-        recorder = Recorder(trainer, str(tmp_path), None, Tracker(str(tmp_path)), lambda folder, state: None, 4)
-        recorder.on_teacher(TeacherCheck(top1), is_validation=True)
-        assert caplog.text.count('Guessing gives 25.0 %') == count
 
 
 @pytest.mark.parametrize('labels,scale', [({}, 1.), (dict(labels='teacher', soft_temperature=4.), 0.3)])

@@ -8,13 +8,11 @@ import subprocess
 import sys
 
 import pytest
-import torch.distributed as dist
 from conftest import SMALL
 from filelock import FileLock
 
 from timm_dearkd.engine import run_folder
-from timm_dearkd.engine.process import Ranks
-from timm_dearkd.engine.run_folder import RunFolder, on_primary
+from timm_dearkd.engine.run_folder import RunFolder
 
 
 @pytest.fixture()
@@ -136,33 +134,6 @@ def test_a_file_system_without_locks_gets_a_warning(error, monkeypatch, tmp_path
     with RunFolder(str(tmp_path), 'run') as folder:
         assert folder.create('') == str(tmp_path / 'run')
     assert caplog.text.count('cannot be locked') == 1
-
-
-def ask_primary(rank, store, results):
-    dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=2)
-    ranks = Ranks(rank, 2)
-
-    def fail():
-        raise ValueError('of the primary')
-
-    found = [on_primary(ranks, lambda: f'from {rank}')]
-    try:
-        on_primary(ranks, fail)
-    except ValueError as e:
-        found.append(str(e))
-    results.put(found)
-    dist.destroy_process_group()
-
-
-def test_all_processes_get_the_result_or_the_error_of_the_primary(context, tmp_path):
-    results = context.Queue()
-    processes = [
-        context.Process(target=ask_primary, args=(rank, tmp_path / 'store', results), daemon=True) for rank in range(2)]
-    for process in processes:
-        process.start()
-    assert [results.get(timeout=30) for _ in processes] == [['from 0', 'of the primary']] * 2
-    for process in processes:
-        process.join(30)
 
 
 def test_train_refuses_a_folder_in_use_and_evaluates_all_the_same(cnn, image_folder, short_wait, tmp_path, capsys):
