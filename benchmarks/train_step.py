@@ -122,7 +122,7 @@ def make_steps(batch, args, precision: Precision) -> Dict[str, Callable[[], obje
     steps = {name: make_step(task, batch, args, precision) for name, task in tasks.items()}
     steps['teacher'] = make_forward(folded, images, precision)
     steps['timm_teacher'] = make_forward(torch.compile(whole_model) if args.compile else whole_model, images, precision)
-    steps['truncated'] = make_forward(partial(folded, with_logits=False), images, precision)
+    steps['stopped'] = make_forward(partial(folded, with_logits=False), images, precision)
     return steps
 
 
@@ -155,8 +155,8 @@ def main() -> None:
     print('| --- | --- | --- | --- | --- | --- |')
     for name, whole, student, teacher in (
             (f'DearKD, {args.student}', 'dearkd', 'student', 'teacher'),
-            ('DearKD, labels cached', 'cached', 'student', 'truncated'),
-            ('DearKD, alpha = 1', 'alpha_1', 'student', 'truncated'),
+            ('DearKD, labels cached', 'cached', 'student', 'stopped'),
+            ('DearKD, alpha = 1', 'alpha_1', 'student', 'stopped'),
             (f"timm's token distillation, {args.beside}", 'token', 'beside', 'timm_teacher')):
         parts = seconds[student] + seconds[teacher]
         print(f'| {name} | {1e3 * seconds[whole]:.0f} | {1e3 * seconds[student]:.0f} | {1e3 * seconds[teacher]:.0f}'

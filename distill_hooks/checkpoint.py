@@ -201,8 +201,8 @@ def _compare(own: Dict[str, torch.Tensor], given: Dict[str, torch.Tensor]) -> Tu
     """Compare a model's tensors with those of a file.
 
     Returns:
-        The problems as text ('' if there are none), and the names that the model does not have. Without other
-        problems, such names are one only inside a part of the model: `layer3.5.conv1`, not `loss.weight`.
+        The problems as text ('' if there are none), and the names that the model does not have. Such names are a
+        problem only if they belong to a part of the model: `layer3.5.conv1` does, `loss.weight` does not.
     """
     own = {key: value for key, value in own.items() if not key.endswith(_COUNTER)}
     missing = [key for key in own if key not in given]

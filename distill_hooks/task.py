@@ -417,11 +417,18 @@ class DearKDTask(TrainingTask):
         return soft_label_loss(logits, teacher_logits, self.soft_temperature)
 
     def _fix_feature_std(self, features: List[torch.Tensor]) -> None:
-        """Set the standard deviation per channel (C,) from the batch of all processes, unless it is not finite."""
+        """Set the standard deviation per channel (C,) from the first batch, unless it is not finite.
+
+        After `prepare_distributed`, it is that of all processes.
+        """
         stds = []
         is_distributed = self._ddp_kwargs is not None
         group = (self._ddp_kwargs or {}).get('process_group')
         num_images = len(features[0]) * (dist.get_world_size(group) if is_distributed else 1)
+        if not is_distributed and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            _logger.warning(
+                'The deviation of the feature maps is that of this process alone. If all processes train this student,'
+                ' call prepare_distributed() on the task.')
         if num_images < MIN_IMAGES_FOR_STD:
             _logger.warning(
                 f'The first batch has {num_images} images, few for the standard deviation of the feature maps. If'

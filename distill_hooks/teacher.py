@@ -336,10 +336,12 @@ class Teacher(nn.Module):
                 self.prepare_input(x), indices=[self._last_stage], stop_early=True, intermediates_only=True)
         return self._take_features()
 
-    def _find_last_stage(self, x: torch.Tensor) -> None:
+    def _find_last_stage(self, input_size: Tuple[int, int, int]) -> None:
         """Find the first stage at which timm can stop the model, so that the maps are the same."""
+        x = self._noise(input_size)
         expected = self._forward(x, with_features=True)[1]
-        for stage in range(len(getattr(self.model, 'feature_info', ()))):
+        can_stop = hasattr(self.model, 'forward_intermediates')
+        for stage in range(len(getattr(self.model, 'feature_info', ())) if can_stop else 0):
             self._last_stage = stage
             try:
                 if all(map(torch.equal, self._features(x), expected)):  # a later module may change a map in place
@@ -369,7 +371,7 @@ class Teacher(nn.Module):
         if not (with_features and self.layers):
             return None, []
         if self._last_stage is None:
-            self._find_last_stage(x[:1])
+            self._find_last_stage((x.shape[1], x.shape[2], x.shape[3]))
         return None, self._run_features(x)
 
     def _pooled(self, x: torch.Tensor) -> torch.Tensor:

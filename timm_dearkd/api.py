@@ -193,7 +193,7 @@ def check_options(user: Sequence[str], given: Sequence[str], student: Optional[s
     """
     config, flags = train.config_parser.parse_known_args(user)
     in_file = read_config(config.config) if config.config else {}
-    given = sorted({*given, *given_options(flags), *(name.replace('-', '_') for name in in_file)})
+    given = sorted({*given, *given_options(flags), *(str(name).replace('-', '_') for name in in_file)})
     word = train.parser.parse_args(flags).data
     if word is not None:
         raise ValueError(

@@ -193,8 +193,7 @@ class ConvAttention(Attention):
         qkv = self._qkv(x)
         is_masked = attn_mask is not None
 
-        if self.fused_attn and not (
-                self.rpe.needs_scores() or (self._scores_are_constant() and not is_masked)):
+        if self.fused_attn and not (self.rpe.needs_scores() or self._scores_are_constant()):
             q, k, v = self._append_scores(qkv)
             x = F.scaled_dot_product_attention(
                 q, k, v,

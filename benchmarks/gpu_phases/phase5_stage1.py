@@ -129,11 +129,11 @@ def cached_labels(check: Check) -> None:
         cached=epoch(check, cached, True),
         alpha_1=epoch(check, make_dearkd(check, alpha=1., **models), True),
         student=epoch(check, make_student_task(check, **student), True),
-        truncated=make_forward(check, cached.teacher, True, with_logits=False),
+        stopped=make_forward(check, cached.teacher, True, with_logits=False),
     )
     seconds = medians(functions, 1 if check.toy else 5, check.device, warmup=1 if check.toy else 2)
-    seconds = {name: time if name == 'truncated' else time / num_steps(check) for name, time in seconds.items()}
-    parts, details = seconds['student'] + seconds['truncated'], milliseconds(seconds)
+    seconds = {name: time if name == 'stopped' else time / num_steps(check) for name, time in seconds.items()}
+    parts, details = seconds['student'] + seconds['stopped'], milliseconds(seconds)
     for name, key in (('labels cached', 'cached'), ('alpha = 1', 'alpha_1')):
         check.row(
             f'step of stage I, {name}', seconds[key] / parts, 'x student + teacher up to the map', at_most(1.03),

@@ -177,7 +177,11 @@ def test_a_mask_of_all_near_patches_leaves_the_order_of_the_far_ones(fused):
         expected = attn.train()(x, attn_mask=mask)
         for _ in range(2):
             torch.testing.assert_close(attn.eval()(x, attn_mask=mask), expected, atol=1e-4, rtol=1e-4)
-            attn.freeze_scores()
+            attn.rpe.alpha.data.fill_(0.5)  # which no version counts
+            expected = attn.train()(x, attn_mask=mask)
+        torch.testing.assert_close(attn.eval()(x, attn_mask=mask), expected, atol=1e-4, rtol=1e-4)
+        attn.freeze_scores()
+        torch.testing.assert_close(attn(x, attn_mask=mask), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize('kernel_size', [3, 4])

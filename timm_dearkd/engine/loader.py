@@ -56,6 +56,16 @@ def _create_loader(
 ):
     """Create timm's loader of batches on the device.
 
+    Args:
+        dataset: A data set of `open_dataset`.
+        data_config: timm's, for size and normalisation.
+        device: Device of the batches.
+        use_prefetcher: Let timm's prefetcher normalise the images on the device.
+        img_dtype: Dtype of the images.
+        affine: Applied to each image before timm's augmentation.
+        num_aug_splits: Augmented copies of each image; 0 for one.
+        **kwargs: Further arguments of timm's `create_loader`.
+
     Raises:
         ValueError: If timm does not take the options.
     """

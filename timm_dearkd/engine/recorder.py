@@ -76,7 +76,7 @@ class Recorder:
         self.saves_images = saves_images
         self.distance_log = distance_log
         self.results: List[Dict[str, Any]] = []
-        self.teacher_top1: Optional[float] = None  # in percent; of a `TeacherCheck`
+        self.teacher_top1: Optional[float] = None  # in percent, set by `fit`
 
     def on_log(self, epoch: int, update: int, losses, rates, images: torch.Tensor) -> None:
         """Record the numbers of a log line."""
