@@ -91,8 +91,16 @@ def test_every_claim_of_the_tables_is_a_row_with_its_verdict(report):
                         or row[0] == claim.text and f'({paper[claim.higher]:.3f}' in row[1])
                 assert float(row[1].split()[0]) == pytest.approx(paper[claim.higher] - paper[claim.lower], abs=1e-9)
     assert sum(row[1] == 'grows in stage II' for row in first) == 2
-    assert len(rows['Attention distance over the epochs (figure 4)']) == 6
-    assert len(first) + sum(map(len, rows.values())) == 8 + count
+    names = ('stage50_ce', 'stage50_ce_rpe_drop', 'mhca_hidden', 'longer_pupil_dearkd', 'longer_pupil_mhca_hidden',
+             'longer_pupil_stage50_anneal')
+    distances = {name: {path.name for path in (RESULTS / 'small').glob(f'{name}-*.distances.csv')} for name in names}
+    distances = {name: {file.rpartition('-')[2] for file in files} for name, files in distances.items()}
+    shared = [seeds for name, seeds in distances.items() if 'mhca' not in name]  # after stage I
+    shared += [distances[f'{long}{kind}'] & distances[f'{long}mhca_hidden']  # against one stage
+               for long, kind in (('', 'stage50_ce'), ('longer_pupil_', 'stage50_anneal'))]
+    compared = 2 * sum(len(seeds) > 1 for seeds in shared)  # all layers, and the first
+    assert len(rows['Attention distance over the epochs (figure 4)']) == compared
+    assert len(first) + sum(map(len, rows.values())) == 2 + compared + count
     counts = dict.fromkeys(('reproduced', 'contradicted', 'inconclusive'), 0)
     for section, group in {'': first, **rows}.items():
         for *_, difference, verdict in group:
