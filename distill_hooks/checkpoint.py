@@ -48,6 +48,15 @@ def why_unreadable(checkpoint: str, error: Exception) -> str:
             f' ({_few(found)}), and reading them can run any code. If you trust the file, write only'
             " its tensors: torch.save(torch.load(FILE, weights_only=False)['state_dict'], PATH), or for a"
             ' whole model torch.save(model.state_dict(), PATH).')
+    if 'TorchScript' in str(error):
+        return (
+            f'Checkpoint {checkpoint!r} is a TorchScript archive. Write only its tensors:'
+            ' torch.save(torch.jit.load(FILE).state_dict(), PATH).')
+    kind = re.match(r"'(\w+)' object has no attribute 'items'", str(error))
+    if kind:
+        return (
+            f'Checkpoint {checkpoint!r} holds a {kind[1]}, expected a state dict. Write one:'
+            ' torch.save(model.state_dict(), PATH).')
     reason = re.split(r'\.\s', str(error))[0].replace('\n', ' ')
     return (
         f'Checkpoint {checkpoint!r} cannot be read ({type(error).__name__}: {reason}). It may be'
@@ -171,8 +180,23 @@ def _align(
         own = {key[len(prefix):]: value for key, value in state_dict.items() if key.startswith(prefix)}
         others = {key: value for key, value in state_dict.items() if not key.startswith(prefix) and key not in own}
         state_dict = {**own, **others}
+    state_dict = _rename_classifier(state_dict, name)
     known = {key: value for key, value in state_dict.items() if key in names}
     return state_dict, _checkpoint_shapes(name, known if len(known) > len(names) / 2 else state_dict)
+
+
+def _rename_classifier(state_dict: Dict[str, torch.Tensor], name: str) -> Dict[str, torch.Tensor]:
+    """Rename the only layer of a classifier, such as `fc.1.weight` behind a dropout, to timm's `fc.weight`."""
+    classifier = getattr(get_pretrained_cfg(name), 'classifier', None)
+    if not isinstance(classifier, str):
+        return state_dict
+    layers = {key.rpartition('.')[0] for key in state_dict if key.startswith(f'{classifier}.')}
+    layer = layers.pop() if len(layers) == 1 else ''
+    is_linear = getattr(state_dict.get(f'{layer}.weight'), 'ndim', 0) == 2
+    if not (is_linear and layer.removeprefix(f'{classifier}.').isdecimal()):
+        return state_dict
+    _logger.info(f'The classifier {layer!r} of the checkpoint is loaded as {classifier!r}.')
+    return {re.sub(rf'^{re.escape(layer)}\.', f'{classifier}.', key): value for key, value in state_dict.items()}
 
 
 def _match_by_order(model: nn.Module, state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
@@ -242,10 +266,15 @@ def _load_weights(model: nn.Module, state_dict: Dict[str, torch.Tensor], name: s
         except ValueError as e:
             reason = f'; by order, {e}'
     if by_order is None:
-        size = ' If it was trained at another image size, give its run folder.' if 'pos_embed' in problem else ''
+        advice = 'Give the architecture that it was trained with.'
+        if 'pos_embed' in problem:
+            advice += ' If it was trained at another image size, give its run folder.'
+        classifier = getattr(get_pretrained_cfg(name), 'classifier', None)
+        others = {key: value for key, value in own.items() if not key.startswith(f'{classifier}.')}
+        if isinstance(classifier, str) and not _compare(others, state_dict)[0]:
+            advice = f'Only its classifier differs: {name} has one linear layer, {classifier!r}.'
         raise ValueError(
-            f'Checkpoint {checkpoint!r} does not fit architecture {name!r}: {problem}{reason}.'
-            f' Give the architecture that it was trained with.{size}')
+            f'Checkpoint {checkpoint!r} does not fit architecture {name!r}: {problem}{reason}. {advice}')
     model.load_state_dict(by_order)
     _logger.info(
         f'{checkpoint} has other tensor names than {name}. Its tensors were loaded by order, and all shapes agree.'

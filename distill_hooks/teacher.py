@@ -329,11 +329,11 @@ class Teacher(nn.Module):
     def _features(self, x: torch.Tensor) -> List[torch.Tensor]:
         self.capture.enabled = True
         model: Any = self.model
+        x = self.prepare_input(x)
         if self._last_stage == WHOLE:
-            model(self.prepare_input(x))
+            model(x)
         else:
-            model.forward_intermediates(
-                self.prepare_input(x), indices=[self._last_stage], stop_early=True, intermediates_only=True)
+            model.forward_intermediates(x, indices=[self._last_stage], stop_early=True, intermediates_only=True)
         return self._take_features()
 
     def _find_last_stage(self, input_size: Tuple[int, int, int]) -> None:
@@ -359,7 +359,8 @@ class Teacher(nn.Module):
     ) -> Tuple[Optional[torch.Tensor], List[torch.Tensor]]:
         """Return logits (B, classes) and maps (B, C, h, w) for the student's input.
 
-        Without logits, a timm model stops after the stage of the last of `layers`. The maps are the same, bit for bit.
+        Without logits, a timm model stops after the stage of its deepest layer in `layers`. The maps are the same, bit
+        for bit.
 
         Args:
             x: The student's input (B, C, H, W).
@@ -491,6 +492,10 @@ class Teacher(nn.Module):
             raise ValueError(
                 f'The class map has {len(self.class_map)} entries, the student {num_classes} classes.'
                 ' Give one teacher class per student class in --kd-class-map.')
+        if self.num_classes == 1:
+            raise ValueError(
+                'The teacher has one output, expected one per class. Instead of one logit z, let its classifier return'
+                ' the two logits 0 and z.')
         if self.num_classes is not None and self.num_classes != num_classes:
             raise ValueError(
                 f'The teacher knows {self.num_classes} classes, the student {num_classes}.'

@@ -171,7 +171,8 @@ def image_arguments(argv: Sequence[str]) -> List[str]:
 
 
 @functools.lru_cache(maxsize=None)
-def _read(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
+    """Return the content of a YAML file."""
     return yaml.safe_load(path.read_text())
 
 
@@ -183,7 +184,7 @@ def read_recipe(cell: Cell) -> Optional[Dict[str, Any]]:
         name = 'recipes/small_folder.yaml'
     else:
         return None
-    return _read(ROOT / name if (ROOT / name).exists() else ROOT / 'timm_dearkd' / name)  # as train.py finds it
+    return read_yaml(ROOT / name if (ROOT / name).exists() else ROOT / 'timm_dearkd' / name)  # as train.py finds it
 
 
 def definition(cell: Cell) -> str:

@@ -1,8 +1,6 @@
 """Define the tables of images that are synthesised from a CNN."""
 from typing import Dict, List, Optional, Sequence, Tuple
 
-import yaml
-
 from reproduction.cells import (
     ROOT,
     Cell,
@@ -11,6 +9,7 @@ from reproduction.cells import (
     cnn_cell,
     intra_weights,
     methods,
+    read_yaml,
     students,
     teacher_cell,
     training_cost,
@@ -271,7 +270,7 @@ def updates(scale: Scale) -> str:
     """Return a sentence with the updates of the students of table 5 and of the plain ViTs."""
     flags = dict(zip(scale.synthetic, scale.synthetic[1:]))
     student = int(flags['--epochs']) * int(flags['--train-batches-per-epoch'])
-    batch_size = yaml.safe_load((ROOT / scale.recipe).read_text())['batch_size']
+    batch_size = read_yaml(ROOT / scale.recipe)['batch_size']
     vit, more = (int(scale.num_train * fraction) // batch_size * scale.epochs
                  for fraction in (scale.ablation_fraction, scale.fractions[-1]))
     return (f'Students of the recipe `data_free` have {student:,} updates ({2 * student:,} with twice the epochs), the'
@@ -286,8 +285,8 @@ def table5_notes(scale: Scale) -> List[str]:
         ' images.',
         *weights_notes(scale),
         "ADI competes with the student of DeepInversion's images.",
-        'The paper has no student on as few real images. Its DeiT-Ti on all of ImageNet, without a teacher, has 72.2'
-        ' %.',
+        'The paper has no student on as few real images. Its DeiT-Ti on all of ImageNet, without a teacher, has'
+        ' 72.2 %.',
         f'{AGREEMENT} The label of a synthetic image is the class that it was made for.']
     if scale.cnn:
         notes += [

@@ -11,7 +11,8 @@ from distill_hooks import load_model
 from reproduction.cells import LITE0, LITE0_TIMM, ROOT, Cell, Scale
 from reproduction.fashion_mnist import write_fashion_mnist
 from reproduction.stamps import write_stamps
-from timm_dearkd.engine.image_folder import ImageFolderReader, describe_files, index_by_name, scan_folder
+from timm_dearkd.engine.data import describe_files
+from timm_dearkd.engine.image_folder import ImageFolderReader, index_by_name, scan_folder
 from timm_dearkd.files import new_folder, write_bytes
 from timm_dearkd.images import inspect_images, prepare_splits
 

@@ -133,8 +133,8 @@ def describe_teacher(scale: Scale, found: Results, results: Path) -> str:
     kept = weights_hash(results / 'teacher')
     usual = kept if kept in teachers else max(teachers, key=lambda name: teachers[name], default='')
     for name, count in ((name, count) for name, count in teachers.items() if name != usual):
-        titles = [table.title for title, table in found.tables.items()
-                  if name in set().union(*found.teachers(title).values())]
+        titles = [table.title for key, table in found.tables.items()
+                  if name in set().union(*found.teachers(key).values())]
         text += (f' Other weights of the same recipe ({name}) taught {count} student{"s" * (count > 1)}, in: '
                  f'{", ".join(titles)}.')
     return text

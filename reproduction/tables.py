@@ -212,8 +212,7 @@ def own_teacher(scale: Scale, seeds: Sequence[int]) -> Table:
     note = (
         '\n\nRows with `distill` are `timm-dearkd distill` without flags (recipe `small_folder`), which trains the CNN'
         ' for 0.4 times the epochs of the student. The other CNN differs in the epochs and the warm-up.'
-        ' It is evaluated on crops of 95 %, the student\'s CNN on whole images. This changes single figures by up to'
-        ' 0.4 points, in both directions.'
+        " It is evaluated on crops of 95 %, the student's CNN on whole images."
         f'\n\n{OWN_CNN}'
     ) if entries else ''
     return Table(

@@ -267,6 +267,39 @@ def test_the_time_is_estimated_on_the_device_of_the_run(monkeypatch):
     assert timm_dearkd.api.estimate_minutes(SimpleNamespace(args=args), task, images, torch.device('meta')) > 0
 
 
+@pytest.mark.parametrize('seconds, workers, device, minutes', [
+    (0.1, 2, 'cpu', 3 + 25), (0.1, 1, 'meta', 50), (0.01, 2, 'cpu', 3 + 2.5), (0.001, 0, 'meta', 3)])
+def test_the_expected_time_includes_that_of_reading(seconds, workers, device, minutes, monkeypatch, caplog):
+    """30,000 images. On a CPU, reading and training share the cores."""
+    monkeypatch.setattr(timm_dearkd.api, 'build_task', lambda *_: None)
+    monkeypatch.setattr(timm_dearkd.api, 'estimate_minutes', lambda *_: 3.)
+    args = SimpleNamespace(epochs=100, val_interval=4, img_size=32, workers=workers, dearkd_labels='dataset')
+    step = SimpleNamespace(name='student', args=args, describe=lambda: '')
+    images = Images(280, 280, 80, 2, 32, False, [], read_seconds=seconds)
+    with caplog.at_level('INFO'):
+        timm_dearkd.api.log_step(step, images, None, torch.device(device))
+    assert f'about {minutes:.0f} min.' in caplog.text
+    assert ('a shorter side of 64 pixels' in caplog.text) == (seconds == 0.1)
+
+
+def test_the_images_may_be_moved(photos, distilled, tmp_path):
+    """The split gets new links. A finished run is returned; another folder with the same names is refused."""
+    output, moved = copy_of(distilled, tmp_path / 'out'), tmp_path / 'moved'
+    shutil.copytree(photos, moved)
+    with pytest.raises(ValueError, match='not a split of the images'):  # a copy, beside the images
+        timm_dearkd.distill(moved, output=output, epochs=4, device='cpu', workers=0)
+    split = output / 'data' / 'split.json'
+    split.write_text(split.read_text().replace(str(photos), str(tmp_path / 'gone')))
+    run = timm_dearkd.distill(moved, output=output, epochs=4, device='cpu', workers=0)
+    assert run.folder == output / 'student'
+    links = list((output / 'data').rglob('*.jpg'))
+    assert len(links) == 60 and all(moved in link.resolve().parents for link in links)
+    moved.rename(tmp_path / 'other')
+    Image.new('RGB', (99, 99)).save(next((tmp_path / 'other').rglob('*.jpg')))
+    with pytest.raises(ValueError, match='have changed since the run'):
+        timm_dearkd.distill(tmp_path / 'other', output=output, epochs=4, device='cpu', workers=0)
+
+
 def test_the_cnn_sees_the_students_images(photos, tmp_path, monkeypatch):
     """The same part of them, in the same precision and with as many channels; and no mirror images."""
     started = []
@@ -319,6 +352,23 @@ def test_the_size_of_a_teacher_of_weights_alone_is_a_guess(photos, tmp_path, mon
             timm_dearkd.distill(str(photos), teacher='test_resnet', **options, **size)
         assert ('does not tell at which size the teacher was trained. It sees 160 pixels' in caplog.text) == told
         assert timm_dearkd.train._parse_args(started[-1])[0].kd_teacher_img_size == (160 if told else 48)
+
+
+def test_a_teacher_in_another_order_ends_the_run_and_its_remedy_works_in_the_same_folder(cnn, image_folder, tmp_path):
+    """No epoch of a student that learns the wrong answers is trained. The folder is not in the way of the next call."""
+    model = timm.create_model(f'local-dir:{cnn}', pretrained=True)
+    with torch.no_grad():
+        for parameter in model.fc.parameters():
+            parameter.copy_(parameter[[1, 2, 0]].clone())
+    del model.pretrained_cfg['label_names']
+    timm.models.save_for_hf(model, tmp_path / 'turned')
+    student, options = tmp_path / 'out' / 'student', dict(epochs=1, device='cpu', workers=0, output=tmp_path / 'out')
+    with pytest.raises(TrainingError, match=f'--kd-class-map {student}/kd_class_map.txt. The student would learn'):
+        timm_dearkd.distill(image_folder, tmp_path / 'turned', **options)
+    assert not list(student.glob('*.pth.tar')) and not (student / 'summary.csv').exists()
+    run = timm_dearkd.distill(
+        image_folder, tmp_path / 'turned', kd_class_map=student / 'kd_class_map.txt', **options)
+    assert run.summary()['teacher'] > 80 and (student / 'last.pth.tar').exists()
 
 
 def test_a_run_that_was_told_to_stop_early_goes_on(photos, distilled, tmp_path, monkeypatch):

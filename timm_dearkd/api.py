@@ -25,7 +25,7 @@ from .engine.distillation import choose_distill_type, load_cnn
 from .engine.loader import build_mixup, build_train_loader
 from .engine.optimizer import build_optimizer
 from .engine.options import given_options, options_to_argv, read_config, resolve_args
-from .engine.process import SINGLE, Interrupted, Precision, TrainingError, find_device
+from .engine.process import SINGLE, Interrupted, Precision, TrainingError, default_workers, find_device
 from .engine.student import build_student, create_student
 from .images import Images, check_unchanged, inspect_images, prepare_splits, record_images
 from .planning import Planner, Step, find_teacher, is_known, parse, quiet
@@ -39,6 +39,7 @@ OWN_OPTIONS = dict(
     output='output', experiment='output', resume='the same call, which resumes', eval_only='timm-dearkd train',
     input_size='img_size')
 RESUMES = 'The same call resumes.'
+SLOW_READING = 10  # minutes, of which a log line tells
 
 
 def build_task(step: Step, cnn: Any, device: torch.device) -> TrainingTask:
@@ -58,7 +59,10 @@ def build_task(step: Step, cnn: Any, device: torch.device) -> TrainingTask:
 
 
 def estimate_minutes(step: Step, task: TrainingTask, images: Images, device: torch.device) -> float:
-    """Estimate the minutes of a run by three training steps on noise. The faster of the last two counts."""
+    """Estimate the minutes of a run, without its reading of images, by three training steps on noise.
+
+    The faster of the last two counts.
+    """
     args = step.args
     precision = Precision(device, getattr(torch, args.amp_dtype) if args.amp else None)
     x = torch.randn(args.batch_size, args.in_chans, args.img_size, args.img_size, device=device)
@@ -76,6 +80,14 @@ def estimate_minutes(step: Step, task: TrainingTask, images: Images, device: tor
         times.append(time.monotonic() - began)
     num_evaluated = images.num_validation * args.epochs / args.val_interval
     return (args.epochs * images.epoch_length + num_evaluated / 3) * min(times[1:]) / len(x) / 60
+
+
+def estimate_reading(step: Step, images: Images) -> float:
+    """Estimate the minutes in which the data loader of a run reads its images."""
+    args = step.args
+    num_workers = default_workers() if args.workers is None else args.workers
+    num_read = args.epochs * (images.epoch_length + images.num_validation / args.val_interval)
+    return num_read * images.read_seconds / max(1, num_workers) / 60
 
 
 def check_student(step: Step, device: torch.device) -> None:
@@ -103,11 +115,18 @@ def log_step(step: Step, images: Images, cnn: Any, device: torch.device) -> None
         _logger.info("The student learns the teacher's answers. The classes of the training images have no effect.")
     with quiet():  # `train.prepare` says it again
         task = build_task(step, cnn, device)
+    reading = estimate_reading(step, images)
     try:
-        minutes = f'{max(1., estimate_minutes(step, task, images, device)):.0f} min'
+        training = estimate_minutes(step, task, images, device)
+        # on a CPU, both need the cores
+        minutes = f'{max(1., training + reading if device.type == "cpu" else max(training, reading)):.0f} min'
     except (AssertionError, RuntimeError, TypeError, ValueError) as e:
         minutes = f'an unknown time ({one_line(e)[:80]})'
     _logger.info(f'Expected time of the {step.name} on {device}: about {minutes}.')
+    if reading > SLOW_READING:
+        _logger.info(
+            f'Reading takes {1000 * images.read_seconds:.0f} ms per image, {reading:.0f} min in all. Copies with a'
+            f' shorter side of {2 * step.args.img_size} pixels are read faster.')
 
 
 def run_step(step: Step, run: Callable[[], Any]) -> float:
@@ -246,6 +265,8 @@ def prepare_distillation(
         given: Names of the options that were given by keyword.
     """
     train.set_up_logging()
+    data, teacher, output = os.path.expanduser(data), *(
+        path and os.path.expanduser(path) for path in (teacher, output))
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise ValueError('distill runs in one process. Give torchrun the timm-dearkd train command that it logs.')
     args, given = parse(user), check_options(user, given, student)

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import tempfile
+import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +13,14 @@ from typing import Any, Collection, Dict, List, Optional, Sequence
 
 from PIL import Image
 
+from .engine.checkpoints import has_run
+from .engine.data import describe_files
 from .engine.image_folder import (
     UNREADABLE,
     FolderScan,
     check_class_folders,
     check_split_names,
     class_order,
-    describe_files,
     exceeds_8_bits,
     find_splits,
     has_class_folders,
@@ -51,6 +53,7 @@ class Images:
         side: Median of the shorter sides, in pixels.
         is_grey: Whether no sample has colours.
         samples: Paths of some training images.
+        read_seconds: Mean time to read a sample and to decode it.
         files: Number, bytes and hash of the files of each split.
     """
     num_train: int
@@ -60,6 +63,7 @@ class Images:
     side: int
     is_grey: bool
     samples: Sequence[str]
+    read_seconds: float = 0.
     files: Dict[str, str] = field(default_factory=dict)
 
 
@@ -91,7 +95,7 @@ def inspect_images(
     images, names = reader.samples, list(reader.class_to_idx)
     _check_classes(reader.root, names)
     chosen = [images[i * len(images) // NUM_SAMPLES][0] for i in range(NUM_SAMPLES)]
-    samples, sides, modes = [], [], set()
+    samples, sides, modes, began = [], [], set(), time.monotonic()
     for path in dict.fromkeys(chosen):
         try:
             with Image.open(path) as image:
@@ -103,6 +107,7 @@ def inspect_images(
         samples.append(path)
         sides.append(min(image.size))
         modes.add(image.mode)
+    read_seconds = (time.monotonic() - began) / max(1, len(samples))
     if not samples:
         raise ValueError(f'No image of a sample in {reader.root!r} can be read. Convert the images to PNG or JPEG.')
     validation: Any = open_folder(data, val_split, reader.class_to_idx, **kwargs) if val_split else []
@@ -110,7 +115,7 @@ def inspect_images(
     num_train = sum(num_kept(train_fraction, count) for count in Counter(label for _, label in images).values())
     return Images(
         num_train, len(images) if keep_length else num_train, len(validation), len(set(reader.class_to_idx.values())),
-        sorted(sides)[len(sides) // 2], modes <= {'L', '1'}, samples, files)
+        sorted(sides)[len(sides) // 2], modes <= {'L', '1'}, samples, read_seconds, files)
 
 
 def check_unchanged(images: Images, output: str) -> None:
@@ -120,8 +125,7 @@ def check_unchanged(images: Images, output: str) -> None:
         ValueError: If an image was added, removed, renamed, replaced or moved to another class.
     """
     path = Path(output, RECORD)
-    has_runs = any(Path(output).glob('*/args.yaml'))
-    known = json.loads(path.read_text(encoding='utf-8')) if has_runs and path.exists() else {}
+    known = json.loads(path.read_text(encoding='utf-8')) if _has_runs(Path(output)) and path.exists() else {}
     for split, found in images.files.items():
         if known.get(split, found) != found:
             raise ValueError(
@@ -193,8 +197,8 @@ def split_images(scan: FolderScan, folder: Path, seed: int = 0) -> None:
     """Link images as FOLDER/train/CLASS/* and FOLDER/validation/CLASS/*.
 
     A fifth of each class, drawn with the seed, is for validation, but at least one image of each class with two or
-    more. An existing split of the same images is kept. One of other images is replaced if no run beside FOLDER has seen
-    it. Nothing else is ever removed or overwritten.
+    more. An existing split of the same images is kept, with new links if the images were moved. A split of other images
+    is replaced if no run beside FOLDER has seen it. Nothing else is ever removed or overwritten.
 
     Args:
         scan: The images.
@@ -218,9 +222,13 @@ def split_images(scan: FolderScan, folder: Path, seed: int = 0) -> None:
             f'No class in {scan.root!r} has two images, so there is none for validation. Add images.')
     record = json.dumps(dict(source=root, seed=seed, images=by_class), sort_keys=True)
     written = folder / 'split.json'
-    if written.exists() and written.read_text(encoding='utf-8') == record:
+    known = written.read_text(encoding='utf-8') if written.exists() else ''
+    if known == record:
         return
-    if folder.exists() and (any(folder.parent.glob('*/args.yaml')) or not _is_removable(folder)):
+    is_removable = _is_removable(folder)
+    before = json.loads(known) if is_removable else {}
+    was_moved = {**before, 'source': root} == json.loads(record) and not os.path.exists(before['source'])
+    if folder.exists() and not (is_removable and (was_moved or not _has_runs(folder.parent))):
         raise ValueError(
             f'{str(folder)!r} exists, and is not a split of the images that {scan.root!r} has now. Set another'
             ' --output.')
@@ -238,6 +246,11 @@ def split_images(scan: FolderScan, folder: Path, seed: int = 0) -> None:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _has_runs(output: Path) -> bool:
+    """Return whether OUTPUT has a run that has seen the images."""
+    return any(has_run(file.parent) for file in output.glob('*/args.yaml'))
 
 
 def _is_removable(folder: Path) -> bool:

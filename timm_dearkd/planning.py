@@ -16,7 +16,7 @@ from distill_hooks.task import has_content_tokens
 from distill_hooks.teacher import input_normalisation
 
 from .analysis.runs import open_run
-from .engine.checkpoints import EXPORT_NAME, changed_options
+from .engine.checkpoints import EXPORT_NAME, changed_options, has_run
 from .engine.data import image_mode
 from .engine.options import build_config_parser, options_to_argv, parse_args, read_config
 from .engine.process import default_workers
@@ -70,10 +70,11 @@ class Step:
         Raises:
             ValueError: If the folder has a run with other options.
         """
-        if not os.path.exists(os.path.join(self.folder, 'args.yaml')):
+        if not has_run(self.folder):
             return False
         run = open_run(self.folder)
-        changed = changed_options(run.args, vars(self.args))
+        # `check_unchanged` has compared the images, which may have been moved
+        changed = changed_options(run.args, {**vars(self.args), 'data': run.args.get('data'), 'data_dir': None})
         if changed:
             raise ValueError(
                 f'{self.folder!r} has a run with other options: {changed}. Set another --output, or remove the folder.')
@@ -182,8 +183,7 @@ class Planner:
         training = choose_training(self.images, in_chans, self.device, cnn_epochs(self.epochs))
         shared = {key: getattr(self.user_args, key) for key in SHARED_OPTIONS if key in self.given}
         return self._step(
-            'teacher', dict(choose_cnn(name, self.size), **training, hflip=0.), options_to_argv(shared),
-            list(shared))
+            'teacher', dict(choose_cnn(name, self.size), **training, hflip=0.), options_to_argv(shared), list(shared))
 
     def ask_teacher(self, cnn: Any, is_trained: bool = True) -> Dict[str, Any]:
         """Return the options of the student that its CNN decides. An untrained CNN does not decide on mirroring."""
@@ -237,7 +237,7 @@ class Planner:
     def student_in_folder(self, teacher: str, is_own: bool) -> Optional[Step]:
         """Return the student of an earlier call, as this call would train it; None if there is none."""
         folder = os.path.join(self.output, 'student')
-        if not os.path.exists(os.path.join(folder, 'args.yaml')):
+        if not has_run(folder):
             return None
         args = open_run(folder).args
         return self.student(teacher, {key: args[key] for key in FROM_TEACHER if args.get(key) is not None}, is_own)

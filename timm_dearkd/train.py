@@ -17,6 +17,7 @@ from typing import Any, Callable, Dict, NoReturn, Optional, Sequence, cast
 
 import torch
 import torch.distributed as dist
+from huggingface_hub.utils.logging import disable_propagation
 from timm.layers import set_fast_norm
 from timm.models import create_model
 from timm.task import ClassificationTask, TrainingTask
@@ -81,6 +82,7 @@ def set_up_logging() -> None:
     """Set up timm's logging, once in a process."""
     if not any(isinstance(handler.formatter, FormatterNoInfo) for handler in logging.root.handlers):
         setup_default_logging()
+    disable_propagation()  # huggingface_hub's logger has a handler of its own
     logging.getLogger('timm.data.dataset').setLevel(logging.ERROR)  # our data sets name what they skip
 
 
@@ -140,9 +142,7 @@ def build_run_in(
     model, data_config = build_student(args, train_set, device, create_model)
     mixup = build_mixup(args, model.num_classes)
     loader_eval = build_eval_loader(args, eval_set, data_config, device, ranks)
-    loader_teacher = None
-    if args.kd_model_name and loader_eval is None:
-        loader_teacher = build_teacher_loader(args, train_set, data_config, device, ranks)
+    loader_teacher = build_teacher_loader(args, train_set, eval_set, model.num_classes, data_config, device, ranks)
     loader_train = build_train_loader(args, train_set, data_config, mixup, device, ranks)
     args = choose_epochs(args, len(loader_train), ranks)
     if not args.train_img_sizes:  # with several sizes, updates differ in their number of images
@@ -175,8 +175,8 @@ def build_run_in(
         args, args_text, run_folder, trainer, model, data_config, export, start, run_info,
         classes_of(train_set) if ranks.is_primary else UNKNOWN_CLASSES, distance_images)
     teacher_check = TeacherCheck(
-        task, recorder.folder, validator or build_validator(args, task, loader_teacher, precision, ranks),
-        validator is not None, names, args.kd_teacher_img_size, ranks)
+        task, recorder.folder, validator, build_validator(args, task, loader_teacher, precision, ranks), names,
+        args.kd_teacher_img_size, ranks)
     return partial(fit, args, trainer, validator, recorder, start, epochs, teacher_check)
 
 

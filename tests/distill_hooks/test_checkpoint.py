@@ -139,6 +139,35 @@ def test_weights_of_a_wrapped_model(tmp_path, caplog, prefix, kind):
     assert not inner or f'under the prefix {inner.removeprefix("module.")!r}' in caplog.text
 
 
+@pytest.mark.parametrize('prefix', ['', 'model.'])
+def test_a_linear_classifier_behind_a_dropout(tmp_path, caplog, prefix):
+    """The logits are those of the model that was saved. A classifier of two layers is refused."""
+    x, path = torch.randn(2, 3, 64, 64), str(tmp_path / 'own.pth')
+    model = timm.create_model('test_resnet', num_classes=5)
+    model.fc = torch.nn.Sequential(torch.nn.Dropout(), model.fc)
+    logits = lively(model, x)
+    torch.save({f'{prefix}{key}': value for key, value in model.state_dict().items()}, path)
+    with torch.no_grad(), caplog.at_level(logging.INFO):
+        torch.testing.assert_close(load_model('test_resnet', path).eval()(x), logits)
+    assert "The classifier 'fc.1' of the checkpoint is loaded as 'fc'." in caplog.text
+    model.fc = torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.ReLU(), torch.nn.Linear(8, 5))
+    torch.save({f'{prefix}{key}': value for key, value in model.state_dict().items()}, path)
+    with pytest.raises(ValueError, match="Only its classifier differs: test_resnet has one linear layer, 'fc'."):
+        load_model('test_resnet', path)
+
+
+@pytest.mark.filterwarnings('ignore:.torch.jit:FutureWarning', 'ignore:.torch.load. received a zip')
+def test_files_that_hold_no_state_dict(tmp_path):
+    path = str(tmp_path / 'file.pt')
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+    with pytest.raises(ValueError, match=r'is a TorchScript archive.*torch.jit.load\(FILE\).state_dict\(\)'):
+        load_model('test_resnet', path)
+    for contents, kind in (([torch.zeros(1)], 'list'), (torch.zeros(1), 'Tensor')):
+        torch.save(contents, path)
+        with pytest.raises(ValueError, match=f'holds a {kind}, expected a state dict'):
+            load_model('test_resnet', path)
+
+
 def test_wrapped_models_that_do_not_fit(tmp_path):
     model = timm.create_model('test_resnet', num_classes=5)
     weights, path = model.state_dict(), str(tmp_path / 'wrapped.ckpt')

@@ -199,8 +199,8 @@ def test_feature_std_is_fixed_by_the_first_batch():
     torch.testing.assert_close(task(images, labels)['hidden_loss'], expected)
 
 
-def test_feature_std_of_a_task_in_one_process_of_a_group(tmp_path, monkeypatch):
-    """A task that is not distributed asks no other process."""
+def test_feature_std_of_a_task_in_one_process_of_a_group(tmp_path, monkeypatch, caplog):
+    """A task that is not distributed asks no other process, and warns if there are others."""
     def refuse(*args, **kwargs):
         raise AssertionError('waits for other processes')
 
@@ -208,7 +208,11 @@ def test_feature_std_of_a_task_in_one_process_of_a_group(tmp_path, monkeypatch):
     try:
         monkeypatch.setattr(torch.distributed, 'all_reduce', refuse)
         task = make(normalize_features=True)
-        assert task(*batch(8))['loss'].isfinite()
+        assert task(*batch(8))['loss'].isfinite() and not caplog.messages
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.distributed, 'get_world_size', lambda group=None: 2)
+            assert make(normalize_features=True)(*batch(8))['loss'].isfinite()
+        assert 'of this process alone' in caplog.text
         other = make(normalize_features=True).prepare_distributed()
         with pytest.raises(AssertionError, match='waits'):
             other(*batch(8))

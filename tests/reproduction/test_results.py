@@ -26,7 +26,7 @@ def test_a_definition_has_what_a_command_leaves_of_its_recipe(monkeypatch):
     cell = cells.Cell('run', 'data', ('-c', 'recipe.yaml', '--warmup-epochs', '3'), 1.)
 
     def define(**recipe):
-        monkeypatch.setattr(cells, '_read', lambda path: recipe)
+        monkeypatch.setattr(cells, 'read_yaml', lambda path: recipe)
         return definition(cell)
 
     assert define(epochs=10, warmup_epochs=1) == define(epochs=10, warmup_epochs=2) != define(epochs=11)

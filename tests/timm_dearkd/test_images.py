@@ -44,14 +44,17 @@ def test_the_same_images_keep_their_split_and_others_are_refused_after_a_run(fla
     assert files(tmp_path / 'split') == before
     shutil.copy(flat / 'rust' / '0.png', flat / 'rust' / 'new.png')
     split_images(scan_folder(str(flat)), tmp_path / 'split')
-    after = files(tmp_path / 'split')
-    assert set.union(*after.values()) - set.union(*before.values()) == {'rust/new.png'}
+    assert set.union(*files(tmp_path / 'split').values()) - set.union(*before.values()) == {'rust/new.png'}
     (tmp_path / 'student').mkdir()
-    (tmp_path / 'student' / 'args.yaml').write_text('')
+    (tmp_path / 'student' / 'args.yaml').write_text('')  # of a run that ended before its first checkpoint
+    shutil.copy(flat / 'rust' / '0.png', flat / 'rust' / 'newer.png')
+    split_images(scan_folder(str(flat)), tmp_path / 'split')
+    after = files(tmp_path / 'split')
+    (tmp_path / 'student' / 'last.pth.tar').touch()
     (flat / 'rust' / 'new.png').unlink()
     with pytest.raises(ValueError, match='not a split of the images.*another --output'):
         split_images(scan_folder(str(flat)), tmp_path / 'split')
-    assert files(tmp_path / 'split') == after
+    assert files(tmp_path / 'split') == after and 'rust/newer.png' in set.union(*after.values())
 
 
 @pytest.mark.parametrize('place', ['.', '..', '../..', 'inside', '../beside'])

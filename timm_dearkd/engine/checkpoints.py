@@ -4,7 +4,7 @@ import os
 import shutil
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 import yaml
@@ -143,9 +143,14 @@ def _recovery_files(folder: str) -> List[Path]:
     return sorted(Path(folder).glob('recovery-*.pth.tar'))
 
 
-def _checkpoints(folder: str) -> List[Path]:
+def _checkpoints(folder: Union[str, Path]) -> List[Path]:
     """Return the checkpoints of a run, without those that were not written completely."""
     return [path for path in sorted(Path(folder).glob('*.pth.tar')) if not path.name.endswith('tmp.pth.tar')]
+
+
+def has_run(folder: Union[str, Path]) -> bool:
+    """Return whether a folder has a run with a checkpoint or a student. A run that ended before may be replaced."""
+    return Path(folder, 'args.yaml').exists() and (bool(_checkpoints(folder)) or Path(folder, EXPORT_NAME).exists())
 
 
 def remove_recovery(folder: str) -> None:

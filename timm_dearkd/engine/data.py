@@ -1,4 +1,5 @@
 """Data sets of train.py, opened by timm."""
+import hashlib
 import logging
 import os
 import tarfile
@@ -94,7 +95,9 @@ def _create_dataset(name: str, root: Optional[str], split: str, **kwargs: Any):
     try:
         return create_dataset(name, root=root, split=split, **kwargs)
     except (AssertionError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as e:
-        reason = one_line(e).rstrip('.').replace('download=True', '--dataset-download')
+        reason = one_line(e).rstrip('.')
+        for argument, flag in (('download=True', '--dataset-download'), ('num_samples not', '--train-num-samples not')):
+            reason = reason.replace(argument, flag)
         raise ValueError(f'Could not open split {split!r} of data set {name!r} in {root!r}: {reason}.') from e
 
 
@@ -325,6 +328,32 @@ def check_label_gaps(dataset, class_map: str = '') -> None:
         raise ValueError(
             f'{source} has the class indices {shown}, expected 0 to {len(indices) - 1}. Number the classes without gaps'
             f' from 0, or set --num-classes {indices[-1] + 1} for a model with unused outputs.')
+
+
+def describe_files(dataset: Any) -> str:
+    """Return number, bytes and a hash of the files of a data set: of their names and sizes.
+
+    For images that are not files: the number of images, and the fingerprint or the targets of the data set.
+    """
+    reader = getattr(dataset, 'reader', dataset)
+    digest, size = hashlib.sha256(), 0
+    samples = getattr(reader, 'samples', None) or ()
+    for place, *_ in samples:
+        if isinstance(place, str):
+            name = os.path.relpath(place, reader.root)
+            try:
+                num_bytes = os.path.getsize(place)
+            except OSError:  # a link may lead nowhere
+                num_bytes = -1
+        else:  # of a tar file
+            name, num_bytes = place.name, place.size
+        size += num_bytes
+        digest.update(f'{name}\0{num_bytes}\n'.encode(errors='surrogateescape'))
+    if not samples:
+        digest.update(repr((
+            len(dataset), str(getattr(getattr(reader, 'dataset', None), '_fingerprint', '')),
+            list(getattr(dataset, 'targets', ())))).encode())
+    return f'{len(samples) or len(dataset)} ({size} bytes, {digest.hexdigest()[:12]})'
 
 
 def evenly_spaced(length: int, count: int) -> List[int]:

@@ -129,6 +129,9 @@ def _match_classes(teacher: Any, names: Sequence[str], num_classes: int) -> Opti
     """Return the teacher's class for each of the student's, by name; None if they are the same or have no names.
 
     Warns if the names differ: they may be other names of the same classes.
+
+    Raises:
+        ValueError: If the teacher lacks a class, and it has more classes, or shared names are at other indices.
     """
     known = saved_names(teacher)
     names = [name for name in names if not name.startswith(UNUSED_CLASS)]
@@ -143,15 +146,14 @@ def _match_classes(teacher: Any, names: Sequence[str], num_classes: int) -> Opti
             return None
         _logger.info("The teacher has more classes, or another order. They are matched by name.")
         return indices
-    if len(known) > num_classes:
+    has_moved = any(name in known and known.index(name) != index for index, name in enumerate(names))
+    if len(known) > num_classes or has_moved:
         raise ValueError(
             f'The teacher knows no class {unknown[0]!r}. It knows {first_names(known)}. Rename the folder, or map the'
             ' student\'s classes to the teacher\'s with --kd-class-map FILE.')
-    if len(known) == num_classes:
-        index = names.index(unknown[0])
-        _logger.warning(
-            f'The teacher knows no class {unknown[0]!r}. Classes are matched by their index, so {unknown[0]!r} is the'
-            f" teacher's {known[index]!r}. If these differ, set --kd-class-map FILE.")
+    _logger.warning(
+        f'The teacher knows no class {unknown[0]!r}. Classes are matched by their index, so {unknown[0]!r} is the'
+        f" teacher's {known[names.index(unknown[0])]!r}. If these differ, set --kd-class-map FILE.")
     return None
 
 

@@ -450,32 +450,6 @@ def check_images(samples: Sequence[Tuple[str, int]], is_training: bool) -> None:
                 f' {len(paths)} were tried. Convert them to PNG or JPEG, or remove the class.')
 
 
-def describe_files(dataset: Any) -> str:
-    """Return number, bytes and a hash of the files of a data set: of their names and sizes.
-
-    For images that are not files: the number of images, and the fingerprint or the targets of the data set.
-    """
-    reader = getattr(dataset, 'reader', dataset)
-    digest, size = hashlib.sha256(), 0
-    samples = getattr(reader, 'samples', None) or ()
-    for place, *_ in samples:
-        if isinstance(place, str):
-            name = os.path.relpath(place, reader.root)
-            try:
-                num_bytes = os.path.getsize(place)
-            except OSError:  # a link may lead nowhere
-                num_bytes = -1
-        else:  # of a tar file
-            name, num_bytes = place.name, place.size
-        size += num_bytes
-        digest.update(f'{name}\0{num_bytes}\n'.encode(errors='surrogateescape'))
-    if not samples:
-        digest.update(repr((
-            len(dataset), str(getattr(getattr(reader, 'dataset', None), '_fingerprint', '')),
-            list(getattr(dataset, 'targets', ())))).encode())
-    return f'{len(samples) or len(dataset)} ({size} bytes, {digest.hexdigest()[:12]})'
-
-
 def resolve_link(path: str) -> str:
     """Return the target of an absolute link, such as those of `distill`; other paths as they are."""
     target = os.readlink(path) if os.path.islink(path) else ''

@@ -20,8 +20,8 @@ from torch.utils.data import IterableDataset
 from distill_hooks import DearKDTask
 
 from ..files import create_file, write_bytes
+from .data import describe_files
 from .distillation import count_outputs
-from .image_folder import describe_files
 from .loader import train_interpolation
 from .loop import Trainer
 from .process import SINGLE, Ranks, TrainingError, on_primary

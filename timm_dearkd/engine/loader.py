@@ -329,6 +329,7 @@ class DeviceLoader:
 
 NUM_DISTANCE_IMAGES = 32
 NUM_TEACHER_IMAGES = 2000
+MIN_CLASS_IMAGES = 15  # per class, with which `find_order` finds two swapped classes
 
 
 def build_mixup(args, num_classes: int) -> Optional[Mixup]:
@@ -446,12 +447,26 @@ def build_eval_loader(args, dataset, data_config: Dict[str, Any], device: torch.
         dataset, data_config, args.validation_batch_size or args.batch_size, **_loader_kwargs(args, device, ranks))
 
 
-def build_teacher_loader(args, train_set, data_config: Dict[str, Any], device: torch.device, ranks: Ranks):
-    """Build a loader of training images without augmentation, to check the teacher; None for a stream."""
-    if isinstance(train_set, IterableDataset):
+def build_teacher_loader(
+        args,
+        train_set,
+        eval_set,
+        num_classes: int,
+        data_config: Dict[str, Any],
+        device: torch.device,
+        ranks: Ranks,
+):
+    """Build a loader of training images without augmentation, to check the teacher.
+
+    Returns:
+        The loader; None without a teacher, for a stream, or if there are enough validation images.
+    """
+    count = NUM_TEACHER_IMAGES if eval_set is None else MIN_CLASS_IMAGES * num_classes
+    has_enough = eval_set is not None and (isinstance(eval_set, IterableDataset) or len(eval_set) >= count)
+    if not args.kd_model_name or isinstance(train_set, IterableDataset) or has_enough:
         return None
-    return build_eval_loader(
-        args, Sample(train_set, evenly_spaced(len(train_set), NUM_TEACHER_IMAGES)), data_config, device, ranks)
+    images = Sample(train_set, evenly_spaced(len(train_set), min(count, NUM_TEACHER_IMAGES)))
+    return build_eval_loader(args, images, data_config, device, ranks)
 
 
 def build_distance_images(args, eval_set, data_config: Dict[str, Any], model: nn.Module, device: torch.device):

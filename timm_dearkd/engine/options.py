@@ -528,6 +528,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace
         args.auto_epochs = False  # the command line wins
     if args.data and 'data_dir' not in given:
         args.data_dir = None  # DIR on the command line wins over the file's
+    for key, value in vars(args).items():
+        if isinstance(value, str) and value.startswith('~'):  # the shell leaves it in --output=~/runs and in quotes
+            setattr(args, key, os.path.expanduser(value))
     if os.path.isdir(args.model) and not is_model(args.model):
         args.model = f'local-dir:{args.model}'
     args_text = yaml.safe_dump(vars(args), default_flow_style=False)

@@ -70,7 +70,7 @@ def build_student(
             _logger.warning(
                 f'timm cannot create this {type(model).__name__} by name: {reason}. So the run writes no config.json:'
                 f' {EXPORT_NAME} has the weights alone.')
-        if model_dtype(args) != torch.float32 and any(isinstance(m, AdaptiveRelPos) for m in model.modules()):
+        if torch.finfo(model_dtype(args)).bits < 32 and any(isinstance(m, AdaptiveRelPos) for m in model.modules()):
             _logger.warning(
                 f'--model-dtype {args.model_dtype} rounds the weights after every update. Alpha of MHCA starts at 1,'
                 ' where small steps are lost, so it does not learn. Use --amp instead.')
@@ -114,6 +114,8 @@ def create_student(args, num_classes: Optional[int], create_model: Callable[...,
             pretrained_cfg_overlay=overlay or None,  # again: `dearkd_from` merges it into the configuration of its base
             **kwargs,
         )
+        if 0 in (getattr(getattr(model, 'patch_embed', None), 'grid_size', None) or ()):
+            raise ValueError(f'the images are smaller than a patch, {model.patch_embed.patch_size}. Set --img-size.')
         _adapt_student(args, model)
     except (AssertionError, FileNotFoundError, KeyError, RuntimeError, TypeError, ValueError) as e:
         remedy, file = '', args.initial_checkpoint or args.pretrained_path

@@ -14,6 +14,7 @@ from timm_dearkd.engine.data import (
     build_datasets,
     check_labels,
     class_names,
+    describe_files,
     image_mode,
     open_dataset,
     open_eval_dataset,
@@ -277,3 +278,17 @@ def test_options_of_streams_are_said_to_do_nothing(image_folder, caplog):
     build(image_folder, '--val-num-samples', '2', '--epoch-repeats', '3')
     assert '--val-num-samples is for streamed' in caplog.text and '--epoch-repeats is for streamed' in caplog.text
     assert '--train-num-samples' not in caplog.text
+
+
+def test_shards_without_a_length_name_its_flag(tmp_path):
+    pytest.importorskip('webdataset')
+    (tmp_path / 'x-0000.tar').write_bytes(b'')
+    with pytest.raises(ValueError, match='--train-num-samples not specified'):
+        open_dataset('wds/', str(tmp_path), 'x-0000.tar', is_training=True, batch_size=1)
+
+
+def test_data_sets_that_are_no_files():
+    first, second = (torch.utils.data.TensorDataset(torch.zeros(count, 1)) for count in (2, 3))
+    assert describe_files(first) == describe_files(first) != describe_files(second)
+    first.targets, second = [0, 1], torch.utils.data.TensorDataset(torch.zeros(2, 1))
+    assert describe_files(first) != describe_files(second)

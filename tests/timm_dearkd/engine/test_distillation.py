@@ -3,7 +3,7 @@ import timm
 import torch
 from timm.models import save_for_hf
 
-from distill_hooks import TwoStageSchedule
+from distill_hooks import DearKDTask, TwoStageSchedule
 from timm_dearkd.engine.checkpoints import Position
 from timm_dearkd.engine.distillation import build_task, load_teacher, log_changed_stages
 from timm_dearkd.train import _parse_args
@@ -61,6 +61,30 @@ def test_classes_are_matched_by_name_also_beside_unused_outputs(names, outputs, 
     config = dict(mean=(0.5,) * 3, std=(0.5,) * 3, input_size=(3, 64, 64))
     teacher = load_teacher(student, config, dict(kd_model_name=f'local-dir:{tmp_path / "cnn"}'), names)
     assert (None if teacher.class_map is None else teacher.class_map.tolist()) == expected
+
+
+@pytest.mark.parametrize('names, refused', [
+    (['cat', 'dog', 'fox', 'yak'], False), (['hen', 'ewe', 'kid', 'yak'], False),
+    (['cat', 'fox', 'owl', 'yak'], True), (['yak', 'dog', 'fox', 'cat'], True),
+])
+def test_unknown_classes_are_matched_by_index_unless_a_known_one_has_moved(names, refused, tmp_path, caplog):
+    cnn = timm.create_model('test_resnet', num_classes=4)
+    save_for_hf(cnn, tmp_path / 'cnn', model_config=dict(label_names=['cat', 'dog', 'fox', 'owl']))
+    student = timm.create_model('test_dearkd', num_classes=4)
+    config = dict(mean=(0.5,) * 3, std=(0.5,) * 3, input_size=(3, 64, 64))
+    options = dict(kd_model_name=f'local-dir:{tmp_path / "cnn"}')
+    if refused:
+        with pytest.raises(ValueError, match="The teacher knows no class 'yak'. It knows cat, dog.*--kd-class-map"):
+            load_teacher(student, config, options, names)
+    else:
+        assert load_teacher(student, config, options, names).class_map is None
+        assert 'matched by their index' in caplog.text
+
+
+def test_a_teacher_with_one_output_is_refused():
+    student, cnn = timm.create_model('test_dearkd', num_classes=2), timm.create_model('test_resnet', num_classes=1)
+    with pytest.raises(ValueError, match='one output, expected one per class.*the two logits 0 and z'):
+        DearKDTask(student, cnn, TwoStageSchedule(2))
 
 
 @pytest.mark.parametrize('given', [{}, dict(kd_teacher_mean=[0.2], kd_teacher_std=[0.3, 0.4, 0.5])])

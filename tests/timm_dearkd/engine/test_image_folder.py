@@ -25,7 +25,7 @@ from timm_dearkd.engine.data import (
     open_eval_dataset,
     open_with_classes,
 )
-from timm_dearkd.engine.image_folder import class_order, describe_files, read_class_map
+from timm_dearkd.engine.image_folder import class_order, read_class_map
 from timm_dearkd.engine.wrappers import ClassFraction
 
 TWINS = ['01', '1', '007', 'A', 'a', 'b10', 'c']
@@ -354,13 +354,6 @@ def test_indices_of_all_kinds_of_data_sets(image_folder):
     expected = {'blue sky': 0, 'grass': 1, 'rust': 2}
     for name in ('', 'torch/image_folder'):
         assert class_indices(open_dataset(name, str(image_folder), 'train')) == expected
-
-
-def test_data_sets_that_are_no_files():
-    first, second = (torch.utils.data.TensorDataset(torch.zeros(count, 1)) for count in (2, 3))
-    assert describe_files(first) == describe_files(first) != describe_files(second)
-    first.targets, second = [0, 1], torch.utils.data.TensorDataset(torch.zeros(2, 1))
-    assert describe_files(first) != describe_files(second)
 
 
 def test_classes_of_other_scripts_checkpoints_are_unknown(tmp_path):

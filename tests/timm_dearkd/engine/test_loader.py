@@ -257,12 +257,24 @@ def test_torchvision_sets_take_the_mode_of_the_images(mode, in_chans):
 
 def test_the_teacher_is_checked_on_images_without_augmentation():
     """Also on a fraction of a data set of torchvision."""
-    args = _parse_args(['DIR', '-b', '2', '--workers', '0', '--reprob', '1', '--train-img-sizes', '16', '8'])[0]
+    args = _parse_args([
+        'DIR', '-b', '2', '--workers', '0', '--reprob', '1', '--train-img-sizes', '16', '8', '--kd-model-name', 'cnn',
+    ])[0]
     train_set = ClassFraction(Plain(), 0.5)
-    loader = build_teacher_loader(args, train_set, config(size=16), CPU, SINGLE)
+    loader = build_teacher_loader(args, train_set, None, 2, config(size=16), CPU, SINGLE)
     before, _ = next(iter(loader))
     build_train_loader(args, train_set, config(size=16), None, CPU, SINGLE)
     assert torch.equal(next(iter(loader))[0], before)
+
+
+@pytest.mark.parametrize('teacher, num_validation, expected', [
+    ('cnn', None, 100), ('cnn', 29, 30), ('cnn', 30, None), ('', None, None)])
+def test_the_teacher_is_checked_on_training_images_if_there_are_few_others(teacher, num_validation, expected):
+    args = _parse_args(['DIR', '--workers', '0', '--kd-model-name', teacher])[0]
+    train_set = torch.utils.data.Subset(Plain(), [0] * 100)
+    eval_set = None if num_validation is None else torch.utils.data.Subset(Plain(), [0] * num_validation)
+    loader = build_teacher_loader(args, train_set, eval_set, 2, config(size=16), CPU, SINGLE)
+    assert expected == (None if loader is None else len(loader.dataset))
 
 
 def test_strongest_augmentation(image_folder):

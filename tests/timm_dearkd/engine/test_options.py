@@ -102,6 +102,14 @@ def test_arguments_are_written_as_a_file_that_reads_back(flags, tmp_path):
     assert again.dearkd_normalize_features == ('--no-dearkd-normalize-features' not in flags)
 
 
+def test_a_tilde_is_the_home_folder(config, monkeypatch):
+    """In a flag with an equals sign, in quotes and in a file, where no shell has replaced it."""
+    monkeypatch.setenv('HOME', os.path.join(os.sep, 'home', 'me'))
+    args, _ = parse(*config(resume='~/last.pth.tar'), '--output=~/runs', '~/photos')
+    home = os.path.join(os.sep, 'home', 'me', '')
+    assert (args.resume, args.output, args.data) == (f'{home}last.pth.tar', f'{home}runs', f'{home}photos')
+
+
 def test_numbers_written_as_text(config):
     args, _ = parse(*config(lr='3e-4', epochs='7'))
     assert args.lr == 3e-4 and args.epochs == 7

@@ -9,7 +9,7 @@ from timm.models import save_for_hf
 
 from distill_hooks import load_model
 from timm_dearkd.engine.options import resolve_args
-from timm_dearkd.engine.student import build_evaluation, check_img_size
+from timm_dearkd.engine.student import build_evaluation, check_img_size, create_student
 from timm_dearkd.train import _parse_args
 
 
@@ -136,6 +136,12 @@ def test_patches_that_overlap_take_any_size(caplog):
         assert not model(images).allclose(model(changed)) and model(torch.randn(1, 3, 66, 66)).isfinite().all()
     with pytest.raises(ValueError, match='takes images of one size. Add --model-kwargs dynamic_img_size'):
         check_img_size(timm.create_model('test_vit', dynamic_img_size=False), [32, 48])
+
+
+def test_images_that_are_smaller_than_a_patch_are_refused():
+    args = _parse_args(['DIR', '--model', 'dearkd_nano_patch4_32', '--img-size', '3'])[0]
+    with pytest.raises(ValueError, match=r'smaller than a patch, \(4, 4\). Set --img-size'):
+        create_student(args, 2, timm.create_model)
 
 
 def test_sizes_that_are_no_multiple_of_the_patch(caplog):

@@ -1,12 +1,12 @@
 import pytest
 import timm
 import torch
-from timm.task import ClassificationTask
 
 from distill_hooks import DearKDTask, FeatureTask, LogitTask, Teacher, TokenTask, TwoStageSchedule, load_class_map
+from distill_hooks.answers import ClassOrder
 from timm_dearkd.engine.checkpoints import Position
 from timm_dearkd.engine.loop import Validator
-from timm_dearkd.engine.process import Precision, StopRequest
+from timm_dearkd.engine.process import Precision, StopRequest, TrainingError
 from timm_dearkd.engine.run_folder import read_run_info
 from timm_dearkd.engine.teacher_check import TeacherCheck, TeacherResult, evaluate_teacher
 
@@ -43,40 +43,47 @@ def make_task(kind, teacher):
         student, teacher, criterion=torch.nn.CrossEntropyLoss(), verbose=False, **kwargs)
 
 
-def check(kind, teacher, folder, names=('cat', 'Dog', 'emu'), batch_size=5):
+def make_validator(task, count=24, batch_size=5):
+    loader = list(zip(IMAGES[:count].split(batch_size), LABELS[:count].split(batch_size)))
+    return Validator(task, loader, Precision(torch.device('cpu')))
+
+
+def check(kind, teacher, folder, batch_size=5):
+    """Return the accuracy that is recorded."""
     task = make_task(kind, teacher)
-    loader = list(zip(IMAGES.split(batch_size), LABELS.split(batch_size)))
-    return evaluate_teacher(task, Validator(task, loader, Precision(torch.device('cpu'))), str(folder), list(names))
+    teacher_check = TeacherCheck(
+        task, str(folder), make_validator(task, batch_size=batch_size), names=['cat', 'Dog', 'emu'])
+    teacher_check.evaluate(Position(), StopRequest())
+    assert read_run_info(folder)['results'] == dict(teacher_top1=teacher_check.top1)
+    return teacher_check.top1
 
 
 @pytest.mark.parametrize('kind', ['dearkd', 'logit', 'token'])
 def test_a_teacher_in_another_order_is_told_before_training(tmp_path, caplog, kind):
     """The warning comes with the map that mends it."""
-    assert check(kind, Teacher(Answers([0, 1, 2])), tmp_path) == (100, False) and not list(tmp_path.iterdir())
+    path = tmp_path / 'kd_class_map.txt'
+    assert check(kind, Teacher(Answers([0, 1, 2])), tmp_path) == 100 and not path.exists()
     assert 'another order' not in caplog.text
-    assert check(kind, Teacher(Answers([1, 0, 2])), tmp_path) == (pytest.approx(100 / 3), True)
+    assert check(kind, Teacher(Answers([1, 0, 2])), tmp_path) == 33.333
     (told,) = [r.getMessage() for r in caplog.records if 'in another order' in r.getMessage()]
     assert "class 'cat' looks like its class 1, class 'Dog' looks like its class 0." in told
     assert 'the label of 100.0 % of the images, now of 33.3 %' in told
-    path = tmp_path / 'kd_class_map.txt'
     assert f'--kd-class-map {path}' in told and path.read_text() == '1 cat\n0 Dog\n2 emu\n'
     mended = Teacher(Answers([1, 0, 2]), class_map=load_class_map(str(path)))
     caplog.clear()
-    assert check(kind, mended, tmp_path).top1 == 100 and 'another order' not in caplog.text
+    assert check(kind, mended, tmp_path) == 100 and 'another order' not in caplog.text
 
 
 @pytest.mark.parametrize('batch_size', [1, 2, 24])
 def test_the_batch_size_does_not_matter(batch_size, tmp_path, caplog):
-    assert check('logit', Teacher(Answers([1, 2, 0])), tmp_path, batch_size=batch_size) == (0., True)
+    assert check('logit', Teacher(Answers([1, 2, 0])), tmp_path, batch_size=batch_size) == 0
     assert 'in another order' in caplog.text
 
 
 def test_the_map_that_a_teacher_has_is_part_of_the_order(tmp_path):
     """A wrong map gives a map in classes of the teacher."""
-    teacher = Teacher(Answers([2, 0, 1]), class_map=[0, 1, 2])
-    assert check('logit', teacher, tmp_path).top1 == 0
-    teacher = Teacher(Answers([2, 0, 1]), class_map=[1, 2, 0])
-    assert check('logit', teacher, tmp_path).top1 == 0
+    for class_map in ([0, 1, 2], [1, 2, 0]):
+        assert check('logit', Teacher(Answers([2, 0, 1]), class_map=class_map), tmp_path) == 0
     assert (tmp_path / 'kd_class_map.txt').read_text() == '2 cat\n0 Dog\n1 emu\n'
 
 
@@ -88,8 +95,8 @@ def test_the_map_that_a_teacher_has_is_part_of_the_order(tmp_path):
     ([1, 0, 2], None, None),
 ])
 def test_a_teacher_of_features_is_compared_only_in_the_same_order(given, names, expected, tmp_path, caplog):
-    assert check('feature', Teacher(Answers(given, names)), tmp_path).top1 == expected
-    assert not caplog.messages and not list(tmp_path.iterdir())
+    assert check('feature', Teacher(Answers(given, names)), tmp_path) == expected
+    assert not caplog.messages and not (tmp_path / 'kd_class_map.txt').exists()
 
 
 @pytest.mark.parametrize('start, img_size, num_evaluations', [
@@ -99,10 +106,10 @@ def test_a_teacher_of_features_is_compared_only_in_the_same_order(given, names, 
 def test_a_resumed_run_knows_the_accuracy_of_its_teacher(start, img_size, num_evaluations, tmp_path, caplog):
     """It evaluates the teacher again if the image size has changed."""
     task = make_task('logit', Teacher(Answers([0, 1, 2])))
-    validator = Validator(task, [(IMAGES, LABELS)], Precision(torch.device('cpu')))
-    TeacherCheck(task, str(tmp_path), is_validation=True).record(TeacherResult(50.))
+    validator = make_validator(task)
+    TeacherCheck(task, str(tmp_path), validator).record(TeacherResult(50.))
     caplog.set_level('INFO')
-    teacher_check = TeacherCheck(task, str(tmp_path), validator, is_validation=True, img_size=img_size)
+    teacher_check = TeacherCheck(task, str(tmp_path), validator, img_size=img_size)
     assert teacher_check.top1 == 50.
     teacher_check.evaluate(start, StopRequest())
     assert caplog.text.count('Teacher: ') == num_evaluations
@@ -112,13 +119,58 @@ def test_a_resumed_run_knows_the_accuracy_of_its_teacher(start, img_size, num_ev
 
 def test_a_teacher_in_another_order_is_warned_of_once(tmp_path, caplog):
     """The warning after the first epoch, of a teacher that guesses, would name a vaguer remedy."""
-    task = ClassificationTask(timm.create_model('test_resnet', num_classes=3))
-    for has_other_order in (True, False):
+    task = make_task('logit', Teacher(Answers([1, 2, 0])))
+    for order in (ClassOrder([1, 2, 0], 1., 0.), None):
         teacher_check = TeacherCheck(task, str(tmp_path))
-        teacher_check.record(TeacherResult(0., has_other_order))
+        teacher_check.record(TeacherResult(0., order))
         assert teacher_check.top1 is None
         teacher_check.after_epoch(0, dict(loss=1., teacher_agreement=0.))
-        assert ('Possible causes: its classes' in caplog.text) == (not has_other_order)
+        assert ('Possible causes: its classes' in caplog.text) == (order is None)
+
+
+def test_a_teacher_that_knows_the_validation_images_is_not_judged_by_a_mixed_batch(tmp_path, caplog):
+    """Also after a run was resumed within the first epoch."""
+    task = make_task('logit', Teacher(Answers([0, 1, 2])))
+    validator = make_validator(task)
+    teacher_check = TeacherCheck(task, str(tmp_path), validator)
+    teacher_check.evaluate(Position(), StopRequest())
+    for check_of_run in (teacher_check, TeacherCheck(task, str(tmp_path), validator)):
+        check_of_run.after_epoch(0, dict(loss=1., teacher_agreement=0.))
+    assert not caplog.messages
+
+
+def test_training_images_tell_the_order_if_there_are_few_validation_images(tmp_path, caplog):
+    """The accuracy is that on the validation images. Classes with names need no more images."""
+    for names, expected in ((None, True), (['Dog', 'cat', 'emu'], False)):
+        caplog.clear()
+        task = make_task('logit', Teacher(Answers([1, 0, 2], names)))
+        few = make_validator(task, 6)
+        assert evaluate_teacher(task, [few]) == (pytest.approx(100 / 3), None)
+        teacher_check = TeacherCheck(
+            task, str(tmp_path), few, make_validator(task), names=['cat', 'Dog', 'emu'])
+        teacher_check.evaluate(Position(), StopRequest())
+        assert teacher_check.top1 == 33.333 and ('in another order' in caplog.text) == expected
+
+
+@pytest.mark.parametrize('class_map, names, ends', [
+    (None, None, True),
+    ([0, 1, 2], None, False),
+    (None, ['cat', 'Dog', 'emu'], False),
+    (None, ['fox', 'yak', 'elk'], True),
+], ids=['order alone', 'map', 'names', 'other names'])
+def test_a_student_never_learns_only_the_answers_of_another_order(class_map, names, ends, tmp_path, caplog):
+    """Unless a map or the names tell that the order is right."""
+    student = timm.create_model('test_dearkd', num_classes=3)
+    teacher = Teacher(Answers([1, 0, 2], names), class_map=class_map)
+    task = DearKDTask(student, teacher, TwoStageSchedule(2, beta=0.), verbose=False, labels='teacher')
+    teacher_check = TeacherCheck(task, str(tmp_path), make_validator(task), names=['cat', 'Dog', 'emu'])
+    if ends:
+        with pytest.raises(TrainingError, match='another order.*confirm it with a --kd-class-map of the lines 0 to 2'):
+            teacher_check.evaluate(Position(), StopRequest())
+    else:
+        teacher_check.evaluate(Position(), StopRequest())
+        assert 'in another order' in caplog.text
+    assert (tmp_path / 'kd_class_map.txt').read_text() == '1 cat\n0 Dog\n2 emu\n'
 
 
 @pytest.mark.parametrize('known,remedy', [
@@ -141,5 +193,5 @@ def test_a_teacher_that_guesses_is_warned_of_before_training_if_it_alone_teaches
     task = DearKDTask(student, cnn, TwoStageSchedule(6), hooks=['2'], verbose=False, labels=labels)
     for top1, count in ((29., labels == 'teacher'), (31., 0), (None, 0)):
         caplog.clear()
-        TeacherCheck(task, str(tmp_path), is_validation=True).record(TeacherResult(top1))
+        TeacherCheck(task, str(tmp_path), make_validator(task)).record(TeacherResult(top1))
         assert caplog.text.count('Guessing gives 25.0 %') == count
