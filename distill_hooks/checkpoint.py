@@ -4,9 +4,9 @@ import difflib
 import logging
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any, Collection, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Collection, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
 import timm
 import torch
@@ -55,7 +55,7 @@ def why_unreadable(checkpoint: str, error: Exception) -> str:
     kind = re.match(r"'(\w+)' object has no attribute 'items'", str(error))
     if kind:
         return (
-            f'Checkpoint {checkpoint!r} holds a {kind[1]}, expected a state dict. Write one:'
+            f'Checkpoint {checkpoint!r} holds an object of type {kind[1]}, expected a state dict. Write one:'
             ' torch.save(model.state_dict(), PATH).')
     reason = re.split(r'\.\s', str(error))[0].replace('\n', ' ')
     return (
@@ -174,29 +174,44 @@ def _align(
         return state_dict, _checkpoint_shapes(name, state_dict)
     with torch.device('meta'):  # only the names are needed
         names = {key for key in _create_model(name, args, **kwargs).state_dict() if not key.endswith(_COUNTER)}
+    state_dict = _rename_classifier(state_dict, name, names)
     prefix = _find_prefix(state_dict, names, checkpoint)
     if prefix:
         _logger.info(f'{checkpoint}: loads the tensors of {name} under the prefix {prefix!r}.')
         own = {key[len(prefix):]: value for key, value in state_dict.items() if key.startswith(prefix)}
         others = {key: value for key, value in state_dict.items() if not key.startswith(prefix) and key not in own}
         state_dict = {**own, **others}
-    state_dict = _rename_classifier(state_dict, name)
     known = {key: value for key, value in state_dict.items() if key in names}
     return state_dict, _checkpoint_shapes(name, known if len(known) > len(names) / 2 else state_dict)
 
 
-def _rename_classifier(state_dict: Dict[str, torch.Tensor], name: str) -> Dict[str, torch.Tensor]:
-    """Rename the only layer of a classifier, such as `fc.1.weight` behind a dropout, to timm's `fc.weight`."""
+def _rename_classifier(
+        state_dict: Dict[str, torch.Tensor],
+        name: str,
+        names: Collection[str],
+) -> Dict[str, torch.Tensor]:
+    """Rename the only layer of a classifier, such as `fc.1.weight` behind a dropout, to timm's `fc.weight`.
+
+    Args:
+        state_dict: Tensors of the file, under any prefix.
+        name: See `load_model`.
+        names: Tensor names of the model.
+    """
     classifier = getattr(get_pretrained_cfg(name), 'classifier', None)
     if not isinstance(classifier, str):
         return state_dict
-    layers = {key.rpartition('.')[0] for key in state_dict if key.startswith(f'{classifier}.')}
-    layer = layers.pop() if len(layers) == 1 else ''
-    is_linear = getattr(state_dict.get(f'{layer}.weight'), 'ndim', 0) == 2
-    if not (is_linear and layer.removeprefix(f'{classifier}.').isdecimal()):
-        return state_dict
-    _logger.info(f'The classifier {layer!r} of the checkpoint is loaded as {classifier!r}.')
-    return {re.sub(rf'^{re.escape(layer)}\.', f'{classifier}.', key): value for key, value in state_dict.items()}
+    layers: Dict[str, Set[str]] = defaultdict(set)  # of each classifier in the file
+    for key in state_dict:
+        match = re.fullmatch(rf'((?:.+\.)?{re.escape(classifier)})\.(\d+)\.\w+', key)
+        if match and not any(key.endswith(f'.{own}') for own in names):
+            layers[match[1]].add(match[2])
+    renamed = {}
+    for place, numbers in layers.items():
+        layer = f'{place}.{min(numbers)}'
+        if len(numbers) == 1 and getattr(state_dict.get(f'{layer}.weight'), 'ndim', 0) == 2:
+            _logger.info(f'The classifier {layer!r} of the checkpoint is loaded as {place!r}.')
+            renamed.update({f'{layer}.{kind}': f'{place}.{kind}' for kind in ('weight', 'bias')})
+    return {renamed.get(key, key): value for key, value in state_dict.items()}
 
 
 def _match_by_order(model: nn.Module, state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:

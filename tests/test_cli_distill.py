@@ -1,5 +1,6 @@
 """`timm-dearkd`, as users call it."""
 import contextlib
+import itertools
 import json
 import shutil
 from types import SimpleNamespace
@@ -207,7 +208,7 @@ def test_a_student_of_a_given_teacher(photos, distilled, tmp_path):
         'cpu', '-j', '0')
     results = [run_python(*call) for _ in range(2)]
     assert [result.returncode for result in results] == [0, 0], results[0].stderr
-    assert 'classes of the training images have no effect' in results[0].stderr
+    assert "only serve to check the order of the teacher's classes" in results[0].stderr
     assert 'trained already' in results[1].stderr
     tables = [[row.split('|')[1:4] for row in result.stdout.splitlines()[:4]] for result in results]
     assert tables[0] == tables[1] and tables[0][3][0].strip() == 'student'
@@ -268,22 +269,24 @@ def test_the_time_is_estimated_on_the_device_of_the_run(monkeypatch):
 
 
 @pytest.mark.parametrize('seconds, workers, device, minutes', [
-    (0.1, 2, 'cpu', 3 + 25), (0.1, 1, 'meta', 50), (0.01, 2, 'cpu', 3 + 2.5), (0.001, 0, 'meta', 3)])
+    (0.1, 2, 'cpu', 3 + 25), (0.1, 1, 'meta', 50), (0.01, 2, 'cpu', 3 + 2.5), (0.01, 0, 'meta', 3 + 5)])
 def test_the_expected_time_includes_that_of_reading(seconds, workers, device, minutes, monkeypatch, caplog):
     """30,000 images. On a CPU, reading and training share the cores."""
     monkeypatch.setattr(timm_dearkd.api, 'build_task', lambda *_: None)
     monkeypatch.setattr(timm_dearkd.api, 'estimate_minutes', lambda *_: 3.)
     args = SimpleNamespace(epochs=100, val_interval=4, img_size=32, workers=workers, dearkd_labels='dataset')
     step = SimpleNamespace(name='student', args=args, describe=lambda: '')
-    images = Images(280, 280, 80, 2, 32, False, [], read_seconds=seconds)
-    with caplog.at_level('INFO'):
-        timm_dearkd.api.log_step(step, images, None, torch.device(device))
-    assert f'about {minutes:.0f} min.' in caplog.text
-    assert ('a shorter side of 64 pixels' in caplog.text) == (seconds == 0.1)
+    for side in (64, 500):
+        caplog.clear()
+        images = Images(280, 280, 80, 2, side, False, [], read_seconds=seconds)
+        with caplog.at_level('INFO'):
+            timm_dearkd.api.log_step(step, images, None, torch.device(device))
+        assert f'about {minutes:.0f} min.' in caplog.text
+        assert ('a shorter side of 64 pixels' in caplog.text) == (seconds == 0.1 and side == 500)
 
 
 def test_the_images_may_be_moved(photos, distilled, tmp_path):
-    """The split gets new links. A finished run is returned; another folder with the same names is refused."""
+    """The split gets new links, and a finished run is returned. Another folder with the same names is refused."""
     output, moved = copy_of(distilled, tmp_path / 'out'), tmp_path / 'moved'
     shutil.copytree(photos, moved)
     with pytest.raises(ValueError, match='not a split of the images'):  # a copy, beside the images
@@ -296,8 +299,25 @@ def test_the_images_may_be_moved(photos, distilled, tmp_path):
     assert len(links) == 60 and all(moved in link.resolve().parents for link in links)
     moved.rename(tmp_path / 'other')
     Image.new('RGB', (99, 99)).save(next((tmp_path / 'other').rglob('*.jpg')))
-    with pytest.raises(ValueError, match='have changed since the run'):
+    before = {link: link.readlink() for link in links}
+    with pytest.raises(ValueError, match='not a split of the images'):
         timm_dearkd.distill(tmp_path / 'other', output=output, epochs=4, device='cpu', workers=0)
+    assert {link: link.readlink() for link in links} == before
+
+
+def test_the_student_of_a_folder_is_not_that_of_another_one_with_equal_names_and_sizes(distilled, tmp_path):
+    """Bitmaps of one size, with splits of their own. The folder may be moved, though."""
+    for place, split, name in itertools.product('ab', ('train', 'validation'), 'xy'):
+        folder = tmp_path / place / 'photos' / split / name
+        folder.mkdir(parents=True)
+        for i in range(15):
+            Image.new('RGB', (8, 8), (ord(place), i, 0)).save(folder / f'{i}.bmp')
+    options = dict(epochs=1, output=tmp_path / 'out', device='cpu', workers=0)
+    folder = timm_dearkd.distill(tmp_path / 'a' / 'photos', **options).folder
+    with pytest.raises(ValueError, match='other options: data .*a.photos → .*b.photos'):
+        timm_dearkd.distill(tmp_path / 'b' / 'photos', **options)
+    (tmp_path / 'a').rename(tmp_path / 'c')
+    assert timm_dearkd.distill(tmp_path / 'c' / 'photos', **options).folder == folder
 
 
 def test_the_cnn_sees_the_students_images(photos, tmp_path, monkeypatch):

@@ -83,11 +83,9 @@ def estimate_minutes(step: Step, task: TrainingTask, images: Images, device: tor
 
 
 def estimate_reading(step: Step, images: Images) -> float:
-    """Estimate the minutes in which the data loader of a run reads its images."""
-    args = step.args
-    num_workers = default_workers() if args.workers is None else args.workers
-    num_read = args.epochs * (images.epoch_length + images.num_validation / args.val_interval)
-    return num_read * images.read_seconds / max(1, num_workers) / 60
+    """Estimate the minutes in which one process reads the images of a run."""
+    num_read = step.args.epochs * (images.epoch_length + images.num_validation / step.args.val_interval)
+    return num_read * images.read_seconds / 60
 
 
 def check_student(step: Step, device: torch.device) -> None:
@@ -112,21 +110,26 @@ def log_step(step: Step, images: Images, cnn: Any, device: torch.device) -> None
     """
     _logger.info(f'{step.name.capitalize()}: {step.describe()}.')
     if step.args.dearkd_labels == 'teacher':
-        _logger.info("The student learns the teacher's answers. The classes of the training images have no effect.")
+        _logger.info(
+            "The student learns the teacher's answers. The classes of the training images only serve to check the order"
+            " of the teacher's classes.")
     with quiet():  # `train.prepare` says it again
         task = build_task(step, cnn, device)
-    reading = estimate_reading(step, images)
+    num_workers, size = step.args.workers, 2 * step.args.img_size
+    num_workers = default_workers() if num_workers is None else num_workers
+    reading = estimate_reading(step, images) / max(1, num_workers)
     try:
         training = estimate_minutes(step, task, images, device)
-        # on a CPU, both need the cores
-        minutes = f'{max(1., training + reading if device.type == "cpu" else max(training, reading)):.0f} min'
+        is_overlapped = num_workers > 0 and device.type != 'cpu'  # on a CPU, both need the cores
+        total = max(training, reading) if is_overlapped else training + reading
+        minutes = f'{max(1., total):.0f} min'
     except (AssertionError, RuntimeError, TypeError, ValueError) as e:
         minutes = f'an unknown time ({one_line(e)[:80]})'
     _logger.info(f'Expected time of the {step.name} on {device}: about {minutes}.')
-    if reading > SLOW_READING:
+    if reading > SLOW_READING and images.side > size:
         _logger.info(
             f'Reading takes {1000 * images.read_seconds:.0f} ms per image, {reading:.0f} min in all. Copies with a'
-            f' shorter side of {2 * step.args.img_size} pixels are read faster.')
+            f' shorter side of {size} pixels are read faster.')
 
 
 def run_step(step: Step, run: Callable[[], Any]) -> float:
@@ -165,8 +168,8 @@ def distill(
         data: Folder with one folder of images per class, or with such folders in `train` and `validation`. Without
             these two, a fifth of each class is for validation.
         teacher: Output folder of a run of train.py, one of its checkpoints, or an `hf-hub:` name. The student then
-            learns its answers, and the classes of the training images have no effect. A CNN given by its timm name is
-            trained on the images first, from its pretrained weights. None trains a small CNN first.
+            learns its answers alone. A CNN given by its timm name is trained on the images first, from its pretrained
+            weights. None trains a small CNN first.
         output: Folder for the runs, `teacher` and `student`. None is `output/distill/NAME` for the folder NAME.
         student: timm name of the student. None chooses one by the size of the images and the device.
         **train_options: Options of train.py, such as `epochs=100`. They replace those that are chosen.
@@ -178,6 +181,7 @@ def distill(
         FileNotFoundError: If the folder does not exist.
         TypeError: If an argument is neither a path nor a name, or train.py has no such option.
         ValueError: If the images or the options do not allow the training.
+        TrainingError: If the training cannot continue, or the teacher's classes seem to be in another order.
 
     Examples:
 
@@ -265,8 +269,8 @@ def prepare_distillation(
         given: Names of the options that were given by keyword.
     """
     train.set_up_logging()
-    data, teacher, output = os.path.expanduser(data), *(
-        path and os.path.expanduser(path) for path in (teacher, output))
+    data = os.path.expanduser(data)
+    teacher, output = (path and os.path.expanduser(path) for path in (teacher, output))
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise ValueError('distill runs in one process. Give torchrun the timm-dearkd train command that it logs.')
     args, given = parse(user), check_options(user, given, student)

@@ -13,7 +13,6 @@ from typing import Any, Collection, Dict, List, Optional, Sequence
 
 from PIL import Image
 
-from .engine.checkpoints import has_run
 from .engine.data import describe_files
 from .engine.image_folder import (
     UNREADABLE,
@@ -29,6 +28,7 @@ from .engine.image_folder import (
     scan_folder,
     warn_of_other_types,
 )
+from .engine.run_folder import has_run
 from .engine.wrappers import num_kept
 from .files import write_text
 
@@ -197,8 +197,9 @@ def split_images(scan: FolderScan, folder: Path, seed: int = 0) -> None:
     """Link images as FOLDER/train/CLASS/* and FOLDER/validation/CLASS/*.
 
     A fifth of each class, drawn with the seed, is for validation, but at least one image of each class with two or
-    more. An existing split of the same images is kept, with new links if the images were moved. A split of other images
-    is replaced if no run beside FOLDER has seen it. Nothing else is ever removed or overwritten.
+    more. An existing split of the same images is kept, and gets new links if the images were moved (not on Windows
+    without the right to link). A split of other images is replaced if no run beside FOLDER has seen it. Nothing else is
+    ever removed or overwritten.
 
     Args:
         scan: The images.
@@ -220,7 +221,8 @@ def split_images(scan: FolderScan, folder: Path, seed: int = 0) -> None:
     if max(map(len, by_class.values())) < 2:
         raise ValueError(
             f'No class in {scan.root!r} has two images, so there is none for validation. Add images.')
-    record = json.dumps(dict(source=root, seed=seed, images=by_class), sort_keys=True)
+    num_bytes = sum(os.path.getsize(path) for path, _ in scan.images if os.path.exists(path))
+    record = json.dumps(dict(source=root, seed=seed, images=by_class, num_bytes=num_bytes), sort_keys=True)
     written = folder / 'split.json'
     known = written.read_text(encoding='utf-8') if written.exists() else ''
     if known == record:

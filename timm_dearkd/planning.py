@@ -16,10 +16,11 @@ from distill_hooks.task import has_content_tokens
 from distill_hooks.teacher import input_normalisation
 
 from .analysis.runs import open_run
-from .engine.checkpoints import EXPORT_NAME, changed_options, has_run
+from .engine.checkpoints import EXPORT_NAME, changed_options
 from .engine.data import image_mode
 from .engine.options import build_config_parser, options_to_argv, parse_args, read_config
 from .engine.process import default_workers
+from .engine.run_folder import has_run
 from .engine.schedule import epochs_for
 from .engine.student import create_student
 from .images import Images
@@ -73,8 +74,9 @@ class Step:
         if not has_run(self.folder):
             return False
         run = open_run(self.folder)
-        # `check_unchanged` has compared the images, which may have been moved
-        changed = changed_options(run.args, {**vars(self.args), 'data': run.args.get('data'), 'data_dir': None})
+        known = str(run.args.get('data'))
+        moved = {} if os.path.exists(known) else {'data': known}  # `check_unchanged` has compared the images
+        changed = changed_options(run.args, {**vars(self.args), **moved})
         if changed:
             raise ValueError(
                 f'{self.folder!r} has a run with other options: {changed}. Set another --output, or remove the folder.')

@@ -176,7 +176,7 @@ def build_run_in(
         classes_of(train_set) if ranks.is_primary else UNKNOWN_CLASSES, distance_images)
     teacher_check = TeacherCheck(
         task, recorder.folder, validator, build_validator(args, task, loader_teacher, precision, ranks), names,
-        args.kd_teacher_img_size, ranks)
+        args.kd_teacher_img_size, args.kd_class_map or '', ranks)
     return partial(fit, args, trainer, validator, recorder, start, epochs, teacher_check)
 
 

@@ -149,7 +149,11 @@ def test_a_linear_classifier_behind_a_dropout(tmp_path, caplog, prefix):
     torch.save({f'{prefix}{key}': value for key, value in model.state_dict().items()}, path)
     with torch.no_grad(), caplog.at_level(logging.INFO):
         torch.testing.assert_close(load_model('test_resnet', path).eval()(x), logits)
-    assert "The classifier 'fc.1' of the checkpoint is loaded as 'fc'." in caplog.text
+    assert f"The classifier '{prefix}fc.1' of the checkpoint is loaded as '{prefix}fc'." in caplog.text
+    weights = {f'{under}.{key}': value for under in ('a', 'b') for key, value in model.state_dict().items()}
+    torch.save(weights, path)
+    with pytest.raises(ValueError, match='holds the model 2 times, under a., b.'):
+        load_model('test_resnet', path)
     model.fc = torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.ReLU(), torch.nn.Linear(8, 5))
     torch.save({f'{prefix}{key}': value for key, value in model.state_dict().items()}, path)
     with pytest.raises(ValueError, match="Only its classifier differs: test_resnet has one linear layer, 'fc'."):
@@ -164,7 +168,7 @@ def test_files_that_hold_no_state_dict(tmp_path):
         load_model('test_resnet', path)
     for contents, kind in (([torch.zeros(1)], 'list'), (torch.zeros(1), 'Tensor')):
         torch.save(contents, path)
-        with pytest.raises(ValueError, match=f'holds a {kind}, expected a state dict'):
+        with pytest.raises(ValueError, match=f'holds an object of type {kind}, expected a state dict'):
             load_model('test_resnet', path)
 
 

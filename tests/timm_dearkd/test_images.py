@@ -2,6 +2,7 @@ import os
 import shutil
 
 import pytest
+from filelock import FileLock
 
 from timm_dearkd.engine.image_folder import scan_folder
 from timm_dearkd.images import prepare_splits, split_images
@@ -50,8 +51,11 @@ def test_the_same_images_keep_their_split_and_others_are_refused_after_a_run(fla
     shutil.copy(flat / 'rust' / '0.png', flat / 'rust' / 'newer.png')
     split_images(scan_folder(str(flat)), tmp_path / 'split')
     after = files(tmp_path / 'split')
-    (tmp_path / 'student' / 'last.pth.tar').touch()
     (flat / 'rust' / 'new.png').unlink()
+    lock = FileLock(tmp_path / 'student' / '.lock')  # of a run in its first epoch
+    with lock, pytest.raises(ValueError, match='not a split of the images'):
+        split_images(scan_folder(str(flat)), tmp_path / 'split')
+    (tmp_path / 'student' / 'last.pth.tar').touch()
     with pytest.raises(ValueError, match='not a split of the images.*another --output'):
         split_images(scan_folder(str(flat)), tmp_path / 'split')
     assert files(tmp_path / 'split') == after and 'rust/newer.png' in set.union(*after.values())

@@ -143,14 +143,9 @@ def _recovery_files(folder: str) -> List[Path]:
     return sorted(Path(folder).glob('recovery-*.pth.tar'))
 
 
-def _checkpoints(folder: Union[str, Path]) -> List[Path]:
+def list_checkpoints(folder: Union[str, Path]) -> List[Path]:
     """Return the checkpoints of a run, without those that were not written completely."""
     return [path for path in sorted(Path(folder).glob('*.pth.tar')) if not path.name.endswith('tmp.pth.tar')]
-
-
-def has_run(folder: Union[str, Path]) -> bool:
-    """Return whether a folder has a run with a checkpoint or a student. A run that ended before may be replaced."""
-    return Path(folder, 'args.yaml').exists() and (bool(_checkpoints(folder)) or Path(folder, EXPORT_NAME).exists())
 
 
 def remove_recovery(folder: str) -> None:
@@ -190,7 +185,7 @@ def find_checkpoint(folder: str) -> str:
     found: List[Tuple[Tuple[int, int], str]] = []
     names = ('last.', 'recovery-')
     for is_newest in (True, False):  # other checkpoints only if these fail
-        for path in _checkpoints(folder) if not found else ():
+        for path in list_checkpoints(folder) if not found else ():
             if path.name.startswith(names) != is_newest:
                 continue
             tried.append(path.name)
@@ -224,7 +219,7 @@ def refuse_to_overwrite(folder: str, resume: str) -> None:
         ValueError: If the folder has checkpoints, and `resume` is not the newest of them.
     """
     if not resume or os.path.dirname(os.path.abspath(resume)) != os.path.abspath(folder):
-        if _checkpoints(folder):
+        if list_checkpoints(folder):
             raise ValueError(
                 f'{folder!r} holds a run. Resume it with --resume auto, name another --experiment, or remove the'
                 ' folder.')

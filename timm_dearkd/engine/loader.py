@@ -21,7 +21,7 @@ from .augmentation import AffineJitter
 from .data import evenly_spaced, image_mode, open_validation_set
 from .process import SINGLE, Ranks, init_worker, model_dtype
 from .seeding import EpochBatchSampler, SeededCollate, SeededDataset, SeededErasing
-from .wrappers import Sample, set_image_mode
+from .wrappers import Sample, listed_labels, set_image_mode
 
 _logger = logging.getLogger(__name__)
 
@@ -459,13 +459,16 @@ def build_teacher_loader(
     """Build a loader of training images without augmentation, to check the teacher.
 
     Returns:
-        The loader; None without a teacher, for a stream, or if there are enough validation images.
+        The loader; None without a teacher, for a stream, or if there are enough validation images of every class.
     """
-    count = NUM_TEACHER_IMAGES if eval_set is None else MIN_CLASS_IMAGES * num_classes
-    has_enough = eval_set is not None and (isinstance(eval_set, IterableDataset) or len(eval_set) >= count)
-    if not args.kd_model_name or isinstance(train_set, IterableDataset) or has_enough:
+    if not args.kd_model_name or isinstance(train_set, IterableDataset) or isinstance(eval_set, IterableDataset):
         return None
-    images = Sample(train_set, evenly_spaced(len(train_set), min(count, NUM_TEACHER_IMAGES)))
+    if eval_set is not None:
+        labels = listed_labels(eval_set)
+        counts = [len(eval_set) / num_classes] if labels is None else np.bincount(labels, minlength=num_classes)
+        if min(counts) >= MIN_CLASS_IMAGES:
+            return None
+    images = Sample(train_set, evenly_spaced(len(train_set), NUM_TEACHER_IMAGES))
     return build_eval_loader(args, images, data_config, device, ranks)
 
 

@@ -430,7 +430,7 @@ def find_config(name: str) -> Path:
     Raises:
         FileNotFoundError: If there is neither.
     """
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.exists() and not path.is_dir():  # is_file() is False for a pipe
         return path
     recipe = _RECIPES / f'{path.stem}.yaml'

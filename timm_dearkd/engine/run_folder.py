@@ -22,7 +22,7 @@ from timm.models._input import get_model_args
 from timm.utils import unwrap_model
 
 from ..files import write_table, write_text
-from .checkpoints import EXPORT_NAME, Position, find_checkpoint, refuse_to_overwrite
+from .checkpoints import EXPORT_NAME, Position, find_checkpoint, list_checkpoints, refuse_to_overwrite
 from .image_folder import UNUSED_CLASS
 from .process import TrainingError
 
@@ -138,6 +138,24 @@ class RunFolder:
         else:
             _write_owner(lock.lock_file, f'PID {os.getpid()} on {socket.gethostname()}')
         self._lock = lock
+
+
+def has_run(folder: Union[str, Path]) -> bool:
+    """Return whether a folder has a run with a checkpoint or a student, or one that a process is training.
+
+    Another run, which ended before its first checkpoint, may be replaced.
+    """
+    if not Path(folder, 'args.yaml').exists():
+        return False
+    if list_checkpoints(folder) or Path(folder, EXPORT_NAME).exists():
+        return True
+    try:
+        with FileLock(Path(folder, LOCK_NAME), timeout=0, fallback_to_soft=False):
+            return False
+    except Timeout:
+        return True
+    except (NotImplementedError, OSError):  # it cannot be locked
+        return False
 
 
 def _make_folder(path: str) -> bool:

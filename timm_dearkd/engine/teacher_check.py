@@ -50,6 +50,7 @@ class TeacherCheck:
             enough.
         names: Names of the student's classes; () if they are unknown.
         img_size: --kd-teacher-img-size.
+        class_map: --kd-class-map; '' for none.
         ranks: Processes of the run.
     """
     task: Any
@@ -58,6 +59,7 @@ class TeacherCheck:
     train_validator: Optional[Validator] = None
     names: Sequence[str] = ()
     img_size: Optional[int] = None
+    class_map: str = ''
     ranks: Ranks = SINGLE
 
     def __post_init__(self) -> None:
@@ -96,7 +98,9 @@ class TeacherCheck:
 
         for validator in validators:
             validator.on_batch = end_if_asked if validator.in_step else None
-        self.record(evaluate_teacher(self.task, validators, self.names))
+        result = evaluate_teacher(self.task, validators, self.names)
+        self.train_validator = None  # the processes of its loader end
+        self.record(result)
 
     def record(self, result: TeacherResult) -> None:
         """Record the accuracy of the teacher. Report another order of its classes, or a teacher that guesses.
@@ -171,6 +175,8 @@ class TeacherCheck:
         """
         self._is_settled = True
         teacher, path = self._teacher, os.path.join(self.folder, 'kd_class_map.txt')
+        if self.class_map and os.path.realpath(self.class_map) == os.path.realpath(path):  # the user's by now
+            path = os.path.join(self.folder, 'kd_class_map-2.txt')
         classes = order.answers if teacher.class_map is None else teacher.class_map[order.answers].tolist()
         names = list(self.names) or [''] * len(classes)
         if self.ranks.is_primary:
@@ -185,8 +191,8 @@ class TeacherCheck:
             f' with --kd-class-map {shlex.quote(path)}.')
         if self._learns_from_it_alone and teacher.class_map is None and not _has_names(teacher, self.names):
             raise TrainingError(
-                f'{text} The student would learn nothing but these answers. If they are right, confirm it with a'
-                f' --kd-class-map of the lines 0 to {len(classes) - 1}.')
+                f'{text} The student would learn nothing but these answers. If the present order is right, set a'
+                f' --kd-class-map FILE with the lines 0 to {len(classes) - 1}.')
         if self.ranks.is_primary:
             _logger.warning(text)
 

@@ -1,7 +1,7 @@
 """Data sets around those of timm: they skip unreadable images, or take a fraction."""
 import copy
 import logging
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Optional, Sequence
 
 import numpy as np
 import torch
@@ -228,6 +228,15 @@ class Sample(_Wrapper):
         return self.dataset[self.indices[index]]
 
 
+def listed_labels(dataset) -> Optional[np.ndarray]:
+    """Return the labels of a data set that lists them, without opening its images; None for others."""
+    reader: Any = getattr(dataset, 'reader', None)
+    labels = getattr(reader, 'targets', None) or getattr(dataset, 'targets', None)
+    if labels is None and hasattr(reader, 'samples'):
+        labels = [sample[1] for sample in reader.samples]
+    return None if labels is None or np.ndim(labels) != 1 else np.asarray(labels)
+
+
 def num_kept(fraction: float, num_images: int) -> int:
     """Return how many images of a class `ClassFraction` keeps."""
     return max(1, round(fraction * num_images))
@@ -250,14 +259,10 @@ class ClassFraction(_Wrapper):
 
     def __init__(self, dataset, fraction: float, seed: int = 0, keep_length: bool = False) -> None:
         super().__init__(dataset)
-        reader: Any = getattr(dataset, 'reader', None)
-        labels = getattr(reader, 'targets', None) or getattr(dataset, 'targets', None)
-        if labels is None and hasattr(reader, 'samples'):
-            labels = [sample[1] for sample in reader.samples]
+        labels = listed_labels(dataset)
         if labels is None:
             raise ValueError(
                 '--train-fraction needs a data set that lists its labels: an image folder, or one of torchvision.')
-        labels = np.asarray(labels)
         kept = []
         for label in np.unique(labels):
             members = np.random.default_rng((seed, int(label))).permutation(np.flatnonzero(labels == label))

@@ -268,11 +268,13 @@ def test_the_teacher_is_checked_on_images_without_augmentation():
 
 
 @pytest.mark.parametrize('teacher, num_validation, expected', [
-    ('cnn', None, 100), ('cnn', 29, 30), ('cnn', 30, None), ('', None, None)])
+    ('cnn', None, 100), ('cnn', (15, 14), 100), ('cnn', (90, 1), 100), ('cnn', (15, 15), None), ('', None, None)])
 def test_the_teacher_is_checked_on_training_images_if_there_are_few_others(teacher, num_validation, expected):
     args = _parse_args(['DIR', '--workers', '0', '--kd-model-name', teacher])[0]
-    train_set = torch.utils.data.Subset(Plain(), [0] * 100)
-    eval_set = None if num_validation is None else torch.utils.data.Subset(Plain(), [0] * num_validation)
+    train_set, eval_set = torch.utils.data.Subset(Plain(), [0] * 100), None
+    if num_validation is not None:
+        eval_set = torch.utils.data.Subset(Plain(), [0] * sum(num_validation))
+        eval_set.targets = [label for label, count in enumerate(num_validation) for _ in range(count)]
     loader = build_teacher_loader(args, train_set, eval_set, 2, config(size=16), CPU, SINGLE)
     assert expected == (None if loader is None else len(loader.dataset))
 

@@ -152,6 +152,15 @@ def test_training_images_tell_the_order_if_there_are_few_validation_images(tmp_p
         assert teacher_check.top1 == 33.333 and ('in another order' in caplog.text) == expected
 
 
+def test_the_users_map_is_never_replaced(tmp_path, caplog):
+    path = tmp_path / 'kd_class_map.txt'
+    path.write_text('0\n1\n2\n')
+    task = make_task('logit', Teacher(Answers([1, 0, 2]), class_map=load_class_map(str(path))))
+    TeacherCheck(task, str(tmp_path), make_validator(task), class_map=str(path)).evaluate(Position(), StopRequest())
+    assert path.read_text() == '0\n1\n2\n'
+    assert (tmp_path / 'kd_class_map-2.txt').read_text() == '1\n0\n2\n' and 'kd_class_map-2.txt' in caplog.text
+
+
 @pytest.mark.parametrize('class_map, names, ends', [
     (None, None, True),
     ([0, 1, 2], None, False),
@@ -165,7 +174,7 @@ def test_a_student_never_learns_only_the_answers_of_another_order(class_map, nam
     task = DearKDTask(student, teacher, TwoStageSchedule(2, beta=0.), verbose=False, labels='teacher')
     teacher_check = TeacherCheck(task, str(tmp_path), make_validator(task), names=['cat', 'Dog', 'emu'])
     if ends:
-        with pytest.raises(TrainingError, match='another order.*confirm it with a --kd-class-map of the lines 0 to 2'):
+        with pytest.raises(TrainingError, match='another order.*set a --kd-class-map FILE with the lines 0 to 2'):
             teacher_check.evaluate(Position(), StopRequest())
     else:
         teacher_check.evaluate(Position(), StopRequest())
