@@ -264,12 +264,12 @@ def teacher_cell(scale: Scale) -> Optional[Cell]:
     return Cell('teacher', scale.data, argv, cost=scale.num_train * epochs / 3)
 
 
-def cnn_cell(scale: Scale, seed: int) -> Cell:
-    """Return the teacher's architecture, trained on a student's images with the student's recipe."""
+def cnn_cell(scale: Scale, seed: int, name: str = 'cnn', *more: str) -> Cell:
+    """Return the teacher's architecture, trained on a student's images with the student's recipe and more options."""
     argv = ('-c', scale.recipe, *scale.cnn, '--epochs', str(scale.epochs), '--val-interval', str(scale.epochs),
-            '--train-fraction', str(scale.ablation_fraction), '--fraction-seed', str(seed))
+            '--train-fraction', str(scale.ablation_fraction), '--fraction-seed', str(seed), *more)
     cost = scale.num_train * scale.ablation_fraction * scale.epochs / 3
-    return Cell(f'cnn-{scale.ablation_fraction:g}-seed{seed}', scale.data, argv, cost, seed)
+    return Cell(f'{name}-{scale.ablation_fraction:g}-seed{seed}', scale.data, argv, cost, seed)
 
 
 def training_cost(scale: Scale, num_images: float, argv: Sequence[str], num_evaluations: int) -> float:
