@@ -349,8 +349,9 @@ def longer_stages(scale: Scale, seeds: Sequence[int]) -> Table:
     return Table(
         'Two stages with a weak teacher and four times as many epochs',
         f'DearKD on {100 * scale.ablation_fraction:g} % of the images, {long.epochs} epochs. The teacher was'
-        f' trained on the same images for {scale.epochs} epochs. Rows: stage I in percent of the epochs; 100 % has no'
-        ' stage II. Stage II is `anneal`. The paper\'s figures are for its teacher and 300 epochs.',
+        f' trained on the same images for {scale.epochs} epochs. All are evaluated on whole images. Rows: stage I in'
+        ' percent of the epochs; 100 % has no stage II. Stage II is `anneal`. The paper\'s figures are for its teacher'
+        ' and 300 epochs.',
         [*cnns, *entries],
         [*[Claim(f'Weak teacher, {long.epochs} epochs: stage I of {share} > one stage', (share, 'top-1'),
                  (one, 'top-1')) for share in two],
