@@ -65,7 +65,7 @@ def data(image_folder, tmp_path_factory):
     root = tmp_path_factory.mktemp('data') / 'images & <b>'
     shutil.copytree(image_folder, root)
     for split in ('train', 'validation'):
-        (root / split / 'grass').rename(root / split / EVIL)
+        (root / split / 'blue sky').rename(root / split / EVIL)
     return root
 
 
@@ -166,7 +166,7 @@ def test_mistakes_are_shown_with_what_they_are(dearkd_run, data, tmp_path):
     """The folders change names in a circle, so that what was right is a mistake now."""
     folder, images = copy_run(dearkd_run, tmp_path / 'run'), tmp_path / 'images'
     shutil.copytree(data, images)
-    names = ['blue sky', EVIL, 'rust']
+    names = [EVIL, 'grass', 'rust']
     for name in names:
         (images / 'validation' / name).rename(images / 'validation' / f'was {name}')
     for name, new in zip(names, names[1:] + names[:1]):
